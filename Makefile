@@ -1,0 +1,47 @@
+# make demo    install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
+# make test    install with the development tools and run the tests
+# make setup   install only; quick when pyproject.toml has not changed
+# make lint    check style and format
+# make clean   remove what make and the tools made; runs/ is kept
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamps lie in the environment, so that they go when it goes.
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test setup setup-dev lint clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m vargpt_rl.loop $(ARGS)
+
+test: setup-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: $(INSTALLED)
+
+setup-dev: setup $(INSTALLED_DEV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find actors configs learners rewards tests vargpt_rl -name __pycache__ -type d -prune -exec rm -rf {} +
