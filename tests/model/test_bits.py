@@ -1,0 +1,109 @@
+"""Quantising, replaying and packing bits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vargpt_rl.model.bits import pack, quantise, replay, resize, to_codes, to_map, to_tokens, unpack
+from vargpt_rl.model.scales import scale_index, schedule_for, token_count
+
+DEPTH = 8
+sides = st.integers(1, 8).map(lambda n: 16 * n)
+
+
+def features(height: int, width: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, DEPTH, height // 16, width // 16, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 40), st.integers(1, 33), st.integers(0, 2**32 - 1))
+def test_unpack_is_the_inverse_of_pack(tokens, depth, seed):
+    bits_Ld = np.random.default_rng(seed).integers(0, 2, (tokens, depth), np.uint8)
+    packed = pack(bits_Ld)
+    assert len(packed) == -(-tokens * depth // 8)
+    unpacked = unpack(packed, tokens, depth)
+    assert unpacked.dtype == np.uint8
+    assert (unpacked == bits_Ld).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(sides, sides, st.integers(0, 99))
+def test_replaying_bits_gives_the_very_inputs_and_sums(height, width, seed):
+    schedule = schedule_for(height, width)
+    first = quantise(features(height, width, seed=seed), schedule)
+    again = replay(first.bits_BLd, schedule)
+    assert first.bits_BLd.dtype == torch.uint8
+    assert first.bits_BLd.shape == (2, token_count(schedule), DEPTH)
+    assert first.inputs_BLd.shape == (2, token_count(schedule) - 1, DEPTH)
+    # bitwise: what a learner rebuilds is what was drawn
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_codes_are_signs_on_the_unit_sphere():
+    codes = to_codes(torch.tensor([[[0, 1, 1, 0]]], dtype=torch.uint8))
+    assert codes.tolist() == [[[-0.5, 0.5, 0.5, -0.5]]]
+
+
+def test_a_zero_feature_is_bit_zero():
+    assert quantise(torch.zeros(1, DEPTH, 1, 1), schedule_for(16)).bits_BLd.sum() == 0
+
+
+def test_tokens_are_row_major_and_resizing_to_the_same_grid_does_nothing():
+    tokens = torch.arange(6.0).view(1, 6, 1)
+    assert to_map(tokens, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(to_tokens(to_map(tokens, (2, 3))), tokens)
+    assert resize(to_map(tokens, (2, 3)), (2, 3)).tolist() == to_map(tokens, (2, 3)).tolist()
+
+
+def test_flips_leave_the_first_scale_labels_and_change_all_later_inputs():
+    schedule = schedule_for(128)
+    given = features(128, 128)
+    plain = quantise(given, schedule)
+    flipped = quantise(given, schedule, torch.tensor([0.0, 1.0]))
+    assert torch.equal(flipped.bits_BLd[0], plain.bits_BLd[0]), "probability 0 flips nothing"
+    assert torch.equal(flipped.inputs_BLd[0], plain.inputs_BLd[0])
+    assert torch.equal(flipped.bits_BLd[1, 0], plain.bits_BLd[1, 0]), "labels of the first scale are not flipped"
+    differs_L = (flipped.inputs_BLd[1] != plain.inputs_BLd[1]).any(-1)
+    assert differs_L.all(), "every later input sees the flips"
+    assert (flipped.bits_BLd[1, 1:] != plain.bits_BLd[1, 1:]).any(), "and later labels repair them"
+
+
+def test_labels_after_flips_are_those_of_the_true_remainder():
+    # All bits of scale 0 flipped: the remainder at scale 1 is what is left over from the opposite code.
+    given = features(32, 32, batch=1)
+    flipped = quantise(given, schedule_for(32), torch.ones(1))
+    wrong = -to_codes(flipped.bits_BLd[:, :1])
+    rest = to_tokens(given) - wrong
+    assert torch.equal(flipped.bits_BLd[:, 1:], (rest > 0).to(torch.uint8))
+
+
+def test_flips_follow_the_generator_and_the_probability():
+    schedule, given = schedule_for(256), torch.zeros(1, 32, 16, 16)
+
+    def fed(seed: int) -> torch.Tensor:
+        return quantise(given, schedule, torch.tensor([0.25]), torch.Generator().manual_seed(seed)).summed_Bdhw
+
+    assert torch.equal(fed(1), fed(1))
+    assert not torch.equal(fed(1), fed(2))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"grid \(2, 2\) do not fit a schedule that ends at \(4, 4\)"):
+        quantise(features(32, 32), schedule_for(64))
+    bits = quantise(features(64, 64), schedule_for(64)).bits_BLd
+    with pytest.raises(ValueError, match="20 image tokens.* has 21"):
+        replay(bits[:, 1:], schedule_for(64))
+    with pytest.raises(ValueError, match="2 bytes, expected 3 for 5 tokens of 4 bits"):
+        unpack(b"ab", 5, 4)
+
+
+def test_each_scale_sees_coarser_scales_only():
+    schedule = schedule_for(64)
+    bits = quantise(features(64, 64), schedule).bits_BLd
+    scale_L = scale_index(schedule)
+    for k in range(len(schedule)):
+        changed = bits.clone()
+        changed[:, scale_L == k] ^= 1
+        differs_L = (replay(changed, schedule).inputs_BLd != replay(bits, schedule).inputs_BLd).any(0).any(-1)
+        assert torch.equal(differs_L, scale_L[1:] > k)

@@ -1,0 +1,140 @@
+"""Drawing: what a sample depends on, and what it must not depend on."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import BITS, tiny_checkpoint
+from vargpt_rl.model import generate
+from vargpt_rl.model.bits import replay
+from vargpt_rl.model.generate import SamplingConfig, draw, draw_bits, to_uint8
+from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.scales import schedule_for, token_count
+
+SIZE = (64, 64)
+SCHEDULE = schedule_for(*SIZE)
+TEXTS = ("a star", "two small blue squares above a large green triangle", "Please draw a red circle.")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Vargpt.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint, model):
+    return ChatFormat(checkpoint, model.config)
+
+
+@pytest.fixture(scope="module")
+def pictures(chat):
+    return chat.pictures([Image.new("RGB", (56, 56), "red")])
+
+
+def sample(model, chat, rows, seeds, sampling, pictures=None, size=SIZE):
+    ids, mask = chat.pad(rows, "left"), chat.pad([[1] * len(row) for row in rows], "left", value=0)
+    return draw(model, ids, mask, seeds, size, sampling, *(pictures or ()))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model, chat, pictures, guidance):
+    sampling, seeds = SamplingConfig(cfg=guidance, tau=1.0), [5, 6, 7, 8]
+    rows = [chat.drawing_prompt(text, "") for text in TEXTS]
+    rows.append(chat.drawing_prompt("Recolour it.", "Here:", pictures.image_grid_thw))
+    assert len({len(row) for row in rows}) == len(rows)
+    together = sample(model, chat, rows, seeds, sampling, pictures)
+    assert together.bits_BLd.shape == (4, token_count(SCHEDULE), BITS)
+    for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+        alone = sample(model, chat, [row], [seed], sampling, pictures if i == 3 else None)
+        assert torch.equal(alone.bits_BLd[0], together.bits_BLd[i])
+    other = sample(model, chat, rows, [seed + 10 for seed in seeds], sampling, pictures)
+    assert (other.bits_BLd != together.bits_BLd).flatten(1).any(1).all(), "another seed, another picture"
+    same_seed = sample(model, chat, rows[:3], [5, 5, 5], sampling)
+    assert (same_seed.bits_BLd[0] != same_seed.bits_BLd[1]).any(), "another prompt, another picture"
+
+
+def test_the_latent_sum_is_that_of_the_bits(model, chat):
+    drawn = sample(model, chat, [chat.drawing_prompt("a star", "")], [0], SamplingConfig(), size=(96, 48))
+    assert torch.equal(replay(drawn.bits_BLd, schedule_for(96, 48)).summed_Bdhw, drawn.summed_Bdhw)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, pictures, monkeypatch, seen):
+    logits = []
+    monkeypatch.setattr(generate, "draw_bits", lambda x, *rest: logits.append(x) or draw_bits(x, *rest))
+    given, grid = (pictures, pictures.image_grid_thw) if seen else (None, None)
+    tau = 0.5
+    rows = [chat.drawing_prompt("a star", "Here:", grid)]
+    bits = sample(model, chat, rows, [3], SamplingConfig(cfg=1.0, tau=tau), given).bits_BLd
+    ids = torch.tensor([chat.drawn("a star", "Here:", token_count(SCHEDULE), grid).ids])
+    with torch.no_grad():
+        forced = model(
+            ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, SIZE), **(given._asdict() if given else {})
+        ).image_logits
+    # fp32: caches against one pass, at logits of a few units
+    torch.testing.assert_close(torch.cat(logits, 1) * tau, forced, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_top_k_1_leaves_nothing_to_the_seed(model, chat, guidance):
+    rows = [chat.drawing_prompt("a star", "")] * 2
+    bits = sample(model, chat, rows, [1, 2], SamplingConfig(cfg=guidance, top_k=1)).bits_BLd
+    assert torch.equal(bits[0], bits[1])
+
+
+def test_prompts_longer_than_the_unconditional_rows_work_with_guidance(model, chat):
+    rows = [chat.drawing_prompt(text, "") for text in ("a large green triangle left of a yellow star. " * 20, "?")]
+    unconditional = model.config.decoder_config.max_unconditional
+    assert len(rows[0]) > unconditional > len(rows[1])
+    sampling = SamplingConfig(cfg=3.0)
+    contexts = []
+    hook = model.image_decoder.register_forward_pre_hook(lambda module, args: contexts.append(args[2]))
+    together = sample(model, chat, rows, [1, 2], sampling).bits_BLd
+    hook.remove()
+    seen = [len(row) - 1 for row in rows]  # all but image_gen_start
+    assert contexts[0].mask_NT.sum(1).tolist() == [*seen, unconditional, seen[1]]
+    for i, seed in enumerate([1, 2]):
+        assert torch.equal(sample(model, chat, rows[i : i + 1], [seed], sampling).bits_BLd[0], together[i])
+
+
+def test_bits_have_the_probability_of_their_logits():
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    logits = torch.zeros(2, 5000, 2)
+    logits[0, :, 1] = torch.tensor(0.8 / 0.2).log()
+    logits[1, :, 1] = torch.tensor(0.98 / 0.02).log()
+    share = draw_bits(logits, SamplingConfig(top_p=1.0), generators).float().mean((1, 2))
+    # five standard errors of 5000 draws
+    assert share.tolist() == [pytest.approx(0.8, abs=0.028), pytest.approx(0.98, abs=0.01)]
+    share = draw_bits(logits, SamplingConfig(top_p=0.97), generators).float().mean((1, 2))
+    assert share.tolist() == [pytest.approx(0.8, abs=0.028), 1.0], "top_p drops the weaker option at 0.03 or below"
+    assert (draw_bits(logits, SamplingConfig(top_k=1), generators) == 1).all()
+
+
+def test_pictures_become_bytes():
+    image = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(1, 3, 2, 4)
+    pixels = to_uint8(image)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (1, 2, 4, 3)
+    assert pixels[0, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_what_cannot_be_drawn_is_refused(model, chat):
+    prompt = chat.drawing_prompt("a star", "")
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
+        sample(model, chat, [prompt], [1, 2], SamplingConfig())
+    with pytest.raises(ValueError, match="must end with image_gen_start"):
+        sample(model, chat, [prompt[:-1]], [1], SamplingConfig())
+    with pytest.raises(ValueError, match="positive multiple of 16"):
+        sample(model, chat, [prompt], [1], SamplingConfig(), size=(64, 60))
+
+
+@pytest.mark.parametrize("wrong", [{"tau": 0.0}, {"tau": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"sampling.{next(iter(wrong))}="):
+        SamplingConfig(**wrong)

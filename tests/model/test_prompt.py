@@ -1,0 +1,81 @@
+"""The chat markup: what is marked up, what is learned, and how rows are padded."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import SPECIAL_TOKENS, tiny_checkpoint
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import IGNORED, SYSTEM, ChatFormat
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return ChatFormat(folder, Vargpt.config_class.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def special(chat):
+    return set(chat.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_special_tokens_that_a_user_writes_stay_text(chat, special, token):
+    written = f"a {token} circle"
+    assert special.isdisjoint(chat.text(written))
+    assert chat.tokenizer.decode(chat.text(written)) == written
+    clean, attempted = chat.question("a circle"), chat.question(written)
+    assert [i for i in clean if i in special] == [i for i in attempted if i in special]
+
+
+def test_a_question_is_the_chat_markup(chat):
+    markup = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.tokenizer.decode(chat.question("How many?")) == markup
+
+
+def test_an_answer_is_learned_with_its_end_and_nothing_else(chat):
+    ids, labels = chat.answered("How many circles?", "three")
+    question = chat.question("How many circles?")
+    assert ids == question + chat.text("three") + [chat.im_end]
+    assert labels == [IGNORED] * len(question) + ids[len(question) :]
+
+
+def test_a_drawing_is_the_prompt_the_image_tokens_and_the_closing(chat):
+    config = chat.config
+    ids, labels = chat.drawn("a red circle", "Here:", 21)
+    prompt = chat.drawing_prompt("a red circle", "Here:")
+    closing = [config.image_gen_end_token_id, chat.im_end]
+    assert ids == prompt + [config.image_gen_pad_token_id] * 21 + closing
+    assert prompt[-1] == config.image_gen_start_token_id
+    learned = [*chat.text("Here:"), config.image_gen_start_token_id, *closing]
+    assert [label for label in labels if label != IGNORED] == learned
+    assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+    assert config.image_gen_pad_token_id not in labels
+
+
+def test_understood_pictures_come_first_in_the_users_turn_with_their_features(chat):
+    pictures = chat.pictures([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")])
+    assert pictures.image_grid_thw.dtype == torch.int64
+    assert len(pictures.pixel_values) == pictures.image_grid_thw.prod(1).sum()
+    ids = chat.question("What?", pictures.image_grid_thw)
+    features = pictures.image_grid_thw.prod(1) // 4  # merged two by two
+    assert ids.count(chat.config.image_token_id) == features.sum()
+    start = ids.index(chat.config.vision_start_token_id)
+    end = start + 1 + int(features[0])
+    assert ids[start + 1 : end] == [chat.config.image_token_id] * int(features[0])
+    assert ids[end : end + 2] == [chat.config.vision_end_token_id, chat.config.vision_start_token_id]
+    plain = chat.question("What?")
+    assert ids[:start] == plain[:start], "after the role"
+    without = [i for i in ids if i not in (chat.config.image_token_id, *ids[end : end + 2])]
+    assert without == plain
+
+
+def test_rows_are_padded_on_either_side(chat):
+    rows = [[1, 2, 3], [4]]
+    pad = chat.tokenizer.pad_token_id
+    assert chat.pad(rows, "right").tolist() == [[1, 2, 3], [4, pad, pad]]
+    assert chat.pad(rows, "left").tolist() == [[1, 2, 3], [pad, pad, 4]]
+    assert chat.pad(rows, "right", value=IGNORED, multiple=4).tolist() == [[1, 2, 3, -100], [4, -100, -100, -100]]
+    assert chat.pad(rows, "left", value=0, multiple=4).tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    assert chat.pad([[1] * 8], "right", multiple=8).shape == (1, 8)

@@ -1,0 +1,1 @@
+"""Alignment of a unified visual autoregressive model."""

@@ -1,0 +1,1 @@
+"""The VARGPT-v1.1 model: torch and transformers only."""

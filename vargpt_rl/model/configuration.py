@@ -1,0 +1,66 @@
+"""Configuration of a VARGPT-v1.1 model: Qwen2-VL's own, plus the visual decoder and the image tokenizer.
+
+Defaults are those of the release (7B language model, 2B visual decoder, d = 32 image tokenizer).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
+
+
+@strict
+class DecoderConfig(PreTrainedConfig):
+    """The visual decoder (specification, section 4, step 8)."""
+
+    model_type = "vargpt_decoder"
+    base_config_key = "decoder_config"
+
+    width: int = 2048
+    depth: int = 32
+    heads: int = 16
+    mlp_ratio: int = 4
+    max_scales: int = 15
+    max_unconditional: int = 512
+    norm_eps: float = 1e-6
+
+
+@strict
+class ImageTokenizerConfig(PreTrainedConfig):
+    """The convolutional autoencoder around the bits (specification, section 2)."""
+
+    model_type = "vargpt_image_tokenizer"
+    base_config_key = "image_tokenizer_config"
+
+    bits: int = 32
+    base_channels: int = 128
+    channel_multipliers: list[int] | tuple[int, ...] = (1, 2, 4, 4, 4)
+    blocks_per_level: int = 4
+    norm_groups: int = 32
+
+
+@strict
+class VargptConfig(Qwen2VLConfig):
+    """Everything a VARGPT-v1.1 model is built from; the token ids are those of the release."""
+
+    model_type = "vargpt"
+    sub_configs = {
+        **Qwen2VLConfig.sub_configs,
+        "decoder_config": DecoderConfig,
+        "image_tokenizer_config": ImageTokenizerConfig,
+    }
+
+    decoder_config: dict | PreTrainedConfig | None = None
+    image_tokenizer_config: dict | PreTrainedConfig | None = None
+    image_gen_start_token_id: int = 151657
+    image_gen_end_token_id: int = 151658
+    image_gen_pad_token_id: int = 151659
+
+    def __post_init__(self, **kwargs):
+        for key in ("decoder_config", "image_tokenizer_config"):
+            value = getattr(self, key)
+            if value is None or isinstance(value, dict):
+                setattr(self, key, self.sub_configs[key](**(value or {})))
+        super().__post_init__(**kwargs)
+
+
+AutoConfig.register("vargpt", VargptConfig)

@@ -1,0 +1,255 @@
+"""The visual decoder: an Infinity-style transformer that turns language-model states into the bits of the next scale.
+
+Block-causal over scales, 2-D rotary positions, cosine attention, adaptive layer norm shared by all blocks, and cross
+attention to the prompt's states (specification, section 4, steps 1, 2, 8 and 9; Infinity, section 3.3). The condition
+vector is attention-pooled from a single learned row, so the softmax of that pool is 1 and only its value path is
+computed; its query and key weights are kept so that released checkpoints convert without loss.
+
+Shape legend: N pictures, L image tokens, T prompt positions, C width, h heads, e head width, d bits a token.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vargpt_rl.model.configuration import DecoderConfig
+from vargpt_rl.model.scales import Schedule, grid_positions, scale_index
+
+MAX_LOG_SCALE = 4.605170185988092  # ln 100: cosine attention is never sharper than this
+
+
+class Condition(NamedTuple):
+    """What every layer of the decoder is conditioned on, a row a picture."""
+
+    start_N1C: torch.Tensor  # input of the first scale's only token
+    modulation_N16C: torch.Tensor  # shared adaptive layer norm, before each block's own offset
+    head_N2C: torch.Tensor  # scale and shift of the head's norm
+
+
+class DecoderContext(NamedTuple):
+    """The prompt's states for cross attention; ``mask_NT`` is True where there is one."""
+
+    states_NTC: torch.Tensor
+    mask_NT: torch.Tensor
+
+
+class ScaleCache:
+    """Keys and values of one picture batch over the scales drawn so far, for every block; made for one generation."""
+
+    def __init__(self, depth: int):
+        self.self_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
+        self.cross_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, computed in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class StartPool(nn.Module):
+    """Attention pool over the one start row: a projection of its value (the softmax over one key is 1)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, heads, width // heads) * 0.02)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, row_NC: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.kv(row_NC).chunk(2, -1)[1] + self.v_bias)
+
+
+class ConditionEncoder(nn.Module):
+    """The learned start row (or the unconditional one) -> the condition of every layer. Does not see the prompt."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        c = config.width
+        self.start_embedding = nn.Parameter(torch.randn(c) * 0.02)
+        self.unconditional = nn.Parameter(torch.randn(config.max_unconditional, c) * 0.02)
+        self.norm = RMSNorm(c, config.norm_eps)
+        self.pool = StartPool(c, config.heads)
+        self.start_position = nn.Parameter(torch.randn(1, 1, c) * 0.02)
+        self.modulation = nn.Linear(c, 6 * c)
+        self.head_modulation = nn.Linear(c, 2 * c)
+
+    def forward(self, unconditional_N: torch.Tensor) -> Condition:
+        """bool [N], True where the picture's condition is dropped."""
+        row_NC = torch.where(unconditional_N[:, None], self.unconditional[0], self.start_embedding)
+        cond_NC = self.pool(self.norm(row_NC))
+        active_NC = F.silu(cond_NC)
+        return Condition(
+            cond_NC[:, None] + self.start_position,
+            self.modulation(active_NC).unflatten(1, (1, 6, -1)),
+            self.head_modulation(active_NC).unflatten(1, (2, -1)),
+        )
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a table made while sampling must serve training too
+def _rope_table(schedule: Schedule, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin fp32 [L, e/2]: the first half of the pairs turns with the row, the second half with the column."""
+    quarter = head_width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+    position_L2 = grid_positions(schedule).float()
+    angle = torch.cat([position_L2[:, :1] * frequency, position_L2[:, 1:] * frequency], dim=1)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def _rotate(x_NhLe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the interleaved pairs (2i, 2i+1) in fp32."""
+    even, odd = x_NhLe.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_NhLe.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention: unit-length queries and keys, a learned temperature a head, no key bias."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log())
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_NLC, rope, mask_LL, cache: ScaleCache | None, block: int) -> torch.Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = (self.qkv(x_NLC) + bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q = F.normalize(q.float(), dim=-1, eps=1e-12) * self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+        k = F.normalize(k.float(), dim=-1, eps=1e-12)
+        q, k = _rotate(q, *rope).to(v.dtype), _rotate(k, *rope).to(v.dtype)
+        if cache is not None:
+            if cache.self_kv[block] is not None:
+                past_k, past_v = cache.self_kv[block]
+                k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+            cache.self_kv[block] = (k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=1.0)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Plain attention from image tokens to the prompt's states."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_NLC, context: DecoderContext, cache: ScaleCache | None, block: int) -> torch.Tensor:
+        q = self.q(x_NLC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if cache is not None and cache.cross_kv[block] is not None:
+            k, v = cache.cross_kv[block]
+        else:
+            bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+            kv = (self.kv(context.states_NTC) + bias).unflatten(-1, (2, self.heads, -1))
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                cache.cross_kv[block] = (k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_NT[:, None, None])
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def _drop_path(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
+    """Stochastic depth: drop a picture's whole branch with probability ``rate``, rescale the others."""
+    if rate == 0.0:
+        return branch_NLC
+    keep_N11 = torch.rand(len(branch_NLC), 1, 1, device=branch_NLC.device) >= rate
+    return branch_NLC * keep_N11.to(branch_NLC.dtype) / (1 - rate)
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """Self attention, cross attention, feed-forward; the first and last are modulated and gated, cross is not."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        c = config.width
+        self.index = index
+        self.eps = config.norm_eps
+        self.modulation_offset = nn.Parameter(torch.tensor([0.5, 0.5, 0, 0, 0, 0])[:, None].repeat(1, 1, 1, c))
+        self.self_attention = SelfAttention(c, config.heads)
+        self.cross_norm = nn.LayerNorm(c, eps=config.norm_eps)
+        self.cross_attention = CrossAttention(c, config.heads)
+        self.feed_forward = FeedForward(c, config.mlp_ratio * c)
+
+    def forward(self, x_NLC, modulation_N16C, context, rope, mask_LL, drop_path, cache=None) -> torch.Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = (self.modulation_offset + modulation_N16C).unbind(2)
+        norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
+        branch = self.self_attention(norm * (1 + scale1) + shift1, rope, mask_LL, cache, self.index)
+        x_NLC = x_NLC + _drop_path(gate1 * branch, drop_path)
+        x_NLC = x_NLC + self.cross_attention(self.cross_norm(x_NLC), context, cache, self.index)
+        norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
+        branch = self.feed_forward(norm * (1 + scale2) + shift2)
+        return x_NLC + _drop_path(gate2 * branch, drop_path)
+
+
+class VisualDecoder(nn.Module):
+    """States of the image tokens -> two logits for each bit of the same token: there is no shift."""
+
+    def __init__(self, config: DecoderConfig, bits: int):
+        super().__init__()
+        c = config.width
+        self.config = config
+        self.condition = ConditionEncoder(config)
+        self.word_embedding = nn.Linear(bits, c)
+        self.level_embedding = nn.Embedding(config.max_scales, c)
+        self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.depth))
+        self.head = nn.Linear(c, 2 * bits)
+
+    def forward(
+        self,
+        y_NLC: torch.Tensor,
+        condition: Condition,
+        context: DecoderContext,
+        schedule: Schedule,
+        drop_path: float = 0.0,
+        cache: ScaleCache | None = None,
+        tokens: slice | None = None,
+    ) -> torch.Tensor:
+        """Logits float [N, L, 2d]; channel 2b says "bit b is 0", channel 2b + 1 says "bit b is 1".
+
+        Teacher forced, ``y_NLC`` holds all L tokens and a block-causal mask hides finer scales. With a ``cache``,
+        it holds the tokens of one scale, found at ``tokens`` of the schedule, and sees what the cache holds.
+        """
+        scale_L = scale_index(schedule, y_NLC.device)
+        cos, sin = _rope_table(schedule, self.config.width // self.config.heads, y_NLC.device)
+        mask_LL = None
+        if cache is None:
+            mask_LL = scale_L[:, None] >= scale_L[None, :]
+        else:
+            scale_L, cos, sin = scale_L[tokens], cos[tokens], sin[tokens]
+        x = y_NLC + self.level_embedding(scale_L)
+        for i, block in enumerate(self.blocks):
+            # The rate grows with depth, from 0 to the full one.
+            rate = drop_path * i / max(len(self.blocks) - 1, 1)
+            x = block(x, condition.modulation_N16C, context, (cos, sin), mask_LL, rate, cache)
+        scale_NC, shift_NC = condition.head_N2C.unbind(1)
+        x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
+        return self.head(x * (1 + scale_NC[:, None]) + shift_NC[:, None])

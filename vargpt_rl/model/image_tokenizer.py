@@ -1,0 +1,138 @@
+"""The image tokenizer: a convolutional autoencoder with stride 16 around multi-scale binary spherical quantisation.
+
+Follows the released VAE (specification, section 2). Deviation: the number of groups of the group norms is a setting,
+because the tiny model's narrow layers do not divide into the release's 32.
+
+Shape legend: B batch, H W picture, h w latent grid, d bits a token, L image tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vargpt_rl.model.bits import Quantised, quantise, residual, resize, to_codes, to_map, to_tokens
+from vargpt_rl.model.scales import schedule_for
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        rest = self.conv1(F.silu(self.norm1(x_BChw)))
+        rest = self.conv2(F.silu(self.norm2(rest)))
+        return self.shortcut(x_BChw) + rest
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded by one pixel on the right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x_BChw, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x_BChw, scale_factor=2.0, mode="nearest"))
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        levels, width = [], channels[0]
+        for level, out in enumerate(channels):
+            layers = []
+            for _ in range(blocks):
+                layers.append(ResidualBlock(width, out, groups))
+                width = out
+            if level + 1 < len(channels):
+                layers.append(Downsample(width))
+            levels.append(nn.Sequential(*layers))
+        self.levels = nn.ModuleList(levels)
+        self.middle = nn.Sequential(ResidualBlock(width, width, groups), ResidualBlock(width, width, groups))
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, depth, 3, padding=1)
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(images_B3HW)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int):
+        super().__init__()
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(depth, width, 3, padding=1)
+        self.middle = nn.Sequential(ResidualBlock(width, width, groups), ResidualBlock(width, width, groups))
+        levels = []
+        for level in reversed(range(len(channels))):
+            layers = []
+            for _ in range(blocks + 1):
+                layers.append(ResidualBlock(width, channels[level], groups))
+                width = channels[level]
+            if level:
+                layers.append(Upsample(width))
+            levels.append(nn.Sequential(*layers))
+        self.levels = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, latent_Bdhw: torch.Tensor) -> torch.Tensor:
+        x = self.middle(self.conv_in(latent_Bdhw))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ImageTokenizer(nn.Module):
+    """Pictures in [-1, 1] to bits and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = [config.base_channels * m for m in config.channel_multipliers]
+        args = (channels, config.blocks_per_level, config.norm_groups, config.bits)
+        self.encoder = Encoder(*args)
+        self.decoder = Decoder(*args)
+
+    def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> raw latent features [B, d, H/16, W/16]."""
+        return self.encoder(images_B3HW)
+
+    def encode(self, images_B3HW: torch.Tensor) -> Quantised:
+        """Pictures -> bits and decoder inputs, on the schedule of their size."""
+        return quantise(self.features(images_B3HW), schedule_for(*images_B3HW.shape[-2:]))
+
+    def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
+        """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
+        return self.decoder(summed_Bdhw).clamp(-1, 1)
+
+    def reconstruct(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Differentiable round trip for training the tokenizer; pictures before the clamp.
+
+        Straight-through estimator scale by scale: the gradient of each code is that of the unit-length remainder it
+        rounds, with the coarser scales held constant.
+        """
+        schedule = schedule_for(*images_B3HW.shape[-2:])
+        features = self.features(images_B3HW)
+        summed = torch.zeros_like(features)
+        for grid in schedule:
+            unit = residual(features, summed.detach(), grid)
+            code = to_map(to_codes(to_tokens(unit) > 0, unit.dtype), grid)
+            summed = summed + resize(unit + (code - unit).detach(), schedule[-1])
+        return self.decoder(summed)
