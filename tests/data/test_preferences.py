@@ -1,0 +1,154 @@
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vargpt_rl.data.preferences import COLUMNS, describe, read_table, write_table
+
+
+def row(pair_id: str = "a", **changes) -> dict[str, object]:
+    return {
+        "pair_id": pair_id,
+        "prompt_id": "p",
+        "prompt": "a red circle",
+        "reply": "",
+        "resolution": 256,
+        "chosen_bits": b"\x00\xff",
+        "rejected_bits": b"\x01",
+        "chosen_source": "shapes",
+        "rejected_source": "step-10",
+        "rejected_seed": 1,
+        "rejected_version": 2,
+        "sampling": '{"cfg": 3.0}',
+        "chosen_reward": 1.0,
+        "rejected_reward": None,
+        "reference_chosen_logp": -10.0,
+        "reference_rejected_logp": -12.5,
+        "reference_chosen_by_scale": [-4.0, -6.0],
+        "reference_rejected_by_scale": [-12.5, 0.0],
+        "reference_version": 3,
+    } | changes
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+KINDS = {
+    pa.string(): st.text(st.characters(codec="utf-8")),
+    pa.binary(): st.binary(),
+    pa.int32(): st.integers(-(2**31), 2**31 - 1),
+    pa.int64(): st.integers(-(2**63), 2**63 - 1),
+    pa.float64(): numbers,
+    pa.list_(pa.float64()): st.lists(numbers, max_size=3),
+}
+rows = st.lists(
+    st.fixed_dictionaries({f.name: st.none() | KINDS[f.type] if f.nullable else KINDS[f.type] for f in COLUMNS}),
+    max_size=4,
+    unique_by=lambda row: row["pair_id"],
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows)
+def test_what_is_written_is_read(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "iter-00.parquet"
+        write_table(path, rows)
+        assert [file.name for file in Path(folder).iterdir()] == [path.name]
+        for table in (read_table(path), pd.read_parquet(path)):
+            assert list(table.columns) == COLUMNS.names
+            read = table.to_dict("records")
+            assert [{name: plain(value) for name, value in row.items()} for row in read] == rows
+
+
+def plain(value: object) -> object:
+    """A value as it was before pandas made NaN of None and arrays of lists."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row("a"), row("b"), row("a")], "1 pair ids occur more than once, among them 'a'"),
+        ([row(reference_chosen_logp=math.nan)], "pair 'a': reference_chosen_logp is nan, expected finite numbers"),
+        ([row(reference_rejected_logp=-math.inf)], "pair 'a': reference_rejected_logp is -inf"),
+        ([row(reference_chosen_by_scale=[-1.0, math.nan])], "pair 'a': reference_chosen_by_scale is"),
+        ([row(resolution="256 px")], "column resolution is not of type int32"),
+        ([row(rejected_seed=2**63)], "column rejected_seed is not of type int64"),
+        ([row(chosen_bits=3)], "column chosen_bits is not of type binary"),
+        ([row(prompt=None)], "column prompt has 1 empty values"),
+        ([row(reward=1.0)], "pair 'a': missing or unknown columns: reward"),
+        ([{"pair_id": "a"}], "pair 'a': missing or unknown columns: chosen_bits, "),
+    ],
+)
+def test_bad_rows_are_refused_and_the_old_table_stays(tmp_path, rows, said):
+    path = tmp_path / "iter-00.parquet"
+    write_table(path, [row("old")])
+    with pytest.raises(ValueError, match=f"iter-00.parquet: {said}"):
+        write_table(path, rows)
+    assert list(read_table(path).pair_id) == ["old"]
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "table.parquet"
+    table = pa.Table.from_pylist([row()], schema=COLUMNS)
+    pq.write_table(table.drop_columns(["reply"]), path)
+    with pytest.raises(ValueError, match="table.parquet: column reply is missing"):
+        read_table(path)
+    pq.write_table(table.set_column(4, "resolution", pa.array(["256"])), path)
+    with pytest.raises(ValueError, match="table.parquet: column resolution is of type string, expected int32"):
+        read_table(path)
+    pq.write_table(table.set_column(2, "prompt", pa.array([None], pa.string())), path)
+    with pytest.raises(ValueError, match="table.parquet: column prompt has 1 empty values"):
+        read_table(path)
+    path.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="table.parquet: not a Parquet file"):
+        read_table(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_table(tmp_path / "nowhere")
+
+
+def test_a_table_that_went_through_pandas_is_read(tmp_path):
+    path = tmp_path / "table.parquet"
+    write_table(path, [row("a"), row("b"), row("c")])
+    table = pd.read_parquet(path)
+    table["note"] = "mine"
+    table[table.pair_id != "b"].to_parquet(path)
+    assert list(read_table(path).pair_id) == ["a", "c"]
+    assert list(read_table(path).columns) == COLUMNS.names
+
+
+def test_description(tmp_path):
+    rows = [
+        row("a", rejected_reward=0.0),
+        row("b", rejected_reward=1.0, rejected_bits=b"\x02"),
+        row("c", chosen_source="folder", reference_chosen_logp=-20.0),
+    ]
+    path = tmp_path / "table.parquet"
+    write_table(path, rows)
+    command = [sys.executable, "-m", "vargpt_rl.data.preferences"]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "3 pairs of 1 prompts",
+        "chosen from folder at 256 px: 1",
+        "chosen from shapes at 256 px: 2",
+        "rejected from step-10 at 256 px: 3",
+        "rewards: 2 pairs scored",
+        "reward: chosen 1.0000, rejected 0.5000, chosen wins 50.0%, ties 50.0%",
+        "reference margin: mean -0.83, median 2.50, from -7.50 to 2.50, positive 66.7%",
+        "repeated pair ids: 0",
+        "repeated rejected pictures: 1",
+    ]
+    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert failed.returncode == 1 and "nowhere" in failed.stderr and "Traceback" not in failed.stderr
+    write_table(path, [])
+    assert describe(read_table(path)) == "0 pairs"

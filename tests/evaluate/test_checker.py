@@ -1,0 +1,191 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from vargpt_rl.data import shapes
+from vargpt_rl.data.shapes_tasks import edit
+from vargpt_rl.evaluate import checker
+
+RED, BLUE = shapes.COLOURS["red"], shapes.COLOURS["blue"]
+
+
+def right(number: int, side: int, style: str, blur: float = 0) -> float:
+    """Share of freshly rendered pictures that are accepted with their own caption."""
+    rng = np.random.default_rng(side)
+    accepted = 0
+    for index in range(number):
+        scene = shapes.sample_scene(rng, shapes.TASKS[index % len(shapes.TASKS)])
+        picture = shapes.render(scene, side, style, rng).filter(ImageFilter.GaussianBlur(blur))
+        accepted += checker.check(picture, scene.caption).correct
+    return accepted / number
+
+
+@pytest.mark.parametrize(("side", "least"), [(64, 0.98), (128, 0.995), (256, 0.995)])
+@pytest.mark.parametrize("style", ["clean", "commercial"])
+def test_accepts_right_pictures(style, side, least):
+    assert right(90, side, style) >= least
+
+
+def test_accepts_blurred_pictures():
+    assert right(90, 128, "commercial", blur=1) >= 0.98
+
+
+def test_accepts_corpus_pictures_unless_they_are_wrong(monkeypatch):
+    monkeypatch.setattr(shapes, "WRONG_RATE", 0.0)
+    assert right(90, 128, "corpus") >= 0.97
+    monkeypatch.setattr(shapes, "WRONG_RATE", 1.0)
+    assert right(90, 128, "corpus") <= 0.02
+
+
+@pytest.mark.parametrize("style", ["clean", "commercial"])
+def test_finds_things_where_they_are(style):
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        scene = shapes.sample_scene(rng)
+        found = sorted(checker.find_things(shapes.render(scene, 128, style, rng)), key=lambda t: (t.x, t.y))
+        for thing, true in zip(found, sorted(scene.things, key=lambda t: (t.x, t.y)), strict=True):
+            assert (thing.shape, thing.colour) == (true.shape, true.colour)
+            assert (thing.x, thing.y) == pytest.approx((true.x, true.y), abs=0.01)
+            assert thing.size == pytest.approx(true.size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("caption", "wrong"),
+    [
+        ("a red circle", "a blue circle"),
+        ("a red circle", "a red square"),
+        ("a small circle", "a large circle"),
+        ("a small red circle", "a large red circle"),
+        ("three green squares", "two green squares"),
+        ("three green squares", "three blue squares"),
+        ("a circle and a square", "a circle"),
+        ("a circle and a square", "a circle and a cross"),
+        ("a red circle and a blue square", "a blue circle and a red square"),
+        ("a red circle on the left", "a red circle on the right"),
+        ("a red circle in the centre", "a red circle at the top"),
+        ("a red circle left of a blue square", "a red circle right of a blue square"),
+        ("a red circle above a blue square", "a red circle left of a blue square"),
+    ],
+)
+def test_rejects_another_caption(caption, wrong):
+    rng = np.random.default_rng(4)
+    for _ in range(4):
+        picture = shapes.render(shapes.scene_for(caption, rng), 64, "commercial", rng)
+        assert checker.check(picture, caption) == checker.Check(True, "", tuple(checker.find_things(picture)))
+        verdict = checker.check(picture, wrong)
+        assert not verdict.correct
+        assert verdict.reason
+
+
+def drawn(draw) -> Image.Image:
+    canvas = Image.new("RGB", (128, 128), shapes.BACKGROUND)
+    draw(ImageDraw.Draw(canvas))
+    return canvas
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda d: d.ellipse((20, 40, 98, 100), fill=RED),
+        lambda d: d.rectangle((20, 40, 100, 80), fill=RED),
+        lambda d: d.ellipse((20, 20, 100, 100), outline=RED, width=12),
+        lambda d: d.polygon([(64, 20), (108, 64), (64, 108), (20, 64)], fill=RED),
+        lambda d: d.polygon([(20, 20), (100, 20), (60, 90)], fill=RED),
+        lambda d: d.pieslice((20, 20, 100, 100), 40, 320, fill=RED),
+    ],
+    ids=["ellipse", "bar", "ring", "diamond", "inverted triangle", "cut circle"],
+)
+def test_foreign_shapes_are_unknown(draw):
+    (thing,) = checker.find_things(drawn(draw))
+    assert (thing.shape, thing.colour) == (checker.UNKNOWN, "red")
+
+
+def test_foreign_and_mixed_colours_are_unknown():
+    def two_toned(d):
+        d.rectangle((20, 20, 60, 100), fill=RED)
+        d.rectangle((60, 20, 100, 100), fill=BLUE)
+
+    for draw in (two_toned, lambda d: d.ellipse((20, 20, 90, 90), fill=(90, 90, 90))):
+        (thing,) = checker.find_things(drawn(draw))
+        assert thing.colour == checker.UNKNOWN
+
+
+def test_a_thing_of_unclear_colour_does_not_pass_for_a_shape_of_any_colour():
+    grey = drawn(lambda d: d.ellipse((20, 20, 90, 90), fill=(90, 90, 90)))
+    assert not checker.check(grey, "a circle").correct
+
+
+def test_specks_are_overlooked_and_further_things_are_not():
+    def speck(d):
+        d.ellipse((20, 20, 80, 80), fill=RED)
+        d.rectangle((100, 100, 105, 105), fill=BLUE)
+
+    def further(d):
+        speck(d)
+        d.rectangle((95, 95, 112, 112), fill=BLUE)
+
+    assert checker.check(drawn(speck), "a red circle").correct
+    assert not checker.check(drawn(further), "a red circle").correct
+
+
+def test_empty_picture():
+    verdict = checker.check(Image.new("RGB", (64, 64), shapes.BACKGROUND), "a circle")
+    assert verdict == checker.Check(False, "expected 1 things, found 0", ())
+
+
+def test_refuses_oblong_pictures_and_foreign_captions():
+    with pytest.raises(ValueError, match="128 x 64"):
+        checker.find_things(Image.new("RGB", (128, 64)))
+    with pytest.raises(ValueError, match="a dog"):
+        checker.check(Image.new("RGB", (64, 64)), "a dog")
+
+
+def test_edits():
+    rng = np.random.default_rng(6)
+    for _ in range(60):
+        before = shapes.sample_scene(rng)
+        _, after = edit(before, rng)
+        assert checker.check_edit(before, after, shapes.render(after, 64, "clean", rng)).correct
+        assert not checker.check_edit(before, after, shapes.render(before, 64, "clean", rng)).correct
+
+
+def test_an_edit_may_not_move_or_change_the_rest():
+    rng = np.random.default_rng(0)
+    before = shapes.Scene("", "two_objects", (
+        shapes.Thing("circle", "red", 0.25, 0.25, 0.3), shapes.Thing("square", "blue", 0.7, 0.7, 0.3)
+    ))  # fmt: skip
+    circle, square = before.things
+    green = replace(circle, colour="green")
+    after = replace(before, things=(green, square))
+    new = replace(before, things=(circle, square, shapes.Thing("cross", "green", 0.25, 0.75, 0.25)))
+
+    def verdict(after: shapes.Scene, *things: shapes.Thing) -> bool:
+        return checker.check_edit(
+            before, after, shapes.render(replace(before, things=things), 64, "clean", rng)
+        ).correct
+
+    assert verdict(after, green, square)
+    assert not verdict(after, green, replace(square, x=0.5))
+    assert not verdict(after, green, replace(square, colour="cyan"))
+    assert not verdict(after, green, replace(square, size=0.42))
+    assert not verdict(after, green)
+    assert verdict(new, circle, square, shapes.Thing("cross", "green", 0.7, 0.25, 0.25))
+    assert not verdict(new, circle, square, shapes.Thing("cross", "red", 0.25, 0.75, 0.25))
+
+
+def test_score():
+    rng = np.random.default_rng(0)
+    asked = ["a circle", "a square", "two red circles", "three red circles"]
+    shown = ["a circle", "a square", "two red circles", "four red circles"]
+    pictures = [shapes.render(shapes.scene_for(caption, rng), 64, "clean", rng) for caption in shown]
+    result = checker.score(pictures, asked)
+    assert result == {
+        "single_object": 1.0, "counting": 0.5, "overall": 0.75, "overall_stderr": pytest.approx((0.25 / 2) ** 0.5 / 2),
+        "n": 4,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no pictures"):
+        checker.score([], [])
+    with pytest.raises(ValueError, match="zip"):
+        checker.score(pictures, asked[:1])

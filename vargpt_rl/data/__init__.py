@@ -1,0 +1,1 @@
+"""Where pictures, captions, questions and edits come from."""

@@ -1,0 +1,47 @@
+"""Where bad records go: each is written down with its reason and counted, so that none is skipped in silence."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+LONGEST_RECORD = 500  # characters kept of a record
+
+
+class Quarantine:
+    """Bad records, appended to the JSON lines file ``path`` and counted by reason.
+
+    ``counts`` has every record, ``lost`` the number of those that could not be used at all.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        # A resumed run reads its data again; what it finds again is counted but not written twice.
+        self._written = set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else set()
+        self.counts: Counter[str] = Counter()
+        self.lost = 0
+
+    def add(self, source: str, record: str, reason: str, *, lost: bool = True) -> None:
+        """Writes ``record`` down. ``source`` is its file and line, ``reason`` one of a few set phrases.
+
+        ``lost`` is False for what is only worth knowing, such as a file that nothing refers to: `check` passes it over.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"source": source, "reason": reason, "lost": lost, "record": record[:LONGEST_RECORD]})
+        if line not in self._written:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self._written.add(line)
+        self.counts[reason] += 1
+        self.lost += lost
+
+    def table(self) -> str:
+        """The counts, a reason a line, the most frequent first."""
+        return "\n".join(f"{count:8d}  {reason}" for reason, count in self.counts.most_common())
+
+    def check(self, total: int, max_bad_fraction: float) -> None:
+        """Raises ValueError where more than ``max_bad_fraction`` of ``total`` records are lost."""
+        if self.lost > max_bad_fraction * total:
+            raise ValueError(
+                f"{self.lost} of {total} records are bad, more than the permitted share of {max_bad_fraction} "
+                f"(each with its reason in {self.path}):\n{self.table()}"
+            )

@@ -1,0 +1,353 @@
+"""Where pictures and prompts come from: the shapes world, or a folder of captioned pictures.
+
+A picture is named by a key, a string that travels in place of pixels; only the process that needs the picture loads
+it. `prompts_from_file` reads prompts alone.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vargpt_rl.data import shapes, shapes_tasks
+from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.types import Prompt, Record
+
+REPLY = "Here is the picture."
+SPLITS = ("train", "held_out")
+
+
+class Source(Protocol):
+    """Pictures with their prompts. Pickled into rollout workers, so it holds a config and small tables only."""
+
+    name: str
+
+    def load(self, key: str, side: int) -> Image.Image:
+        """The picture of ``key``, RGB, ``side`` pixels wide and high. Raises ValueError for one that is unreadable."""
+
+    def records(self, count: int, seed: int) -> list[Record]:
+        """``count`` training pictures for SFT; they repeat in cycles where there are not as many."""
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        """``count`` prompts of a split ("train" or "held_out"), or as many different ones as there are."""
+
+    def winner_key(self, prompt: Prompt) -> str | None:
+        """The key of the stronger system's picture for ``prompt``, or None if there is none."""
+
+
+def _stable_int(text: str) -> int:
+    """A number from 0 to 2**64 - 1 that is the same for ``text`` in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """Styles (of `shapes.STYLES`) of the SFT corpus and of the stronger system's pictures."""
+
+    corpus_style: str = "corpus"
+    winner_style: str = "commercial"
+
+    def __post_init__(self):
+        for style in (self.corpus_style, self.winner_style):
+            if style not in shapes.STYLES:
+                raise ValueError(f"unknown shapes style {style!r}, expected one of {shapes.STYLES}")
+
+
+class ShapesSource:
+    """The shapes world, drawn on demand.
+
+    A key is "<kind>/<seed>/<caption>": the seed lays out the caption's scene. The kind is the style to draw it in, or
+    "edited" for the scene after the edit that follows from the same seed.
+    """
+
+    name = "shapes"
+
+    def __init__(self, config: ShapesConfig):
+        self.config = config
+
+    def scene(self, key: str) -> shapes.Scene:
+        """The scene that the picture of ``key`` shows. Raises ValueError for a malformed key."""
+        return self._rebuild(key)[1]
+
+    def load(self, key: str, side: int) -> Image.Image:
+        style, scene, rng = self._rebuild(key)
+        return shapes.render(scene, side, style, rng)
+
+    def _rebuild(self, key: str) -> tuple[str, shapes.Scene, np.random.Generator]:
+        match = re.fullmatch(r"(\w+)/([0-9]+)/(.+)", key)
+        if not match:
+            raise ValueError(f"shapes key {key!r}: expected '<style>/<seed>/<caption>'")
+        kind, seed, caption = match.groups()
+        rng = np.random.default_rng(int(seed))
+        scene = shapes.scene_for(caption, rng)
+        if kind != "edited":
+            return kind, scene, rng
+        return self.config.winner_style, shapes_tasks.edit(scene, rng)[1], rng
+
+    def records(self, count: int, seed: int) -> list[Record]:
+        return [
+            Record(prompt.id, prompt, f"{self.config.corpus_style}/{_stable_int(f'corpus {prompt.id}')}/{prompt.text}")
+            for prompt in self.prompts("train", count, seed)
+        ]
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        return [
+            Prompt(f"shapes-{split}-{seed}-{index}", caption, REPLY)
+            for index, caption in enumerate(_captions(split, count, seed))
+        ]
+
+    def winner_key(self, prompt: Prompt) -> str | None:
+        try:
+            shapes.parse(prompt.text)
+        except ValueError:
+            return None
+        return f"{self.config.winner_style}/{_stable_int(f'winner {prompt.id}')}/{prompt.text}"
+
+    def questions(self, count: int, seed: int, split: str) -> list[tuple[str, str, str]]:
+        """``count`` times the key of a plain or winner-style picture, a question about it and the answer."""
+        asked = []
+        for index, caption in enumerate(_captions(split, count, seed)):
+            style = ("clean", self.config.winner_style)[index % 2]
+            key = f"{style}/{_stable_int(f'question {split} {seed} {index}')}/{caption}"
+            _, scene, rng = self._rebuild(key)
+            asked.append((key, *shapes_tasks.question(scene, rng)))
+        return asked
+
+    def edits(self, count: int, seed: int, split: str = "train") -> list[tuple[str, str, str]]:
+        """``count`` times the key of a winner-style picture, an instruction, and the key of the picture after it."""
+        edits = []
+        for index, caption in enumerate(_captions(split, count, seed)):
+            layout = f"{_stable_int(f'edit {split} {seed} {index}')}/{caption}"
+            before = f"{self.config.winner_style}/{layout}"
+            _, scene, rng = self._rebuild(before)
+            edits.append((before, shapes_tasks.edit(scene, rng)[0], f"edited/{layout}"))
+        return edits
+
+
+def _captions(split: str, count: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [shapes.sample_scene(rng, split=split).caption for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class CaptionedConfig:
+    """A JSON lines file of captions, a folder of their pictures, and one of a stronger system's under the same names.
+
+    The ``*_field`` are keys of the caption lines; pictures with alpha are laid on ``background`` (RGB); pictures of
+    more than ``max_pixels`` are refused.
+    """
+
+    captions: str
+    images: str
+    winners: str
+    image_field: str = "file"
+    caption_field: str = "caption"
+    id_field: str = "id"
+    held_out_fraction: float = 0.1
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: int = 64_000_000
+
+    def __post_init__(self):
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction is {self.held_out_fraction}, expected 0 or more and less than 1")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    prompt: Prompt
+    file: str
+
+
+class CaptionedSource:
+    """Captioned pictures of one's own. Keys are "images/<file>" and "winners/<file>".
+
+    Reading the captions quarantines malformed lines and those whose picture is missing. Pictures and winners that no
+    caption names, and captions without a winner (good for SFT, not for pairs), are noted there as well. ``lines`` is
+    how many captions were read: the total to check the quarantine against. Raises ValueError where the file or a
+    folder is missing, or no caption is usable.
+    """
+
+    name = "captioned"
+
+    def __init__(self, config: CaptionedConfig, quarantine: Quarantine):
+        self.config = config
+        # Workers run in other directories, hence absolute.
+        self._folders = {"images": _folder(config.images), "winners": _folder(config.winners)}
+        lines = _lines(Path(config.captions))
+        self.lines = len(lines)
+        self._entries: dict[str, _Entry] = {}
+        self._with_winner: set[str] = set()
+        named: set[str] = set()
+        for where, line in lines:
+            try:
+                entry = self._entry(line)
+                named.add(entry.file)
+                self._admit(entry)
+            except ValueError as fault:
+                quarantine.add(where, _readable(line), str(fault))
+                continue
+            if self._exists("winners", entry.file):
+                self._with_winner.add(entry.prompt.id)
+            else:
+                quarantine.add(where, _readable(line), "caption without a winner", lost=False)
+        for kind, fault in (("images", "picture without a caption"), ("winners", "winner without a prompt")):
+            for file in sorted(_pictures(self._folders[kind]) - named):
+                quarantine.add(str(self._folders[kind] / file), file, fault, lost=False)
+        if not self._entries:
+            raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
+
+    def _entry(self, line: bytes) -> _Entry:
+        """Raises ValueError with the reason where the line is malformed."""
+        names = (self.config.id_field, self.config.caption_field, self.config.image_field)
+        identity, caption, file = _fields(line, names)
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f'"{self.config.image_field}" leaves the picture folder')
+        return _Entry(Prompt(identity, caption, REPLY), str(path))
+
+    def _admit(self, entry: _Entry) -> None:
+        if entry.prompt.id in self._entries:
+            raise ValueError(f'"{self.config.id_field}" is that of an earlier line')
+        if not self._exists("images", entry.file):
+            raise ValueError("caption without a picture")
+        self._entries[entry.prompt.id] = entry
+
+    def _exists(self, kind: str, file: str) -> bool:
+        return os.path.isfile(self._folders[kind] / file)  # False, unlike Path.is_file, for names no file can have
+
+    def load(self, key: str, side: int) -> Image.Image:
+        kind, _, file = key.partition("/")
+        if kind not in self._folders or not file:
+            raise ValueError(f"picture key {key!r}: expected 'images/<file>' or 'winners/<file>'")
+        path = self._folders[kind] / file
+        try:
+            return self._read(path, side)
+        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+            raise ValueError(f"{path}: not a readable picture: {error}") from error
+
+    def _read(self, path: Path, side: int) -> Image.Image:
+        with Image.open(path) as image:
+            if image.width * image.height > self.config.max_pixels:
+                raise ValueError(f"{image.width} x {image.height} is more than {self.config.max_pixels} pixels")
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # converting would clip all that is brighter than 255 of 65535
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, (*self.config.background, 255))
+            canvas.alpha_composite(image.convert("RGBA"))
+            image = canvas
+        return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+
+    def records(self, count: int, seed: int) -> list[Record]:
+        entries = self._shuffled("train", seed)
+        repeated = (entries[index % len(entries)] for index in range(count))
+        return [Record(entry.prompt.id, entry.prompt, f"images/{entry.file}") for entry in repeated]
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        return [entry.prompt for entry in self._shuffled(split, seed)[:count]]
+
+    def _shuffled(self, split: str, seed: int) -> list[_Entry]:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
+        entries = [e for e in self._entries.values() if self._is_held_out(e.prompt.id) == (split == "held_out")]
+        if not entries:
+            share = self.config.held_out_fraction
+            raise ValueError(f"{self.config.captions}: no {split} captions (held_out_fraction is {share})")
+        return [entries[index] for index in np.random.default_rng(seed).permutation(len(entries))]
+
+    def _is_held_out(self, identity: str) -> bool:
+        return _stable_int(f"held out {identity}") < self.config.held_out_fraction * 2**64
+
+    def winner_key(self, prompt: Prompt) -> str | None:
+        return f"winners/{self._entries[prompt.id].file}" if prompt.id in self._with_winner else None
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{path}: no such folder of pictures")
+    return folder
+
+
+def _pictures(folder: Path) -> set[str]:
+    """The picture files below ``folder``, relative to it."""
+    suffixes = Image.registered_extensions()
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
+    """The different prompts of a file: a .txt with one a line, or a .jsonl with key "prompt".
+
+    Malformed lines and repeated prompts are quarantined, the latter as not lost. Raises ValueError where the file is
+    missing, of another kind, or without a usable prompt.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: expected a .txt or .jsonl file of prompts")
+    prompts: dict[str, Prompt] = {}
+    for where, line in _lines(path):
+        try:
+            text = _fields(line, ("prompt",))[0] if path.suffix == ".jsonl" else _decoded(line).strip()
+        except ValueError as fault:
+            quarantine.add(where, _readable(line), str(fault))
+            continue
+        if text in prompts:
+            quarantine.add(where, _readable(line), "prompt of an earlier line", lost=False)
+        else:
+            prompts[text] = Prompt(f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
+    if not prompts:
+        raise ValueError(f"{path}: no usable prompt")
+    return list(prompts.values())
+
+
+def _lines(path: Path) -> list[tuple[str, bytes]]:
+    """The lines of a file that are not blank, each with "<file>:<line>"."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+
+
+def _readable(line: bytes) -> str:
+    return line.decode(errors="backslashreplace").strip()
+
+
+def _fields(line: bytes, names: Sequence[str]) -> list[str]:
+    """The texts under ``names`` in a line that is a JSON object. Raises ValueError with the reason if malformed."""
+    try:
+        record = json.loads(_decoded(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: too deeply nested") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} where a JSON object is expected")
+    return [_text(record, name) for name in names]
+
+
+def _text(record: dict[str, object], name: str) -> str:
+    if name not in record:
+        raise ValueError(f'"{name}" is missing')
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is of type {type(value).__name__}, expected str')
+    if not value.strip():
+        raise ValueError(f'"{name}" is empty')
+    if re.search("[\0\ud800-\udfff]", value):  # half characters, which JSON can spell but UTF-8 cannot
+        raise ValueError(f'"{name}" has characters that are no text')
+    return value

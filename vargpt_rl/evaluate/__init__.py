@@ -1,0 +1,1 @@
+"""How what the model makes is judged."""
