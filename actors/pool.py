@@ -1,0 +1,253 @@
+"""The pool of rollout workers: splits work over them, survives their deaths, and publishes new weights to all.
+
+A batch that dies with its worker is given to another one; a replacement is started and replays the published weight
+sets before it serves. Errors of the work itself (a bad reward, a bad size) are not retried: they reach the caller as
+they were raised.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
+from tqdm import tqdm
+
+from actors.resources import Plan, RolloutConfig
+from actors.weights import SwapReport, checksum, load_weights, size_of
+from actors.worker import Drawn, Encoded, Failure, PictureSource, Rewards, RolloutWorker, Score
+from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.model.generate import SamplingConfig
+
+Progress = Callable[[str, int, int], None]
+"""Called with (label, items done, items in all)."""
+
+
+_LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""How Ray says that a worker, or the node that held its answer, is gone."""
+
+
+class _WeightSet(NamedTuple):
+    """A published set, kept in the object store for workers yet to come."""
+
+    version: int
+    checksum: str
+    names: frozenset[str]
+    tensors: ray.ObjectRef
+
+
+class _Call(NamedTuple):
+    """A batch in the hands of a worker: which of the batches, and since when (monotonic seconds)."""
+
+    worker: ActorHandle
+    batch: int
+    since: float
+
+
+class _Start(NamedTuple):
+    """A worker that is loading its model, then replaying the published sets (a call each), since when."""
+
+    worker: ActorHandle
+    replayed: list[ray.ObjectRef]
+    since: float
+
+
+class RolloutPool:
+    """``plan.workers`` rollout workers, all started with ``checkpoint``; returns when they are ready.
+
+    ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
+    replacements, ``events`` says in words what happened. Not to be used by several threads at once.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        plan: Plan,
+        checkpoint: str,
+        source: PictureSource,
+        progress: Progress | None = None,
+    ):
+        self.config = config
+        self.plan = plan
+        self.progress = progress
+        self.version = 0
+        self.restarts = 0
+        self.events: list[str] = []
+        self._checkpoint = str(checkpoint)
+        self._source = ray.put(source)
+        self._published: list[_WeightSet] = []
+        self._starting: dict[ray.ObjectRef, _Start] = {}
+        self._workers = [self._start() for _ in range(plan.workers)]
+        ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
+        self._starting.clear()
+
+    # Work
+
+    def draw(
+        self, prompts: list[Prompt], seeds: list[int], resolution: int, sampling: SamplingConfig, checkpoint: str
+    ) -> list[Sample]:
+        """One picture for each prompt and seed; ``checkpoint`` names, in the samples, what the weights are of."""
+        jobs = list(zip(prompts, seeds, strict=True))
+        return self.map("draw", jobs, resolution, sampling, checkpoint, label="draw")
+
+    def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
+        """Pictures of the source as bits and features."""
+        return self.map("encode", keys, resolution, label="encode")
+
+    def score(self, items: list[Drawn], resolution: int, batch_size: int | None = None) -> list[Score]:
+        """Log-probability of each picture's bits given its prompt, in batches of ``batch_size`` if it matters."""
+        return self.map("score", items, resolution, label="score", batch_size=batch_size)
+
+    def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
+        """What ``rewards`` says of each picture; it runs in the workers."""
+        return self.map("reward", items, resolution, ray.put(rewards), label="reward")
+
+    def pictures(self, items: list[Drawn], resolution: int, folder: str, names: list[str]) -> list[Path]:
+        """Write each picture as a PNG of that name; returns the paths."""
+        named = list(zip(items, names, strict=True))
+        return self.map("pictures", named, resolution, str(folder), label="pictures")
+
+    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
+        """Answer in words to each (picture key, question)."""
+        return self.map("answer", questions, side, max_new_tokens, label="answer")
+
+    def map(self, method: str, items: list, *args: Any, label: str, batch_size: int | None = None) -> list:
+        """``method(batch, *args)`` of the workers over all items, in batches; exactly one result an item, in order.
+
+        RuntimeError after more than ``max_restarts`` deaths; an exception of the method itself comes through at once.
+        """
+        size = batch_size or self.config.batch_size
+        batches = [items[at : at + size] for at in range(0, len(items), size)]
+        waiting = deque(range(len(batches)))
+        running: dict[ray.ObjectRef, _Call] = {}
+        results: dict[int, list] = {}
+        with tqdm(total=len(items), desc=label, file=sys.stderr, disable=self.progress is not None) as bar:
+            while len(results) < len(batches):
+                for worker in self._idle(running):
+                    if waiting:
+                        batch = waiting.popleft()
+                        ref = getattr(worker, method).remote(batches[batch], *args)
+                        running[ref] = _Call(worker, batch, time.monotonic())
+                for call, outcome in self._settle(running):
+                    if outcome is None:
+                        waiting.appendleft(call.batch)
+                        self._replace(call.worker, label)
+                        continue
+                    results[call.batch] = outcome
+                    bar.update(len(outcome))
+                    if self.progress:
+                        self.progress(label, sum(map(len, results.values())), len(items))
+        return [result for batch in range(len(batches)) for result in results[batch]]
+
+    def _idle(self, running: dict[ray.ObjectRef, _Call]) -> list[ActorHandle]:
+        busy = {call.worker for call in running.values()} | {start.worker for start in self._starting.values()}
+        return [worker for worker in self._workers if worker not in busy]
+
+    def _settle(self, running: dict[ray.ObjectRef, _Call]) -> list[tuple[_Call, list | None]]:
+        """Wait for news; take what is over off ``running``: calls with their results, None where the worker is lost."""
+        limit = self.config.call_timeout_s
+        since = [begun.since for begun in (*running.values(), *self._starting.values())]
+        ready, _ = ray.wait([*running, *self._starting], timeout=max(0.0, min(since) + limit - time.monotonic()))
+        settled: list[tuple[_Call, list | None]] = []
+        for ref in ready:
+            if ref in self._starting:
+                self._started(ref)
+                continue
+            call = running.pop(ref)
+            try:
+                settled.append((call, ray.get(ref)))
+            except _LOST:
+                settled.append((call, None))
+        now = time.monotonic()
+        for start in [start for start in self._starting.values() if now - start.since >= limit]:
+            self._replace(start.worker, "starting")
+        late = [ref for ref, call in running.items() if now - call.since >= limit]
+        return settled + [(running.pop(ref), None) for ref in late]
+
+    # Weights
+
+    def publish(self, path: Path, version: int) -> SwapReport:
+        """Swap a safetensors file into every worker. ValueError unless ``version`` is above the last one.
+
+        An earlier set whose names are all in this one is superseded, and leaves the object store.
+        """
+        if version <= self.version:
+            raise ValueError(f"version {version} published after version {self.version}: versions only grow")
+        start = time.perf_counter()
+        tensors = load_weights(path)
+        expected, size, names = checksum(tensors), size_of(tensors), frozenset(tensors)
+        self._published = [old for old in self._published if not old.names <= names]
+        weight_set = _WeightSet(version, expected, names, ray.put(tensors))
+        del tensors
+        self._published.append(weight_set)
+        self.version = version
+        answers = self._every("receive", version, expected, weight_set.tensors)
+        seconds = time.perf_counter() - start
+        verified = all((answer["version"], answer["checksum"]) == (version, expected) for answer in answers)
+        return SwapReport(version, expected, size, seconds, size / seconds / 1e9, len(answers), verified)
+
+    def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
+        """The same picture's log-probability from every worker: equal numbers where the weights are equal."""
+        return [scores[0].total for scores in self._every("score", [(prompt, bits)], resolution)]
+
+    # Workers
+
+    def status(self) -> list[dict[str, int | str]]:
+        """Version, checksum, process and place of every worker."""
+        return self._every("status")
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers, self._published = [], []
+
+    def _every(self, method: str, *args: Any) -> list:
+        """One call to every worker, all at once; a lost one's place is taken, and answered, by its replacement."""
+        calls = [(worker, getattr(worker, method).remote(*args)) for worker in self._workers]
+        answers = []
+        for worker, ref in calls:
+            while True:
+                try:
+                    answers.append(ray.get(ref, timeout=self.config.call_timeout_s))
+                    break
+                except (*_LOST, GetTimeoutError):
+                    worker = self._replace(worker, method)
+                    ref = getattr(worker, method).remote(*args)
+        return answers
+
+    def _start(self) -> ActorHandle:
+        """A new worker; calls to it queue behind its replay of the published sets."""
+        plan = self.plan
+        options = {**plan.worker_options, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
+        worker = RolloutWorker.options(**options).remote(
+            self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
+        )
+        replayed = [worker.receive.remote(old.version, old.checksum, old.tensors) for old in self._published]
+        self._starting[worker.status.remote()] = _Start(worker, replayed, time.monotonic())
+        return worker
+
+    def _started(self, ref: ray.ObjectRef) -> None:
+        """A worker has come up, or died trying. An error of the replay is raised: its weights are not the published."""
+        start = self._starting.pop(ref)
+        try:
+            ray.get([*start.replayed, ref])
+        except _LOST:
+            self._replace(start.worker, "starting")
+
+    def _replace(self, worker: ActorHandle, during: str) -> ActorHandle:
+        """Make sure that a lost worker is gone and start another in its place. RuntimeError after too many."""
+        ray.kill(worker)
+        self._starting = {ref: start for ref, start in self._starting.items() if start.worker != worker}
+        self.restarts += 1
+        place = self._workers.index(worker)
+        limit = self.config.max_restarts
+        self.events.append(f"worker {place} lost during {during}: restart {self.restarts} of {limit}")
+        if self.restarts > limit:
+            raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
+        self._workers[place] = self._start()
+        return self._workers[place]

@@ -1,0 +1,202 @@
+"""The rollout side of an iteration: encode pictures, serve weights, draw, build and score pairs, evaluate.
+
+Everything here is done by the pool's workers; this module says what and keeps the books.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from actors.pool import RolloutPool
+from actors.worker import Drawn, Failure
+from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.data.preferences import read_table, write_table
+from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.sources import Source
+from vargpt_rl.data.types import Probe, Prompt, Record, Sample, Winner
+from vargpt_rl.evaluate.held_out import mean_and_error, preference_scores, shapes_check, task_scores
+from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.run import Run
+
+PROBE_TOLERANCE = 1e-3
+"""Nats by which learner and worker may differ on one picture in fp32: the order of additions, over all its bits."""
+
+
+def seeds_for(count: int, *purpose: int) -> list[int]:
+    """Seeds that depend on what they are for and on nothing else."""
+    return np.random.SeedSequence(purpose).generate_state(count).tolist()
+
+
+class Rollouts:
+    """What a run asks of its workers. ``serve`` decides which weights they hold; everything else uses those."""
+
+    def __init__(self, pool: RolloutPool, source: Source, run: Run, quarantine: Quarantine, sampling: SamplingConfig):
+        self.pool, self.source, self.run, self.quarantine, self.sampling = pool, source, run, quarantine, sampling
+        self.owners: dict[str, Path] = {}  # which weight set each tensor in the workers is from
+        pool.version = run.state["version"]
+
+    # Weights
+
+    def serve(self, weights: tuple[Path, ...]) -> dict:
+        """Swap the workers to the model that these weight sets add up to; what it took. Only what differs travels."""
+        wanted: dict[str, Path] = {}
+        for directory in weights:
+            with safe_open(check_checkpoint(directory), framework="np") as file:
+                wanted |= dict.fromkeys(file.keys(), directory)
+        if stale := self.owners.keys() - wanted.keys():
+            raise RuntimeError(f"workers hold {len(stale)} tensors that {weights} do not set, among them {min(stale)}")
+        swap = {"version": self.pool.version, "bytes": 0, "seconds": 0.0, "verified": True}
+        for directory in weights:
+            if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
+                report = self.pool.publish(check_checkpoint(directory), self.pool.version + 1)
+                if not report.verified:
+                    raise RuntimeError(f"{directory}: workers report other weights than version {report.version}")
+                self.run.log("swap", report.version, {key: v for key, v in asdict(report).items() if key != "checksum"})
+                swap = {
+                    "version": report.version,
+                    "bytes": swap["bytes"] + report.bytes,
+                    "seconds": swap["seconds"] + report.seconds,
+                    "verified": True,
+                }
+        self.owners = wanted
+        self.run.state["version"] = self.pool.version
+        self.run.save()
+        return swap
+
+    def agree(self, probe: Probe, learner: float) -> float:
+        """The largest difference in nats between the learner's and the workers' score of the probe.
+
+        RuntimeError when it is above the tolerance: the weights that serve are not those that were trained.
+        """
+        workers = self.pool.probe(probe.prompt, probe.bits, probe.resolution)
+        worst = max(abs(value - learner) for value in workers)
+        if not worst <= PROBE_TOLERANCE + 1e-6 * abs(learner):
+            raise RuntimeError(f"after the swap workers score the probe {workers}, the learner {learner}")
+        return worst
+
+    # Pictures of the data source
+
+    def encode_corpus(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
+        """Encode training pictures into ``folder`` (see ``learners.sft.Drawings``); the first one is the probe."""
+        kept, features, probe = [], [], None
+        for record, result in zip(records, self.pool.encode([r.picture for r in records], resolution), strict=True):
+            if isinstance(result, Failure):
+                self.quarantine.add(record.picture, record.prompt.text, result.reason)
+                continue
+            kept.append(record)
+            features.append(result.features)
+            probe = probe or Probe(record.prompt, result.bits, resolution)
+        if probe is None:
+            raise ValueError(f"none of {len(records)} training pictures could be read; see {self.quarantine.path}")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"features": np.stack(features)}, folder / "features.safetensors")
+        lines = [json.dumps(asdict(record.prompt)) for record in kept]
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        return {"pictures": len(kept), "failed": len(records) - len(kept)}, probe
+
+    def encode_winners(self, prompts: list[Prompt], resolution: int) -> dict[str, Winner]:
+        """The stronger system's pictures as bits, by prompt id; a prompt without one, or unreadable, is left out."""
+        keys = {prompt.id: key for prompt in prompts if (key := self.source.winner_key(prompt)) is not None}
+        with_winner = [prompt for prompt in prompts if prompt.id in keys]
+        winners = {}
+        for prompt, result in zip(
+            with_winner, self.pool.encode([keys[p.id] for p in with_winner], resolution), strict=True
+        ):
+            if isinstance(result, Failure):
+                self.quarantine.add(result.key, prompt.text, result.reason)
+            else:
+                winners[prompt.id] = Winner(prompt, result.bits, resolution, keys[prompt.id])
+        return winners
+
+    # Drawing and pairs
+
+    def draw(self, prompts: list[Prompt], seeds: list[int], resolution: int, name: str) -> tuple[list[Sample], float]:
+        """Draw with the weights being served, called ``name`` in the samples; also the seconds it took."""
+        began = time.perf_counter()
+        samples = self.pool.draw(prompts, seeds, resolution, self.sampling, name)
+        return samples, time.perf_counter() - began
+
+    def write_pairs(
+        self, path: Path, samples: list[Sample], builder: Callable, reward: Callable | None, micro_batch: int
+    ) -> dict:
+        """Build pairs of samples and winners, score both sides with the weights being served, and write the table.
+
+        Rows are written in a random order and scored in the very micro-batches that the learner trains on first, so
+        that at step 0 both sides run the same kernels on the same shapes and agree to the last bit, or nearly.
+        """
+        prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
+        winners = self.encode_winners(prompts, samples[0].resolution)
+        rewards = self._rewards(samples, winners, reward)
+        pairs, dropped = builder(samples, winners, *rewards)
+        if not pairs:
+            raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
+        resolution = samples[0].resolution
+        pairs = [pairs[i] for i in np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))]
+        groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
+        items = []
+        for group in groups:  # ordered as the learner's batches are: [all chosen, all rejected]
+            items += [(pair.prompt, pair.chosen) for pair in group] + [(pair.prompt, pair.rejected) for pair in group]
+        scores = iter(self.pool.score(items, resolution, batch_size=2 * micro_batch))
+        rows = []
+        for group in groups:
+            chosen, rejected = ([next(scores) for _ in group] for _ in range(2))
+            rows += [p.row(c, r, self.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(path, rows)
+        return {"built": len(pairs), "dropped": sum(dropped.values()), "dropped_by_reason": dict(dropped)}
+
+    def _rewards(self, samples: list[Sample], winners: dict[str, Winner], reward: Callable | None) -> tuple:
+        if reward is None:
+            return None, None
+        resolution = samples[0].resolution
+        of_samples = self.pool.reward([(s.prompt, s.bits) for s in samples], resolution, reward)
+        of_winners = self.pool.reward([(w.prompt, w.bits) for w in winners.values()], resolution, reward)
+        return of_samples, dict(zip(winners, of_winners, strict=True))
+
+    # Evaluation
+
+    def score_drawings(self, samples: list[Sample], reward: Callable | None) -> dict:
+        """Held-out score of drawn pictures: the exact check in the shapes world, elsewhere the mean reward if any."""
+        items: list[Drawn] = [(sample.prompt, sample.bits) for sample in samples]
+        if self.source.name == "shapes":
+            correct = self.pool.reward(items, samples[0].resolution, shapes_check)
+            return task_scores([sample.prompt.text for sample in samples], correct)
+        if reward is None:
+            return {"n": len(samples)}
+        values = [v for v in self.pool.reward(items, samples[0].resolution, reward) if v is not None]
+        mean, error = mean_and_error(values)
+        return {"overall": mean, "overall_stderr": error, "n": len(values), "unscored": len(samples) - len(values)}
+
+    def prefer(self, table: Path, beta: float) -> dict[str, float]:
+        """The weights being served on a table of held-out pairs, against the reference scores in it."""
+        rows = read_table(table)
+        resolution = int(rows.resolution[0])
+        prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+        scores = {
+            side: [s.total for s in self.pool.score(list(zip(prompts, rows[f"{side}_bits"], strict=True)), resolution)]
+            for side in ("chosen", "rejected")
+        }
+        references = rows.reference_chosen_logp, rows.reference_rejected_logp
+        return preference_scores(scores["chosen"], scores["rejected"], *references, beta)
+
+    def answer_questions(self, count: int, side: int) -> dict[str, float]:
+        """Share of held-out questions answered in exactly the right words; empty where the source has none."""
+        if count == 0 or not hasattr(self.source, "questions"):
+            return {}
+        rows = self.source.questions(count, 0, "held_out")
+        answers = self.pool.answer([(key, question) for key, question, _ in rows], side)
+        right = [float(answer == truth) for answer, (_, _, truth) in zip(answers, rows, strict=True)]
+        accuracy, error = mean_and_error(right)
+        return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}
+
+    def draw_row(self, samples: list[Sample], folder: Path, name: str) -> list[Path]:
+        """Write samples as ``folder/name-NN.png``, a row of the sample grid."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{name}-{i:02d}.png" for i in range(len(samples))]
+        return self.pool.pictures([(s.prompt, s.bits) for s in samples], samples[0].resolution, str(folder), names)

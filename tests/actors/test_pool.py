@@ -1,0 +1,143 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from safetensors.torch import load_file, save_file
+
+from actors.pool import RolloutPool
+from actors.resources import RolloutConfig, plan
+from actors.weights import checksum, load_weights
+from actors.worker import Failure
+from tests.tiny import Patches, tiny_checkpoint
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.model.generate import SamplingConfig
+
+SIDE = 64
+SAMPLING = SamplingConfig(cfg=1.0)
+PROMPTS = [Prompt(f"p{i}", f"{'a red circle ' * (i % 3)}and {i} stars") for i in range(20)]
+SEEDS = list(range(20))
+
+
+def deadly_patches(marker: Path) -> Patches:
+    """A source that hangs on ``"hang"``, and on ``"die"`` kills its own process, once in the life of ``marker``."""
+
+    class DeadlyPatches(Patches):  # defined in here, so that it travels to the workers by value
+        def load(self, key, side):
+            if key == "hang":
+                time.sleep(60)
+            if key == "die":
+                if not marker.exists():
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                key = "black"
+            return super().load(key, side)
+
+    return DeadlyPatches()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray.cluster_resources()
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(cluster, checkpoint, tmp_path):
+    pools = []
+
+    def start(progress=None, **settings):
+        config = RolloutConfig(**{"workers": 2, "batch_size": 2, **settings})
+        source = deadly_patches(tmp_path / "died")
+        pools.append(RolloutPool(config, plan(cluster, config, ranks=1), str(checkpoint), source, progress))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def test_results_come_in_order_and_errors_as_they_were_raised(start, tmp_path):
+    told = []
+    pool = start(progress=lambda *what: told.append(what), batch_size=3)
+    samples = pool.draw(PROMPTS[:8], SEEDS[:8], SIDE, SAMPLING, "ckpt")
+    assert [(s.prompt, s.seed, s.version) for s in samples] == [(p, i, 0) for i, p in enumerate(PROMPTS[:8])]
+    assert told[-1] == ("draw", 8, 8)
+    assert len(told) == 3
+    assert pool.map("encode", [], SIDE, label="encode") == []
+
+    drawn = [(s.prompt, s.bits) for s in samples]
+    scores = pool.score(drawn, SIDE)
+    first, second = pool.probe(*drawn[0], SIDE)
+    assert first == second == pytest.approx(scores[0].total, abs=1e-4)
+    assert pool.reward(drawn, SIDE, lambda images, prompts: [len(p) for p in prompts]) == [
+        len(p.text) for p in PROMPTS[:8]
+    ]
+    paths = pool.pictures(drawn[:2], SIDE, tmp_path, ["a.png", "b.png"])
+    assert sorted(tmp_path.iterdir()) == paths == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert len(pool.answer([("red", "What is it?"), ("blue", "How many?")], SIDE)) == 2
+    red, failed = pool.encode(["red", "nothing"], SIDE)
+    assert red.key == "red"
+    assert isinstance(failed, Failure)
+    with pytest.raises(ZeroDivisionError):
+        pool.reward(drawn, SIDE, lambda images, prompts: 1 / 0)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        pool.draw(PROMPTS[:2], SEEDS[:2], 33, SAMPLING, "")
+    assert (pool.restarts, pool.events) == (0, [])
+
+
+def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_weights(start, tmp_path, checkpoint):
+    whole = load_file(tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors")
+    decoder = {name: tensor for name, tensor in whole.items() if name.startswith("image_decoder")}
+    nudged = {name: tensor * 1.5 for name, tensor in decoder.items()}
+    for name, tensors in {"whole": whole, "decoder": decoder, "nudged": nudged}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+
+    def kill_once(label, done, total):
+        if victim in alive:
+            alive.remove(victim)
+            os.kill(victim, signal.SIGKILL)
+
+    pool = start()
+    for version, name in enumerate(["whole", "decoder", "nudged"], start=1):
+        report = pool.publish(tmp_path / f"{name}.safetensors", version)
+        assert (report.version, report.workers, report.verified) == (version, 2, True)
+    assert report.checksum == checksum(load_weights(tmp_path / "nudged.safetensors"))
+    assert [kept.version for kept in pool._published] == [1, 3], "the second set is superseded"
+    with pytest.raises(ValueError, match="version 3 published after version 3"):
+        pool.publish(tmp_path / "nudged.safetensors", 3)
+    undisturbed = pool.draw(PROMPTS, SEEDS, SIDE, SAMPLING, "ckpt")
+
+    alive = [status["pid"] for status in pool.status()]
+    victim = alive[0]
+    pool.progress = kill_once
+    samples = pool.draw(PROMPTS, SEEDS, SIDE, SAMPLING, "ckpt")
+    assert samples == undisturbed
+    assert pool.restarts == 1
+    assert pool.events == ["worker 0 lost during draw: restart 1 of 3"]
+    statuses = pool.status()
+    assert victim not in [status["pid"] for status in statuses]
+    assert {(status["version"], status["checksum"]) for status in statuses} == {(3, report.checksum)}
+    first, second = pool.probe(samples[0].prompt, samples[0].bits, SIDE)
+    assert first == second
+
+
+def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start):
+    pool = start(workers=1, max_restarts=2, call_timeout_s=30.0)
+    keys = ["red", "die", "blue"]
+    assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys
+    assert pool.restarts == 1
+    os.kill(pool.status()[0]["pid"], signal.SIGKILL)
+    assert pool.status()[0]["version"] == 0
+    assert pool.restarts == 2
+    pool.config.call_timeout_s = 1.0
+    with pytest.raises(RuntimeError, match="more than 2 rollout workers lost: .* lost during encode: restart 3 of 2"):
+        pool.encode(["red", "hang"], SIDE)
