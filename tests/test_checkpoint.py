@@ -1,0 +1,109 @@
+"""Weight sets on disk: whole or not there."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vargpt_rl import checkpoint
+from vargpt_rl.checkpoint import MARKER, WEIGHTS, check_checkpoint, load_weights_into, save_checkpoint, write_atomically
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+
+@pytest.fixture
+def tensors():
+    return {"0.weight": torch.ones(4, 3), "1.bias": torch.full((2,), 2.0)}
+
+
+@pytest.fixture
+def saved(tmp_path, tensors):
+    return save_checkpoint(tmp_path / "final", tensors)
+
+
+def test_what_was_saved_is_loaded(saved, tensors):
+    loaded = load_file(check_checkpoint(saved))
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert [path.name for path in saved.parent.iterdir()] == ["final"], "nothing temporary is left"
+
+
+def test_views_are_saved_by_their_content(tmp_path):
+    transposed = torch.arange(6.0).view(2, 3).T
+    directory = save_checkpoint(tmp_path / "made" / "here", {"a": transposed})
+    assert torch.equal(load_file(check_checkpoint(directory))["a"], transposed)
+
+
+@pytest.mark.parametrize("step", ["save_file", "write_atomically"])
+def test_a_save_that_dies_leaves_the_old_checkpoint(saved, tensors, monkeypatch, step):
+    whole = getattr(checkpoint, step)
+
+    def die(*args):
+        if step == "save_file":
+            args[1].write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    before = (saved / WEIGHTS).read_bytes()
+    monkeypatch.setattr(checkpoint, step, die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(saved, {name: tensor * 3 for name, tensor in tensors.items()})
+    assert check_checkpoint(saved).read_bytes() == before
+    left = [path for path in saved.parent.iterdir() if path != saved]
+    assert left, "half a checkpoint was written"
+    for path in left:
+        with pytest.raises(ValueError, match="incomplete"):
+            check_checkpoint(path)
+    monkeypatch.setattr(checkpoint, step, whole)
+    save_checkpoint(saved, {"0.weight": tensors["0.weight"] * 3})
+    assert load_file(check_checkpoint(saved))["0.weight"].unique().tolist() == [3.0]
+    assert list(saved.parent.iterdir()) == [saved], "the next save clears away what was left"
+
+
+@pytest.mark.parametrize("missing", [MARKER, WEIGHTS])
+def test_an_incomplete_checkpoint_is_named(saved, missing):
+    (saved / missing).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint {saved}: incomplete, expected {WEIGHTS} and {MARKER}"):
+        check_checkpoint(saved)
+
+
+@pytest.mark.parametrize("damage", ["byte", "length"])
+def test_changed_bytes_are_noticed_and_named(saved, damage):
+    data = bytearray((saved / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (saved / WEIGHTS).write_bytes(data if damage == "byte" else data[:-1])
+    with pytest.raises(ValueError, match=f"checkpoint {saved}: .*size or blake2b differs"):
+        check_checkpoint(saved)
+    with pytest.raises(ValueError, match=f"checkpoint {saved}"):
+        load_weights_into(model(), [saved])
+
+
+def test_weight_sets_are_copied_in_place_and_in_order(tmp_path, saved):
+    taker = model()
+    kept = taker[0].bias.clone()
+    at = taker[0].weight.data_ptr()
+    later = save_checkpoint(tmp_path / "later", {"1.bias": torch.zeros(2)})
+    load_weights_into(taker, [saved, later])
+    assert taker[0].weight.data_ptr() == at
+    assert taker[0].weight.unique().tolist() == [1.0]
+    assert taker[1].bias.tolist() == [0.0, 0.0], "the later set wins"
+    assert torch.equal(taker[0].bias, kept)
+    assert taker[0].weight.requires_grad
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    stranger = save_checkpoint(tmp_path / "stranger", {"2.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=rf"{stranger}.*2.weight of shape \(1,\), the model has no such tensor"):
+        load_weights_into(model(), [stranger])
+    wide = save_checkpoint(tmp_path / "wide", {"1.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"{wide}.*1.bias of shape \(3,\), the model has \(2,\)"):
+        load_weights_into(model(), [wide])
+
+
+def test_a_file_is_replaced_at_once(tmp_path):
+    path = tmp_path / "state.json"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]

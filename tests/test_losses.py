@@ -1,0 +1,116 @@
+"""The supervised losses against plain cross entropies."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import BITS, tiny_checkpoint
+from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.losses import IMAGE_WEIGHT, Noise, forward_batch, image_loss, quantise_noisily, sft_loss, text_loss
+from vargpt_rl.model.bits import quantise
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import IGNORED, ChatFormat
+from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
+from vargpt_rl.stages import NO_NOISE
+
+SCHEDULE = schedule_for(64)
+TOKENS = token_count(SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Vargpt.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def batch(checkpoint, model):
+    """Two drawings and a question, rows of three lengths."""
+    rng = np.random.default_rng(0)
+    draw = [rng.standard_normal((BITS, 4, 4)).astype(np.float16) for _ in range(2)]
+    examples = [
+        DrawExample(Prompt("0", "a star", "Here:"), draw[0]),
+        TextExample("How many circles are there?", "three"),
+        DrawExample(Prompt("1", "two small blue squares"), draw[1]),
+    ]
+    return SftCollator(ChatFormat(checkpoint, model.config))(examples)
+
+
+def test_text_loss_is_next_token_cross_entropy_over_the_labels():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, IGNORED, 3, 4, IGNORED], [IGNORED, IGNORED, IGNORED, IGNORED, 6]])
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p[0, 1, 3] + log_p[0, 2, 4] + log_p[1, 3, 6]) / 3
+    torch.testing.assert_close(text_loss(logits, labels), expected)
+
+
+def test_image_loss_is_two_way_cross_entropy_over_all_bits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, TOKENS, 2 * BITS, generator=generator)
+    bits = torch.randint(0, 2, (2, TOKENS, BITS), generator=generator)
+    expected = F.cross_entropy(logits.unflatten(-1, (BITS, 2)).flatten(0, 2), bits.flatten())
+    torch.testing.assert_close(image_loss(logits, bits), expected)
+
+
+def test_the_loss_is_the_weighted_sum_with_its_parts_as_metrics(model, batch):
+    with torch.no_grad():
+        output, bits = forward_batch(model, batch, NO_NOISE, text_logits=True)
+        words, picture = text_loss(output.logits, batch["labels"]), image_loss(output.image_logits, bits)
+        for weight in (1.0, 0.25):
+            loss, metrics = sft_loss(model, batch, NO_NOISE, weight)
+            torch.testing.assert_close(loss, weight * words + IMAGE_WEIGHT * picture)
+            assert metrics["loss/text"] == pytest.approx(words.item())
+            assert metrics["loss/image"] == pytest.approx(picture.item())
+    accuracies = [metrics[f"bit_accuracy/scale_{k}"] for k in range(len(SCHEDULE))]
+    shares = [(at.stop - at.start) / TOKENS for at in scale_slices(SCHEDULE)]
+    assert metrics["bit_accuracy"] == pytest.approx(np.dot(accuracies, shares), abs=1e-6)
+    assert f"bit_accuracy/scale_{len(SCHEDULE)}" not in metrics
+
+
+def test_without_text_weight_the_text_head_is_not_run(model, batch):
+    loss, metrics = sft_loss(model, batch, NO_NOISE, 0.0)
+    assert "loss/text" not in metrics
+    assert loss.item() == pytest.approx(IMAGE_WEIGHT * metrics["loss/image"])
+    loss.backward()
+    assert model.lm_head.weight.grad is None
+    assert model.image_decoder.head.weight.grad.abs().max() > 0
+    model.zero_grad(set_to_none=True)
+
+
+def test_a_batch_of_words_has_no_image_loss(checkpoint, model):
+    batch = SftCollator(ChatFormat(checkpoint, model.config))([TextExample("How many circles are there?", "three")])
+    loss, metrics = sft_loss(model, batch, Noise(), 0.5)
+    assert metrics.keys() == {"loss/text"}
+    assert loss.item() == pytest.approx(0.5 * metrics["loss/text"])
+
+
+def test_without_noise_a_batch_has_one_loss_and_with_it_many(model, batch):
+    def losses(noise: Noise) -> set[float]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return {sft_loss(model, batch, noise, 0.0)[0].item() for _ in range(4)}
+
+    assert len(losses(NO_NOISE)) == 1
+    for noise in (Noise(0.3, 0.0, 0.0), Noise(0.0, 0.5, 0.0), Noise(0.0, 0.0, 0.5)):
+        assert len(losses(noise)) > 1, noise
+
+
+def test_flips_are_drawn_picture_by_picture_below_the_bound():
+    features = torch.zeros(64, BITS, 8, 8, dtype=torch.float16)
+    features[:, 0] = 1  # bits of the first channel are 1 at every scale, the others 0, unless flipped earlier
+    torch.manual_seed(0)
+    assert torch.equal(
+        quantise_noisily(features, NO_NOISE).inputs_BLd, quantise(features.float(), schedule_for(128)).inputs_BLd
+    )
+    # The codes of scale 0 show in the first input of scale 1 (one cell resized is constant): count its flips.
+    truth = quantise_noisily(features, NO_NOISE).inputs_BLd[:, 0] > 0
+    flipped = (quantise_noisily(features, Noise(flip=0.3)).inputs_BLd[:, 0] > 0) != truth
+    # mean 0.15 of 512 bits; pictures differ in their rate, which widens the standard error to about 0.02
+    assert flipped.float().mean().item() == pytest.approx(0.15, abs=0.06)
+    assert flipped.any(1).float().mean() < 1, "some pictures have few flips"

@@ -1,0 +1,60 @@
+"""What each stage trains."""
+
+import pytest
+import torch
+
+from tests.tiny import tiny_config, tiny_tokenizer
+from vargpt_rl.losses import Noise
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.stages import STAGES, Stage, freeze
+
+IMAGE = ("image_decoder.", "projector_in.", "projector_out.")
+LANGUAGE = ("lm_head.", "model.language_model.")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Vargpt(tiny_config(tiny_tokenizer()))
+
+
+@pytest.mark.parametrize(
+    "stage, trained",
+    [
+        ("base", (*IMAGE, *LANGUAGE, "model.visual.")),
+        ("pretrain", ("projector_in.", "projector_out.")),
+        ("understanding", (*LANGUAGE, "model.visual.merger.")),
+        ("sft", IMAGE),
+        ("sft_on_winners", IMAGE),
+        ("dpo", IMAGE),
+    ],
+)
+def test_each_stage_trains_its_own_parts_and_freezes_the_rest(model, stage, trained):
+    names = freeze(model, STAGES[stage])
+    assert names == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert names == sorted(name for name, _ in model.named_parameters() if name.startswith(trained))
+    assert all(any(name.startswith(part) for name in names) for part in trained)
+
+
+def test_no_stage_trains_the_image_tokenizer(model):
+    for stage in STAGES.values():
+        assert not any(name.startswith("image_tokenizer.") for name in freeze(model, stage))
+
+
+def test_freezing_again_lets_go_of_what_was_frozen(model):
+    freeze(model, STAGES["pretrain"])
+    before = freeze(model, STAGES["understanding"])
+    freeze(model, STAGES["pretrain"])
+    assert freeze(model, STAGES["understanding"]) == before
+
+
+def test_stages_are_found_by_their_names_and_preferences_meet_no_noise():
+    assert all(name == stage.name for name, stage in STAGES.items())
+    assert STAGES["dpo"].noise == Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
+    assert STAGES["understanding"].text_weight > 0
+
+
+def test_a_prefix_without_parameters_is_an_error_and_changes_nothing():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="stage odd: no parameter's name starts with 'nobody.'"):
+        freeze(layer, Stage("odd", ("weight", "nobody."), 0.0, Noise()))
+    assert all(parameter.requires_grad for parameter in layer.parameters())

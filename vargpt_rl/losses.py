@@ -1,0 +1,99 @@
+"""The supervised losses and what is measured beside them: pure functions of a batch and a model's output.
+
+Deviations from the published code (specification, sections 4 and 9): text is learned on the assistant's tokens alone,
+not on prompts and padding; scales are not reweighted there either, although its configuration says so.
+
+Shape legend: B rows, T positions, N drawings, L image tokens, d bits a token, K scales.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vargpt_rl.model.bits import Quantised, quantise
+from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, scale_means
+from vargpt_rl.model.modeling import Drawing, Vargpt, VargptOutput
+from vargpt_rl.model.prompt import IGNORED
+from vargpt_rl.model.scales import STRIDE, Schedule, schedule_for
+
+IMAGE_WEIGHT = 3.0
+"""Weight of the image loss beside the text loss (the release's)."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What makes supervised training robust; all off outside it.
+
+    ``flip``: upper bound of each picture's bit-flip probability, drawn uniformly (bitwise self-correction).
+    ``condition_drop``: probability that a picture's condition is replaced by the unconditional one.
+    ``drop_path``: stochastic depth of the last decoder block.
+    """
+
+    flip: float = 0.3
+    condition_drop: float = 0.1
+    drop_path: float = 0.1
+
+
+def quantise_noisily(features_Bdhw: torch.Tensor, noise: Noise) -> Quantised:
+    """Features -> bits, with inputs that carry the flips of bitwise self-correction."""
+    schedule = schedule_for(*(side * STRIDE for side in features_Bdhw.shape[-2:]))
+    flip_N = torch.rand(len(features_Bdhw), device=features_Bdhw.device) * noise.flip if noise.flip else None
+    return quantise(features_Bdhw.float(), schedule, flip_N)
+
+
+def forward_batch(
+    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_logits: bool
+) -> tuple[VargptOutput, torch.Tensor | None]:
+    """Run a batch of ``SftCollator`` through the model; also returns the bits uint8 [N, L, d] it was asked for."""
+    keys = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    inputs = {key: batch[key] for key in keys if key in batch}
+    if "features" not in batch:
+        return model(**inputs), None
+    features = batch["features"]
+    quantised = quantise_noisily(features, noise)
+    dropped_N = torch.rand(len(features), device=features.device) < noise.condition_drop
+    size = tuple(side * STRIDE for side in features.shape[-2:])
+    drawing = Drawing(quantised.inputs_BLd, size, dropped_N, noise.drop_path)
+    return model(**inputs, drawing=drawing, text_logits=text_logits), quantised.bits_BLd
+
+
+def text_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross entropy over the labelled tokens, in nats."""
+    return F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def image_loss(
+    logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor, equal_scales_of: Schedule | None = None
+) -> torch.Tensor:
+    """Mean two-way cross entropy over all bits of all drawings, in nats.
+
+    With the drawings' schedule as ``equal_scales_of`` every scale weighs the same, however few its tokens: the prompt
+    decides the coarse scales, which are learned late otherwise.
+    """
+    log_probs_NLd = bit_log_probs(logits_NL2d, bits_NLd)
+    if equal_scales_of is not None:
+        return -scale_means(log_probs_NLd, equal_scales_of).mean()
+    return -log_probs_NLd.mean()
+
+
+def sft_loss(
+    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, equal_scales: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """``text_weight`` x text + 3 x image, each where the batch has it; and metrics (bit accuracy also by scale).
+
+    The text head is not run when ``text_weight`` is 0.
+    """
+    output, bits_NLd = forward_batch(model, batch, noise, text_logits=text_weight > 0)
+    loss, metrics = batch["input_ids"].new_zeros((), dtype=torch.float32), {}
+    if text_weight > 0:
+        words = text_loss(output.logits, batch["labels"])
+        loss, metrics["loss/text"] = loss + text_weight * words, words.item()
+    if bits_NLd is not None:
+        schedule = schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
+        picture = image_loss(output.image_logits, bits_NLd, schedule if equal_scales else None)
+        loss, metrics["loss/image"] = loss + IMAGE_WEIGHT * picture, picture.item()
+        hits_K = scale_means(bit_hits(output.image_logits, bits_NLd).float(), schedule).mean(0)
+        metrics["bit_accuracy"] = bit_hits(output.image_logits, bits_NLd).float().mean().item()
+        metrics |= {f"bit_accuracy/scale_{k}": hit for k, hit in enumerate(hits_K.tolist())}
+    return loss, metrics
