@@ -1,0 +1,1 @@
+"""Learners: DeepSpeed groups that train the model, supervised and by preference."""

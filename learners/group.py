@@ -1,0 +1,92 @@
+"""A learner group: ranks as Ray actors in one placement group, driven as one.
+
+Every job goes to all ranks; the driver follows the main rank's log while it waits. A rank that dies takes the job with
+it: the group is torn down and the job's error says so, with nothing half written (see ``vargpt_rl.checkpoint``).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from learners.config import LearnerConfig
+from learners.jobs import DpoJob, SftJob, TokenizerJob
+
+OnLog = Callable[[dict], None]
+
+
+class LearnerGroup:
+    """Ranks that train together."""
+
+    def __init__(self, config: LearnerConfig, bundle: dict[str, float], threads: int, use_gpu: bool):
+        from learners.rank import Rank  # here, for the driver needs DeepSpeed only once its settings are known good
+
+        self.group = placement_group([bundle] * config.ranks, strategy="PACK")
+        if not self.group.wait(config.start_timeout_s):
+            remove_placement_group(self.group)
+            raise RuntimeError(f"no room for {config.ranks} learner ranks of {bundle} in {config.start_timeout_s} s")
+        self.ranks = [
+            ray.remote(Rank)
+            .options(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
+            )
+            .remote(i, config.ranks, threads, use_gpu, config.bf16)
+            for i in range(config.ranks)
+        ]
+        host, port = ray.get(self.ranks[0].address.remote(), timeout=config.start_timeout_s)
+        self.pids = ray.get([rank.join.remote(host, port) for rank in self.ranks], timeout=config.start_timeout_s)
+
+    def sft(self, job: SftJob, on_log: OnLog) -> dict:
+        """Run a supervised job on all ranks; the main rank's result."""
+        return self._run("sft", job, on_log)
+
+    def dpo(self, job: DpoJob, on_log: OnLog) -> dict:
+        """Run a preference job on all ranks; the main rank's result."""
+        return self._run("dpo", job, on_log)
+
+    def tokenizer(self, job: TokenizerJob, on_log: OnLog) -> dict:
+        """Train the image tokenizer, on the main rank alone."""
+        return self._run("tokenizer", job, on_log, self.ranks[:1])
+
+    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog, ranks: list | None = None) -> dict:
+        log = _Follower(job.output / "log.jsonl", on_log)
+        waiting = [getattr(rank, method).remote(job) for rank in ranks or self.ranks]
+        results = list(waiting)
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=0.5)
+            log.poll()
+            for reference in done:
+                try:
+                    ray.get(reference)
+                except Exception:
+                    self.close()  # the other ranks wait for the lost one in a collective call
+                    raise
+        return ray.get(results[0])
+
+    def close(self) -> None:
+        """Stop all ranks and give their place back."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        remove_placement_group(self.group)
+
+
+class _Follower:
+    """Reads the lines that another process appends to a file."""
+
+    def __init__(self, path: Path, on_log: OnLog):
+        self.path, self.on_log, self.offset = path, on_log, 0
+        path.unlink(missing_ok=True)
+
+    def poll(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            file.seek(self.offset)
+            while (line := file.readline()).endswith("\n"):
+                self.offset = file.tell()
+                self.on_log(json.loads(line))

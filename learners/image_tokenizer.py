@@ -1,0 +1,80 @@
+"""Image-tokenizer training: reconstruct pictures through their bits.
+
+A plain single-process loop: it serves the tiny model and small collections, the released tokenizer is used as it is.
+Deviation from the release: no adversarial, perceptual or entropy term. Flat drawings need none (the bits do not
+collapse without them), and each would bring a pretrained network along.
+
+Shape legend: B batch, H W picture.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from vargpt_rl.model.image_tokenizer import ImageTokenizer
+
+
+def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) -> torch.Tensor:
+    """Scalar L1 + L2, weighted towards what stands out from the picture's median colour.
+
+    Most of a drawing is background; without the weight its things are learned last.
+    """
+    background_B31 = target_B3HW.flatten(2).median(dim=2, keepdim=True).values
+    contrast_B1HW = (target_B3HW - background_B31[..., None]).abs().amax(1, keepdim=True)
+    weight_B1HW = 1 + 4 * (contrast_B1HW / 0.4).clamp(max=1)
+    error = output_B3HW - target_B3HW
+    return (weight_B1HW * (error.abs() + error.square())).mean()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.3) -> float:
+    """Warm-up, plateau, then linear decay to zero over the last ``decay`` of the steps."""
+    remaining = (steps - step) / (decay * steps)
+    return peak * min(1.0, (step + 1) / warmup, remaining)
+
+
+def train_image_tokenizer(
+    tokenizer: ImageTokenizer,
+    batches: Iterator[torch.Tensor],
+    steps: int,
+    peak_lr: float,
+    on_step: Callable[[int, float], None],
+    first_step: int = 0,
+) -> None:
+    """Train in place on ``batches`` of pictures float [B, 3, H, W] in [-1, 1]; ``on_step(step, loss)`` after each."""
+    tokenizer.train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(first_step, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_lr)
+        pictures_B3HW = next(batches)
+        loss = reconstruction_loss(tokenizer.reconstruct(pictures_B3HW), pictures_B3HW)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimizer.step()
+        on_step(step, loss.item())
+    tokenizer.eval()
+
+
+def picture_batches(source, keys: list[str], side: int, batch: int, seed: int) -> tuple[Iterator[torch.Tensor], list]:
+    """Endless random batches float [batch, 3, side, side] of a source's pictures, mirrored half of the time.
+
+    Also returns [key, reason] of each picture that could not be loaded. ValueError if none could.
+    """
+    pictures, failures = [], []
+    for key in keys:
+        try:
+            pictures.append(torch.from_numpy(np.asarray(source.load(key, side)).copy()).permute(2, 0, 1))
+        except (ValueError, OSError) as error:
+            failures.append([key, str(error)])
+    if not pictures:
+        raise ValueError(f"none of {len(keys)} pictures could be loaded; the first: {failures[0]}")
+    pool, generator = torch.stack(pictures), torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            chosen = pool[torch.randint(len(pool), (batch,), generator=generator)]
+            yield (chosen.flip(3) if torch.rand(1, generator=generator) < 0.5 else chosen).float() / 127.5 - 1
+
+    return batches(), failures

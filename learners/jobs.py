@@ -1,0 +1,69 @@
+"""What a learner group is asked to do. No heavy imports: the driver makes these."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from learners.config import DpoConfig, Recipe
+from vargpt_rl.data.types import Probe
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights a stage starts from: a model directory, then weight sets in order."""
+
+    model: str
+    weights: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Rows of (picture key, question, answer), the source that loads the keys at ``side`` pixels, and the share of each
+    batch that is drawings beside them."""
+
+    rows: list[tuple[str, str, str]]
+    source: object
+    drawing_share: float
+    side: int
+
+
+@dataclass(frozen=True)
+class SftJob:
+    """A supervised stage on the drawings encoded in ``corpus``. Intermediate weights are saved after ``save_steps``."""
+
+    stage: str
+    start: Start
+    corpus: Path
+    recipe: Recipe
+    output: Path
+    seed: int
+    probe: Probe
+    questions: QuestionSet | None = None
+    save_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DpoJob:
+    """A preference stage on a table of pairs."""
+
+    start: Start
+    table: Path
+    recipe: Recipe
+    dpo: DpoConfig
+    output: Path
+    seed: int
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """Image-tokenizer training on pictures that ``source`` loads by key, at the run's first resolution."""
+
+    start: Start
+    keys: list[str]
+    source: object
+    side: int
+    steps: int
+    batch: int
+    lr: float
+    output: Path
+    seed: int

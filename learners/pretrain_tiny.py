@@ -1,0 +1,208 @@
+"""Make the tiny pretrained model that the first run starts from: ``python -m learners.pretrain_tiny OUT``.
+
+It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
+tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, questions and
+edits. Deterministic on one machine (seeds are fixed); about two hours on two cores.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from learners.image_tokenizer import learning_rate, train_image_tokenizer
+from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
+from vargpt_rl.data.shapes import TASKS, Scene, render, sample_scene
+from vargpt_rl.data.shapes_tasks import edit, question
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.losses import sft_loss
+from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import SYSTEM, ChatFormat
+from vargpt_rl.stages import STAGES, freeze
+
+SPECIAL = [
+    "endoftext",
+    "im_start",
+    "im_end",
+    "vision_start",
+    "vision_end",
+    "vision_pad",
+    "image_pad",
+    "video_pad",
+    "image_gen_start",
+    "image_gen_end",
+    "image_gen_pad",
+]
+REPLY = "Here is the picture."
+SEEN_SIDE = 112  # understood pictures: 8 x 8 patches of 14 pixels
+
+
+def build_text_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the shapes world's words, with the release's special tokens."""
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng, task) for task in TASKS for _ in range(400)]
+    texts = [SYSTEM, REPLY, *["system", "user", "assistant", "yes", "no"]]
+    for scene in scenes:
+        texts += [scene.caption, *question(scene, rng), edit(scene, rng)[0]]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = [f"<|{name}|>" for name in SPECIAL]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>", additional_special_tokens=special
+    )
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> VargptConfig:
+    """Every part of the release's architecture, some 4.5 million parameters in all."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
+    return VargptConfig(
+        text_config=dict(
+            hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=384,
+            vocab_size=512, rms_norm_eps=1e-6, max_position_embeddings=32768, initializer_range=0.05,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
+            bos_token_id=ids["endoftext"], pad_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
+        ),
+        vision_config=dict(depth=3, embed_dim=96, hidden_size=128, num_heads=3, patch_size=14, initializer_range=0.05),
+        decoder_config=dict(width=128, depth=4, heads=4),
+        image_tokenizer_config=dict(
+            bits=32, base_channels=8, channel_multipliers=[1, 2, 4, 8, 12], blocks_per_level=1, norm_groups=8
+        ),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        image_gen_start_token_id=ids["image_gen_start"], image_gen_end_token_id=ids["image_gen_end"],
+        image_gen_pad_token_id=ids["image_gen_pad"], initializer_range=0.05,
+    )  # fmt: skip
+
+
+def build_image_processor() -> Qwen2VLImageProcessorPil:
+    pixels = SEEN_SIDE**2
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels})
+
+
+def picture_tensor(scene: Scene, side: int, style: str, rng: np.random.Generator) -> torch.Tensor:
+    """uint8 [3, side, side]."""
+    return torch.from_numpy(np.asarray(render(scene, side, style, rng)).copy()).permute(2, 0, 1)
+
+
+def tokenizer_batches(seed: int) -> Iterator[torch.Tensor]:
+    """Pictures for the image tokenizer: sixteen at 128 px, and every fifth batch four at 256 px."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    styles, shares = ["corpus", "commercial", "clean"], [0.45, 0.45, 0.1]
+
+    def pool(count: int, side: int) -> torch.Tensor:
+        return torch.stack(
+            [picture_tensor(sample_scene(rng), side, str(rng.choice(styles, p=shares)), rng) for _ in range(count)]
+        )
+
+    small, large = pool(8000, 128), pool(1200, 256)
+    for step in itertools.count():
+        pictures, size = (large, 4) if step % 5 == 4 else (small, 16)
+        batch = pictures[torch.randint(len(pictures), (size,), generator=generator)]
+        for axis in (2, 3):
+            if torch.rand(1, generator=generator) < 0.5:
+                batch = batch.flip(axis)
+        yield batch.float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def encode_corpus(model: Vargpt, count: int, side: int, seed: int) -> list[DrawExample]:
+    """Corpus pictures, half of them of the noisy kind, as image-tokenizer features."""
+    rng, examples = np.random.default_rng(seed), []
+    for _ in range(count // 8):
+        scenes = [sample_scene(rng) for _ in range(8)]
+        styles = rng.choice(["corpus", "clean"], 8, p=[0.5, 0.5])
+        drawn = [picture_tensor(s, side, str(style), rng) for s, style in zip(scenes, styles, strict=True)]
+        pictures = torch.stack(drawn)
+        features = model.image_tokenizer.features(pictures.float() / 127.5 - 1).half().numpy()
+        prompts = [Prompt("", scene.caption, REPLY) for scene in scenes]
+        examples += [DrawExample(prompt, f) for prompt, f in zip(prompts, features, strict=True)]
+    return examples
+
+
+def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) -> list[TextExample]:
+    """Questions about clean and commercial pictures."""
+    examples = []
+    for _ in range(count):
+        scene = sample_scene(rng)
+        image = render(scene, SEEN_SIDE, str(rng.choice(["clean", "commercial"])), rng)
+        examples.append(TextExample(*question(scene, rng), chat.pictures([image])))
+    return examples
+
+
+CORPORA = {64: 12000, 128: 12000, 256: 3200, 512: 160}
+DRAWINGS_PER_STEP = {64: 64, 128: 24, 256: 6, 512: 2}
+# Up in resolution: until which share of the steps, and how often each resolution comes until then.
+PHASES = ((0.3, {64: 1.0}), (0.7, {64: 0.15, 128: 0.85}), (1.0, {128: 0.35, 256: 0.55, 512: 0.1}))
+QUESTIONS_PER_STEP = 12
+
+
+def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_step) -> None:
+    """Everything but the image tokenizer, on drawings at several resolutions and on questions."""
+    stage, rng = STAGES["base"], np.random.default_rng(11)
+    torch.manual_seed(11)
+    corpora = {side: encode_corpus(model, count, side, seed=side) for side, count in CORPORA.items()}
+    freeze(model, stage)
+    collate, model = SftCollator(chat), model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_lr, decay=0.4)
+        shares = next(shares for until, shares in PHASES if step < until * steps)
+        side = int(rng.choice(list(shares), p=list(shares.values())))
+        chosen = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
+        metrics = {}
+        for examples in ([corpora[side][i] for i in chosen], question_examples(chat, rng, QUESTIONS_PER_STEP)):
+            loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, equal_scales=True)
+            loss.backward()
+            metrics |= {f"{key}/{type(examples[0]).__name__}": value for key, value in measured.items()}
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        on_step(step, side, metrics)
+    model.eval()
+
+
+TOKENIZER_STEPS, BASE_STEPS, PEAK_LR = 3600, 2600, 2e-3
+
+
+def main() -> None:
+    """Train from nothing and save in half precision, ready for ``checkpoint=OUT``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    text_tokenizer = build_text_tokenizer()
+    config = build_config(text_tokenizer)
+    for part in (text_tokenizer, build_image_processor(), config):
+        part.save_pretrained(out)
+    torch.manual_seed(0)
+    model = Vargpt(config)
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 99:
+            print(f"image tokenizer: step {step + 1} of {TOKENIZER_STEPS}, loss {loss:.4f}", flush=True)
+
+    train_image_tokenizer(model.image_tokenizer, tokenizer_batches(seed=7), TOKENIZER_STEPS, PEAK_LR, report)
+
+    def report_base(step: int, side: int, metrics: dict[str, float]) -> None:
+        if step % 100 == 99:
+            measured = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if "scale" not in key)
+            print(f"base: step {step + 1} of {BASE_STEPS}, {side} px, {measured}", flush=True)
+
+    train_base(model, ChatFormat(str(out), config), BASE_STEPS, PEAK_LR, report_base)
+    model.half().save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Supervised training of any stage: a ``transformers.Trainer`` whose loss is ``vargpt_rl.losses.sft_loss``.
+
+Each micro-batch holds the stage's share of drawings and of questions, whatever the number of each ("dynamic batch
+balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has gradients for the same parameters.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer
+
+from vargpt_rl.data.batches import DrawExample, Example, TextExample
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.losses import sft_loss
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.stages import Stage
+
+
+class Drawings(Dataset):
+    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order."""
+
+    def __init__(self, folder: Path):
+        lines = (folder / "prompts.jsonl").read_text().splitlines()
+        self.prompts = [Prompt(**json.loads(line)) for line in lines]
+        self.file = safe_open(folder / "features.safetensors", framework="np").get_slice("features")
+        if self.file.get_shape()[0] != len(self.prompts):
+            raise ValueError(f"{folder}: {self.file.get_shape()[0]} pictures for {len(self.prompts)} prompts")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> DrawExample:
+        return DrawExample(self.prompts[index], self.file[index : index + 1][0])
+
+
+class Questions(Dataset):
+    """Questions about pictures that a data source can load: rows of (picture key, question, answer)."""
+
+    def __init__(self, rows: list[tuple[str, str, str]], source, chat: ChatFormat, side: int):
+        self.rows, self.source, self.chat, self.side = rows, source, chat, side
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TextExample:
+        key, question, answer = self.rows[index]
+        return TextExample(question, answer, self.chat.pictures([self.source.load(key, self.side)]))
+
+
+class BalancedBatches(Dataset):
+    """A fixed order over two sources: each block of ``micro_batch`` items holds the same share of drawings."""
+
+    def __init__(
+        self, drawings: Dataset, questions: Dataset | None, length: int, micro_batch: int, share: float, seed: int
+    ):
+        rng = np.random.default_rng(seed)
+        per_block = micro_batch if questions is None else round(share * micro_batch)
+        self.sources, self.order = (drawings, questions), []
+        streams = [_endless(rng, len(source)) if source is not None else None for source in self.sources]
+        for i in range(length):
+            which = 0 if i % micro_batch < per_block else 1
+            self.order.append((which, next(streams[which])))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:
+        which, item = self.order[index]
+        return self.sources[which][item]
+
+
+def _endless(rng: np.random.Generator, count: int):
+    """Every index once in random order, over and over."""
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+class SftTrainer(Trainer):
+    """Stage losses; every metric is the mean since the last log, over ranks."""
+
+    def __init__(self, stage: Stage, **kwargs):
+        super().__init__(**kwargs)
+        self.stage = stage
+        self.measured: dict[str, list[float]] = defaultdict(list)
+
+    def _get_train_sampler(self, *args) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # the order is the data set's
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        loss, metrics = sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)
+        for key, value in metrics.items():
+            self.measured[key].append(value)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.measured:
+            keys = sorted(self.measured)
+            means = torch.tensor([np.mean(self.measured[key]) for key in keys], device=self.accelerator.device)
+            means = self.accelerator.gather(means[None]).mean(0)
+            logs |= dict(zip(keys, means.tolist(), strict=True))
+            self.measured.clear()
+        super().log(logs, start_time)

@@ -1,0 +1,88 @@
+"""What supervised and preference training share: the recipe, DeepSpeed's configuration, and taking weights out."""
+
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from learners.config import Recipe
+from vargpt_rl.checkpoint import save_checkpoint
+
+
+def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_gpu: bool, bf16: bool) -> dict:
+    """Arguments that ``TrainingArguments`` and ``DPOConfig`` share. Saving and reporting are the caller's."""
+    return dict(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.accumulation(ranks),
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        deepspeed=deepspeed_config(recipe, bf16),
+        bf16=bf16,
+        use_cpu=not use_gpu,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=use_gpu,
+    )
+
+
+def deepspeed_config(recipe: Recipe, bf16: bool) -> dict:
+    """ZeRO with torch's AdamW; the rest follows from the training arguments."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": recipe.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+    }
+
+
+def gather_weights(model: PreTrainedModel, names: list[str], main: bool) -> dict[str, torch.Tensor]:
+    """Copies of the named parameters on the main rank (empty elsewhere); under ZeRO-3 one parameter at a time."""
+    parameters, copies = dict(model.named_parameters()), {}
+    for name in names:
+        parameter = parameters[name]
+        gathered = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+            if main:
+                copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies
+
+
+class SaveAt(TrainerCallback):
+    """Save the trained tensors at given steps, under ``folder/step-NNNNNN``."""
+
+    def __init__(self, trainer: Trainer, names: list[str], folder: Path, steps: list[int]):
+        self.trainer, self.names, self.folder, self.steps = trainer, names, folder, set(steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            save_trained(self.trainer, self.names, self.folder / f"step-{state.global_step:06d}")
+
+
+def save_trained(trainer: Trainer, names: list[str], directory: Path) -> None:
+    """Write the trained tensors as a checkpoint; every rank must call it."""
+    main = trainer.is_world_process_zero()
+    tensors = gather_weights(trainer.accelerator.unwrap_model(trainer.model), names, main)
+    if main:
+        save_checkpoint(directory, tensors)
+    trainer.accelerator.wait_for_everyone()
+
+
+def finish(trainer: Trainer) -> None:
+    """Take DeepSpeed's engine apart, so that the process can train the next stage with a fresh one."""
+    trainer.deepspeed.destroy()
+    trainer.accelerator.free_memory()

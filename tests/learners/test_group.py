@@ -1,0 +1,246 @@
+"""Every stage on two real ranks: Ray actors, DeepSpeed engines, checkpoints."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from learners.config import DpoConfig, LearnerConfig, Recipe
+from learners.group import LearnerGroup
+from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
+from tests.tiny import BITS, Patches, tiny_checkpoint
+from vargpt_rl.checkpoint import check_checkpoint, load_weights_into
+from vargpt_rl.data.preferences import write_table
+from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.model.bits import pack, replay
+from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
+from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.stages import STAGES, freeze
+
+SIDE = 64
+SCHEDULE = schedule_for(SIDE)
+TOKENS = token_count(SCHEDULE)
+PROMPT = Prompt("p", "a red circle", "Here:")
+STEPS = 3
+# Read by no loss: the pool has a single key, so its query does not matter. The unconditional rows are read where a
+# condition is dropped, which supervised stages do at random and preference training never does.
+UNREAD = {"image_decoder.condition.pool.query", "image_decoder.condition.unconditional"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return Start(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))))
+
+
+@pytest.fixture(scope="module")
+def model(start):
+    return Vargpt.from_pretrained(start.model).eval()
+
+
+@pytest.fixture(scope="module")
+def chat(start, model):
+    return ChatFormat(start.model, model.config)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    features = np.random.default_rng(0).standard_normal((12, BITS, SIDE // 16, SIDE // 16))
+    save_file({"features": features.astype(np.float16)}, folder / "features.safetensors")
+    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probe():
+    bits = np.random.default_rng(1).integers(0, 2, (TOKENS, BITS))
+    return Probe(PROMPT, pack(bits), SIDE)
+
+
+def score(model, chat, bits_NLd: np.ndarray) -> torch.Tensor:
+    """float64 [N, K]: log-probabilities of bits by scale, for ``PROMPT``."""
+    bits = torch.from_numpy(bits_NLd.astype(np.uint8))
+    ids = torch.tensor([chat.drawn(PROMPT.text, PROMPT.reply, TOKENS).ids] * len(bits))
+    with torch.no_grad():
+        logits = model(ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
+    return scale_sums(bit_log_probs(logits, bits), SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def pairs(model, chat):
+    """Rows of a preference table, scored by the starting weights."""
+    rng = np.random.default_rng(2)
+
+    def pair(i: int) -> dict:
+        bits = rng.integers(0, 2, (2, TOKENS, BITS))
+        by_scale = score(model, chat, bits)
+        row = {
+            "pair_id": f"pair-{i}",
+            "prompt_id": f"prompt-{i}",
+            "prompt": PROMPT.text,
+            "reply": PROMPT.reply,
+            "resolution": SIDE,
+            "rejected_seed": i,
+            "rejected_version": 1,
+            "sampling": "{}",
+            "reference_version": 1,
+        }
+        for j, side in enumerate(("chosen", "rejected")):
+            row[f"{side}_bits"] = pack(bits[j])
+            row[f"{side}_source"] = "test"
+            row[f"{side}_reward"] = None
+            row[f"reference_{side}_logp"] = by_scale[j].sum().item()
+            row[f"reference_{side}_by_scale"] = by_scale[j].tolist()
+        return row
+
+    return [pair(i) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def group(cluster):
+    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def trained(group, start, corpus, probe, pairs, tmp_path_factory):
+    """Runs a stage, once for each (stage, ZeRO stage): its result, folder and followed log."""
+    done = {}
+
+    def train(stage: str, zero: int = 2) -> tuple[dict, object, list[dict]]:
+        if (stage, zero) not in done:
+            folder, lines = tmp_path_factory.mktemp(f"{stage}-{zero}"), []
+            recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0, zero=zero)
+            if stage == "dpo":
+                write_table(folder / "pairs.parquet", pairs)
+                job = DpoJob(start, folder / "pairs.parquet", recipe, DpoConfig(), folder, 0, probe)
+                result = group.dpo(job, lines.append)
+            else:
+                rows = [("red", "What colour is the square?", "red"), ("blue", "How many?", "three")]
+                questions = QuestionSet(rows, Patches(), 0.5, 56) if stage == "understanding" else None
+                saves = (2,) if stage == "sft" else ()
+                job = SftJob(stage, start, corpus, recipe, folder, 0, probe, questions, saves)
+                result = group.sft(job, lines.append)
+            done[stage, zero] = result, folder, lines
+        return done[stage, zero]
+
+    return train
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "understanding", "sft", "dpo"])
+def test_a_stage_changes_its_own_parameters_and_saves_nothing_else(trained, start, stage):
+    result, folder, _ = trained(stage)
+    names = freeze(Vargpt.from_pretrained(start.model), STAGES[stage])
+    before = load_file(f"{start.model}/model.safetensors")
+    after = load_file(check_checkpoint(folder / "final"))
+    assert sorted(after) == names
+    unchanged = {name for name in names if torch.equal(after[name], before[name])}
+    assert unchanged <= UNREAD
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert (result["steps"], result["trained_tensors"]) == (STEPS, len(names))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_zero_3_trains_the_same_weights_as_zero_2(trained, stage):
+    two, three = (load_file(trained(stage, zero)[1] / "final/weights.safetensors") for zero in (2, 3))
+    assert two.keys() == three.keys()
+    for name, tensor in two.items():
+        # the same numbers reduced in another order, at weights of order 1
+        torch.testing.assert_close(three[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage, zero", [("pretrain", 2), ("understanding", 2), ("sft", 2), ("sft", 3), ("dpo", 3)])
+def test_the_probe_scores_as_with_the_saved_weights(trained, start, chat, probe, stage, zero):
+    result, folder, _ = trained(stage, zero)
+    model = Vargpt.from_pretrained(start.model).eval()
+    bits = np.random.default_rng(1).integers(0, 2, (1, TOKENS, BITS))
+    assert pack(bits[0]) == probe.bits
+    untrained = score(model, chat, bits).sum().item()
+    load_weights_into(model, [folder / "final"])
+    # 168 bits of about -0.7 nats, in fp32 before the sum
+    assert result["probe"] == pytest.approx(score(model, chat, bits).sum().item(), abs=1e-4)
+    assert result["probe"] != pytest.approx(untrained, abs=1e-3)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_dpo_starts_at_the_reference_and_moves_away(trained, zero):
+    result, _, lines = trained("dpo", zero)
+    assert 0 <= result["step0_max_abs_logratio"] <= 1e-4
+    assert result["loss_first"] == pytest.approx(np.log(2), abs=1e-4)
+    assert result["loss_last"] < result["loss_first"]
+    assert result["margin_last"] > 0
+    assert 0 <= result["accuracy_last"] <= 1
+    last = [line for line in lines if "rewards/margins" in line][-1]
+    assert result["margin_last"] == last["rewards/margins"]
+    by_scale = [last[f"rewards/margins/scale_{k}"] for k in range(len(SCHEDULE))]
+    # margins by scale add up, but for fp32 rounding of sums
+    assert sum(by_scale) == pytest.approx(last["rewards/margins"], abs=1e-4)
+
+
+def test_weights_are_also_saved_on_the_way(trained):
+    _, folder, _ = trained("sft")
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000002"]
+    halfway, final = (load_file(check_checkpoint(folder / name)) for name in ("step-000002", "final"))
+    assert halfway.keys() == final.keys()
+    assert any(not torch.equal(halfway[name], final[name]) for name in final)
+
+
+@pytest.mark.parametrize("stage", ["sft", "understanding", "dpo"])
+def test_the_log_is_followed_line_by_line(trained, stage):
+    _, folder, lines = trained(stage)
+    assert lines == [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    keys = {
+        "sft": {"loss/image", "bit_accuracy", "grad_norm", "learning_rate"},
+        "understanding": {"loss/text", "loss/image", "grad_norm"},
+        "dpo": {"rewards/margins", "rewards/accuracies", "bit_accuracy/chosen/scale_0"},
+    }[stage]
+    assert all(keys <= line.keys() for line in lines if "loss" in line)
+
+
+def test_the_image_tokenizer_is_trained_on_one_rank(group, start, tmp_path):
+    lines = []
+    job = TokenizerJob(start, ["red", "nothing", "blue"], Patches(), SIDE, 20, 2, 1e-2, tmp_path, seed=0)
+    result = group.tokenizer(job, lines.append)
+    assert result["loss_last"] < result["loss_first"]
+    assert [key for key, _ in result["failures"]] == ["nothing"]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    after = load_file(check_checkpoint(tmp_path / "final"))
+    before = load_file(f"{start.model}/model.safetensors")
+    assert after.keys() == {name for name in before if name.startswith("image_tokenizer.")}
+    assert not any(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, start, probe, pairs, tmp_path):
+    shifted = [pair | {"reference_chosen_logp": pair["reference_chosen_logp"] + 1.0} for pair in pairs]
+    write_table(tmp_path / "pairs.parquet", shifted)
+    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2)
+    job = DpoJob(start, tmp_path / "pairs.parquet", recipe, DpoConfig(), tmp_path / "out", 0, probe)
+    other = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+    with pytest.raises(RuntimeError, match="DPO step 0: policy and reference differ by 1 nats"):
+        other.dpo(job, lambda line: None)
+    assert not (tmp_path / "out/final").exists()
+    assert set(group.pids).isdisjoint(other.pids)
+    for pid in group.pids:
+        os.kill(pid, 0)  # the other group lives on
+
+
+def test_a_group_that_finds_no_room_says_so(cluster):
+    with pytest.raises(RuntimeError, match="no room for 2 learner ranks of {'CPU': 8}"):
+        LearnerGroup(LearnerConfig(ranks=2, start_timeout_s=1.0), {"CPU": 8}, threads=1, use_gpu=False)

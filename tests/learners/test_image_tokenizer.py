@@ -1,0 +1,99 @@
+"""Training the image tokenizer: it learns, and gradients pass through the bits."""
+
+import itertools
+
+import pytest
+import torch
+
+from learners.image_tokenizer import learning_rate, picture_batches, reconstruction_loss, train_image_tokenizer
+from tests.tiny import BITS, Patches
+from vargpt_rl.model.configuration import ImageTokenizerConfig
+from vargpt_rl.model.image_tokenizer import ImageTokenizer
+
+SIDE = 32
+
+
+def tokenizer() -> ImageTokenizer:
+    torch.manual_seed(0)
+    sizes = {"base_channels": 8, "channel_multipliers": [1, 1, 1, 1, 1], "blocks_per_level": 1, "norm_groups": 4}
+    return ImageTokenizer(ImageTokenizerConfig(bits=BITS, **sizes))
+
+
+def squares(batch: int) -> torch.Tensor:
+    """White pictures with a coloured quarter each."""
+    images = torch.ones(batch, 3, SIDE, SIDE)
+    for i, image in enumerate(images):
+        image[i % 3, (i % 2) * 16 :][:16, :16] = -1
+    return images
+
+
+def test_a_few_steps_lower_the_loss():
+    losses, steps = [], 30
+    model = tokenizer()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train_image_tokenizer(
+        model, itertools.repeat(squares(4)), steps, 3e-2, lambda step, loss: losses.append((step, loss))
+    )
+    assert [step for step, _ in losses] == list(range(steps))
+    assert losses[-1][1] < 0.7 * losses[0][1]
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not unmoved
+    assert not model.training
+
+
+def test_training_resumes_at_a_step():
+    seen = []
+    train_image_tokenizer(tokenizer(), itertools.repeat(squares(1)), 4, 1e-3, lambda *what: seen.append(what[0]), 2)
+    assert seen == [2, 3]
+
+
+def test_straight_through_gradients_reach_every_weight_of_the_encoder():
+    model = tokenizer()
+    images = squares(2)
+    reconstruction_loss(model.reconstruct(images), images).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_what_is_trained_is_what_is_decoded():
+    model = tokenizer()
+    images = squares(3)
+    with torch.no_grad():
+        trained = model.reconstruct(images)
+        decoded = model.decode(model.encode(images).summed_Bdhw)
+    # unit + (code - unit) rounds once more than code
+    torch.testing.assert_close(trained.clamp(-1, 1), decoded, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_zero_for_equal_pictures_and_weighs_things_above_background():
+    target = torch.ones(1, 3, 8, 8)
+    target[..., :2, :2] = -1
+    assert reconstruction_loss(target, target).item() == 0
+    background, thing = target.clone(), target.clone()
+    background[..., 7, 7] += 0.5
+    thing[..., 0, 0] += 0.5
+    ratio = reconstruction_loss(thing, target) / reconstruction_loss(background, target)
+    assert ratio.item() == pytest.approx(5.0)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    rates = [learning_rate(step, 1000, peak=2.0) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.02)
+    assert set(rates[99:701]) == {2.0}
+    assert rates[1000] == 0
+    assert all(a > b for a, b in itertools.pairwise(rates[700:]))
+
+
+def test_batches_are_drawn_from_the_pictures_that_load():
+    batches, failures = picture_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, seed=0)
+    assert [key for key, _ in failures] == ["nothing"]
+    images = torch.cat(list(itertools.islice(batches, 4)))
+    assert images.shape == (24, 3, SIDE, SIDE)
+    assert {tuple(image[:, 0, 0].tolist()) for image in images} == {(1.0, -1.0, -1.0), (-1.0, -1.0, -1.0)}
+    again = torch.cat(list(itertools.islice(picture_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, 0)[0], 4)))
+    assert torch.equal(again, images), "the order is the seed's"
+
+
+def test_pictures_that_none_can_be_loaded_are_an_error():
+    with pytest.raises(ValueError, match="none of 1 pictures could be loaded"):
+        picture_batches(Patches(), ["nothing"], SIDE, 2, seed=0)
