@@ -1,0 +1,79 @@
+import pickle
+import sys
+
+import pytest
+
+from vargpt_rl.plugins import load_plugin, make_callable
+
+PLUGIN = """
+from __future__ import annotations
+from dataclasses import KW_ONLY, dataclass
+
+@dataclass
+class Scale:
+    _: KW_ONLY
+    factor: float = 1.0
+
+    def __call__(self, images, prompts):
+        return [self.factor] * len(images)
+
+def ones(images, prompts):
+    return [1.0] * len(images)
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "broken.py").write_text("import no_such_library\n")
+
+
+def test_a_name_in_a_module():
+    assert load_plugin("pickle:dumps") is pickle.dumps
+
+
+def test_a_name_in_a_file(plugin):
+    before = set(sys.modules)
+    scale = make_callable(load_plugin("mine.py:Scale"), {"factor": 2.0})
+    assert scale([None], ["a"]) == [2.0]
+    assert make_callable(load_plugin("mine.py:ones"), {})([None], ["a"]) == [1.0]
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("mine.py", "expected 'package.module:Name' or 'file.py:name'"),
+        (":ones", "expected"),
+        ("mine.py:", "expected"),
+        ("mine.py:one two", "expected"),
+        ("other.py:ones", "there is no file .*other.py"),
+        ("mine.py:twos", "has no 'twos'; it has .*ones"),
+        ("no_such_package.rewards:ones", "there is no module 'no_such_package'"),
+        ("json.no_such_module:ones", "there is no module 'json.no_such_module'"),
+        ("./mine:ones", "neither a module's name nor a .py file"),
+    ],
+)
+def test_a_wrong_path_is_named(plugin, path, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        load_plugin(path)
+    assert repr(path) in str(raised.value)
+
+
+def test_errors_of_the_plugin_itself_are_its_own(plugin, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("broken.py:ones", "broken:ones"):
+        with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+            load_plugin(path)
+
+
+def test_options_must_fit(plugin):
+    with pytest.raises(ValueError, match="Scale.*unexpected keyword argument 'power'"):
+        make_callable(load_plugin("mine.py:Scale"), {"power": 2})
+    with pytest.raises(ValueError, match="ones is no class and takes no options.*factor"):
+        make_callable(load_plugin("mine.py:ones"), {"factor": 2})
+    with pytest.raises(ValueError, match="3 cannot be called"):
+        make_callable(load_plugin("mine.py:NUMBER"), {})

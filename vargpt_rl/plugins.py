@@ -1,0 +1,78 @@
+"""Finds and builds what a config names by path: rewards, preference builders, data sources.
+
+A path is "package.module:Name" or "file.py:name", the file relative to the working directory.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+
+def load_plugin(path: str) -> object:
+    """The object that ``path`` names.
+
+    Raises ValueError, naming the path, where its form is wrong or the module, file or name does not exist. What goes
+    wrong inside the plugin's own code is raised as it is.
+    """
+    where, colon, name = path.rpartition(":")
+    if not colon or not where or not name.isidentifier():
+        raise ValueError(f"plugin {path!r}: expected 'package.module:Name' or 'file.py:name'")
+    module = _load_file(path, where) if where.endswith(".py") else _import(path, where)
+    if not hasattr(module, name):
+        public = ", ".join(sorted(n for n in vars(module) if not n.startswith("_")))
+        raise ValueError(f"plugin {path!r}: {where} has no {name!r}; it has {public or 'no names'}")
+    return getattr(module, name)
+
+
+def _import(path: str, where: str) -> ModuleType:
+    if not all(part.isidentifier() for part in where.split(".")):
+        raise ValueError(f"plugin {path!r}: {where!r} is neither a module's name nor a .py file")
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        # A module that the plugin itself fails to import is the plugin's error, not one of the path.
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"plugin {path!r}: there is no module {error.name!r}") from error
+
+
+def _load_file(path: str, where: str) -> ModuleType:
+    file = Path(where).resolve()
+    if not file.is_file():
+        raise ValueError(f"plugin {path!r}: there is no file {file}")
+    name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while they are made. Afterwards it is taken out again: other processes cannot
+    # import it, and cloudpickle sends by value only what it finds in no module.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def make_callable(obj: object, options: dict[str, object]) -> Callable:
+    """A class instantiated with ``options``, or a function itself, which takes none.
+
+    Raises ValueError for options that do not fit and for what cannot be called.
+    """
+    name = getattr(obj, "__qualname__", repr(obj))
+    if inspect.isclass(obj):
+        signature = inspect.signature(obj)
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            raise ValueError(f"{name}{signature}: {error}; the options given are {options}") from error
+        obj = obj(**options)
+    elif options:
+        raise ValueError(f"{name} is no class and takes no options, but was given {options}")
+    if not callable(obj):
+        raise ValueError(f"{name} cannot be called")
+    return obj
