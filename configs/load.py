@@ -1,0 +1,20 @@
+"""From the command line to a checked configuration. Every fault is a ValueError of one line that names the key."""
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import LoopConfig
+
+
+def load_config(overrides: list[str]) -> LoopConfig:
+    """Compose ``configs/loop.yaml`` with ``key=value`` overrides and check the result."""
+    ConfigStore.instance().store(name="schema", node=LoopConfig)
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            composed = compose("loop", overrides=overrides)
+        return OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(f"{error}. {error.__cause__ or ''}".split())) from error

@@ -1,0 +1,194 @@
+"""Every setting of a run, its default and its meaning. Unknown keys are errors.
+
+Defaults are the embedded demo: the tiny model on the shapes world, sized for two CPU cores.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.resources import RolloutConfig
+from learners.config import DpoConfig, LearnerConfig, Recipe
+from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.model.scales import STRIDE
+
+STAGES = ("tokenizer", "pretrain", "understanding", "align")
+TINY = "tiny"
+
+
+@dataclass
+class DataConfig:
+    """Where pictures and captions come from. ``kind``: shapes (drawn on demand) or captioned (a folder of pictures).
+
+    ``seen_side``: pixels a side at which pictures are shown to the understanding path.
+    """
+
+    kind: str = "shapes"
+    captions: str | None = None
+    images: str | None = None
+    max_bad_fraction: float = 0.01
+    held_out_fraction: float = 0.1
+    seen_side: int = 224
+
+
+@dataclass
+class TokenizerStage:
+    """Image-tokenizer training, for pictures that the starting checkpoint's tokenizer does not know."""
+
+    steps: int = 400
+    batch: int = 8
+    lr: float = 1e-3
+    pictures: int = 600
+
+
+@dataclass
+class PretrainStage:
+    """Only the two generation projectors train, on drawings."""
+
+    records: int = 256
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=20, batch=16, micro_batch=8, lr=2e-4))
+
+
+@dataclass
+class UnderstandingStage:
+    """The language model and the vision projector train, on questions and a share of drawings."""
+
+    records: int = 256
+    questions: int = 1024
+    drawing_share: float = 0.25
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=40, batch=32, micro_batch=16, lr=2e-4))
+
+
+@dataclass
+class SftStage:
+    """The visual decoder and both projectors train, on drawings, at one resolution.
+
+    ``checkpoints``: after which fractions of the run weights are kept to sample losers from; the papers say only
+    "different SFT checkpoints and the fully SFT-trained model", so the demo takes one halfway and the final one, with
+    equal shares of the prompts.
+    """
+
+    records: int = 2048
+    checkpoints: list[float] = field(default_factory=lambda: [0.5])
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=5e-4))
+
+
+@dataclass
+class PreferenceConfig:
+    """How pairs are made. ``winners``: a folder of the stronger system's pictures, matched by file name (captioned
+    data). ``builder``: ``module:name`` or ``file.py:name``; ``prompts``: a file of prompts instead of the source's own;
+    ``count`` prompts are drawn ``samples`` times each.
+    """
+
+    builder: str = "rewards.preferences:external_winner"
+    winners: str | None = None
+    prompts: str | None = None
+    count: int = 256
+    samples: int = 1
+
+
+@dataclass
+class RewardConfig:
+    """``path``: ``module:Name`` or ``file.py:name``; null scores nothing. ``options`` go to a class's constructor."""
+
+    path: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class DpoStage(DpoConfig):
+    """DPO on the pairs of this iteration. ``control`` also trains SFT on the winners, for as many steps, to compare."""
+
+    control: bool = True
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60, batch=16, micro_batch=4, lr=1e-4))
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out prompts drawn after each stage, questions asked, and pictures in the sample grid."""
+
+    prompts: int = 120
+    questions: int = 120
+    grid: int = 8
+
+
+@dataclass
+class TrackingConfig:
+    """wandb's mode and project; the metrics are always in ``metrics.jsonl`` too."""
+
+    wandb: str = "offline"
+    project: str = "vargpt_rl"
+
+    def __post_init__(self):
+        if self.wandb not in ("offline", "online", "disabled"):
+            raise ValueError(f"tracking.wandb={self.wandb}: expected offline, online or disabled")
+
+
+@dataclass
+class LoopConfig:
+    """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
+
+    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny" or a model directory.
+    """
+
+    name: str | None = None
+    runs: str = "runs"
+    seed: int = 0
+    checkpoint: str = TINY
+    stages: list[str] = field(default_factory=lambda: ["pretrain", "understanding", "align"])
+    iterations: int = 2
+    resolutions: list[int] = field(default_factory=lambda: [128, 256])
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerStage = field(default_factory=TokenizerStage)
+    pretrain: PretrainStage = field(default_factory=PretrainStage)
+    understanding: UnderstandingStage = field(default_factory=UnderstandingStage)
+    sft: SftStage = field(default_factory=SftStage)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg=1.0))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DpoStage = field(default_factory=DpoStage)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self):
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise ValueError(f"stages={self.stages}: unknown {unknown}, expected some of {list(STAGES)}")
+        if self.stages != sorted(self.stages, key=STAGES.index):
+            raise ValueError(f"stages={self.stages}: expected in the order {list(STAGES)}")
+        if not self.resolutions or self.iterations < len(self.resolutions):
+            raise ValueError(
+                f"iterations={self.iterations} with resolutions={self.resolutions}: expected at least as many "
+                f"iterations as resolutions (further ones repeat the last)"
+            )
+        for resolution in self.resolutions:
+            if resolution <= 0 or resolution % STRIDE:
+                raise ValueError(f"resolutions={self.resolutions}: {resolution} is not a positive multiple of {STRIDE}")
+        if self.data.kind not in ("shapes", "captioned"):
+            raise ValueError(f"data.kind={self.data.kind}: expected shapes or captioned")
+        if self.data.kind == "captioned":
+            needed = {
+                "data.captions": self.data.captions,
+                "data.images": self.data.images,
+                "preference.winners": self.preference.winners,
+            }
+            for key, value in needed.items():
+                if value is None:
+                    raise ValueError(f"{key} is not set: data=captioned needs {', '.join(needed)}")
+            if "understanding" in self.stages:
+                raise ValueError("stages: understanding needs questions, which data=captioned has not; leave it out")
+        for stage in ("pretrain", "understanding", "sft", "dpo"):
+            recipe = getattr(self, stage).recipe
+            try:
+                recipe.accumulation(self.learner.ranks)
+            except ValueError as error:
+                raise ValueError(f"{stage}.recipe: {error}") from error
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        name = self.name or "-".join([self.data.kind, *map(str, self.resolutions)])
+        if Path(name).name != name:
+            raise ValueError(f"name={name}: expected a plain name, the folder is runs={self.runs}")
+        return Path(self.runs) / name

@@ -1,0 +1,68 @@
+"""What a run is given besides settings: a starting model, data, plug-ins. All checked before any worker starts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import TINY, LoopConfig
+from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.sources import (
+    CaptionedConfig,
+    CaptionedSource,
+    ShapesConfig,
+    ShapesSource,
+    Source,
+    prompts_from_file,
+)
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.plugins import load_plugin, make_callable
+
+EMBEDDED = Path(__file__).parent / "tiny"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing."""
+
+    model: str
+    source: Source
+    quarantine: Quarantine
+    builder: Callable
+    reward: Callable | None
+    prompts: list[Prompt] | None
+
+
+def check_model(path: str) -> str:
+    """A model directory of this architecture, absolute. ValueError naming what was found instead."""
+    folder = EMBEDDED if path == TINY else Path(path).resolve()
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ValueError(f"checkpoint={path}: no config.json in {folder}")
+    found = json.loads(settings.read_text()).get("model_type")
+    if found != "vargpt":
+        raise ValueError(f"checkpoint={path}: a model of type {found!r}, expected 'vargpt'")
+    return str(folder)
+
+
+def gather(config: LoopConfig) -> Inputs:
+    """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
+    model = check_model(config.checkpoint)
+    builder = load_plugin(config.preference.builder)
+    reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
+    quarantine = Quarantine(config.directory / "quarantine.jsonl")
+    if config.data.kind == "shapes":
+        source: Source = ShapesSource(ShapesConfig())
+    else:
+        source = CaptionedSource(
+            CaptionedConfig(
+                captions=config.data.captions,
+                images=config.data.images,
+                winners=config.preference.winners,
+                held_out_fraction=config.data.held_out_fraction,
+            ),
+            quarantine,
+        )
+        quarantine.check(source.lines, config.data.max_bad_fraction)
+    prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
+    return Inputs(model, source, quarantine, builder, reward, prompts)

@@ -1,0 +1,120 @@
+"""The iterated SFT/DPO loop (VARGPT-v1.1, section 3.2, Fig. 6): ``python -m vargpt_rl.loop [key=value ...]``.
+
+Each iteration: SFT -> evaluate -> sample from the SFT checkpoints, pair with winners, score -> DPO -> swap -> evaluate.
+Every step is recorded when it is done; the same command goes on after the last one. Exit codes: 0 done, 1 failed,
+2 a setting or an input is wrong (no worker was started).
+"""
+
+import os
+import sys
+
+import ray
+from omegaconf import OmegaConf
+
+from actors.pool import RolloutPool
+from actors.resources import plan
+from actors.rollout import Rollouts
+from configs.load import load_config
+from configs.schema import LoopConfig
+from learners.group import LearnerGroup
+from vargpt_rl.export import export_model
+from vargpt_rl.inputs import Inputs, gather
+from vargpt_rl.report import show
+from vargpt_rl.run import Run
+from vargpt_rl.steps import Steps
+
+
+def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
+    """The iterations; what each of them measured."""
+    results = []
+    for k in range(config.iterations):
+        steps.iteration, steps.resolution = k, config.resolutions[min(k, len(config.resolutions) - 1)]
+        run.where = {"iteration": k, "resolution": steps.resolution}
+        name = steps.name
+        run.step(f"{name}/before", steps.before)
+        sft = run.step(f"{name}/sft", steps.sft)
+        steps.adopt(f"{name}-sft")
+        after_sft = run.step(f"{name}/after_sft", lambda: steps.evaluate("after_sft", steps.weights))
+        sampled = run.step(f"{name}/pairs", steps.pairs)
+        control = run.step(f"{name}/control", steps.control) if config.dpo.control else {"eval": None}
+        dpo = run.step(f"{name}/dpo", steps.dpo)
+        steps.adopt(f"{name}-dpo")
+        after_dpo = run.step(f"{name}/after_dpo", lambda: steps.evaluate("after_dpo", steps.weights))
+        run.step(f"{name}/grid", steps.sample_grid)
+        scores = {"after_sft": after_sft, "after_dpo": after_dpo, "sft_on_winners": control["eval"]}
+        results.append(
+            {"resolution": steps.resolution, "sft": sft, **sampled, "dpo": dpo, "swap": dpo["swap"], "eval": scores}
+        )
+    return results
+
+
+def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, inputs: Inputs) -> dict:
+    """All stages in order, then the model's export; the summary."""
+    summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
+    steps.resolution = config.resolutions[0]
+    for stage in config.stages:
+        run.where = {"iteration": None, "resolution": steps.resolution}
+        if stage != "align":
+            summary["stages"][stage] = run.step(stage, getattr(steps, stage))
+            steps.adopt(stage)
+            continue
+        summary["understanding"]["before"] = run.step("understands/before", steps.understands)
+        summary["iterations"] = align(steps, run, config)
+        summary["understanding"]["after"] = run.step("understands/after", steps.understands)
+    export_model(inputs.model, steps.weights, run.directory / "model")
+    quarantined = dict(inputs.quarantine.counts)
+    return summary | {
+        "seconds": run.seconds,
+        "quarantined": quarantined,
+        "restarts": pool.restarts,
+        "events": pool.events,
+    }
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    here = None if "RAY_ADDRESS" in os.environ else "local"
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
+    options = {"include_dashboard": False} if here else {}
+    ray.init(address=here, log_to_driver=False, runtime_env={"env_vars": environment}, **options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the loop; the exit code."""
+    try:
+        config = load_config(sys.argv[1:] if arguments is None else arguments)
+        settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        inputs = gather(config)
+        run = Run(config.directory, settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if run.summary is not None:
+        print("this run is complete; another name=... starts a new one")
+        show(run.summary, run.directory)
+        return 0
+    if run.state["steps"]:
+        print(f"going on after {list(run.state['steps'])[-1]}")
+    run.track(config.tracking.wandb, config.tracking.project, settings)
+    failed = True
+    try:
+        connect()
+        learner = config.learner
+        placement = plan(ray.cluster_resources(), config.rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
+        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source)
+        learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
+        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
+        steps = Steps(config, run, inputs, rollouts, learners)
+        summary = execute(steps, run, config, pool, inputs)
+        run.finish(summary)
+        show(summary, run.directory)
+        failed = False
+    finally:
+        run.close(failed)
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

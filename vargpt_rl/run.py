@@ -1,0 +1,107 @@
+"""A run's directory: what was set, what was measured, which steps are done, and the summary at the end.
+
+A step is a named piece of the loop whose result is a small JSON object; its files lie in the run directory. A finished
+step is never repeated: the same command goes on after the last one.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import wandb
+import yaml
+
+from vargpt_rl.checkpoint import write_atomically
+
+CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+
+
+def differences(old: object, new: object, prefix: str = "") -> list[str]:
+    """``key: old -> new`` for every setting that differs, by dotted name."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix}: {old} -> {new}"]
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        lines += differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+    return lines
+
+
+class Run:
+    """Opens the directory, new or begun. ValueError if it was begun with other settings, naming each."""
+
+    def __init__(self, directory: Path, config: dict):
+        self.directory = directory
+        saved = directory / CONFIG
+        if saved.exists():
+            changed = differences(yaml.safe_load(saved.read_text()), config)
+            if changed:
+                raise ValueError(
+                    f"{directory} was begun with other settings ({'; '.join(changed)}): go on with those, "
+                    f"or give this run another name=..."
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
+        path = directory / STATE
+        self.state = json.loads(path.read_text()) if path.exists() else {"steps": {}, "version": 0, "seconds": 0.0}
+        self.began = time.time() - self.state["seconds"]
+        self.tracker = None
+        self.where: dict[str, object] = {}
+
+    @property
+    def summary(self) -> dict | None:
+        """The summary of a finished run."""
+        path = self.directory / SUMMARY
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def track(self, mode: str, project: str, config: dict) -> None:
+        """Also send metrics to wandb. Its own files lie in the run directory."""
+        self.tracker = wandb.init(
+            mode=mode,
+            project=project,
+            name=self.directory.name,
+            dir=self.directory,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def step(self, name: str, work: Callable[[], dict]) -> dict:
+        """The result of a named step: from its record if it is done, else by doing it and recording the result."""
+        if name not in self.state["steps"]:
+            result = work()
+            json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
+            self.state["steps"][name] = result
+            self.save()
+        return self.state["steps"][name]
+
+    def save(self) -> None:
+        """Record the state."""
+        self.state["seconds"] = self.seconds
+        write_atomically(self.directory / STATE, json.dumps(self.state, indent=1).encode())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run; time between an interruption and the next start does not count."""
+        return time.time() - self.began
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """A line of ``metrics.jsonl``, and the same to wandb under ``stage/``."""
+        line = {"time": time.time(), **self.where, "stage": stage, "step": step, **metrics}
+        with (self.directory / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            self.tracker.log({f"{stage}/{key}": value for key, value in metrics.items()} | self.where)
+
+    def log_pictures(self, path: Path) -> None:
+        """Show a picture file in wandb."""
+        if self.tracker is not None:
+            self.tracker.log({f"samples/{path.stem}": wandb.Image(str(path))})
+
+    def finish(self, summary: dict) -> None:
+        """Write the summary, at once and last."""
+        write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1).encode())
+
+    def close(self, failed: bool) -> None:
+        """Flush what is tracked, whatever happened."""
+        if self.tracker is not None:
+            self.tracker.finish(exit_code=int(failed))
