@@ -51,7 +51,7 @@ def train_image_tokenizer(
         loss = reconstruction_loss(tokenizer.reconstruct(pictures_B3HW), pictures_B3HW)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         on_step(step, loss.item())
     tokenizer.eval()

@@ -143,8 +143,8 @@ def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) ->
 CORPORA = {64: 12000, 128: 12000, 256: 3200, 512: 160}
 DRAWINGS_PER_STEP = {64: 64, 128: 24, 256: 6, 512: 2}
 # Up in resolution: until which share of the steps, and how often each resolution comes until then.
-PHASES = ((0.3, {64: 1.0}), (0.7, {64: 0.15, 128: 0.85}), (1.0, {128: 0.35, 256: 0.55, 512: 0.1}))
-QUESTIONS_PER_STEP = 12
+PHASES = ((0.6, {64: 0.1, 128: 0.9}), (1.0, {128: 0.35, 256: 0.55, 512: 0.1}))
+QUESTIONS_PER_STEP = 30
 
 
 def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_step) -> None:
@@ -164,7 +164,7 @@ def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_s
         chosen = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
         metrics = {}
         for examples in ([corpora[side][i] for i in chosen], question_examples(chat, rng, QUESTIONS_PER_STEP)):
-            loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, equal_scales=True)
+            loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, reweight=True)
             loss.backward()
             metrics |= {f"{key}/{type(examples[0]).__name__}": value for key, value in measured.items()}
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

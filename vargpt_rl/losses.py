@@ -64,21 +64,27 @@ def text_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor
 
 
 def image_loss(
-    logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor, equal_scales_of: Schedule | None = None
+    logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor, weights_L: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean two-way cross entropy over all bits of all drawings, in nats.
-
-    With the drawings' schedule as ``equal_scales_of`` every scale weighs the same, however few its tokens: the prompt
-    decides the coarse scales, which are learned late otherwise.
-    """
+    """Two-way cross entropy of the bits of all drawings, in nats: the mean, or weighted by token (weights sum to 1)."""
     log_probs_NLd = bit_log_probs(logits_NL2d, bits_NLd)
-    if equal_scales_of is not None:
-        return -scale_means(log_probs_NLd, equal_scales_of).mean()
-    return -log_probs_NLd.mean()
+    if weights_L is None:
+        return -log_probs_NLd.mean()
+    return -(log_probs_NLd.mean((0, 2)) * weights_L).sum()
+
+
+def scale_weights(schedule: Schedule) -> torch.Tensor:
+    """fp32 [L]: token weights proportional to 1 / sqrt(area of the token's scale), summing to 1 (Infinity).
+
+    The published code computes them and never applies them. They help where a decoder learns from nothing: the prompt
+    decides the coarse scales, which are a small part of the plain mean.
+    """
+    weights_L = torch.cat([torch.full((h * w,), (h * w) ** -0.5) for h, w in schedule])
+    return weights_L / weights_L.sum()
 
 
 def sft_loss(
-    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, equal_scales: bool = False
+    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """``text_weight`` x text + 3 x image, each where the batch has it; and metrics (bit accuracy also by scale).
 
@@ -91,7 +97,7 @@ def sft_loss(
         loss, metrics["loss/text"] = loss + text_weight * words, words.item()
     if bits_NLd is not None:
         schedule = schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
-        picture = image_loss(output.image_logits, bits_NLd, schedule if equal_scales else None)
+        picture = image_loss(output.image_logits, bits_NLd, scale_weights(schedule) if reweight else None)
         loss, metrics["loss/image"] = loss + IMAGE_WEIGHT * picture, picture.item()
         hits_K = scale_means(bit_hits(output.image_logits, bits_NLd).float(), schedule).mean(0)
         metrics["bit_accuracy"] = bit_hits(output.image_logits, bits_NLd).float().mean().item()

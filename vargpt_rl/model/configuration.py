@@ -7,6 +7,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
+# Qwen2-VL-7B's; transformers' own defaults are those of the 72B model.
+RELEASE_LANGUAGE = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+
 
 @strict
 class DecoderConfig(PreTrainedConfig):
@@ -34,7 +45,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     bits: int = 32
     base_channels: int = 128
     channel_multipliers: list[int] | tuple[int, ...] = (1, 2, 4, 4, 4)
-    blocks_per_level: int = 4
+    blocks_per_level: int = 2
     norm_groups: int = 32
 
 
@@ -56,6 +67,10 @@ class VargptConfig(Qwen2VLConfig):
     image_gen_pad_token_id: int = 151659
 
     def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            self.text_config = dict(RELEASE_LANGUAGE)
+        if self.vision_config is None:
+            self.vision_config = {"hidden_size": RELEASE_LANGUAGE["hidden_size"]}
         for key in ("decoder_config", "image_tokenizer_config"):
             value = getattr(self, key)
             if value is None or isinstance(value, dict):
