@@ -8,6 +8,7 @@ edits. Deterministic on one machine (seeds are fixed); about two hours on two co
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch

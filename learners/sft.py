@@ -60,7 +60,7 @@ class BalancedBatches(Dataset):
     ):
         rng = np.random.default_rng(seed)
         per_block = micro_batch if questions is None else round(share * micro_batch)
-        if 0 < share < 1 and per_block in (0, micro_batch):
+        if questions is not None and 0 < share < 1 and per_block in (0, micro_batch):
             raise ValueError(f"a share of {share} drawings gives {per_block} of each micro_batch={micro_batch}")
         self.sources, self.order = (drawings, questions), []
         streams = [_endless(rng, len(source)) if source is not None else None for source in self.sources]

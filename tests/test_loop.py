@@ -15,11 +15,26 @@ from tests.tiny import tiny_checkpoint
 from vargpt_rl.model.modeling import Vargpt
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["resolutions=[32,48]", "sft.records=16", "sft.recipe.steps=4", "sft.recipe.batch=4", "sft.recipe.micro_batch=2", "pretrain.records=8", "pretrain.recipe.steps=2", "pretrain.recipe.batch=4", "pretrain.recipe.micro_batch=2", "understanding.records=8", "understanding.questions=16", "understanding.recipe.steps=2", "understanding.recipe.batch=8", "understanding.recipe.micro_batch=4", "dpo.recipe.steps=3", "dpo.recipe.batch=4", "dpo.recipe.micro_batch=2", "preference.count=8", "evaluation.prompts=8", "evaluation.questions=4", "evaluation.grid=2", "tracking.wandb=offline", "name=test"]
+SMALL = """
+resolutions=[32,48] sft.records=16 sft.recipe.steps=4 sft.recipe.batch=4 sft.recipe.micro_batch=2
+pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.recipe.micro_batch=2
+understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
+understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
+preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
+name=test
+"""
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "vargpt_rl.loop", f"runs={folder}", f"checkpoint={folder}/model", *SMALL, *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "vargpt_rl.loop",
+        f"runs={folder}",
+        f"checkpoint={folder}/model",
+        *SMALL.split(),
+        *overrides,
+    ]
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
