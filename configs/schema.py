@@ -5,6 +5,10 @@ Defaults are the embedded demo: the tiny model on the shapes world, sized for tw
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from actors.resources import RolloutConfig
 from learners.config import DpoConfig, LearnerConfig, Recipe
@@ -128,6 +132,8 @@ class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
 
     ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny" or a model directory.
+    ``at`` holds what differs at a resolution (``at.512.sft.recipe.steps``); the papers too train fewer steps on smaller
+    batches at 512 px.
     """
 
     name: str | None = None
@@ -150,6 +156,7 @@ class LoopConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    at: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -184,6 +191,20 @@ class LoopConfig:
                 recipe.accumulation(self.learner.ranks)
             except ValueError as error:
                 raise ValueError(f"{stage}.recipe: {error}") from error
+
+        for resolution in self.at:
+            if not resolution.isdecimal():
+                raise ValueError(f"at.{resolution}: expected a resolution in pixels")
+            self.at_resolution(int(resolution))
+
+    def at_resolution(self, resolution: int) -> "LoopConfig":
+        """The settings in force at a resolution. ValueError for an unknown key or a bad value under ``at``."""
+        settings = OmegaConf.structured(self)
+        settings.at = {}
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(settings, self.at.get(str(resolution), {})))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"at.{resolution}: {str(error).splitlines()[0]}") from error
 
     @property
     def directory(self) -> Path:

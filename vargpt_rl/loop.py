@@ -28,8 +28,7 @@ def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
     """The iterations; what each of them measured."""
     results = []
     for k in range(config.iterations):
-        steps.iteration, steps.resolution = k, config.resolutions[min(k, len(config.resolutions) - 1)]
-        run.where = {"iteration": k, "resolution": steps.resolution}
+        steps.begin(k, config.resolutions[min(k, len(config.resolutions) - 1)])
         name = steps.name
         run.step(f"{name}/before", steps.before)
         sft = run.step(f"{name}/sft", steps.sft)
@@ -51,9 +50,8 @@ def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
 def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, inputs: Inputs) -> dict:
     """All stages in order, then the model's export; the summary."""
     summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
-    steps.resolution = config.resolutions[0]
     for stage in config.stages:
-        run.where = {"iteration": None, "resolution": steps.resolution}
+        steps.begin(None, config.resolutions[0])
         if stage != "align":
             summary["stages"][stage] = run.step(stage, getattr(steps, stage))
             steps.adopt(stage)

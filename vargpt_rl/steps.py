@@ -30,7 +30,7 @@ CORPUS, PROMPTS, LOSERS, HELD_OUT = range(4)
 class Steps:
     """One run's state between steps. ``learners`` is a ``learners.group.LearnerGroup``."""
 
-    config: LoopConfig
+    settings: LoopConfig
     run: Run
     inputs: Inputs
     rollouts: Rollouts
@@ -38,6 +38,14 @@ class Steps:
     weights: tuple[Path, ...] = ()
     iteration: int = 0
     resolution: int = 0
+    config: LoopConfig | None = None
+
+    def begin(self, iteration: int | None, resolution: int) -> None:
+        """Work at this resolution from now on, with the settings that are in force there."""
+        self.iteration, self.resolution = iteration or 0, resolution
+        self.config = self.settings.at_resolution(resolution)
+        self.rollouts.pool.config = self.config.rollout
+        self.run.where = {"iteration": iteration, "resolution": resolution}
 
     @property
     def name(self) -> str:

@@ -1,0 +1,58 @@
+"""Settings: unknown keys and bad values are errors of one line that name them; ``at`` changes them by resolution."""
+
+import pytest
+
+from configs.load import load_config
+
+
+def test_the_default_is_the_demo():
+    config = load_config([])
+    assert config.resolutions == [128, 256] and config.iterations == 2
+    assert str(config.directory) == "runs/shapes-128-256"
+
+
+def test_the_users_command():
+    config = load_config(["iterations=2", "resolutions=[256,512]"])
+    assert str(config.directory) == "runs/shapes-256-512"
+
+
+def test_captioned_data_needs_its_three_paths():
+    with pytest.raises(ValueError, match="preference.winners is not set"):
+        load_config(["data=captioned", "data.captions=a", "data.images=b"])
+    config = load_config(["data=captioned", "data.captions=a", "data.images=b", "preference.winners=c"])
+    assert config.stages == ["tokenizer", "pretrain", "align"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("dpo.bta=1", "bta"),
+        ("dpo.beta=high", "dpo.beta"),
+        ("dpo.beta=0", "dpo.beta=0"),
+        ("stages=[align,pretrain]", "in the order"),
+        ("stages=[]", "stages="),
+        ("iterations=1", "iterations=1"),
+        ("resolutions=[100,256]", "100"),
+        ("sampling.tau=0", "sampling.tau"),
+        ("rollout.workers=0", "rollout.workers"),
+        ("data.kind=other", "data.kind=other"),
+        ("name=../up", "name=../up"),
+        ("tracking.wandb=on", "tracking.wandb=on"),
+        ("dpo.loss_weights=[1.0,2.0]", "dpo.loss_weights"),
+        ("sft.recipe.batch=7", "sft.recipe"),
+        ("+at.512.foo=3", "at.512"),
+        ("+at.big.sft.records=3", "at.big"),
+        ("at.512.sft.recipe.batch=7", "sft.recipe"),
+    ],
+)
+def test_bad_settings_are_named(override, named):
+    with pytest.raises(ValueError) as error:
+        load_config([override]).directory  # noqa: B018 (the name is checked when the folder is asked for)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_at_changes_settings_at_its_resolution_only():
+    config = load_config(["at.512.sft.recipe.steps=7", "+at.64.dpo.beta=0.5"])
+    assert config.at_resolution(512).sft.recipe.steps == 7
+    assert config.at_resolution(64).dpo.beta == 0.5
+    assert config.at_resolution(128).sft.recipe == config.sft.recipe
