@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -145,13 +146,26 @@ CORPORA = {64: 12000, 128: 12000, 256: 3200, 512: 160}
 DRAWINGS_PER_STEP = {64: 64, 128: 24, 256: 6, 512: 2}
 # Up in resolution: until which share of the steps, and how often each resolution comes until then.
 PHASES = ((0.6, {64: 0.1, 128: 0.9}), (1.0, {128: 0.35, 256: 0.55, 512: 0.1}))
-QUESTIONS_PER_STEP = 30
+QUESTIONS_PER_STEP = 16
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Mean over ranks, where there are several; a gradient that is missing counts as zero."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat / dist.get_world_size(), gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_step) -> None:
     """Everything but the image tokenizer, on drawings at several resolutions and on questions."""
-    stage, rng = STAGES["base"], np.random.default_rng(11)
-    torch.manual_seed(11)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    stage, rng, schedule_rng = STAGES["base"], np.random.default_rng(11 + rank), np.random.default_rng(5)
+    torch.manual_seed(11 + rank)
     corpora = {side: encode_corpus(model, count, side, seed=side) for side, count in CORPORA.items()}
     freeze(model, stage)
     collate, model = SftCollator(chat), model.train()
@@ -161,13 +175,14 @@ def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_s
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr, decay=0.4)
         shares = next(shares for until, shares in PHASES if step < until * steps)
-        side = int(rng.choice(list(shares), p=list(shares.values())))
+        side = int(schedule_rng.choice(list(shares), p=list(shares.values())))  # the same on every rank
         chosen = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
         metrics = {}
         for examples in ([corpora[side][i] for i in chosen], question_examples(chat, rng, QUESTIONS_PER_STEP)):
             loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, reweight=True)
             loss.backward()
             metrics |= {f"{key}/{type(examples[0]).__name__}": value for key, value in measured.items()}
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -74,10 +74,6 @@ class Rank:
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
         return os.getpid()
 
-    def leave(self) -> None:
-        """Leave the process group; without this, ZeRO-3 may abort the process at exit."""
-        dist.destroy_process_group()
-
     def _model(self, kind: type[Vargpt], start: Start) -> Vargpt:
         model = kind.from_pretrained(start.model, dtype=torch.bfloat16 if self.bf16 else torch.float32)
         load_weights_into(model, start.weights)

@@ -23,7 +23,10 @@ EMBEDDED = Path(__file__).parent / "tiny"
 
 @dataclass(frozen=True)
 class Inputs:
-    """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing."""
+    """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing.
+
+    ``lines`` is how many records the data has, if they can be bad, and ``max_bad_fraction`` how many of them may be.
+    """
 
     model: str
     source: Source
@@ -31,6 +34,13 @@ class Inputs:
     builder: Callable
     reward: Callable | None
     prompts: list[Prompt] | None
+    lines: int
+    max_bad_fraction: float
+
+    def check_quarantine(self) -> None:
+        """ValueError, with the counts by reason, when too many records are lost."""
+        if self.lines:
+            self.quarantine.check(self.lines, self.max_bad_fraction)
 
 
 def check_model(path: str) -> str:
@@ -63,6 +73,8 @@ def gather(config: LoopConfig) -> Inputs:
             ),
             quarantine,
         )
-        quarantine.check(source.lines, config.data.max_bad_fraction)
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
-    return Inputs(model, source, quarantine, builder, reward, prompts)
+    lines = getattr(source, "lines", 0)
+    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, config.data.max_bad_fraction)
+    inputs.check_quarantine()
+    return inputs

@@ -71,11 +71,13 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    here = None if "RAY_ADDRESS" in os.environ else "local"
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
-    options = {"include_dashboard": False} if here else {}
-    ray.init(address=here, log_to_driver=False, runtime_env={"env_vars": environment}, **options)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be Ray's default; silences its notice
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+    else:
+        ray.init(address="local", include_dashboard=False, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,12 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if run.state["steps"]:
         print(f"going on after {list(run.state['steps'])[-1]}")
+    learner = config.learner
+    connect()
+    try:
+        placement = plan(ray.cluster_resources(), config.rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     run.track(config.tracking.wandb, config.tracking.project, settings)
     failed = True
     try:
-        connect()
-        learner = config.learner
-        placement = plan(ray.cluster_resources(), config.rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
         pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source)
         learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
         rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)

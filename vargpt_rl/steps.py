@@ -103,6 +103,7 @@ class Steps:
         self.rollouts.serve(self.weights)
         corpus = self.run.directory / "data" / key
         counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
+        self.inputs.check_quarantine()
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
         job = SftJob(stage, start, corpus, recipe, self.checkpoint(key), seed, probe, questions, save_steps)
         result = self.learners.sft(job, self._follow(stage, recipe.steps))
@@ -180,6 +181,7 @@ class Steps:
         counts = self.rollouts.write_pairs(
             self.table(), samples, self.inputs.builder, self.inputs.reward, self.config.dpo.recipe.micro_batch
         )
+        self.inputs.check_quarantine()
         if counts["built"] + counts["dropped"] != len(prompts):
             raise RuntimeError(f"{len(prompts)} prompts gave {counts}: each must be paired or dropped exactly once")
         rollout = {

@@ -17,16 +17,20 @@ class Quarantine:
         self.path = Path(path)
         # A resumed run reads its data again; what it finds again is counted but not written twice.
         self._written = set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else set()
+        self._seen: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.lost = 0
 
     def add(self, source: str, record: str, reason: str, *, lost: bool = True) -> None:
-        """Writes ``record`` down. ``source`` is its file and line, ``reason`` one of a few set phrases.
+        """Writes ``record`` down; the same one again changes nothing. ``source`` is its file and line.
 
         ``lost`` is False for what is only worth knowing, such as a file that nothing refers to: `check` passes it over.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"source": source, "reason": reason, "lost": lost, "record": record[:LONGEST_RECORD]})
+        if line in self._seen:
+            return
+        self._seen.add(line)
         if line not in self._written:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
