@@ -114,6 +114,11 @@ class ImageDpoTrainer(DPOTrainer):
     def _get_train_sampler(self, *args) -> "TableOrder":
         return TableOrder(len(self.train_dataset), self.args.seed)
 
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Keep the references in float64: with DeepSpeed, the trainer casts all floats to the model's dtype."""
+        exact = {key: value.to(self.args.device) for key, value in inputs.items() if value.dtype == torch.float64}
+        return super()._prepare_inputs(inputs) | exact
+
     def _prepare_dataset(self, dataset, *args):
         return dataset  # already tokenised: bits
 
