@@ -40,6 +40,7 @@ def closing_table(summary: dict) -> Table:
 def show(summary: dict, directory: object) -> None:
     """Print the closing table and where everything is."""
     console = Console()
+    console.width = max(console.width, 100)  # the table needs as much; a narrower terminal wraps it
     if summary["iterations"]:
         console.print(closing_table(summary))
     for name, result in summary["stages"].items():

@@ -15,11 +15,18 @@ class Quarantine:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        # A resumed run reads its data again; what it finds again is counted but not written twice.
-        self._written = set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else set()
-        self._seen: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.lost = 0
+        # A resumed run reads its data again: what it finds again is neither written nor counted twice.
+        self._seen: set[str] = set()
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            self._count(line)
+
+    def _count(self, line: str) -> None:
+        record = json.loads(line)
+        self._seen.add(line)
+        self.counts[record["reason"]] += 1
+        self.lost += record["lost"]
 
     def add(self, source: str, record: str, reason: str, *, lost: bool = True) -> None:
         """Writes ``record`` down; the same one again changes nothing. ``source`` is its file and line.
@@ -28,15 +35,10 @@ class Quarantine:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"source": source, "reason": reason, "lost": lost, "record": record[:LONGEST_RECORD]})
-        if line in self._seen:
-            return
-        self._seen.add(line)
-        if line not in self._written:
+        if line not in self._seen:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-            self._written.add(line)
-        self.counts[reason] += 1
-        self.lost += lost
+            self._count(line)
 
     def table(self) -> str:
         """The counts, a reason a line, the most frequent first."""
