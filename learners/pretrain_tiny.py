@@ -1,13 +1,18 @@
-"""Make the tiny pretrained model that the first run starts from: ``python -m learners.pretrain_tiny OUT``.
+"""Make the tiny pretrained model that the first run starts from:
+
+    python -m torch.distributed.run --nproc-per-node 2 -m learners.pretrain_tiny OUT
 
 It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
-tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, questions and
-edits. Deterministic on one machine (seeds are fixed); about two hours on two cores.
+tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings and questions.
+Seeds are fixed; about two hours on two cores. The weights that ship were made by these steps in several parts, each
+going on from the last with a fresh optimizer.
 """
 
 import argparse
 import itertools
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +150,7 @@ def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) ->
 CORPORA = {64: 12000, 128: 12000, 256: 3200, 512: 160}
 DRAWINGS_PER_STEP = {64: 64, 128: 24, 256: 6, 512: 2}
 # Up in resolution: until which share of the steps, and how often each resolution comes until then.
-PHASES = ((0.6, {64: 0.1, 128: 0.9}), (1.0, {128: 0.35, 256: 0.55, 512: 0.1}))
+PHASES = ((0.15, {64: 1.0}), (0.65, {128: 1.0}), (1.0, {128: 0.38, 256: 0.57, 512: 0.05}))
 QUESTIONS_PER_STEP = 16
 
 
@@ -190,34 +195,50 @@ def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_s
     model.eval()
 
 
-TOKENIZER_STEPS, BASE_STEPS, PEAK_LR = 3600, 2600, 2e-3
+PEAK_LR = 2e-3
+
+
+def train_tokenizer(model: Vargpt, steps: int) -> None:
+    """The image tokenizer, on the main rank; the others receive it."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 99:
+            print(f"image tokenizer: step {step + 1} of {steps}, loss {loss:.4f}", flush=True)
+
+    if main:
+        train_image_tokenizer(model.image_tokenizer, tokenizer_batches(seed=7), steps, PEAK_LR, report)
+    if dist.is_initialized():
+        for tensor in model.image_tokenizer.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def main() -> None:
     """Train from nothing and save in half precision, ready for ``checkpoint=OUT``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--tokenizer-steps", type=int, default=3600)
+    parser.add_argument("--base-steps", type=int, default=3000)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # ranks wait for the image tokenizer
+    main_rank = not dist.is_initialized() or dist.get_rank() == 0
     text_tokenizer = build_text_tokenizer()
     config = build_config(text_tokenizer)
     for part in (text_tokenizer, build_image_processor(), config):
-        part.save_pretrained(out)
+        part.save_pretrained(options.out)
     torch.manual_seed(0)
     model = Vargpt(config)
+    train_tokenizer(model, options.tokenizer_steps)
 
-    def report(step: int, loss: float) -> None:
-        if step % 100 == 99:
-            print(f"image tokenizer: step {step + 1} of {TOKENIZER_STEPS}, loss {loss:.4f}", flush=True)
-
-    train_image_tokenizer(model.image_tokenizer, tokenizer_batches(seed=7), TOKENIZER_STEPS, PEAK_LR, report)
-
-    def report_base(step: int, side: int, metrics: dict[str, float]) -> None:
-        if step % 100 == 99:
+    def report(step: int, side: int, metrics: dict[str, float]) -> None:
+        if step % 100 == 99 and main_rank:
             measured = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if "scale" not in key)
-            print(f"base: step {step + 1} of {BASE_STEPS}, {side} px, {measured}", flush=True)
+            print(f"base: step {step + 1} of {options.base_steps}, {side} px, {measured}", flush=True)
 
-    train_base(model, ChatFormat(str(out), config), BASE_STEPS, PEAK_LR, report_base)
-    model.half().save_pretrained(out)
+    train_base(model, ChatFormat(str(options.out), config), options.base_steps, PEAK_LR, report)
+    if main_rank:
+        model.half().save_pretrained(options.out)
 
 
 if __name__ == "__main__":
