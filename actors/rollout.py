@@ -39,7 +39,6 @@ class Rollouts:
     def __init__(self, pool: RolloutPool, source: Source, run: Run, quarantine: Quarantine, sampling: SamplingConfig):
         self.pool, self.source, self.run, self.quarantine, self.sampling = pool, source, run, quarantine, sampling
         self.owners: dict[str, Path] = {}  # which weight set each tensor in the workers is from
-        pool.version = run.state["version"]
 
     # Weights
 
@@ -51,10 +50,13 @@ class Rollouts:
                 wanted |= dict.fromkeys(file.keys(), directory)
         if stale := self.owners.keys() - wanted.keys():
             raise RuntimeError(f"workers hold {len(stale)} tensors that {weights} do not set, among them {min(stale)}")
-        swap = {"version": self.pool.version, "bytes": 0, "seconds": 0.0, "verified": True}
+        swap = {"version": self.run.state["version"], "bytes": 0, "seconds": 0.0, "verified": True}
         for directory in weights:
             if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
-                report = self.pool.publish(check_checkpoint(directory), self.pool.version + 1)
+                # Versions go on from the run's last one: a resumed run's workers start at 0 again, its samples do not.
+                version = self.run.state["version"] + 1
+                report = self.pool.publish(check_checkpoint(directory), version)
+                self.run.state["version"] = version
                 if not report.verified:
                     raise RuntimeError(f"{directory}: workers report other weights than version {report.version}")
                 self.run.log("swap", report.version, {key: v for key, v in asdict(report).items() if key != "checksum"})
@@ -65,7 +67,6 @@ class Rollouts:
                     "verified": True,
                 }
         self.owners = wanted
-        self.run.state["version"] = self.pool.version
         self.run.save()
         return swap
 
