@@ -18,7 +18,7 @@ def closing_table(summary: dict) -> Table:
     """What each stage of each iteration reached on held-out prompts and pairs."""
     table = Table(title="held-out prompts and pairs", title_justify="left")
     for column in ("iteration", "px", "policy", "score", "single object", "margin", "accuracy", "chosen log-prob"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     names = {"after_sft": "after SFT", "after_dpo": "after DPO", "sft_on_winners": "control: SFT on winners"}
     for k, iteration in enumerate(summary["iterations"]):
         for key, name in names.items():
@@ -40,7 +40,7 @@ def closing_table(summary: dict) -> Table:
 def show(summary: dict, directory: object) -> None:
     """Print the closing table and where everything is."""
     console = Console()
-    console.width = max(console.width, 100)  # the table needs as much; a narrower terminal wraps it
+    console.width = max(console.width, 120)  # the table needs as much; a narrower terminal wraps it
     if summary["iterations"]:
         console.print(closing_table(summary))
     for name, result in summary["stages"].items():
