@@ -73,7 +73,7 @@ class SftStage:
 
     records: int = 2048
     checkpoints: list[float] = field(default_factory=lambda: [0.5])
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=5e-4))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=1e-4))
 
 
 @dataclass
