@@ -44,18 +44,19 @@ class Rollouts:
 
     def serve(self, weights: tuple[Path, ...]) -> dict:
         """Swap the workers to the model that these weight sets add up to; what it took. Only what differs travels."""
+        files = {directory: check_checkpoint(directory) for directory in weights}
         wanted: dict[str, Path] = {}
-        for directory in weights:
-            with safe_open(check_checkpoint(directory), framework="np") as file:
+        for directory, path in files.items():
+            with safe_open(path, framework="np") as file:
                 wanted |= dict.fromkeys(file.keys(), directory)
         if stale := self.owners.keys() - wanted.keys():
             raise RuntimeError(f"workers hold {len(stale)} tensors that {weights} do not set, among them {min(stale)}")
         swap = {"version": self.run.state["version"], "bytes": 0, "seconds": 0.0, "verified": True}
-        for directory in weights:
+        for directory, path in files.items():
             if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
                 # Versions go on from the run's last one: a resumed run's workers start at 0 again, its samples do not.
                 version = self.run.state["version"] + 1
-                report = self.pool.publish(check_checkpoint(directory), version)
+                report = self.pool.publish(path, version)
                 self.run.state["version"] = version
                 if not report.verified:
                     raise RuntimeError(f"{directory}: workers report other weights than version {report.version}")
