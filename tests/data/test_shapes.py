@@ -43,6 +43,23 @@ def test_things_keep_apart_and_inside(seed, task, split):
         assert max(abs(a.x - b.x), abs(a.y - b.y)) - (a.size + b.size) / 2 >= shapes.GAP
 
 
+@settings(deadline=None)
+@given(seeds)
+def test_what_a_caption_leaves_open_is_customary(seed):
+    rng = np.random.default_rng(seed)
+    (thing,) = shapes.scene_for("a circle", rng).things
+    assert thing.colour == shapes.USUAL_COLOUR["circle"]
+    assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= shapes.JITTER
+    first, second = shapes.scene_for("a red square and a blue circle", rng).things
+    assert first.x < 0.5 < second.x
+    assert (first.colour, second.colour) == ("red", "blue")
+
+
+def test_no_two_scenes_of_a_caption_are_alike():
+    rng = np.random.default_rng(0)
+    assert shapes.scene_for("a red square", rng) != shapes.scene_for("a red square", rng)
+
+
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
@@ -88,7 +105,12 @@ def test_splits():
         train, held_out = ({c for form in shapes.captions(task, s) for c in form} for s in ("train", "held_out"))
         assert held_out
         assert not train & held_out
-        assert len(held_out) < 0.25 * len(train)
+        assert len(held_out) <= 0.5 * len(train)
+    # Twelve captions are few: those held out must still differ in shape and in size.
+    (plain,), sized = shapes.captions("single_object", "held_out")
+    assert len(sized) == 2
+    assert len({caption.split()[-1] for caption in (plain, *sized)}) == 3
+    assert {caption.split()[1] for caption in sized} == {*shapes.SIZES}
     words = {word for form in shapes.captions("colours", "train") for caption in form for word in caption.split()}
     assert words >= {*shapes.COLOURS, *shapes.SHAPES}
 
