@@ -5,28 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny import BITS, tiny_checkpoint
+from tests.tiny import BITS
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import IMAGE_WEIGHT, Noise, forward_batch, image_loss, quantise_noisily, sft_loss, text_loss
 from vargpt_rl.model.bits import quantise
-from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat
 from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
 from vargpt_rl.stages import NO_NOISE
 
 SCHEDULE = schedule_for(64)
 TOKENS = token_count(SCHEDULE)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return Vargpt.from_pretrained(checkpoint).eval()
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def shared(checkpoint):
     return Worker(str(checkpoint), Patches(), threads=1)
 

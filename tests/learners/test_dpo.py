@@ -12,12 +12,11 @@ from trl import DPOConfig, DPOTrainer
 
 from learners.config import DpoConfig
 from learners.dpo import ImageDpoTrainer, ImagePolicy, log_prob_scale
-from tests.tiny import BITS, tiny_checkpoint
+from tests.tiny import BITS
 from vargpt_rl.data.batches import PairCollator
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 
 SIDE = 64
@@ -25,16 +24,6 @@ SCHEDULE = schedule_for(SIDE)
 TOKENS = token_count(SCHEDULE)
 LOSS_TYPES = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))
 SMOOTHING = {"exo_pair": 0.1, "robust": 0.1}  # these two are undefined or plain without
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def chat(checkpoint):
-    return ChatFormat(checkpoint, Vargpt.config_class.from_pretrained(checkpoint))
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BITS, tiny_checkpoint
+from tests.tiny import BITS
 from vargpt_rl.model.bits import replay
 from vargpt_rl.model.decoder import DecoderBlock
 from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
 
 SIDE = 64
@@ -16,21 +15,6 @@ SCHEDULE = schedule_for(SIDE)
 TOKENS = token_count(SCHEDULE)
 # Another batch shape means another order of additions; logits are a few units large.
 SAME = {"rtol": 0.0, "atol": 2e-5}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return Vargpt.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(checkpoint, model):
-    return ChatFormat(checkpoint, model.config)
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import SPECIAL_TOKENS, tiny_checkpoint
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import IGNORED, SYSTEM, ChatFormat
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return ChatFormat(folder, Vargpt.config_class.from_pretrained(folder))
+from tests.tiny import SPECIAL_TOKENS
+from vargpt_rl.model.prompt import IGNORED, SYSTEM
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,23 @@
+"""What most tests of the model, its workers and its learners start from; see `tests.tiny`."""
+
+import pytest
+
+from tests.tiny import tiny_checkpoint
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import ChatFormat
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Directory of a whole tiny model; tests only read it."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Vargpt.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="session")
+def chat(checkpoint):
+    return ChatFormat(str(checkpoint), Vargpt.config_class.from_pretrained(checkpoint))
