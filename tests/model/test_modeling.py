@@ -7,6 +7,7 @@ from PIL import Image
 from tests.tiny import BITS
 from vargpt_rl.model.bits import replay
 from vargpt_rl.model.decoder import DecoderBlock
+from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
 
@@ -204,3 +205,20 @@ def test_rows_that_do_not_fit_the_drawings_are_refused(model, chat, bits, pictur
         run(model, chat, [chat.drawn("a star", "", TOKENS).ids], bits[:2])
     with pytest.raises(ValueError, match="0 image_pad tokens, but the pictures have 8 features"):
         run(model, chat, [chat.drawn("a star", "", TOKENS).ids], bits[:1], pictures)
+
+
+def test_bf16_scores_pictures_as_fp32_does_within_its_precision(checkpoint, model, chat, bits):
+    """bf16 has 8 significant bits: a logit of a few units is off by some hundredths, a mean over all bits by less."""
+    half = Vargpt.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    row = chat.drawn("a star", "", TOKENS).ids
+    ids = chat.pad([row], "right")
+    inputs = replay(bits[:1], SCHEDULE, torch.bfloat16).inputs_BLd
+    with torch.no_grad():
+        logits = half(ids, torch.ones_like(ids), drawing=Drawing(inputs, (SIDE, SIDE))).image_logits
+    assert logits.dtype == torch.bfloat16
+    ours = bit_log_probs(logits, bits[:1])
+    exact = bit_log_probs(run(model, chat, [row], bits[:1]).image_logits, bits[:1])
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().mean() < 0.03
+    assert picture_log_probs(ours).dtype == torch.float64
+    assert abs((picture_log_probs(ours) - picture_log_probs(exact)).item()) < 0.01 * ours.numel()
