@@ -1,35 +1,20 @@
 """Drawing: what a sample depends on, and what it must not depend on."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BITS, tiny_checkpoint
+from tests.tiny import BITS
 from vargpt_rl.model import generate
 from vargpt_rl.model.bits import replay
-from vargpt_rl.model.generate import SamplingConfig, draw, draw_bits, to_uint8
-from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.generate import SamplingConfig, draw, draw_bits, to_pictures, to_uint8
+from vargpt_rl.model.modeling import Drawing
 from vargpt_rl.model.scales import schedule_for, token_count
 
 SIZE = (64, 64)
 SCHEDULE = schedule_for(*SIZE)
 TEXTS = ("a star", "two small blue squares above a large green triangle", "Please draw a red circle.")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return Vargpt.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(checkpoint, model):
-    return ChatFormat(checkpoint, model.config)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +107,16 @@ def test_pictures_become_bytes():
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (1, 2, 4, 3)
     assert pixels[0, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_latent_sums_become_pictures(model):
+    summed = torch.randn(2, BITS, 4, 3, generator=torch.Generator().manual_seed(0))
+    pictures = to_pictures(model, summed)
+    assert [picture.size for picture in pictures] == [(48, 64)] * 2
+    for picture, latent in zip(pictures, summed, strict=True):
+        with torch.no_grad():
+            pixels = to_uint8(model.image_tokenizer.decode(latent[None]))[0]
+        assert np.array_equal(np.asarray(picture), pixels)
 
 
 def test_what_cannot_be_drawn_is_refused(model, chat):

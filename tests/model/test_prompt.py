@@ -1,4 +1,4 @@
-"""The chat markup: what is marked up, what is learned, and how rows are padded."""
+"""The chat markup: what is marked up, what is learned, how rows are padded, and how pictures are read."""
 
 import pytest
 import torch
@@ -25,6 +25,12 @@ def test_special_tokens_that_a_user_writes_stay_text(chat, special, token):
 def test_a_question_is_the_chat_markup(chat):
     markup = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
     assert chat.tokenizer.decode(chat.question("How many?")) == markup
+
+
+def test_a_later_turn_of_the_user_has_no_system_turn(chat):
+    assert chat.question("How many?") == chat.system() + chat.user("How many?")
+    markup = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.tokenizer.decode(chat.user("How many?")) == markup
 
 
 def test_an_answer_is_learned_with_its_end_and_nothing_else(chat):

@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vargpt_rl.data import shapes, shapes_tasks
+from vargpt_rl.data.pictures import MAX_PIXELS, read_picture
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.types import Prompt, Record
+from vargpt_rl.model.prompt import REPLY
 
-REPLY = "Here is the picture."
 SPLITS = ("train", "held_out")
 
 
@@ -152,7 +153,7 @@ class CaptionedConfig:
     id_field: str = "id"
     held_out_fraction: float = 0.1
     background: tuple[int, int, int] = (255, 255, 255)
-    max_pixels: int = 64_000_000
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         if not 0 <= self.held_out_fraction < 1:
@@ -227,23 +228,8 @@ class CaptionedSource:
         if kind not in self._folders or not file:
             raise ValueError(f"picture key {key!r}: expected 'images/<file>' or 'winners/<file>'")
         path = self._folders[kind] / file
-        try:
-            return self._read(path, side)
-        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-            raise ValueError(f"{path}: not a readable picture: {error}") from error
-
-    def _read(self, path: Path, side: int) -> Image.Image:
-        with Image.open(path) as image:
-            if image.width * image.height > self.config.max_pixels:
-                raise ValueError(f"{image.width} x {image.height} is more than {self.config.max_pixels} pixels")
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # converting would clip all that is brighter than 255 of 65535
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            canvas = Image.new("RGBA", image.size, (*self.config.background, 255))
-            canvas.alpha_composite(image.convert("RGBA"))
-            image = canvas
-        return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        image = read_picture(path, self.config.max_pixels, tuple(self.config.background))
+        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
     def records(self, count: int, seed: int) -> list[Record]:
         entries = self._shuffled("train", seed)

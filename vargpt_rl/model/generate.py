@@ -1,13 +1,15 @@
 """Drawing pictures: next-scale sampling with key-value caches and classifier-free guidance.
 
-The language model reads the prompt once; then each scale takes one pass of language model and visual decoder over
-the tokens of that scale alone (specification, section 5). With guidance, the unconditional branch is the one the
-released weights were sampled with: its language model sees only the tokens of the current scale, at positions from 0,
-while its visual decoder does remember earlier scales; its context is the learned unconditional rows.
+The language model reads the prompt once, or goes on from what it has read; then each scale takes one pass of language
+model and visual decoder over the tokens of that scale alone (specification, section 5). With guidance, the
+unconditional branch is the one the released weights were sampled with: its language model sees only the tokens of the
+current scale, at positions from 0, while its visual decoder does remember earlier scales; its context is the learned
+unconditional rows.
 
 Deviations from the published code: any batch size, prompts of different lengths; each sample draws its noise from its
 own seed, so it does not depend on its neighbours; a prompt longer than the unconditional rows uses all of those rows
-where the published code crashes.
+where the published code crashes; what is read is kept in an object of its own, not on the model, and may hold any
+number of drawn pictures.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
 scale, L image tokens, d bits a token, C decoder width, H language-model width.
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import DynamicCache
 
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
@@ -63,21 +66,49 @@ def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: l
     return torch.where(sure, difference > 0, noise < p).to(torch.uint8)
 
 
-def _prefix(model: Vargpt, input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw):
-    """Read the prompts (each ends with ``image_gen_start``): cache, next positions [B], context of the decoder."""
-    positions = model.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
-    cache = DynamicCache(config=model.config.text_config)
-    hidden_BTH = model.model.language_model(
-        inputs_embeds=model.embed(input_ids_BT, pixel_values, image_grid_thw),
-        attention_mask=attention_mask_BT,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
-    first_N2 = torch.stack([rows, torch.full_like(rows, input_ids_BT.shape[1])], dim=1)
-    context = model.context(hidden_BTH, attention_mask_BT, first_N2)
-    return cache, positions[:, :, -1].amax(0) + 1, context
+class Reading:
+    """What the language model has read of a batch of rows so far: its cache and its states.
+
+    The states of all that was read are kept, drawn tokens included: they are the context of pictures drawn later.
+    """
+
+    def __init__(self, model: Vargpt, batch: int):
+        self.model = model
+        self.cache = DynamicCache(config=model.config.text_config)
+        self.mask_BT = torch.ones(batch, 0, dtype=torch.long, device=model.device)
+        self.next_position_B = torch.zeros(batch, dtype=torch.long, device=model.device)
+        self.states: list[torch.Tensor] = []
+
+    def read(self, input_ids_BT, attention_mask_BT, pixel_values=None, image_grid_thw=None) -> None:
+        """Read token ids and the understood pictures among them; every row ends with a token, not with padding."""
+        positions = self.model.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
+        embeds_BTH = self.model.embed(input_ids_BT, pixel_values, image_grid_thw)
+        self._step(embeds_BTH, attention_mask_BT, positions + self.next_position_B[:, None])
+
+    def read_drawn(self, embeds_BnH: torch.Tensor) -> torch.Tensor:
+        """Read drawn tokens; their states [B, n, H]."""
+        batch, n = embeds_BnH.shape[:2]
+        positions_Bn = self.next_position_B[:, None] + torch.arange(n, device=embeds_BnH.device)
+        return self._step(embeds_BnH, self.mask_BT.new_ones(batch, n), positions_Bn.expand(3, -1, -1))
+
+    def _step(self, embeds_BnH, mask_Bn, positions) -> torch.Tensor:
+        self.mask_BT = torch.cat([self.mask_BT, mask_Bn], dim=1)
+        states = self.model.model.language_model(
+            inputs_embeds=embeds_BnH,
+            attention_mask=self.mask_BT,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.next_position_B = positions[:, :, -1].amax(0) + 1
+        self.states.append(states)
+        return states
+
+    def context(self) -> DecoderContext:
+        """The decoder's context of a picture that begins here, when ``image_gen_start`` was read last."""
+        rows = torch.arange(len(self.mask_BT), device=self.mask_BT.device)
+        first_N2 = torch.stack([rows, torch.full_like(rows, self.mask_BT.shape[1])], dim=1)
+        return self.model.context(torch.cat(self.states, dim=1), self.mask_BT, first_N2)
 
 
 def _with_unconditional(model: Vargpt, context: DecoderContext) -> DecoderContext:
@@ -111,10 +142,19 @@ def draw(
         raise ValueError(f"{len(seeds)} seeds for {len(input_ids_BT)} prompts, expected one each")
     if (input_ids_BT[:, -1] != model.config.image_gen_start_token_id).any():
         raise ValueError("each prompt must end with image_gen_start; pad on the left")
-    schedule = schedule_for(*size)
+    schedule_for(*size)  # refuses a bad size before the prompts are read
+    reading = Reading(model, len(seeds))
+    reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
+    return draw_next(reading, seeds, size, sampling)
+
+
+@torch.inference_mode()
+def draw_next(reading: Reading, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig) -> Drawn:
+    """Draw one picture a row after what was read, ``image_gen_start`` last; its L tokens are then read as well."""
+    model, schedule = reading.model, schedule_for(*size)
     batch, guided = len(seeds), sampling.cfg != 1
-    llm_cache, next_position_B, context = _prefix(model, input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
-    dropped_M = torch.arange(batch * (1 + guided), device=input_ids_BT.device) >= batch
+    context = reading.context()
+    dropped_M = torch.arange(batch * (1 + guided), device=model.device) >= batch
     condition = model.image_decoder.condition(dropped_M)
     if guided:
         context = _with_unconditional(model, context)
@@ -123,10 +163,7 @@ def draw(
     decoder_cache = ScaleCache(model.config.decoder_config.depth)
     words_MnC, bits, summed = condition.start_N1C, [], None
     for k, at in enumerate(scale_slices(schedule)):
-        hidden_MnH = _language_states(
-            model, model.projector_in(words_MnC), attention_mask_BT, llm_cache, next_position_B + at.start, guided
-        )
-        y_MnC = model.projector_out(hidden_MnH)
+        y_MnC = model.projector_out(_language_states(reading, model.projector_in(words_MnC)))
         logits = model.image_decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at)
         logits = logits / sampling.tau
         if guided:
@@ -140,22 +177,14 @@ def draw(
     return Drawn(torch.cat(bits, 1), summed)
 
 
-def _language_states(model: Vargpt, embeds_MnH, prompt_mask_BT, cache: DynamicCache, position_B, guided: bool):
-    """One scale through the language model: with the cache for the samples, with no past for the unconditional."""
-    batch, n = len(prompt_mask_BT), embeds_MnH.shape[1]
-    steps = torch.arange(n, device=embeds_MnH.device)
-    seen = cache.get_seq_length() - prompt_mask_BT.shape[1] + n
-    mask_BT = torch.cat([prompt_mask_BT, prompt_mask_BT.new_ones(batch, seen)], dim=1)
-    states = model.model.language_model(
-        inputs_embeds=embeds_MnH[:batch],
-        attention_mask=mask_BT,
-        position_ids=(position_B[:, None] + steps).expand(3, -1, -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    if not guided:
+def _language_states(reading: Reading, embeds_MnH: torch.Tensor) -> torch.Tensor:
+    """One scale through the language model: after what was read for the samples, without it for the unconditional."""
+    batch = len(reading.mask_BT)
+    states = reading.read_drawn(embeds_MnH[:batch])
+    if len(embeds_MnH) == batch:
         return states
-    alone = model.model.language_model(
+    steps = torch.arange(embeds_MnH.shape[1], device=embeds_MnH.device)
+    alone = reading.model.model.language_model(
         inputs_embeds=embeds_MnH[batch:],
         position_ids=steps.expand(3, batch, -1),
         use_cache=False,
@@ -167,3 +196,10 @@ def _language_states(model: Vargpt, embeds_MnH, prompt_mask_BT, cache: DynamicCa
 def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
     """Pictures in [-1, 1] -> uint8 [B, H, W, 3]."""
     return ((images_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.inference_mode()
+def to_pictures(model: Vargpt, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
+    """The pictures that latent sums decode to, one by one, so that no pixel is rounded otherwise in another batch."""
+    decoded = (model.image_tokenizer.decode(summed_1dhw) for summed_1dhw in summed_Bdhw.split(1))
+    return [Image.fromarray(to_uint8(image_13HW)[0].cpu().numpy()) for image_13HW in decoded]

@@ -15,6 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vargpt_rl.model.configuration import VargptConfig
 
 SYSTEM = "You are a helpful assistant."
+REPLY = "Here is the picture."
+"""What the assistant says before a picture, where a picture is asked for in so many words."""
 IGNORED = -100
 
 
@@ -49,15 +51,22 @@ class ChatFormat:
         """``im_start`` role newline content ``im_end`` newline."""
         return [self.im_start, *self.text(f"{role}\n"), *content, self.im_end, *self.text("\n")]
 
-    def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
-        """System turn, user turn (pictures first), and the opening of the assistant's turn."""
+    def system(self) -> list[int]:
+        """The turn that begins every conversation."""
+        return self.turn("system", self.text(SYSTEM))
+
+    def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
+        """A user's turn (pictures first) and the opening of the assistant's turn."""
         pictures: list[int] = []
         for grid in image_grid_thw if image_grid_thw is not None else ():
             features = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
             pictures += [self.config.vision_start_token_id, *[self.config.image_token_id] * features]
             pictures += [self.config.vision_end_token_id]
-        user = self.turn("user", pictures + self.text(text))
-        return self.turn("system", self.text(SYSTEM)) + user + [self.im_start, *self.text("assistant\n")]
+        return self.turn("user", pictures + self.text(text)) + [self.im_start, *self.text("assistant\n")]
+
+    def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
+        """System turn, user turn (pictures first), and the opening of the assistant's turn."""
+        return self.system() + self.user(text, image_grid_thw)
 
     def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> Encoded:
         """A question and its answer in words; the answer and its ``im_end`` are labels."""

@@ -1,0 +1,46 @@
+"""``key=value`` command lines of the small programs: a dataclass says which keys there are, of what type, and defaults.
+
+Values are taken as written (a folder called ``2024_01`` is no number). A fault is an error of one line that names the
+key.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Command = TypeVar("Command")
+
+
+def load_command(kind: type[Command], arguments: list[str]) -> Command:
+    """An instance of the dataclass; fields without a default must be given. ValueError for whatever is wrong."""
+    keys = [field.name for field in fields(kind)]
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in keys:
+            raise ValueError(f"{argument}: expected key=value, where the key is one of {', '.join(keys)}")
+        if key in given:
+            raise ValueError(f"{argument}: {key} is given twice")
+        given[key] = value
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(kind), given)
+        missing = sorted(OmegaConf.missing_keys(settings))
+        if missing:
+            raise ValueError(f"{missing[0]} is not given: expected {missing[0]}=value")
+        return OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}={given[error.full_key]}: {str(error).splitlines()[0]}") from error
+
+
+def run_command(kind: type[Command], execute: Callable[[Command], None], arguments: list[str] | None = None) -> int:
+    """Run a program with ``sys.argv`` or other arguments; its exit code: 0 done, 2 an argument or input is wrong."""
+    try:
+        execute(load_command(kind, sys.argv[1:] if arguments is None else arguments))
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

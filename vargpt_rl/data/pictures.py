@@ -1,0 +1,39 @@
+"""The one place where picture files are decoded."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000
+KINDS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more kinds, and runs a program for one of them (PostScript)."""
+WHITE = (255, 255, 255)
+
+
+def read_picture(
+    file: Path | BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE
+) -> Image.Image:
+    """A picture as RGB: turned upright, 16 bits cut to 8, laid on ``background`` where it is transparent.
+
+    ValueError for one that is not there, cannot be read or has more than ``max_pixels``.
+    """
+    try:
+        with Image.open(file, formats=KINDS) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels")
+            return _as_rgb(ImageOps.exif_transpose(image), background)
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        name = f"{file}: " if isinstance(file, Path) else ""
+        raise ValueError(f"{name}not a readable picture: {error}") from error
+
+
+def _as_rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    if image.mode.startswith("I;16"):  # converting would clip all that is brighter than 255 of 65535
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")
