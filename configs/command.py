@@ -25,7 +25,7 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
             raise ValueError(f"{argument}: expected key=value, where the key is one of {', '.join(keys)}")
         if key in given:
             raise ValueError(f"{argument}: {key} is given twice")
-        given[key] = value
+        given[key] = value.replace("${", r"\${")  # as written: no reference to another key
     try:
         settings = OmegaConf.merge(OmegaConf.structured(kind), given)
         missing = sorted(OmegaConf.missing_keys(settings))

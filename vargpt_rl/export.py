@@ -15,7 +15,7 @@ def export_model(start: str, weights: Sequence[Path], target: Path) -> None:
     load_weights_into(model, weights)
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(start, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    shutil.copytree(start, temporary, ignore=shutil.ignore_patterns("model*.safetensors", "*.safetensors.index.json"))
     model.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)

@@ -1,43 +1,52 @@
-"""Names of the released checkpoint's tensors in this model.
+"""Names of the released checkpoint's tensors in this model, both ways, and what this model leaves out of them.
 
-Every released tensor is either renamed (some reshaped) or dropped for a stated reason; anything else is an error.
+Every released tensor is either renamed (some reshaped) or dropped for a stated reason; anything else is an error. The
+two ways are each other's inverse.
 """
 
 import re
 
 import torch
 
-_RENAMES: list[tuple[str, str]] = [
-    (r"visual\.", r"model.visual."),
-    (r"model\.", r"model.language_model."),
-    (r"lm_head\.", r"lm_head."),
-    (r"image_gen_projector\.mlp\.0\.", r"projector_in.fc1."),
-    (r"image_gen_projector\.mlp\.2\.", r"projector_in.fc2."),
-    (r"image_gen_projector_out\.mlp\.0\.", r"projector_out.fc1."),
-    (r"image_gen_projector_out\.mlp\.2\.", r"projector_out.fc2."),
-    (r"vargpt_gen\.cfg_uncond$", r"image_decoder.condition.unconditional"),
-    (r"vargpt_gen\.text_norm\.", r"image_decoder.condition.norm."),
-    (r"vargpt_gen\.text_proj_for_sos\.ca\.mat_q$", r"image_decoder.condition.pool.query"),
-    (r"vargpt_gen\.text_proj_for_sos\.ca\.mat_kv\.", r"image_decoder.condition.pool.kv."),
-    (r"vargpt_gen\.text_proj_for_sos\.ca\.", r"image_decoder.condition.pool."),
-    (r"vargpt_gen\.pos_start$", r"image_decoder.condition.start_position"),
-    (r"vargpt_gen\.shared_ada_lin\.1\.", r"image_decoder.condition.modulation."),
-    (r"vargpt_gen\.head_nm\.ada_lin\.1\.", r"image_decoder.condition.head_modulation."),
-    (r"vargpt_gen\.word_embed\.", r"image_decoder.word_embedding."),
-    (r"vargpt_gen\.lvl_embed\.", r"image_decoder.level_embedding."),
-    (r"vargpt_gen\.head\.", r"image_decoder.head."),
+from vargpt_rl.model.configuration import VargptConfig
+
+START_ROWS = "sos_embedding.weight"
+"""Of its rows only the last, that of ``image_gen_start``, is ever read; it is our ``START``."""
+START = "image_decoder.condition.start_embedding"
+
+# Released and our prefix; the first that fits counts, in either direction.
+_PREFIXES: list[tuple[str, str]] = [
+    ("visual.", "model.visual."),
+    ("model.", "model.language_model."),
+    ("lm_head.", "lm_head."),
+    ("image_gen_projector.mlp.0.", "projector_in.fc1."),
+    ("image_gen_projector.mlp.2.", "projector_in.fc2."),
+    ("image_gen_projector_out.mlp.0.", "projector_out.fc1."),
+    ("image_gen_projector_out.mlp.2.", "projector_out.fc2."),
+    ("vargpt_gen.cfg_uncond", "image_decoder.condition.unconditional"),
+    ("vargpt_gen.text_norm.", "image_decoder.condition.norm."),
+    ("vargpt_gen.text_proj_for_sos.ca.mat_q", "image_decoder.condition.pool.query"),
+    ("vargpt_gen.text_proj_for_sos.ca.mat_kv.", "image_decoder.condition.pool.kv."),
+    ("vargpt_gen.text_proj_for_sos.ca.", "image_decoder.condition.pool."),
+    ("vargpt_gen.pos_start", "image_decoder.condition.start_position"),
+    ("vargpt_gen.shared_ada_lin.1.", "image_decoder.condition.modulation."),
+    ("vargpt_gen.head_nm.ada_lin.1.", "image_decoder.condition.head_modulation."),
+    ("vargpt_gen.word_embed.", "image_decoder.word_embedding."),
+    ("vargpt_gen.lvl_embed.", "image_decoder.level_embedding."),
+    ("vargpt_gen.head.", "image_decoder.head."),
+    (START_ROWS, START),
 ]
 
-_BLOCK_RENAMES: list[tuple[str, str]] = [
-    (r"^ada_gss$", "modulation_offset"),
-    (r"^sa\.scale_mul_1H11$", "self_attention.log_scale"),
-    (r"^sa\.mat_qkv\.", "self_attention.qkv."),
-    (r"^sa\.", "self_attention."),
-    (r"^ca\.mat_q\.", "cross_attention.q."),
-    (r"^ca\.mat_kv\.", "cross_attention.kv."),
-    (r"^ca\.", "cross_attention."),
-    (r"^ca_norm\.", "cross_norm."),
-    (r"^ffn\.", "feed_forward."),
+_BLOCK_PREFIXES: list[tuple[str, str]] = [
+    ("ada_gss", "modulation_offset"),
+    ("sa.scale_mul_1H11", "self_attention.log_scale"),
+    ("sa.mat_qkv.", "self_attention.qkv."),
+    ("sa.", "self_attention."),
+    ("ca.mat_q.", "cross_attention.q."),
+    ("ca.mat_kv.", "cross_attention.kv."),
+    ("ca.", "cross_attention."),
+    ("ca_norm.", "cross_norm."),
+    ("ffn.", "feed_forward."),
 ]
 
 DROPPED: dict[str, str] = {
@@ -48,12 +57,20 @@ DROPPED: dict[str, str] = {
 }
 
 
-def _first_match(patterns: list[tuple[str, str]], name: str) -> str | None:
-    for pattern, replacement in patterns:
-        renamed, count = re.subn("^" + pattern.removeprefix("^"), replacement, name, count=1)
-        if count:
-            return renamed
+def reason_dropped(name: str) -> str | None:
+    """Why this model has no place for a released tensor; None if it has one."""
+    return next((reason for pattern, reason in DROPPED.items() if re.match(pattern, name)), None)
+
+
+def _swap(pairs: list[tuple[str, str]], name: str) -> str | None:
+    for prefix, replacement in pairs:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
     return None
+
+
+def _swap_back(pairs: list[tuple[str, str]], name: str) -> str | None:
+    return _swap([(ours, released) for released, ours in pairs], name)
 
 
 def _tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
@@ -67,8 +84,48 @@ def _tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
     name = re.sub(r"mid\.block_(\d)", lambda match: f"middle.{int(match[1]) - 1}", name)
     name = re.sub(r"\.downsample\.", f".block.{blocks_per_level}.", name)
     name = re.sub(r"\.upsample\.", f".block.{blocks_per_level + 1}.", name)
-    name = re.sub(r"down\.(\d)\.block\.", r"levels.\1.", name)
-    return "image_tokenizer." + re.sub(r"up\.(\d)\.block\.", up, name)
+    name = re.sub(r"down\.(\d+)\.block\.", r"levels.\1.", name)
+    return "image_tokenizer." + re.sub(r"up\.(\d+)\.block\.", up, name)
+
+
+def wrapped(name: str) -> str:
+    """The release has every convolution and norm of the image tokenizer inside a module of its own."""
+    return re.sub(
+        r"\.((norm|conv|nin)\w*)\.(weight|bias)$",
+        lambda match: f".{match[1]}.{'norm' if match[2] == 'norm' else 'conv'}.{match[3]}",
+        name,
+    )
+
+
+def _released_tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
+    """``image_tokenizer.*`` -> ``vae_local.*``."""
+
+    def level(match: re.Match) -> str:
+        half, index, block = match[1], int(match[2]), int(match[3])
+        if half == "encoder":
+            return f"encoder.down.{index}." + ("downsample." if block == blocks_per_level else f"block.{block}.")
+        up = f"decoder.up.{levels - 1 - index}."
+        return up + ("upsample." if block == blocks_per_level + 1 else f"block.{block}.")
+
+    name = name.removeprefix("image_tokenizer.").replace("shortcut", "nin_shortcut")
+    name = re.sub(r"middle\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    return "vae_local." + wrapped(re.sub(r"^(encoder|decoder)\.levels\.(\d+)\.(\d+)\.", level, name))
+
+
+def release_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: int) -> str:
+    """The released name of one of our tensors: the inverse of ``our_name``. KeyError for an unknown name."""
+    if name.startswith("image_tokenizer."):
+        return _released_tokenizer_name(name, levels, blocks_per_level)
+    block = re.match(r"image_decoder\.blocks\.(\d+)\.(.*)", name)
+    if block:
+        chunk, index = divmod(int(block[1]), blocks_per_chunk)
+        inner = _swap_back(_BLOCK_PREFIXES, block[2])
+        released = inner and f"vargpt_gen.block_chunks.{chunk}.module.{index}.{inner}"
+    else:
+        released = _swap_back(_PREFIXES, name)
+    if released is None:
+        raise KeyError(f"unknown tensor in a model: {name}")
+    return released
 
 
 def our_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: int) -> str | None:
@@ -76,35 +133,60 @@ def our_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: in
 
     ``levels`` and ``blocks_per_level`` are those of the image tokenizer, ``blocks_per_chunk`` of the visual decoder.
     """
-    if any(re.match(pattern, name) for pattern in DROPPED):
+    if reason_dropped(name):
         return None
-    if name == "sos_embedding.weight":
-        return "image_decoder.condition.start_embedding"
-    if name.startswith("vae_local."):
-        return _tokenizer_name(name, levels, blocks_per_level)
+    sizes = (levels, blocks_per_level, blocks_per_chunk)
     block = re.match(r"vargpt_gen\.block_chunks\.(\d+)\.module\.(\d+)\.(.*)", name)
-    if block:
+    if name.startswith("vae_local."):
+        ours = _tokenizer_name(name, levels, blocks_per_level)
+    elif block:
         index = int(block[1]) * blocks_per_chunk + int(block[2])
-        inner = _first_match(_BLOCK_RENAMES, block[3])
-        if inner:
-            return f"image_decoder.blocks.{index}.{inner}"
-    renamed = _first_match(_RENAMES, name)
-    if renamed is None:
+        inner = _swap(_BLOCK_PREFIXES, block[3])
+        ours = inner and f"image_decoder.blocks.{index}.{inner}"
+    else:
+        ours = _swap(_PREFIXES, name)
+    if ours is None or release_name(ours, *sizes) != name:
         raise KeyError(f"unknown tensor in a released checkpoint: {name}")
-    return renamed
+    return ours
 
 
-def from_release(tensors: dict[str, torch.Tensor], config, blocks_per_chunk: int) -> dict[str, torch.Tensor]:
-    """A released state dict under our names. ``config`` is a VargptConfig of the same sizes.
-
-    Of ``sos_embedding`` only the last row, that of ``image_gen_start``, is ever read; the others are dropped.
-    """
+def from_release(
+    tensors: dict[str, torch.Tensor], config: VargptConfig, blocks_per_chunk: int
+) -> dict[str, torch.Tensor]:
+    """A released state dict under our names. ``config`` is that of a model of the same sizes."""
     tokenizer = config.image_tokenizer_config
     renamed = {}
     for name, tensor in tensors.items():
         ours = our_name(name, len(tokenizer.channel_multipliers), tokenizer.blocks_per_level, blocks_per_chunk)
-        if name == "sos_embedding.weight":
-            tensor = tensor[-1]
         if ours is not None:
-            renamed[ours] = tensor
+            renamed[ours] = tensor[-1] if name == START_ROWS else tensor
     return renamed
+
+
+def dropped_shapes(config: VargptConfig, blocks_per_chunk: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every released tensor that ``our_name`` drops."""
+    width, hidden = config.decoder_config.width, config.text_config.hidden_size
+    shapes = {"vae_local.quantizer.lfq.mask": (config.image_tokenizer_config.bits,)}
+    for projector, size in (("image_gen_projector", width), ("image_gen_projector_out", hidden)):
+        shapes |= {f"{projector}.ln_q.{leaf}": (size,) for leaf in ("weight", "bias")}
+    for layer in (0, 2):
+        shapes[f"vargpt_gen.text_proj_for_ca.{layer}.weight"] = (width, width)
+        shapes[f"vargpt_gen.text_proj_for_ca.{layer}.bias"] = (width,)
+    shapes["vargpt_gen.text_proj_for_sos.ca.zero_k_bias"] = (width,)
+    for index in range(config.decoder_config.depth):
+        chunk, module = divmod(index, blocks_per_chunk)
+        for attention in ("sa", "ca"):
+            shapes[f"vargpt_gen.block_chunks.{chunk}.module.{module}.{attention}.zero_k_bias"] = (width,)
+    return shapes
+
+
+def start_rows_shape(config: VargptConfig) -> tuple[int, int]:
+    """Shape of the released ``START_ROWS``."""
+    return (config.image_gen_start_token_id + 1, config.decoder_config.width)
+
+
+def neutral(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A dropped tensor where none was kept: as the reference's own buffers are, or without effect."""
+    if name.endswith("lfq.mask"):
+        return 2 ** torch.arange(shape[0] - 1, -1, -1)
+    return torch.ones(shape, dtype=dtype) if name.endswith("ln_q.weight") else torch.zeros(shape, dtype=dtype)

@@ -1,0 +1,207 @@
+"""The starting point of VARGPT-v1.1's training, from its three published parts: ``python -m vargpt_rl.assemble``.
+
+``language=DIR`` is a Qwen2-VL directory (Qwen2-VL-7B-Instruct in the paper), ``decoder=FILE`` Infinity's weights and
+``image_tokenizer=FILE`` those of its image tokenizer, both as ``torch.save`` wrote them. The two generation projectors
+and the start row are drawn anew from ``seed``; the tokenizer gets the three tokens of drawn pictures. Every tensor
+keeps its type. Only tensors are read from the ``.pth`` files, never objects. A fault is one line that names the file;
+exit code 2.
+"""
+
+import pickle
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
+
+from configs.command import run_command
+from vargpt_rl.convert import model_shapes, print_counts, tied, usual_dtype
+from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.release import START, our_name, reason_dropped, release_name, wrapped
+from vargpt_rl.model.release_config import (
+    NEW_TOKENS,
+    decoder_config,
+    dtype_name,
+    image_tokenizer_config,
+    own_settings,
+    sizes_of,
+)
+from vargpt_rl.shards import (
+    OTHER_FILES,
+    Stored,
+    Tensors,
+    about,
+    appearing,
+    check_tensors,
+    copy_files,
+    read_json,
+    renamed,
+    save_sharded,
+    stored_in_folder,
+)
+
+DECODER_PLACES = ((), ("state_dict",), ("trainer", "gpt_fsdp"))
+IMAGE_TOKENIZER_PLACES = ((), ("vae",), ("state_dict",), ("trainer", "vae_local"))
+PREFIXES = (("visual.", "model.", "lm_head."), "vargpt_gen.", "vae_local.")
+"""What the released names of the three parts start with: language, decoder, image tokenizer."""
+
+
+@dataclass
+class Assembly:
+    """Where the three parts are, and the seed of what is drawn anew."""
+
+    language: str
+    decoder: str
+    image_tokenizer: str
+    target: str
+    seed: int = 0
+
+
+def stored_in_torch_file(path: Path, places: tuple[tuple[str, ...], ...]) -> Tensors:
+    """The state dict of a ``.pth`` file, found at the first of ``places`` (keys, one below the other) that has one."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise ValueError(f"{path}: not a file of tensors that torch.save wrote: {reason}") from error
+    for place in places:
+        found = saved
+        for key in place:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
+            return {
+                # The tensors are mapped: a clone is what reads them.
+                name: Stored(path, name, tuple(tensor.shape), tensor.dtype, partial(_in_memory, tensor))
+                for name, tensor in found.items()
+            }
+    expected = ", ".join(".".join(place) or "the top" for place in places)
+    raise ValueError(f"{path}: no dictionary of tensors, looked at {expected}")
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def language_part(folder: Path) -> Tensors:
+    """Qwen2-VL's tensors under the release's names, which are those it was published with."""
+
+    def rename(name: str) -> str:
+        for later, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+            if name.startswith(later):
+                return published + name.removeprefix(later)
+        return name
+
+    return renamed(stored_in_folder(folder), rename)
+
+
+def decoder_part(path: Path) -> Tensors:
+    """Infinity's tensors under the release's names; without chunks of blocks it is one chunk."""
+
+    def rename(name: str) -> str:
+        return "vargpt_gen." + re.sub(r"^(unregistered_)?blocks\.(\d+)\.", r"block_chunks.0.module.\2.", name)
+
+    return renamed(stored_in_torch_file(path, DECODER_PLACES), rename)
+
+
+def image_tokenizer_part(path: Path) -> Tensors:
+    """The image tokenizer's tensors under the release's names."""
+    tensors = stored_in_torch_file(path, IMAGE_TOKENIZER_PLACES)
+    rename = wrapped if "encoder.conv_in.weight" in tensors else str
+    return renamed(tensors, lambda name: f"vae_local.{rename(name)}")
+
+
+def reason_left_out(name: str) -> str | None:
+    """Why a tensor of one of the parts is not needed; None if it is."""
+    if name.startswith("vae_local.quantizer."):
+        return "a buffer of the quantiser, which has no weights"
+    return reason_dropped(name)
+
+
+def extended_tokenizer(folder: Path, rows: int) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
+    """The tokenizer with the new tokens, and their ids by name of setting. ``rows``: of the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    added = {"extra_special_tokens": [f"<|{name}|>" for name in NEW_TOKENS]}
+    tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in NEW_TOKENS}
+    if max(ids.values()) >= rows:
+        raise ValueError(f"{folder}: model.embed_tokens.weight has {rows} rows, the new tokens need {ids}")
+    return tokenizer, ids
+
+
+def drawn_anew(shapes: dict[str, tuple[int, ...]], config: VargptConfig, dtype: torch.dtype, seed: int) -> Tensors:
+    """Weights from a normal distribution of the language model's initial width, biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = config.text_config.initializer_range
+    tensors = {}
+    for name, shape in sorted(shapes.items()):
+        fresh = torch.zeros(shape)
+        if not name.endswith(".bias"):
+            fresh.normal_(0, spread, generator=generator)
+        tensors[name] = Stored(Path("seed"), name, shape, dtype, partial(fresh.to, dtype))
+    return tensors
+
+
+def assemble(command: Assembly) -> None:
+    """Write ``target``: a model directory that ``Vargpt.from_pretrained`` reads."""
+    folder, decoder, image_tokenizer = map(Path, (command.language, command.decoder, command.image_tokenizer))
+    found = read_json(folder / "config.json").get("model_type")
+    if found != Qwen2VLConfig.model_type:
+        raise ValueError(f"{folder / 'config.json'}: model_type is {found!r}, expected {Qwen2VLConfig.model_type!r}")
+    with about(folder / "config.json"):
+        language = Qwen2VLConfig.from_pretrained(folder)
+    tokenizer, ids = extended_tokenizer(folder, language.text_config.vocab_size)
+    parts = [
+        (folder, language_part(folder)),
+        (decoder, decoder_part(decoder)),
+        (image_tokenizer, image_tokenizer_part(image_tokenizer)),
+    ]
+    every = {name: stored for _, part in parts for name, stored in part.items()}
+    dtype = usual_dtype(parts[0][1])
+    shapes = {name: stored.shape for name, stored in every.items()}
+    with about(decoder):
+        decoder_settings, blocks_per_chunk = decoder_config(shapes, {})
+    with about(image_tokenizer):
+        image_tokenizer_settings = image_tokenizer_config(shapes, {})
+    text = own_settings(language.text_config) | {"pad_token_id": tokenizer.pad_token_id}
+    text["rope_parameters"].pop("type", None)  # the published file's name of what is rope_type now
+    config = VargptConfig(
+        text_config=text,
+        vision_config=own_settings(language.vision_config),
+        decoder_config=decoder_settings,
+        image_tokenizer_config=image_tokenizer_settings,
+        tie_word_embeddings=language.tie_word_embeddings,
+        image_token_id=language.image_token_id,
+        video_token_id=language.video_token_id,
+        vision_start_token_id=language.vision_start_token_id,
+        vision_end_token_id=language.vision_end_token_id,
+        dtype=dtype_name(dtype),
+        architectures=["Vargpt"],
+        **ids,
+    )
+    sizes = sizes_of(config, blocks_per_chunk)
+
+    needed = model_shapes(config)
+    anew = {name: shape for name, shape in needed.items() if name == START or name.startswith("projector_")}
+    released = {release_name(name, *sizes): shape for name, shape in needed.items() if name not in anew}
+    for (where, part), prefixes in zip(parts, PREFIXES, strict=True):
+        expected = {name: shape for name, shape in released.items() if name.startswith(prefixes)}
+        kept = {name: stored for name, stored in part.items() if not reason_left_out(name)}
+        check_tensors(kept, expected, where, tied(config))
+
+    model = {our_name(name, *sizes): stored for name, stored in every.items() if not reason_left_out(name)}
+    model |= drawn_anew(anew, config, dtype, command.seed)
+    with appearing(Path(command.target)) as target:
+        config.save_pretrained(target)
+        files = save_sharded(model, target)
+        copy_files(folder, target, OTHER_FILES)
+        tokenizer.save_pretrained(target)
+    print(f"{len(every)} tensors read, {len(model)} written in {files} files ({len(anew)} drawn anew); left out:")
+    print_counts(filter(None, map(reason_left_out, every)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(Assembly, assemble))

@@ -1,0 +1,242 @@
+"""Model directories tensor by tensor: what a file holds, checked against what is expected, and sharded writing.
+
+Memory: one shard at a time is held, and a shard is one tensor or at most ``SHARD``. Shards are small because freed
+tensors of less than some 32 MiB may stay with the allocator. Tensors are read with ``pread``, for pages of a mapped
+file would stay resident for as long as it is open.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SHARD = 1 << 28
+UNUSED = "unused.safetensors"
+"""What a conversion keeps aside, for the way back: no weights of the model."""
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+OTHER_FILES = (
+    "chat_template*",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is not in memory: ``read`` makes it. ``file`` and ``name`` say where it stands, for messages."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def last_row(self) -> "Stored":
+        """The last row of a tensor in a safetensors file, read alone."""
+
+        def read() -> torch.Tensor:
+            with _opened(self.file) as file:
+                return file.get_slice(self.name)[self.shape[0] - 1 :][0]
+
+        return Stored(self.file, self.name, self.shape[1:], self.dtype, read)
+
+
+Tensors = dict[str, Stored]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. ValueError naming the file if it is missing or something else."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with about(path):
+        value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Faults of values and settings in the block become a ValueError that names this file or folder."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def stored_in(path: Path) -> Tensors:
+    """What a safetensors file holds."""
+
+    def read(name: str) -> torch.Tensor:
+        with _opened(path) as file:
+            return file.get_tensor(name)
+
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            header = file.get_slice(name)
+            if header.get_dtype() not in _DTYPES:
+                raise ValueError(f"{path}: {name} is {header.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+            dtype = _DTYPES[header.get_dtype()]
+            tensors[name] = Stored(path, name, tuple(header.get_shape()), dtype, partial(read, name))
+    if not tensors:
+        raise ValueError(f"{path}: no tensors in it")
+    return tensors
+
+
+def _single_file(folder: Path) -> Path:
+    for name in ("model.safetensors", "weights.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    files = [path for path in folder.glob("*.safetensors") if path.name != UNUSED]
+    if len(files) != 1:
+        raise ValueError(f"{folder}: {len(files)} safetensors files and no {INDEX}, expected an index or one file")
+    return files[0]
+
+
+def stored_in_folder(folder: Path) -> Tensors:
+    """The weights of a model directory, sharded or in one file; ``UNUSED`` is none of them."""
+    if not (folder / INDEX).is_file():
+        return stored_in(_single_file(folder))
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ValueError(f"{folder / INDEX}: no weight_map")
+    tensors: Tensors = {}
+    for name in sorted(set(map(str, listed.values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{folder / INDEX}: {name}: expected the plain name of a file beside it")
+        for key, stored in stored_in(folder / name).items():
+            if key in tensors:
+                raise ValueError(f"{stored.file}: {key} is in {tensors[key].file.name} too")
+            tensors[key] = stored
+    for key, name in listed.items():
+        if key not in tensors or tensors[key].file.name != name:
+            raise ValueError(f"{folder / name}: {key} is missing, which {INDEX} promises there")
+    return tensors
+
+
+def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
+    """Under other names. ValueError if two would have the same."""
+    result: Tensors = {}
+    for name, stored in tensors.items():
+        new = rename(name)
+        if new in result:
+            raise ValueError(f"{stored.file}: {stored.name} and {result[new].name} are the same tensor, expected one")
+        result[new] = stored
+    return result
+
+
+def check_tensors(
+    found: Tensors, expected: dict[str, tuple[int, ...]], where: Path, optional: frozenset[str] = frozenset()
+) -> None:
+    """ValueError naming tensor and file unless there are exactly the expected ones, in their shapes."""
+    faults = [
+        f"{stored.file}: {stored.name} has shape {list(stored.shape)}, expected {list(expected[name])}"
+        if name in expected
+        else f"{stored.file}: {stored.name} is unexpected, this model has no such tensor"
+        for name, stored in found.items()
+        if expected.get(name) != stored.shape
+    ]
+    faults += [
+        f"{where}: {name} is missing, expected shape {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found and name not in optional
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise ValueError(faults[0] + more)
+
+
+def save_together(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
+    """Write one file; all its tensors are in memory at once."""
+    try:
+        save_file({name: stored.read() for name, stored in tensors.items()}, path, {"format": "pt"} | metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def save_sharded(tensors: Tensors, folder: Path) -> int:
+    """Write shards with an index, in order; how many."""
+    shards: list[Tensors] = []
+    room = -1
+    for name, stored in tensors.items():
+        if stored.nbytes > room:
+            shards.append({})
+            room = SHARD
+        shards[-1][name] = stored
+        room -= stored.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_together(shard, path, {})
+        weight_map |= dict.fromkeys(shard, path.name)
+    size = sum(stored.nbytes for stored in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return len(shards)
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of these names, where there are any."""
+    for pattern in patterns:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to write into, which is ``target`` when the block ends well and gone when it does not.
+
+    ValueError if there is something at ``target`` already; an empty folder does not count.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target={target}: expected a folder that is empty or does not exist yet")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
