@@ -32,3 +32,13 @@ def test_check_permits_up_to_the_fraction(tmp_path):
     with pytest.raises(ValueError, match="2 of 2"):
         quarantine.check(2, 0.99)
     quarantine.check(2, 1.0)
+
+
+def test_check_takes_the_number_lost_of_one_reading(tmp_path):
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    for number in range(5):
+        quarantine.add(f"a:{number}", "", "not JSON")
+    quarantine.check(10, 0.1, lost=1)
+    quarantine.check(10, 0.0, lost=0)
+    with pytest.raises(ValueError, match=r"2 of 10 records are bad(.|\n)*5  not JSON"):
+        quarantine.check(10, 0.1, lost=2)

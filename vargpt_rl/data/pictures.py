@@ -1,4 +1,4 @@
-"""The one place where picture files are decoded."""
+"""How picture files are decoded."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -23,13 +23,14 @@ def read_picture(
         with Image.open(file, formats=KINDS) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels")
-            return _as_rgb(ImageOps.exif_transpose(image), background)
+            return as_rgb(ImageOps.exif_transpose(image), background)
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
         name = f"{file}: " if isinstance(file, Path) else ""
         raise ValueError(f"{name}not a readable picture: {error}") from error
 
 
-def _as_rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+def as_rgb(image: Image.Image, background: tuple[int, ...] = WHITE) -> Image.Image:
+    """RGB without transparency; 16 bits a channel cut to 8."""
     if image.mode.startswith("I;16"):  # converting would clip all that is brighter than 255 of 65535
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -7,6 +7,10 @@ from pathlib import Path
 LONGEST_RECORD = 500  # characters kept of a record
 
 
+class BadRecord(ValueError):
+    """A record that cannot be used. The message is the reason, worded so that equal faults have equal reasons."""
+
+
 class Quarantine:
     """Bad records, appended to the JSON lines file ``path`` and counted by reason.
 
@@ -44,10 +48,14 @@ class Quarantine:
         """The counts, a reason a line, the most frequent first."""
         return "\n".join(f"{count:8d}  {reason}" for reason, count in self.counts.most_common())
 
-    def check(self, total: int, max_bad_fraction: float) -> None:
-        """Raises ValueError where more than ``max_bad_fraction`` of ``total`` records are lost."""
-        if self.lost > max_bad_fraction * total:
+    def check(self, total: int, max_bad_fraction: float, lost: int | None = None) -> None:
+        """Raises ValueError where more than ``max_bad_fraction`` of ``total`` records are lost.
+
+        ``lost`` is how many of these are, where that is not all that was ever written down.
+        """
+        lost = self.lost if lost is None else lost
+        if lost > max_bad_fraction * total:
             raise ValueError(
-                f"{self.lost} of {total} records are bad, more than the permitted share of {max_bad_fraction} "
+                f"{lost} of {total} records are bad, more than the permitted share of {max_bad_fraction} "
                 f"(each with its reason in {self.path}):\n{self.table()}"
             )

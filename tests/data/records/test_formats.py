@@ -1,0 +1,261 @@
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.records.reading import add, png, write_tar
+from vargpt_rl.data.records import formats
+from vargpt_rl.data.records.formats import FORMATS, Fault
+from vargpt_rl.data.records.pictures import InArchive
+
+
+def rows(kind: str, path: Path, start: int = 0, step: int = 1) -> list:
+    """The rows of all parts, or the reasons of faults."""
+    form = FORMATS[kind]
+    found = [found for part in range(form.parts(path)) for found in form.read(path, part, start, step)]
+    return [(number, row.reason if isinstance(row, Fault) else row) for number, row in found]
+
+
+# JSON
+
+
+@pytest.fixture
+def array(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "a.json"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def test_json_arrays(array):
+    items = [{"id": number, "text": '[{,}] \\ " \u00e9' * number} for number in range(30)]
+    for text in (json.dumps(items), json.dumps(items, indent=2), "\ufeff \n" + json.dumps(items, ensure_ascii=False)):
+        assert rows("json", array(text)) == list(enumerate(items))
+    assert rows("json", array(json.dumps(items)), 4, 7) == [(number, items[number]) for number in (4, 11, 18, 25)]
+    assert rows("json", array(" [ ] ")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "said"),
+    [
+        ("", 0, "breaks off"),
+        ('{"id": 1}', 0, "not a JSON array"),
+        ('[{"id": 1}, {"id": 2}', 1, "breaks off"),
+        ('[{"id": 1}, {"id"', 1, "breaks off"),
+        ('[{"id": 1},]', 1, "breaks off"),
+        ('[{"id": 1} {"id": 2}]', 1, "breaks off"),
+        ('[{"id": 1}] [', 1, "breaks off"),
+        (b'[{"id": "\xff"}]', 0, "not UTF-8"),
+        ('[{"id": 1}, ' + "[" * 100_000, 1, "too deeply nested"),
+        ('[{"id": 1}, ' + "9" * 5000 + ", 1]", 1, "digits"),
+    ],
+)
+def test_damaged_json_arrays_give_what_comes_before(array, text, whole, said):
+    found = rows("json", array(text))
+    assert found[:-1] == [(0, {"id": 1})] * whole
+    number, reason = found[-1]
+    assert number == whole and reason.startswith("rest of the file is lost: ") and said in reason
+
+
+def test_a_row_that_is_no_object_costs_only_itself(array):
+    found = rows("json", array('[1, {"id": 1}, "a", null, [2]]'))
+    assert [row for _, row in found] == [
+        "int where an object is expected",
+        {"id": 1},
+        "str where an object is expected",
+        "NoneType where an object is expected",
+        "list where an object is expected",
+    ]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(json_values, max_size=6), st.sampled_from([None, 1]), st.integers(1, 9))
+def test_arrays_are_cut_right_wherever_a_chunk_ends(tmp_path_factory, items, indent, chunk):
+    path = tmp_path_factory.getbasetemp() / "chunks.json"
+    path.write_text(json.dumps(items, indent=indent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_CHUNK", chunk)
+        with path.open(encoding="utf-8") as file:
+            assert list(formats._items(file)) == items
+
+
+def test_no_row_of_json_may_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST", 100)
+    monkeypatch.setattr(formats, "_CHUNK", 10)
+    path = tmp_path / "a.json"
+    path.write_text('[{"id": 1}, "' + "x" * 1000)
+    assert rows("json", path)[-1] == (1, "rest of the file is lost: not a JSON array, or a row that is too long")
+    path.write_text("x" * 150 + '\n{"id": 1}\n')
+    assert [row for _, row in rows("jsonl", path)][-1] == {"id": 1} and len(rows("jsonl", path)) == 3
+
+
+# JSON lines
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = ['\ufeff{"id": 0}', "", '{"id": 2}\r', "[1]", '{"id": ', "[" * 100_000, '{"id": "\u00e9"}']
+    path.write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    assert rows("jsonl", path) == [
+        (0, {"id": 0}),
+        (2, {"id": 2}),
+        (3, "list where an object is expected"),
+        (4, "not JSON: Expecting value"),
+        (5, "not JSON: too deeply nested"),
+        (6, {"id": "\u00e9"}),
+        (7, "not UTF-8"),
+    ]
+    assert [number for number, _ in rows("jsonl", path, 2, 2)] == [2, 4, 6]
+
+
+# Parquet
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    items = [
+        {"id": number, "image": {"bytes": png(number), "path": None}, "turns": [{"a": "b"}]} for number in range(200)
+    ]
+    pq.write_table(pa.Table.from_pylist(items), path, row_group_size=150)
+    assert FORMATS["parquet"].parts(path) == 2
+    assert [row for _, row in rows("parquet", path)] == items
+    taken = [number for number in range(200) if number % 150 >= 7 and (number % 150 - 7) % 70 == 0]
+    assert [row["id"] for _, row in rows("parquet", path, 7, 70)] == taken == [7, 77, 147, 157]
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"id": list(range(100)), "text": [f"{number}" * 50 for number in range(100)]})
+    pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], b"", b"not Parquet at all"):
+        path.write_bytes(data)
+        assert FORMATS["parquet"].parts(path) == 1
+        ((number, reason),) = rows("parquet", path)
+        assert number == 0 and reason == "rest of the row group is lost: Parquet cannot be read (ArrowInvalid)"
+    path.write_bytes(whole[:8] + bytes(1000) + whole[1008:])  # the first row group
+    found = rows("parquet", path)
+    assert found[0][1].startswith("rest of the row group is lost") and [row["id"] for _, row in found[1:]] == list(
+        range(50, 100)
+    )
+
+
+# Saved data sets
+
+
+def test_saved_data_sets(tmp_path):
+    items = [{"id": number, "images": [{"bytes": png(number), "path": None}]} for number in range(150)]
+    Dataset.from_list(items).select(range(0, 150, 2)).save_to_disk(str(tmp_path / "saved"))
+    assert [row for _, row in rows("saved", tmp_path / "saved")] == items[::2]
+    assert [number for number, _ in rows("saved", tmp_path / "saved", 3, 30)] == [3, 33, 63]
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-500])
+    ((number, reason),) = rows("saved", tmp_path / "saved")
+    assert number == 0 and reason.startswith("data set is lost: it cannot be read")
+
+
+def test_splits_have_to_be_named(tmp_path):
+    DatasetDict({"train": Dataset.from_list([{"id": 1}])}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="saved: holds several splits"):
+        rows("saved", tmp_path / "saved")
+    assert rows("saved", tmp_path / "saved" / "train") == [(0, {"id": 1})]
+
+
+# WebDataset
+
+
+def test_tars(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        folder = tarfile.TarInfo("./shard")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        add(archive, "./shard/0001.1.PNG", png(1))
+        add(archive, "./shard/0001.0.jpg", b"first")
+        add(archive, "./shard/0001.json", b'{"id": "one", "images": "none"}')
+        add(archive, "./shard/0002.txt", "a caf\u00e9".encode())
+        add(archive, "./other.d/0002.txt", b"another")
+    (_, one), (_, two), (_, three) = rows("webdataset", path)
+    assert (one["id"], one["__key__"], len(one["images"])) == ("one", "shard/0001", 2)
+    assert [image.open().read() for image in one["images"]] == [b"first", png(1)]
+    assert all(isinstance(image, InArchive) for image in one["images"])
+    assert two == {"__key__": "shard/0002", "images": [], "txt": "a caf\u00e9"}
+    assert three["__key__"] == "other.d/0002"
+    assert rows("webdataset", path, 1, 2) == [(1, two)]
+
+
+def test_members_that_are_no_part_of_a_record(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    monkeypatch.setattr(formats, "LONGEST", 1000)
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("0.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        add(archive, "1.npy", b"array")
+        add(archive, "2.json", b"[1]")
+        add(archive, "3.txt", bytes(1001))
+        add(archive, "4.txt", b"good")
+    assert [row for _, row in rows("webdataset", path)] == [
+        "archive member is not a plain file",
+        "archive member of unknown kind '.npy'",
+        "list where an object is expected",
+        "archive member is too long",
+        {"__key__": "4", "images": [], "txt": "good"},
+    ]
+
+
+def test_damaged_tars_give_what_comes_before(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, range(4))  # two members of 1 kB a row, two blocks of zeros and more at the end
+    whole = path.read_bytes()
+    lost = "rest of the archive is lost: it is damaged or breaks off"
+    for end, count in (
+        (0, 0),
+        (100, 0),
+        (1000, 0),
+        (2048, 0),
+        (2100, 0),
+        (2600, 1),
+        (3072, 1),
+        (4 * 2048 - 200, 3),
+        (4 * 2048, 3),
+    ):
+        path.write_bytes(whole[:end])
+        found = rows("webdataset", path)
+        assert [number for number, _ in found] == list(range(count + 1)) and found[-1][1] == lost, end
+        assert all("id" in row for _, row in found[:-1])
+    path.write_bytes(whole[:4096] + b"x" * 512 + whole[4608:])  # a header
+    assert [number for number, _ in rows("webdataset", path)] == [0, 1] and rows("webdataset", path)[1][1] == lost
+    path.write_bytes(b"not a tar" * 1000)
+    assert rows("webdataset", path) == [(0, lost)]
+
+
+# Folders of pictures by class
+
+
+def test_synsets_take_turns(tmp_path):
+    for synset, count in (("n01", 3), ("n02", 1), ("n03", 2)):
+        (tmp_path / synset).mkdir()
+        for number in range(count):
+            (tmp_path / synset / f"{synset}_{number}.JPEG").write_bytes(b"")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 a fish\n")
+    found = rows("synsets", tmp_path)
+    assert [row["file"] for _, row in found] == [
+        "n01/n01_0.JPEG", "n02/n02_0.JPEG", "n03/n03_0.JPEG", "n01/n01_1.JPEG", "n03/n03_1.JPEG", "n01/n01_2.JPEG"
+    ]  # fmt: skip
+    assert [row["synset"] for _, row in found[:3]] == ["n01", "n02", "n03"]
+    assert rows("synsets", tmp_path, 4, 1) == found[4:]

@@ -1,0 +1,63 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vargpt_rl.data.records.midjourney import split_commands
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "commands"),
+    [
+        ("a red fox", "a red fox", {}),
+        ("a red fox --ar 16:9 --v 5", "a red fox", {"ar": "16:9", "v": "5"}),
+        ("a fox --aspect 2:3 --version 5.2 --s 750 --c 20", "a fox",
+         {"ar": "2:3", "v": "5.2", "stylize": "750", "chaos": "20"}),
+        ("a fox --q .5 --tile --niji 5", "a fox", {"quality": ".5", "tile": "", "niji": "5"}),
+        ("a fox --niji --style raw", "a fox", {"niji": "", "style": "raw"}),
+        ("a fox --no red, blue fur --ar 1:1", "a fox", {"no": "red, blue fur", "ar": "1:1"}),
+        ("a fox \u2014ar 3:2 \u2013v 4", "a fox", {"ar": "3:2", "v": "4"}),
+        ("a fox --AR 3:2, --V 4, in snow", "a fox in snow", {"ar": "3:2", "v": "4"}),
+        ("a fox --s beautiful", "a fox beautiful", {"stylize": ""}),
+        ("a fox --ar", "a fox", {"ar": ""}),
+        ("a fox --v 4 --v 5", "a fox", {"v": "5"}),
+        ("a fox --made-up 5 -v 4 --ar16:9", "a fox --made-up 5 -v 4 --ar16:9", {}),
+        ("hot dog::2 food::-1 --seed 42", "hot dog::2 food::-1", {"seed": "42"}),
+        ("  a \n fox\t--tile ", "a fox", {"tile": ""}),
+        ("--ar 1:1", "", {"ar": "1:1"}),
+        ("", "", {}),
+    ],
+)  # fmt: skip
+def test_known_prompts(prompt, text, commands):
+    assert split_commands(prompt) == (text, commands)
+
+
+words = st.lists(st.text(alphabet="abcxyz,.:'1", min_size=1, max_size=6), max_size=6)
+number = st.one_of(st.integers(0, 1000), st.floats(0.1, 9.9).map(lambda value: round(value, 1))).map(str)
+ratio = st.tuples(st.integers(1, 99), st.integers(1, 99)).map(lambda sides: "{}:{}".format(*sides))
+valued = st.fixed_dictionaries(
+    {}, optional={"ar": ratio} | dict.fromkeys(("v", "stylize", "chaos", "quality", "seed", "stop", "iw"), number)
+)
+flags = st.fixed_dictionaries({}, optional=dict.fromkeys(("tile", "hd", "fast", "video"), st.just("")))
+
+
+@settings(deadline=None)
+@given(words, valued, flags, words, st.randoms(use_true_random=False))
+def test_what_is_put_together_is_taken_apart(said, with_value, without, unwanted, random):
+    commands = with_value | without
+    order = random.sample(sorted(commands), len(commands))
+    written = [f"--{name} {commands[name]}".strip() for name in order]
+    if unwanted:
+        commands["no"] = " ".join(unwanted)
+        written.append(f"--no {commands['no']}")
+    assert split_commands(" ".join([*said, *written])) == (" ".join(said), commands)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab -\u2014nosvar:19,\n", max_size=60))
+def test_the_text_is_words_of_the_prompt_without_any_command(prompt):
+    text, commands = split_commands(prompt)
+    assert split_commands(text) == (text, {})
+    left = iter(prompt.split())
+    assert all(word in left for word in text.split())  # in the order of the prompt
+    assert all(word in prompt for value in commands.values() for word in value.split())
+    assert commands or text == " ".join(prompt.split())

@@ -1,0 +1,195 @@
+"""Public data sets' own layouts, mapped to the schema: a function for each makes a conversation of a row.
+
+A row refers to its pictures by their names below the folder ``root``, unless it brings them along.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vargpt_rl.data.quarantine import BadRecord
+from vargpt_rl.data.records.formats import Row
+from vargpt_rl.data.records.midjourney import Request, split_commands
+from vargpt_rl.data.records.pictures import InArchive, InRecord, Picture, on_disk
+from vargpt_rl.data.records.schema import DRAWN, SHOWN, Conversation, Limit, Message, checked
+from vargpt_rl.data.sources import REPLY
+from vargpt_rl.data.types import Prompt
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """A step of `vargpt_rl.data.records.stream.Records`: rows of a ``layout`` -> checked conversations."""
+
+    layout: Callable[[Row, Path], Conversation]
+    source: str
+    root: Path
+    limit: Limit = Limit()
+
+    def __call__(self, row: Row) -> Conversation:
+        return checked(replace(self.layout(row, self.root), source=self.source), self.limit)
+
+
+def native(row: Row, root: Path) -> Conversation:
+    """This project's own layout, after figure 15 of the VARGPT paper with ``id`` and ``task`` added.
+
+    ``messages`` [{"role", "content"}], ``images`` [a name, or {"bytes", "path"}, or what a tar's reader found]. A row
+    of a tar without ``id`` has its members' common name as one.
+    """
+    turns = [(_text(turn, "role"), _text(turn, "content", blank=True)) for turn in _objects(row, "messages")]
+    messages = tuple(Message(role, text) for role, text in turns)
+    images = tuple(_picture(image, root) for image in _of(row, "images", list))
+    return Conversation(_name(row, "id" if "id" in row else "__key__"), "", _text(row, "task"), messages, images)
+
+
+def llava(row: Row, root: Path) -> Conversation:
+    """LLaVA-1.5-665K (JSON, ``image`` a name) and LLaVA-OneVision (Parquet, ``image`` {"bytes", "path"} or null).
+
+    Layout: the data sets' cards, and the training code of LLaVA. ``conversations`` [{"from": "human" | "gpt", "value"}]
+    with ``<image>`` in the values.
+    """
+    turns = [(_text(turn, "from"), _text(turn, "value", blank=True)) for turn in _objects(row, "conversations")]
+    if strangers := {speaker for speaker, _ in turns} - set(_SPEAKERS):
+        raise BadRecord(f"turn of {sorted(strangers)[0]!r}, expected human or gpt")
+    messages = tuple(Message(_SPEAKERS[speaker], text) for speaker, text in turns)
+    image = row.get("image")
+    images = (_picture(image, root),) if image is not None else ()
+    return Conversation(_name(row, "id"), "", "understanding", messages, images)
+
+
+def journeydb(row: Row, root: Path) -> Conversation:
+    """JourneyDB (JSON lines): ``img_path`` "./000/<name>.jpg", ``prompt``, ``Task2`` {"Caption"} where it is labelled.
+
+    Layout: the data set's card and public readers of ``train_anno.jsonl``. The caption is the request; a picture
+    without one has its prompt, less the Midjourney commands.
+    """
+    file = _text(row, "img_path")
+    labels = row.get("Task2") or {}
+    if not isinstance(labels, dict):
+        raise BadRecord(f'"Task2" is of type {type(labels).__name__}, expected dict')
+    caption = _text(labels, "Caption") if labels.get("Caption") else split_commands(_text(row, "prompt"))[0]
+    return _drawing(PurePosixPath(file).stem, caption, on_disk(root, file))
+
+
+def laion(row: Row, root: Path) -> Conversation:
+    """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its pictures are fetched by their ``url`` beforehand.
+
+    Layout: public readers of the data set, and that of img2dataset's folders, "<first 5 digits>/<key>.jpg". Where
+    img2dataset wrote the table, ``status`` says whether the picture was fetched.
+    """
+    if row.get("status", "success") != "success":
+        raise BadRecord("picture was not fetched")
+    key = _name(row, "key").zfill(9)
+    return _drawing(key, _text(row, "caption"), on_disk(root, f"{key[:5]}/{key}.jpg"))
+
+
+def midjourney(row: Row) -> Request:
+    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without a picture are no conversation.
+
+    Layout: public readers of the data set, which use no other column.
+    """
+    prompt = _text(row, "prompt")
+    text, commands = split_commands(prompt)
+    if not text:
+        raise BadRecord("prompt of nothing but commands")
+    identity = blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    return Request(Prompt(f"midjourney-{identity}", text, REPLY), commands)
+
+
+def editing(row: Row, root: Path) -> Conversation:
+    """X2I, StyleBooth within it (JSON lines): ``instruction``, ``input_images`` [names], ``output_image``.
+
+    Layout: OmniGen's documentation, which also writes ``output_images``, and its example file. The instruction names
+    its pictures "<img><|image_1|></img>"; where it names none they come first. Without inputs it is a plain drawing.
+    """
+    instruction = _text(row, "instruction")
+    inputs = [on_disk(root, _string(name, "input_images")) for name in _of(row, "input_images", list)]
+    drawn = _text(row, "output_image" if "output_image" in row else "output_images")
+    named = [int(number) for number in re.findall(r"<img><\|image_(\d+)\|></img>", instruction)]
+    if not named:
+        named = list(range(1, len(inputs) + 1))
+        instruction = SHOWN * len(inputs) + instruction
+    elif set(named) != set(range(1, len(inputs) + 1)):
+        raise BadRecord("pictures named in the instruction are not the input pictures")
+    text = re.sub(r"<img><\|image_\d+\|></img>", SHOWN, instruction)
+    images = (*(inputs[number - 1] for number in named), on_disk(root, drawn))
+    messages = (Message("user", text), Message("assistant", f"{REPLY}{DRAWN}"))
+    return Conversation(drawn, "", "editing" if inputs else "generation", messages, images)
+
+
+def imagenet(row: Row, root: Path, names: dict[str, str]) -> Conversation:
+    """ImageNet (rows of the "synsets" reader), as the single-round dialogues of the VARGPT paper's stage 1.
+
+    ``names``: see `class_names`. Layout: "<synset>/<picture>.JPEG"; dialogue: figure 15 of the paper.
+    """
+    if row["synset"] not in names:
+        raise BadRecord("synset without a name")
+    name = names[row["synset"]]
+    messages = (
+        Message("user", f"Please generate a picture about {name}"),
+        Message("assistant", f"The picture of the {name} is as follows: {DRAWN}"),
+    )
+    return Conversation(row["file"], "", "generation", messages, (on_disk(root, row["file"]),))
+
+
+def class_names(file: Path) -> dict[str, str]:
+    """The name of each synset, from lines such as "n01440764 tench, Tinca tinca" (``LOC_synset_mapping.txt``)."""
+    names = dict(line.partition(" ")[::2] for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if nameless := [synset for synset, name in names.items() if not name.strip()]:
+        raise ValueError(f"{file}: no name for {nameless[0]}")
+    return names
+
+
+def _drawing(identity: str, request: str, picture: Picture) -> Conversation:
+    messages = (Message("user", request), Message("assistant", f"{REPLY}{DRAWN}"))
+    return Conversation(identity, "", "generation", messages, (picture,))
+
+
+def _picture(value: object, root: Path) -> Picture:
+    if isinstance(value, InArchive):
+        return value
+    if isinstance(value, str):
+        return on_disk(root, value)
+    if not isinstance(value, dict):
+        raise BadRecord(f"picture is of type {type(value).__name__}, expected str or dict")
+    if isinstance(value.get("bytes"), bytes):
+        return InRecord(value["bytes"])
+    return on_disk(root, _text(value, "path"))
+
+
+def _of(row: Row, name: str, kind: type) -> Any:
+    if name not in row:
+        raise BadRecord(f'"{name}" is missing')
+    if not isinstance(row[name], kind):
+        raise BadRecord(f'"{name}" is of type {type(row[name]).__name__}, expected {kind.__name__}')
+    return row[name]
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f'"{name}" has a {type(value).__name__}, expected str')
+    return value
+
+
+def _text(row: Row, name: str, blank: bool = False) -> str:
+    text = _of(row, name, str)
+    if not blank and not text.strip():
+        raise BadRecord(f'"{name}" is empty')
+    return text
+
+
+def _objects(row: Row, name: str) -> list[Row]:
+    items = _of(row, name, list)
+    if any(not isinstance(item, dict) for item in items):
+        raise BadRecord(f'"{name}" has other items than objects')
+    return items
+
+
+def _name(row: Row, name: str) -> str:
+    """A text, or a whole number written as one: some sets number their records."""
+    value = row.get(name)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, name)

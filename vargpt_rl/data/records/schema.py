@@ -1,0 +1,126 @@
+"""What a training record is: a conversation between user and assistant with pictures at marked places.
+
+In the texts ``<image>`` stands for a picture that the user shows and ``<image_gen>`` for one that the assistant draws.
+The pictures of a conversation are listed in the order of these placeholders, over all its turns.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vargpt_rl.data.quarantine import BadRecord
+from vargpt_rl.data.records.pictures import MAX_PIXELS, Picture, load
+
+SHOWN = "<image>"
+DRAWN = "<image_gen>"
+ROLES = ("user", "assistant")
+TASKS = {"understanding": set(), "generation": {DRAWN}, "editing": {SHOWN, DRAWN}}
+"""The placeholders that a task needs. ``understanding`` may do without a picture."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn. ``role`` is "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """``source`` names the data set, ``id`` the record in it."""
+
+    id: str
+    source: str
+    task: str
+    messages: tuple[Message, ...]
+    images: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The greatest length of a conversation's texts together, as ``measure`` counts them."""
+
+    longest: int = 32_768
+    unit: str = "characters"
+    measure: Callable[[str], int] = len
+
+
+def pieces(text: str) -> list[str]:
+    """``text`` cut at its placeholders, which are pieces of their own; no piece is empty."""
+    return [piece for piece in re.split(f"({SHOWN}|{DRAWN})", text) if piece]
+
+
+def placeholders(text: str) -> list[str]:
+    return [piece for piece in pieces(text) if piece in (SHOWN, DRAWN)]
+
+
+def problem(record: Conversation, limit: Limit) -> str | None:
+    """Why ``record`` cannot be trained on, or None if it can."""
+    return _wrong_type(record) or _wrong_turns(record) or _wrong_pictures(record) or _too_long(record, limit)
+
+
+def checked(record: Conversation, limit: Limit) -> Conversation:
+    """``record`` itself. Raises BadRecord with the reason if it cannot be trained on."""
+    if reason := problem(record, limit):
+        raise BadRecord(reason)
+    return record
+
+
+def loaded(record: Conversation, max_pixels: int = MAX_PIXELS) -> tuple[Conversation, list[Image.Image]]:
+    """``record`` and its decoded pictures. Raises BadRecord if one is unreadable."""
+    return record, [load(picture, max_pixels) for picture in record.images]
+
+
+def _wrong_type(record: Conversation) -> str | None:
+    texts = {"id": record.id, "source": record.source, "task": record.task}
+    texts |= {f"text of turn {number}": message.text for number, message in enumerate(record.messages, 1)}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            return f"{name} is of type {type(value).__name__}, expected str"
+        if re.search("[\0\ud800-\udfff]", value):  # half characters, which JSON can spell but UTF-8 cannot
+            return f"{name} has characters that are no text"
+    if not record.id.strip():
+        return "id is empty"
+    if record.task not in TASKS:
+        return f"unknown task, expected one of {', '.join(TASKS)}"
+    strange = [image for image in record.images if not isinstance(image, Picture)]
+    return f"picture is of type {type(strange[0]).__name__}" if strange else None
+
+
+def _wrong_turns(record: Conversation) -> str | None:
+    if not record.messages:
+        return "no turns"
+    if record.messages[0].role != "user":
+        return "first turn is not the user's"
+    if any(message.role != ROLES[turn % 2] for turn, message in enumerate(record.messages)):
+        return "turns do not alternate between user and assistant"
+    if record.messages[-1].role != "assistant":
+        return "last turn is not the assistant's"
+    for message in record.messages:
+        if not message.text.strip():
+            return "empty answer" if message.role == "assistant" else "empty question"
+    return None
+
+
+def _wrong_pictures(record: Conversation) -> str | None:
+    found = [(message.role, mark) for message in record.messages for mark in placeholders(message.text)]
+    if len(found) != len(record.images):
+        return "number of placeholders is not the number of pictures"
+    if ("user", DRAWN) in found:
+        return f"{DRAWN} in the user's turn"
+    if ("assistant", SHOWN) in found:
+        return f"{SHOWN} in the assistant's turn"
+    marks = {mark for _, mark in found}
+    if missing := TASKS[record.task] - marks:
+        return f"{record.task} without {' or '.join(sorted(missing))}"
+    if record.task == "understanding" and DRAWN in marks or record.task == "generation" and SHOWN in marks:
+        return f"{record.task} with {' and '.join(sorted(marks))}"
+    return None
+
+
+def _too_long(record: Conversation, limit: Limit) -> str | None:
+    length = sum(limit.measure(message.text) for message in record.messages)
+    return f"longer than {limit.longest} {limit.unit}" if length > limit.longest else None
