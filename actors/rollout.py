@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from actors.pool import RolloutPool
 from actors.worker import Drawn, Failure
+from rewards.combined import scorers
 from vargpt_rl.checkpoint import check_checkpoint
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
@@ -134,7 +135,7 @@ class Rollouts:
         """
         prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
         winners = self.encode_winners(prompts, samples[0].resolution)
-        rewards = self._rewards(samples, winners, reward)
+        rewards, report = self._rewards(samples, winners, reward)
         pairs, dropped = builder(samples, winners, *rewards)
         if not pairs:
             raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
@@ -151,15 +152,32 @@ class Rollouts:
             rows += [p.row(c, r, self.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(path, rows)
-        return {"built": len(pairs), "dropped": sum(dropped.values()), "dropped_by_reason": dict(dropped)}
+        counts = {"built": len(pairs), "dropped": sum(dropped.values()), "dropped_by_reason": dict(dropped)}
+        return counts | ({"rewards": report} if report else {})
 
     def _rewards(self, samples: list[Sample], winners: dict[str, Winner], reward: Callable | None) -> tuple:
+        """The rewards of samples, and of winners by prompt id, with the report of `_judge`; None without a reward."""
         if reward is None:
-            return None, None
-        resolution = samples[0].resolution
-        of_samples = self.pool.reward([(s.prompt, s.bits) for s in samples], resolution, reward)
-        of_winners = self.pool.reward([(w.prompt, w.bits) for w in winners.values()], resolution, reward)
-        return of_samples, dict(zip(winners, of_winners, strict=True))
+            return (None, None), None
+        items = [(drawn.prompt, drawn.bits) for drawn in (*samples, *winners.values())]
+        values, report = self._judge(items, samples[0].resolution, reward)
+        return (values[: len(samples)], dict(zip(winners, values[len(samples) :], strict=True))), report
+
+    def _judge(self, items: list[Drawn], resolution: int, reward: Callable) -> tuple[list[float | None], dict]:
+        """What the reward says of each picture, and what became of them, by term; its processes run for this alone.
+
+        ValueError where no picture at all is scored.
+        """
+        with scorers(reward) as live:
+            values, report = self.pool.reward(items, resolution, live), live.report()
+        for name, term in report.items():
+            unscored = {f"unscored/{reason}": count for reason, count in term["unscored"].items()}
+            numbers = {key: term[key] for key in ("scored", "mean", "seconds", "restarts") if term[key] is not None}
+            self.run.log(f"reward/{name}", self.pool.version, numbers | unscored)
+        if all(value is None for value in values):
+            why = {name: term["errors"] or term["unscored"] for name, term in report.items()}
+            raise ValueError(f"none of {len(values)} pictures was scored by the reward; see reward.path: {why}")
+        return values, report
 
     # Evaluation
 
@@ -171,7 +189,7 @@ class Rollouts:
             return task_scores([sample.prompt.text for sample in samples], correct)
         if reward is None:
             return {"n": len(samples)}
-        values = [v for v in self.pool.reward(items, samples[0].resolution, reward) if v is not None]
+        values = [v for v in self._judge(items, samples[0].resolution, reward)[0] if v is not None]
         mean, error = mean_and_error(values)
         return {"overall": mean, "overall_stderr": error, "n": len(values), "unscored": len(samples) - len(values)}
 

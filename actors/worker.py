@@ -197,7 +197,8 @@ class Worker:
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
         if len(values) != len(items):
             raise ValueError(f"the reward returned {len(values)} values for {len(items)} pictures")
-        return [None if value is None or math.isnan(value) else float(value) for value in values]
+        values = [value if value is None or isinstance(value, float) else float(value) for value in values]
+        return [None if value is None or math.isnan(value) else value for value in values]
 
     @_serving
     def pictures(self, items: list[tuple[Drawn, str]], resolution: int, folder: str) -> list[Path]:

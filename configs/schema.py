@@ -92,10 +92,14 @@ class PreferenceConfig:
 
 @dataclass
 class RewardConfig:
-    """``path``: ``module:Name`` or ``file.py:name``; null scores nothing. ``options`` go to a class's constructor."""
+    """``path``: ``module:Name`` or ``file.py:name``; null scores nothing. ``options`` go to a class's constructor.
+
+    Several rewards: ``rewards.combined:WeightedSum``, whose ``options.terms`` are named rewards with the keys of
+    ``rewards.processes.Term``.
+    """
 
     path: str | None = None
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,6 +167,8 @@ class LoopConfig:
     at: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not self.checkpoint:
+            raise ValueError("checkpoint is not set: expected checkpoint=DIR, a model directory")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"stages={self.stages}: unknown {unknown}, expected some of {list(STAGES)}")

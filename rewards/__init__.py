@@ -1,4 +1,11 @@
 """Pluggable rewards and preference builders.
 
-A reward is a callable ``(images: list[PIL.Image], prompts: list[str]) -> list[float | None]``; None is not scored.
+Rewards run in processes of their own (`rewards.combined`); `rewards.testing` checks whether one keeps the contract.
 """
+
+from collections.abc import Callable
+
+from PIL import Image
+
+Reward = Callable[[list[Image.Image], list[str]], list[float | None]]
+"""Pictures and their prompts -> a number each, None where there is none."""

@@ -126,6 +126,33 @@ def reward_gated(
     return better, dropped + Counter({"winner not better": len(pairs) - len(better)})
 
 
+def majority_vote(
+    samples: Sequence[Sample],
+    winners: dict[str, Winner],
+    sample_rewards: Sequence[float | None],
+    winner_rewards: dict[str, float | None],
+) -> tuple[list[Pair], Counter[str]]:
+    """The pairs of `external_winner` whose winner is better by more rewards than it is worse by.
+
+    Each term of `rewards.combined.WeightedSum` that both sides have has one vote, whatever its weight. Raises
+    ValueError where the rewards are not of that kind.
+    """
+    if sample_rewards is None:
+        raise ValueError("majority_vote needs several rewards, but none is configured")
+    pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
+    kept = []
+    for pair in pairs:
+        chosen, rejected = (getattr(reward, "terms", None) for reward in (pair.chosen_reward, pair.rejected_reward))
+        if chosen is None or rejected is None:
+            raise ValueError("majority_vote needs several rewards: set reward.path=rewards.combined:WeightedSum")
+        votes = [(chosen[name] > rejected[name]) - (chosen[name] < rejected[name]) for name in chosen.keys() & rejected]
+        if sum(votes) > 0:
+            kept.append(pair)
+        else:
+            dropped["vote lost" if sum(votes) < 0 else "vote tied"] += 1
+    return kept, dropped
+
+
 def best_of_n(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
@@ -181,4 +208,4 @@ def _pair(sample: Sample, winner: Winner, chosen_reward: float | None, rejected_
 
 
 def _scored(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
+    return None if value is None or math.isnan(value) else value

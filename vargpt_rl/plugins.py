@@ -58,11 +58,22 @@ def _load_file(path: str, where: str) -> ModuleType:
     return module
 
 
+def make_plugin(path: str, options: dict[str, object]) -> Callable:
+    """The callable that ``path`` names; a class is instantiated with ``options``. ValueError as below."""
+    return make_callable(load_plugin(path), options)
+
+
 def make_callable(obj: object, options: dict[str, object]) -> Callable:
     """A class instantiated with ``options``, or a function itself, which takes none.
 
     Raises ValueError for options that do not fit and for what cannot be called.
     """
+    check_callable(obj, options)
+    return obj(**options) if inspect.isclass(obj) else obj
+
+
+def check_callable(obj: object, options: dict[str, object]) -> None:
+    """Raises ValueError where `make_callable` would, without making anything."""
     name = getattr(obj, "__qualname__", repr(obj))
     if inspect.isclass(obj):
         signature = inspect.signature(obj)
@@ -70,9 +81,9 @@ def make_callable(obj: object, options: dict[str, object]) -> Callable:
             signature.bind(**options)
         except TypeError as error:
             raise ValueError(f"{name}{signature}: {error}; the options given are {options}") from error
-        obj = obj(**options)
+        if not any("__call__" in vars(kind) for kind in obj.__mro__):
+            raise ValueError(f"{name} cannot be called: give the class a method __call__(self, images, prompts)")
+    elif not callable(obj):
+        raise ValueError(f"{name} cannot be called")
     elif options:
         raise ValueError(f"{name} is no class and takes no options, but was given {options}")
-    if not callable(obj):
-        raise ValueError(f"{name} cannot be called")
-    return obj

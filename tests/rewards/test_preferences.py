@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rewards.preferences import best_of_n, external_winner, pair_id, reward_gated
+from rewards.combined import Total
+from rewards.preferences import best_of_n, external_winner, majority_vote, pair_id, reward_gated
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.types import Prompt, Sample, Winner
 
@@ -73,8 +74,8 @@ def test_rewards_must_match_the_samples():
         external_winner([sample("a", b"x")], WINNERS, [], {})
     with pytest.raises(ValueError, match="one side"):
         external_winner([sample("a", b"x")], WINNERS, None, {"a": 1.0})
-    for builder in (reward_gated, best_of_n):
-        with pytest.raises(ValueError, match=f"{builder.__name__} needs a reward"):
+    for builder in (reward_gated, best_of_n, majority_vote):
+        with pytest.raises(ValueError, match=f"{builder.__name__} needs"):
             builder([sample("a", b"x")], WINNERS, None, None)
 
 
@@ -103,3 +104,25 @@ def test_the_best_sample_beats_the_worse_of_its_prompt_and_resolution():
     pairs, dropped = best_of_n(samples, {}, [0.2, 0.9, 0.9, None, 0.1, 0.5], {})
     assert [(p.chosen, p.rejected, p.chosen_source, p.chosen_reward) for p in pairs] == [(b"y", b"x", "step-10", 0.9)]
     assert dropped == {"none better": 4, "reward not scored": 1}
+
+
+def test_the_side_that_more_rewards_prefer_wins(tmp_path):
+    def total(**terms: float) -> Total:
+        return Total(sum(terms.values()), terms)
+
+    samples = [sample("a", b"x", seed) for seed in range(5)]
+    rewards = [
+        total(clip=1.0, ocr=0.1, looks=90.0),  # loses 2 to 1, whatever the sum
+        total(clip=3.0, ocr=0.1, looks=7.0),  # a tie: one each, and one equal
+        total(clip=3.0, ocr=0.9, looks=1.0),  # wins
+        total(clip=1.0),  # the others are not compared
+        None,
+    ]
+    pairs, dropped = majority_vote(samples, WINNERS, rewards, {"a": total(clip=2.0, ocr=0.5, looks=7.0)})
+    assert [pair.rejected_seed for pair in pairs] == [0, 3]
+    assert dropped == {"vote tied": 1, "vote lost": 1, "reward not scored": 1}
+    scores = [SimpleNamespace(total=-3.0, by_scale=[-3.0])] * 2
+    write_table(tmp_path / "t.parquet", [pair.row(*scores, 7) for pair in pairs])
+    assert list(read_table(tmp_path / "t.parquet").rejected_reward) == [91.1, 1.0]
+    with pytest.raises(ValueError, match="reward.path=rewards.combined:WeightedSum"):
+        majority_vote(samples[:1], WINNERS, [1.0], {"a": 2.0})

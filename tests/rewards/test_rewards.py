@@ -1,9 +1,11 @@
+from io import BytesIO
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from rewards.shapes import shapes_reward
-from rewards.technical import sharpness
+from rewards.technical import block_free, sharpness
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.plugins import load_plugin, make_callable
 
@@ -37,3 +39,25 @@ def test_sharpness_is_the_documented_formula():
 @pytest.mark.parametrize("path", ["rewards.shapes:shapes_reward", "rewards.technical:sharpness"])
 def test_rewards_are_found_by_path(path):
     assert make_callable(load_plugin(path), {})([Image.new("RGB", (64, 64))], ["a circle"]) == [0.0]
+
+
+def test_jpeg_blocks_are_seen():
+    across = np.linspace(0, 200, 96)
+    smooth = np.random.default_rng(0).normal(across[:, None] + across[None] / 8, 3)
+    picture = Image.fromarray(smooth.clip(0, 255).astype(np.uint8)).convert("RGB")
+    saved = [picture]
+    for quality in (30, 10, 3):
+        file = BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        saved.append(Image.open(file))
+    untouched, *compressed = block_free(saved, [""] * 4)
+    assert untouched > 0.95 and max(compressed) < 0.8 and compressed[-1] == min(compressed), (untouched, compressed)
+    assert block_free([Image.new("RGBA", (16, 16))], [""]) == [1.0]
+    with pytest.raises(ValueError, match="16 x 16 pixels or more, got 15 x 20"):
+        block_free([Image.new("L", (15, 20))], [""])
+
+
+def test_blocks_are_the_documented_formula():
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:, 8:] = 10  # the only step, 10, is at the border across; there is none down
+    assert block_free([Image.fromarray(pixels)], [""]) == pytest.approx([1 / (10 / 2 + 1)])

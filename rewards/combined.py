@@ -1,0 +1,143 @@
+"""Several rewards in one: a weighted sum that also knows its parts, each part computed in a process of its own.
+
+    reward:
+      path: rewards.combined:WeightedSum
+      options:
+        terms:
+          text: {path: "rewards.ocr:TextAccuracy", weight: 2, required: false}
+          sharp: {path: "rewards.technical:sharpness"}
+
+The keys of a term are those of `rewards.processes.Term`. `scorers` starts and ends the processes, also for a single
+reward of any other kind.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ray
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+
+from rewards import Reward
+from rewards.images import to_png
+from rewards.processes import Keeper, Term
+from vargpt_rl.plugins import check_callable, load_plugin, make_plugin
+
+CHECK = """
+import json, sys
+import rewards.processes
+from vargpt_rl.plugins import check_callable, load_plugin
+check_callable(load_plugin(sys.argv[1]), json.loads(sys.argv[2]))
+"""
+
+
+class Total(float):
+    """A weighted sum of rewards; ``terms`` are those that were scored, by name."""
+
+    terms: dict[str, float]
+
+    def __new__(cls, value: float, terms: dict[str, float]):
+        self = super().__new__(cls, value)
+        self.terms = terms
+        return self
+
+    def __getnewargs__(self) -> tuple[float, dict[str, float]]:
+        return float(self), self.terms
+
+
+def weighted_sum(values: dict[str, float | None], terms: dict[str, Term]) -> Total | None:
+    """The sum of weight x value of one picture; None where a required term, or every term, has no value.
+
+    Without an optional term, the others' sum is scaled up to the weight of all: so optional terms should be of a
+    similar size as the others.
+    """
+    scored = {name: value for name, value in values.items() if value is not None}
+    if not scored or any(term.required and name not in scored for name, term in terms.items()):
+        return None
+    share = sum(abs(terms[name].weight) for name in scored) / sum(abs(term.weight) for term in terms.values())
+    return Total(sum(terms[name].weight * value for name, value in scored.items()) / share, scored)
+
+
+class WeightedSum:
+    """A reward made of others. ValueError, naming the term, for whatever is wrong with one.
+
+    Called by itself it starts the processes of its rewards and ends them again; `scorers` keeps them.
+    """
+
+    def __init__(self, terms: dict[str, dict[str, object]]):
+        if not terms:
+            raise ValueError("reward.options.terms is empty: name a reward, or leave reward.path out")
+        self.terms = {name: _term(name, fields) for name, fields in terms.items()}
+        self.makes = {name: partial(make_plugin, term.path, term.options) for name, term in self.terms.items()}
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
+        with scorers(self) as running:
+            return running(images, prompts)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Rewards whose processes run: a reward itself, which can be sent to any process of the same Ray cluster."""
+
+    terms: dict[str, Term]
+    keeper: ray.actor.ActorHandle
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
+        pngs = ray.put([to_png(image) for image, _ in zip(images, prompts, strict=True)])
+        values = ray.get(self.keeper.score.remote([pngs], list(prompts)))
+        rows = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
+        return [weighted_sum(row, self.terms) for row in rows]
+
+    def report(self) -> dict[str, dict[str, object]]:
+        """What became of the pictures so far, by term: scored, their mean, unscored by reason, seconds, restarts."""
+        return ray.get(self.keeper.report.remote())
+
+
+@contextmanager
+def scorers(reward: Reward) -> Iterator[Running]:
+    """Run the rewards of a `WeightedSum` in processes of their own; any other reward is a single required term."""
+    if isinstance(reward, WeightedSum):
+        terms, makes = reward.terms, reward.makes
+    else:
+        terms, makes = {"reward": Term("")}, {"reward": partial(_same, reward)}
+    keeper = Keeper.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
+    try:
+        yield Running(terms, keeper)
+    finally:
+        ray.kill(keeper)  # the processes end with it
+
+
+def _same(reward: Reward) -> Reward:
+    return reward
+
+
+def _term(name: str, fields: dict[str, object]) -> Term:
+    """A checked term. ValueError for an unknown or bad key, and for a plug-in that is not there or does not fit."""
+    try:
+        term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Term), fields))
+        where, colon, attribute = term.path.rpartition(":")
+        if where.endswith(".py"):  # processes may run in other folders
+            term.path = f"{Path(where).resolve()}{colon}{attribute}"
+        if term.python:
+            _check_elsewhere(term)
+        else:
+            check_callable(load_plugin(term.path), term.options)
+    except (OmegaConfBaseException, ImportError, ValueError) as error:
+        raise ValueError(f"reward.options.terms.{name}: {str(error).splitlines()[0]}") from error
+    return term
+
+
+def _check_elsewhere(term: Term) -> None:
+    """The same check in the term's own environment, where alone its imports work."""
+    if not Path(term.python).is_file():
+        raise ValueError(f"python={term.python}: there is no such file")
+    command = [term.python, "-c", CHECK, term.path, json.dumps(term.options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{term.python}: {done.stderr.strip().splitlines()[-1]}")

@@ -1,0 +1,92 @@
+"""ImageReward: BLIP with a head, trained on human rankings, from the published checkpoint."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
+
+from rewards.clip import check_lengths
+from rewards.weights import linear_head, read_weights, rename
+
+BASE = "Salesforce/blip-itm-large-coco"
+MAX_TOKENS = 35
+# Of its scores on the training set, as published.
+MEAN, STD = 0.16717363, 1.0333395
+# The names of the published vision model and those of transformers; everything else is called the same.
+VISION = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.layers.\1.self_attn."),
+    (r"^blocks\.(\d+)\.norm(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.", "encoder.layers."),
+)
+
+
+class ImageReward:
+    """ImageReward: alignment and quality in one number, about 0 on average and 1 apart.
+
+    ``weights`` is the published checkpoint (``ImageReward.pt``) or the same as safetensors. ``base`` is a directory or
+    cached hub name of a BLIP model of the same size, of which only the settings and the tokenizer are read. Prompts
+    are cut to 35 tokens.
+    """
+
+    def __init__(self, weights: str, base: str = BASE, device: str = "cpu"):
+        self.weights, self.base, self.device = weights, base, device
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
+        check_lengths(images, prompts)
+        return [] if not images else _load(self.weights, self.base, self.device).score(images, prompts)
+
+
+class Blip:
+    """The published model: what the text model makes of the prompt while it looks at the picture, put into a number."""
+
+    def __init__(self, state: dict[str, Tensor], base: str, device: str):
+        config = BlipConfig.from_pretrained(base)
+        vision, text = config.vision_config, config.text_config
+        patches = state["blip.visual_encoder.pos_embed"].shape[1] - 1
+        vision.image_size, vision.layer_norm_eps = math.isqrt(patches) * vision.patch_size, 1e-6
+        self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+        self.vision.load_state_dict(_part(state, "blip.visual_encoder.", VISION))
+        parts = _part(state, "blip.text_encoder.")
+        self.text.load_state_dict({k: v for k, v in parts.items() if k != "embeddings.position_ids"})
+        self.head = linear_head(_part(state, "mlp."))
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        side = vision.image_size
+        self.pixels = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        self.device = device
+        for module in (self.vision, self.text, self.head):
+            module.to(device).eval()
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """A number for each picture and prompt."""
+        rows = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        pixels = self.pixels([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        seen = self.vision(pixels.to(self.device)).last_hidden_state
+        read = self.text(
+            rows.input_ids,
+            attention_mask=rows.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        ).last_hidden_state
+        return ((self.head(read[:, 0])[:, 0] - MEAN) / STD).tolist()
+
+
+@cache
+def _load(weights: str, base: str, device: str) -> Blip:
+    return Blip(read_weights(weights), base, device)
+
+
+def _part(state: dict[str, Tensor], prefix: str, names: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it and renamed."""
+    return {rename(n.removeprefix(prefix), names): tensor for n, tensor in state.items() if n.startswith(prefix)}

@@ -1,0 +1,145 @@
+"""Serves a reward over HTTP, for `rewards.http`: ``python -m rewards.serve path=file.py:name [port=8000] [host=...]``.
+
+``options={"key": value}`` (JSON) go to a class's constructor. GET /health says that the server is up. Where the
+environment variable REWARD_TOKEN is set, /score asks for it as a bearer token; on other hosts than the loopback it
+must be set. Pictures are scored one request at a time. Needs the extra ``serve``.
+"""
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import threading
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from PIL import Image
+
+from configs.command import run_command
+from rewards import Reward
+from rewards.http import TOKEN
+from rewards.images import from_png
+from vargpt_rl.plugins import make_plugin
+
+if not (find_spec("fastapi") and find_spec("uvicorn")):
+    raise ValueError("rewards.serve needs the extra 'serve': pip install 'vargpt-rl[serve]'")
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+
+MAX_BODY = 128 * 2**20  # bytes
+MAX_PICTURES = 256
+MAX_PIXELS = 4096 * 4096  # of one picture
+
+
+@dataclass
+class Serve:
+    """What is served, and where."""
+
+    path: str
+    options: str = "{}"
+    port: int = 8000
+    host: str = "127.0.0.1"
+
+
+def make_app(reward: Reward, token: str | None) -> FastAPI:
+    """The server of one reward."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    one_at_a_time = threading.Lock()
+
+    def answer(images: list[Image.Image], prompts: list[str]) -> dict[str, list[float | None]]:
+        with one_at_a_time:
+            scores = reward(images, prompts)
+        if len(scores) != len(images):
+            raise ValueError(f"the reward returned {len(scores)} values for {len(images)} pictures")
+        numbers = [math.nan if score is None else float(score) for score in scores]
+        return {"scores": [number if math.isfinite(number) else None for number in numbers]}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/score")
+    async def score(request: Request) -> dict[str, list[float | None]]:
+        given = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, f"expected the server's {TOKEN} as a bearer token")
+        body = await _body(request)
+        try:
+            images, prompts = await run_in_threadpool(_read, body)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        try:
+            return await run_in_threadpool(answer, images, prompts)
+        except Exception as error:  # whatever the plug-in raises, the client is told and the log has it in full
+            logging.exception("the reward failed")
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+
+    return app
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"more than {MAX_BODY} bytes: send fewer pictures at once")
+    return bytes(body)
+
+
+def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
+    """The pictures and prompts of a request. ValueError saying what is wrong with it."""
+    try:
+        given = json.loads(body)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(given, dict) or given.keys() != {"images", "prompts"}:
+        raise ValueError('expected {"images": [...], "prompts": [...]}')
+    images, prompts = given["images"], given["prompts"]
+    for name, values in given.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{name}: expected a list of strings")
+    if len(images) != len(prompts) or len(images) > MAX_PICTURES:
+        raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected as many, at most {MAX_PICTURES}")
+    pictures = []
+    for i, image in enumerate(images):
+        try:
+            pictures.append(from_png(base64.b64decode(image, validate=True), MAX_PIXELS))
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"images[{i}]: {error}") from error
+    return pictures, prompts
+
+
+def serve(command: Serve) -> None:
+    """Run the server until it is stopped. ValueError for a bad plug-in, or an open host without a token."""
+    token = os.environ.get(TOKEN)
+    if not token and not _loopback(command.host):
+        raise ValueError(f"host={command.host}: set the environment variable {TOKEN} to serve other machines")
+    reward = make_plugin(command.path, _options(command.options))
+    uvicorn.run(make_app(reward, token), host=command.host, port=command.port, log_level="warning")
+
+
+def _options(text: str) -> dict[str, object]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f'options={text}: expected JSON such as {{"key": 1}}')
+    return options
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(Serve, serve))

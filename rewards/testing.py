@@ -1,0 +1,166 @@
+"""Does a reward of your own keep the contract? ``python -m rewards.testing file.py:name [key=value ...]``.
+
+``key=value`` go to a class's constructor, values as YAML. Exit codes: 0 it does, 1 it does not, 2 it was not found. In
+a test of your own: ``check_reward("file.py:name", key=value)``, which raises AssertionError.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import yaml
+from PIL import Image, ImageDraw
+
+from rewards import Reward
+from vargpt_rl.plugins import make_plugin
+
+TOLERANCE = 1e-3
+"""By how much, as a share of the larger score, one picture's score may differ from batch to batch."""
+
+PROMPTS = ["a red circle", "a blue square", 'a shop sign that says "OPEN"', "a photograph of a cat on a sofa", "fog"]
+
+
+class Skipped(Exception):
+    """A check that can say nothing about this reward, and why."""
+
+
+def check_reward(path: str, /, **options: object) -> None:
+    """Load a reward and print which parts of the contract it keeps. AssertionError where it breaks one.
+
+    ValueError where the path or the options do not fit.
+    """
+    reward = make_plugin(path, options)
+    broken = []
+    for name, check in CHECKS.items():
+        word, said = _outcome(check, reward)
+        print(f"{word:8}{name}{said and ': '}{said}")
+        if word == "BROKEN":
+            broken.append(name)
+    if broken:
+        raise AssertionError(f"{path} breaks the contract: {'; '.join(broken)}")
+
+
+def _outcome(check: Callable[[Reward], None], reward: Reward) -> tuple[str, str]:
+    try:
+        check(reward)
+    except Skipped as reason:
+        return "skipped", str(reason)
+    except Exception as error:  # whatever foreign code raises breaks the contract
+        return "BROKEN", f"{type(error).__name__}: {error}".rstrip(": ")
+    return "ok", ""
+
+
+def pictures() -> list[Image.Image]:
+    """Five different pictures of 96 x 96 pixels: two shapes, a text, noise and a gradient."""
+    red, blue, text = (Image.new("RGB", (96, 96), "white") for _ in range(3))
+    ImageDraw.Draw(red).ellipse((24, 24, 72, 72), fill="red")
+    ImageDraw.Draw(blue).rectangle((24, 24, 72, 72), fill="blue")
+    ImageDraw.Draw(text).text((16, 36), "OPEN", fill="black", font_size=24)
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    gradient = np.linspace(0, 255, 96 * 96 * 3).reshape(96, 96, 3).astype(np.uint8)
+    return [red, blue, text, Image.fromarray(noise), Image.fromarray(gradient)]
+
+
+def _require(kept: bool, otherwise: str) -> None:
+    if not kept:
+        raise AssertionError(otherwise)
+
+
+def _call(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
+    """The reward's answer, if it has the right form."""
+    values = reward(list(images), list(prompts))
+    _require(isinstance(values, list), f"expected a list, got {type(values).__name__}")
+    _require(len(values) == len(images), f"{len(values)} values for {len(images)} pictures")
+    for value in values:
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        _require(value is None or number, f"expected numbers or None, got {value!r}")
+        _require(value is None or not math.isinf(value), "infinite")
+    return [None if value is None or math.isnan(value) else float(value) for value in values]
+
+
+def _scored(reward: Reward) -> list[float | None]:
+    values = _call(reward, pictures(), PROMPTS)
+    if all(value is None for value in values):
+        raise Skipped("it scores none of the pictures and prompts used here")
+    return values
+
+
+def _expect(found: Sequence[float | None], expected: Sequence[float | None]) -> None:
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        same = one == other or (None not in (one, other) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6))
+        _require(same, f"picture {i} has {one}, before {other}")
+
+
+def _one_value_each(reward: Reward) -> None:
+    _call(reward, pictures(), PROMPTS)
+
+
+def _no_pictures(reward: Reward) -> None:
+    _call(reward, [], [])
+
+
+def _alone(reward: Reward) -> None:
+    together = _scored(reward)
+    _expect([_call(reward, [i], [p])[0] for i, p in zip(pictures(), PROMPTS, strict=True)], together)
+
+
+def _order(reward: Reward) -> None:
+    forwards = _scored(reward)
+    if len(set(forwards)) == 1:
+        raise Skipped("it gives all the same score")
+    _expect(_call(reward, pictures()[::-1], PROMPTS[::-1])[::-1], forwards)
+
+
+def _repeatable(reward: Reward) -> None:
+    first = _scored(reward)
+    _expect(_call(reward, pictures(), PROMPTS), first)
+
+
+def _unchanged(reward: Reward) -> None:
+    given, prompts = pictures(), list(PROMPTS)
+    reward(given, prompts)
+    _require(given == pictures(), "a picture is another one afterwards")
+    _require(prompts == PROMPTS, "a prompt is another one afterwards")
+
+
+def _other_modes(reward: Reward) -> None:
+    for mode in ("L", "RGBA", "P"):
+        try:
+            _call(reward, [image.convert(mode) for image in pictures()], PROMPTS)
+        except ValueError as error:
+            raise Skipped(f"it refuses mode {mode}: {error}") from error
+
+
+CHECKS: dict[str, Callable[[Reward], None]] = {
+    "one number or None for each picture": _one_value_each,
+    "an empty list for no pictures": _no_pictures,
+    "the same score alone as with others": _alone,
+    "scores in the order of the pictures": _order,
+    "the same score each time": _repeatable,
+    "pictures and prompts left as they are": _unchanged,
+    "grey, transparent and palette pictures taken, or refused with a ValueError": _other_modes,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Check the reward that the arguments name; the exit code."""
+    try:
+        path, *pairs = arguments
+        options = dict(pair.split("=", 1) for pair in pairs)
+    except ValueError:
+        print("error: expected file.py:name [key=value ...]", file=sys.stderr)
+        return 2
+    try:
+        check_reward(path, **{key: yaml.safe_load(value) for key, value in options.items()})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

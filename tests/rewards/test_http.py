@@ -1,0 +1,166 @@
+"""A reward behind HTTP: a real server in its own process, and its client."""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from urllib.error import HTTPError, URLError
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rewards.http import TOKEN, HttpReward
+from rewards.images import to_png
+
+PLUGIN = """
+import time
+
+class Reward:
+    def __init__(self, factor=1):
+        self.factor = factor
+
+    def __call__(self, images, prompts):
+        if "slow" in prompts:
+            time.sleep(5)
+        if "raise" in prompts:
+            raise ValueError("a bad mood")
+        if "short" in prompts:
+            return []
+        special = {"none": None, "nan": float("nan")}
+        return [special.get(p, self.factor * float(i.getpixel((0, 0))[0])) for i, p in zip(images, prompts)]
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a running server that asks for a token."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "mine.py").write_text(PLUGIN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "rewards.serve", "path=mine.py:Reward", 'options={"factor": 2}', f"port={port}"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=os.environ | {TOKEN: "secret"}, stderr=log, stdout=log)
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert json.load(urllib.request.urlopen(f"{address}/health")) == {"status": "ok"}
+            break
+        except URLError:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+    yield f"{address}/score"
+    process.terminate()
+    process.wait(10)
+    assert "secret" not in (folder / "log").read_text()
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv(TOKEN, "secret")
+
+
+def reds(*values: int) -> list[Image.Image]:
+    return [Image.new("RGB", (4, 4), (value, 0, 0)) for value in values]
+
+
+def test_scores_come_back_as_the_reward_gave_them(server):
+    assert HttpReward(server)(reds(10, 20, 30, 40), ["a", "none", "nan", "b"]) == [20.0, None, None, 80.0]
+    assert HttpReward(server)([], []) == []
+
+
+def test_pictures_arrive_to_the_last_bit(server):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0, 0, 0] = 201
+    assert HttpReward(server)([Image.fromarray(pixels)], ["a"]) == [402.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("raise", "500: .*ValueError: a bad mood"), ("short", "500: .*0 values for 1 pictures")]
+)
+def test_errors_of_the_reward_reach_the_client(server, prompt, said):
+    with pytest.raises(OSError, match=said):
+        HttpReward(server)(reds(1), [prompt])
+
+
+def test_slow_absent_and_foreign_servers_are_errors(server):
+    with pytest.raises(TimeoutError):
+        HttpReward(server, timeout_s=0.5)(reds(1), ["slow"])
+    with pytest.raises(OSError, match="127.0.0.1:9: .*refused"):
+        HttpReward("http://127.0.0.1:9")(reds(1), ["a"])
+    with pytest.raises(OSError, match="answered 405"):
+        HttpReward(server.replace("/score", "/health"))(reds(1), ["a"])
+    with pytest.raises(ValueError, match="expected http"):
+        HttpReward("file:///etc/passwd")
+
+
+@pytest.mark.parametrize("given", ["", "wrong"])
+def test_without_the_token_nothing_is_scored(server, monkeypatch, given):
+    monkeypatch.setenv(TOKEN, given)
+    with pytest.raises(OSError, match="answered 401"):
+        HttpReward(server)(reds(1), ["a"])
+
+
+def post(server: str, body: bytes) -> tuple[int, str]:
+    request = urllib.request.Request(server, body, {"Authorization": "Bearer secret"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+PNG = base64.b64encode(to_png(reds(1)[0])).decode()
+WIDE = base64.b64encode(to_png(Image.new("1", (20000, 1000)))).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"not json", "not JSON"),
+        (b"[1]", "expected {"),
+        ({"images": [PNG]}, "expected {"),
+        ({"images": [1], "prompts": ["a"]}, "images: expected a list of strings"),
+        ({"images": [PNG], "prompts": []}, "1 images, 0 prompts"),
+        ({"images": [PNG] * 257, "prompts": ["a"] * 257}, "at most 256"),
+        ({"images": [PNG, "%%"], "prompts": ["a", "b"]}, "images[1]: "),
+        ({"images": [base64.b64encode(b"GIF89a").decode()], "prompts": ["a"]}, "images[0]: not a readable PNG"),
+        ({"images": [PNG[: len(PNG) // 2 // 4 * 4]], "prompts": ["a"]}, "images[0]: not a readable PNG"),
+        ({"images": [WIDE], "prompts": ["a"]}, "images[0]: 20000 x 1000 pixels"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(server, body, said):
+    code, text = post(server, body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert code == 400 and said in json.loads(text)["detail"]
+
+
+def test_too_large_a_request_is_cut_off(server):
+    try:
+        code, _ = post(server, b" " * (129 * 2**20))
+        assert code == 413
+    except URLError as error:  # the server hung up while we were still sending
+        assert isinstance(error.reason, (BrokenPipeError, ConnectionResetError))
+    assert HttpReward(server)(reds(1), ["a"]) == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["path=nowhere.py:Reward"], "there is no file"),
+        (["path=rewards.technical:sharpness", "host=0.0.0.0"], f"set the environment variable {TOKEN}"),
+        (["path=rewards.technical:sharpness", "options={"], "options={"),
+        (["port=1"], "path is not given"),
+    ],
+)
+def test_a_bad_command_is_one_line(monkeypatch, arguments, said):
+    monkeypatch.delenv(TOKEN)
+    done = subprocess.run([sys.executable, "-m", "rewards.serve", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr and len(done.stderr.splitlines()) == 1

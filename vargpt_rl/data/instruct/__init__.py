@@ -1,0 +1,1 @@
+"""Captions to drawing dialogues for instruction tuning: ``python -m vargpt_rl.data.instruct``, see `__main__`."""

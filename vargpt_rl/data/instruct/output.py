@@ -1,0 +1,121 @@
+"""The file of dialogues, which an interrupted run goes on with, and what is counted on the way."""
+
+import fcntl
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vargpt_rl.data.instruct.types import Caption, Pair, Reject
+
+IMAGE = "<image_gen>"
+OPENING = b'{"id": '  # of every line, as `line` writes it
+LONGEST_DETAIL = 500  # characters kept of what was found instead
+WRITTEN, KEPT, WITHOUT_PICTURE = "written", "already there", "of these without a picture file"
+
+
+def record(caption: Caption, pair: Pair, method: str) -> dict[str, object]:
+    """A dialogue as it is written: the layout of VARGPT's Fig. 15, with an id and what it was made by."""
+    return {
+        "id": caption.id,
+        "messages": [
+            {"role": "user", "content": pair.prompt},
+            {"role": "assistant", "content": f"{pair.answer} {IMAGE}"},
+        ],
+        "images": [caption.file] if caption.file is not None else [],
+        "task": "generation",
+        "method": method,
+        **pair.made_by,
+    }
+
+
+def line(content: dict[str, object]) -> bytes:
+    """A record as a line of ASCII JSON."""
+    return json.dumps(content).encode() + b"\n"
+
+
+@contextmanager
+def continued(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """The file, to be appended to, and the ids that it has. A last line that was cut off is removed.
+
+    ValueError, and nothing is changed, if it is not a file of dialogues, or if another run is writing it.
+    """
+    with _open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"out={path}: another run is writing it") from error
+        file.seek(0)
+        ids, whole = set(), 0
+        for number, content in enumerate(file, 1):
+            if _is_torn(content):
+                break
+            identity = _identity(content, f"out={path}: line {number}")
+            if content.endswith(b"\n"):
+                ids.add(identity)
+                whole += len(content)
+        file.truncate(whole)
+        yield file, ids
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b")
+    except OSError as error:
+        raise ValueError(f"out={path}: {error.strerror}") from error
+
+
+def _is_torn(content: bytes) -> bool:
+    """Whether it is the beginning of a line of this program, and not all of it."""
+    if content.endswith(b"\n") or content[: len(OPENING)] != OPENING[: len(content)]:
+        return False
+    try:
+        json.loads(content)
+    except ValueError:
+        return True
+    return False
+
+
+def _identity(content: bytes, where: str) -> str:
+    try:
+        written = json.loads(content)
+        if written["task"] == "generation" and written["messages"]:
+            return written["id"]
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{where} is not a dialogue of this program, expected a file of its own or a new one")
+
+
+def fresh(captions: Iterable[Caption | Reject], ids: set[str], counts: Counter[str]) -> Iterator[Caption | Reject]:
+    """What is still to be done; captions under one of ``ids`` are counted and left out, and ids must not repeat."""
+    seen: set[str] = set()
+    for caption in captions:
+        if isinstance(caption, Reject):
+            yield caption
+            continue
+        repeated = caption.id in seen
+        seen.add(caption.id)
+        if repeated:
+            yield Reject(caption.id, caption.source, "id of an earlier record")
+        elif caption.id in ids:
+            counts[KEPT] += 1
+        else:
+            yield caption
+
+
+def write(results: Iterable[dict | Reject], file: BinaryIO, rejects: BinaryIO, counts: Counter[str]) -> None:
+    """Write each result to its file at once, in order, and count it."""
+    for result in results:
+        if isinstance(result, Reject):
+            content = {"id": result.id, "source": result.source, "reason": result.reason}
+            rejects.write(line(content | {"detail": result.detail[:LONGEST_DETAIL]}))
+            rejects.flush()
+            counts[f"rejected: {result.reason}"] += 1
+        else:
+            file.write(line(result))
+            file.flush()
+            counts[WRITTEN] += 1
+            counts[WITHOUT_PICTURE] += not result["images"]

@@ -1,0 +1,114 @@
+"""The template way: a prompt pattern and an answer pattern, drawn by (seed, id), filled with the caption.
+
+The paper (VARGPT, section 4.2, stage 3) joins up to 400 templates and captions as they are. Here
+
+- captions that are sentences follow their pattern as a sentence of their own: "Please design a drawing of this: A train
+  is on the tracks." instead of "... a drawing of A train is on the tracks.";
+- a caption that names a kind of picture is not made the subject of another: "Please design an oil painting of a cat.";
+- the answer speaks of the same kind of picture as the prompt; there the two are drawn separately, so that a photo
+  answers a request for a painting.
+
+As there, the kind of picture is drawn by chance and not read off the picture.
+"""
+
+import re
+from functools import cache
+from random import Random
+from typing import NamedTuple
+
+from vargpt_rl.data.instruct.banks import bank
+from vargpt_rl.data.instruct.types import Caption, Pair
+
+VOWEL = re.compile(r"(?i)(?!uni[cfoqstv]|us[eu]|eu|uk|uto|ubi|one\b|once\b)[aeiou]|hour|honest|heir|8|11\b|18\b")
+CLOSED = re.compile(r"""[.!?…]["'”’)\]]*$""")  # a text with its last full stop
+
+
+class Wording(NamedTuple):
+    """What a pattern is filled with; ``sentence`` follows the filled pattern, if there is one."""
+
+    a_picture: str
+    the_picture: str
+    subject: str
+    sentence: str
+
+
+def template_pair(caption: Caption, seed: int) -> Pair:
+    """The dialogue of a caption: the same for the same id and ``seed``, whatever other captions there are."""
+    rng = Random(f"{seed} {caption.id}")
+    prompts, answers, media = (bank("templates")[part] for part in ("prompts", "answers", "media"))
+    prompt, answer, medium = (rng.choice(list(part)) for part in (prompts, answers, media))
+    wording = word(caption.text, medium)
+    return Pair(
+        prompt=fill(prompts[prompt], wording),
+        answer=fill(answers[answer], wording),
+        made_by={"template": {"prompt": prompt, "answer": answer, "medium": medium}},
+    )
+
+
+def word(caption: str, medium: str) -> Wording:
+    """How patterns speak of a caption, and of its picture as a ``medium`` such as "sketch"."""
+    if is_sentence(caption):
+        return _of(medium, "this", _as_sentence(caption))
+    phrase = _as_phrase(caption)
+    kind = _kind_pattern().match(phrase)
+    if not kind:
+        return _of(medium, phrase, "")
+    picture = phrase.removeprefix(kind["article"] or "")
+    a_picture = phrase if kind["article"] else with_article(picture)
+    return Wording(a_picture, f"the {picture}", a_picture, "")
+
+
+def _of(medium: str, subject: str, sentence: str) -> Wording:
+    return Wording(f"{with_article(medium)} of {subject}", f"the {medium} of {subject}", subject, sentence)
+
+
+def fill(pattern: str, wording: Wording) -> str:
+    """A pattern with its caption, ending in one mark."""
+    text = pattern.format(**wording._asdict())
+    text = text[0].upper() + text[1:]
+    if not wording.sentence:
+        return text
+    return f"{text[:-1]}: {wording.sentence}" if text.endswith(".") else f"{text} {wording.sentence}"
+
+
+def is_sentence(caption: str) -> bool:
+    """Whether a caption cannot stand for a noun: it has a verb, several sentences, or a mark that must stay."""
+    words = re.findall(r"[\w']+", caption.lower().replace("’", "'"))
+    return (
+        words[0] in bank("templates")["sentence_openers"]
+        or not set(words).isdisjoint(bank("templates")["finite_verbs"])
+        or re.search(r"""[.!?…:;]["'”’)\]]*(\s|$)""", caption.strip(" ,;:").removesuffix(".")) is not None
+    )
+
+
+def _as_phrase(caption: str) -> str:
+    """A caption for the middle of a sentence: no mark at its end, no capital where only the beginning asks for one."""
+    phrase = caption.strip(" ,;:").rstrip(" ,;:.")
+    first = phrase.split()[0].lower()
+    lowered = any(first in bank("templates")[words] for words in ("lowered", "kinds", "kind_openers"))
+    return phrase[0].lower() + phrase[1:] if lowered else phrase
+
+
+def _as_sentence(caption: str) -> str:
+    sentence = caption.strip(" ,;:")
+    if sentence.split()[0].islower():
+        sentence = sentence[0].upper() + sentence[1:]
+    return sentence if CLOSED.search(sentence) else f"{sentence}."
+
+
+def with_article(noun: str) -> str:
+    """``noun`` after "a" or "an"."""
+    return f"{'an' if VOWEL.match(noun) else 'a'} {noun}"
+
+
+@cache
+def _kind_pattern() -> re.Pattern:
+    """Captions that name their kind of picture: "a large oil painting of", "photo of", but not "two prints of"."""
+    words = bank("templates")
+    kinds = "|".join(words["kinds"])
+    plain = r"(?:(?!(?:an?|the|of|in|on|with|at|by|and|for|from|to)\b)[\w'-]+ ){0,5}"
+    more = r"of|featuring|showing|depicting"
+    return re.compile(
+        rf"(?P<article>an? ){plain}(?:{kinds})(?= (?:{more}|with|in|by|for|from|on|at)\b|,|$)"
+        rf"|(?!(?:{'|'.join(words['lowered'])})\b){plain}(?:{kinds})(?= (?:{more})\b)"
+    )
