@@ -217,8 +217,11 @@ def scene_for(caption: str, rng: np.random.Generator) -> Scene:
 
 
 def _place(wanted: Wanted, centre: tuple[float, float], sizes: tuple[float, float], rng: np.random.Generator) -> Thing:
-    x, y = (float(at + rng.uniform(-JITTER, JITTER)) for at in centre)
-    return Thing(wanted.shape, wanted.colour or USUAL_COLOUR[wanted.shape], x, y, float(rng.uniform(*sizes)))
+    at_x, at_y = (at + rng.uniform(-JITTER, JITTER) for at in centre)
+    size = float(rng.uniform(*sizes))
+    least = MARGIN + size / 2
+    x, y = (float(np.clip(at, least, 1 - least)) for at in (at_x, at_y))
+    return Thing(wanted.shape, wanted.colour or USUAL_COLOUR[wanted.shape], x, y, size)
 
 
 def separate(a: Thing, b: Thing) -> bool:
