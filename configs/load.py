@@ -9,12 +9,19 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import LoopConfig
 
 
-def load_config(overrides: list[str]) -> LoopConfig:
-    """Compose ``configs/loop.yaml`` with ``key=value`` overrides and check the result."""
+def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> LoopConfig:
+    """Compose ``configs/loop.yaml`` with ``key=value`` overrides and check the result.
+
+    ``assumed`` are values for keys that an experiment leaves empty, where they are not given.
+    """
     ConfigStore.instance().store(name="schema", node=LoopConfig)
     try:
         with initialize_config_module("configs", version_base="1.3"):
             composed = compose("loop", overrides=overrides)
+        for key, value in (assumed or {}).items():
+            composed[key] = composed[key] or value
         return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(f"{error}. {error.__cause__ or ''}".split())) from error
+        message = str(error).partition("Config search path")[0]
+        parts = " ".join(message.split()), " ".join(str(error.__cause__ or "").split())
+        raise ValueError(". ".join(filter(None, parts))) from error

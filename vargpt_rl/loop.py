@@ -19,6 +19,7 @@ from configs.schema import LoopConfig
 from learners.group import LearnerGroup
 from vargpt_rl.export import export_model
 from vargpt_rl.inputs import Inputs, gather
+from vargpt_rl.memory import Devices, check_fits, gpu_memory, model_config
 from vargpt_rl.report import show
 from vargpt_rl.run import Run
 from vargpt_rl.steps import Steps
@@ -80,6 +81,14 @@ def connect() -> None:
         ray.init(address="local", include_dashboard=False, **options)
 
 
+def devices() -> Devices:
+    """What Ray sees: GPUs, with the memory of the first that it gives, and the memory of all machines."""
+    found = ray.cluster_resources()
+    gpus = int(found.get("GPU", 0))
+    each = ray.get(ray.remote(num_gpus=1)(gpu_memory).remote()) if gpus else 0
+    return Devices(gpus, each, int(found["memory"] + found["object_store_memory"]))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the loop; the exit code."""
     try:
@@ -100,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     connect()
     try:
         placement = plan(ray.cluster_resources(), config.rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
+        check_fits(config, model_config(inputs.model), devices())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,204 @@
+"""What a run needs: states by ZeRO stage, activations counted on skeletons, and the refusal of what cannot fit."""
+
+import copy
+
+import pytest
+import torch
+
+from actors.resources import RolloutConfig
+from configs.load import load_config
+from learners.config import LearnerConfig
+from tests.tiny import tiny_config, tiny_tokenizer
+from vargpt_rl import ledger, memory
+from vargpt_rl.ledger import counting, skeleton
+from vargpt_rl.losses import sft_loss
+from vargpt_rl.memory import GIB, RUNTIME, Devices, activations, batch, parameter_sizes, preference_loss, states
+from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.stages import STAGES, freeze
+
+SETTINGS = ["resolutions=[32,48]", "data.seen_side=56"]
+SAMPLING = SamplingConfig(cfg=3.0)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = tiny_config(tiny_tokenizer())
+    config.text_config.num_hidden_layers, config.decoder_config.depth = 6, 7
+    config.text_config.layer_types = ["full_attention"] * 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    torch.manual_seed(0)
+    return Vargpt(config)
+
+
+def sft(rows: int, resolution: int = 32):
+    stage = STAGES["sft"]
+    return lambda model: sft_loss(model, batch(model, rows, rows, resolution), stage.noise, stage.text_weight)[0]
+
+
+def dpo(rows: int, resolution: int = 32):
+    return lambda model: preference_loss(model, batch(model, rows, rows, resolution), resolution)
+
+
+def questions(model: Vargpt) -> torch.Tensor:
+    stage = STAGES["understanding"]
+    return sft_loss(model, batch(model, 3, 1, 32, seen_side=56), stage.noise, stage.text_weight)[0]
+
+
+# States
+
+
+def test_weights_gradients_and_optimizer_are_those_of_the_parameters(model):
+    freeze(model, STAGES["sft"])
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = states(parameter_sizes(model, STAGES["sft"]), torch.float32, 0, 1, False, True)
+    assert 0 < trained < total
+    assert found["weights"] == found["whole"] == 4 * total
+    assert found["gradients"] == 4 * trained and found["optimizer"] == 8 * trained and found["buffers"] == 0
+
+
+def test_bf16_keeps_fp32_masters(model):
+    sizes = parameter_sizes(model, STAGES["dpo"])
+    trained = sum(n for n, is_trained in sizes if is_trained)
+    found = states(sizes, torch.bfloat16, 2, 1, False, True)
+    assert found["weights"] == 2 * sum(n for n, _ in sizes)
+    assert found["gradients"] == 2 * trained and found["optimizer"] == 12 * trained
+    assert found["update"] == 6 * trained
+
+
+def test_zero_shares_by_stage():
+    sizes = [(8_000_000, True), (80_000_000, False)]
+    one = {zero: states(sizes, torch.bfloat16, zero, 1, False, True) for zero in (1, 2, 3)}
+    eight = {zero: states(sizes, torch.bfloat16, zero, 8, False, True) for zero in (1, 2, 3)}
+    for zero, shared in {
+        1: ["optimizer"],
+        2: ["optimizer", "gradients"],
+        3: ["optimizer", "gradients", "weights"],
+    }.items():
+        for name in ("optimizer", "gradients", "weights"):
+            share = 8 if name in shared else 1
+            assert eight[zero][name] * share == one[zero][name], (zero, name)
+    assert eight[3]["whole"] == one[3]["whole"] == 2 * 88_000_000
+
+
+def test_a_gpu_holds_whole_buckets_and_a_cpu_what_is_written_to():
+    sizes = [(1000, True)]
+    on_gpu, on_cpu = (states(sizes, torch.float32, 2, 1, True, where) for where in (True, False))
+    assert on_gpu["buffers"] == 4 * (5 * 10**8 + 1000 + 1000)
+    assert on_cpu["buffers"] == 4 * 3 * 1000
+
+
+# Activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage, loss", [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions)])
+def test_four_blocks_count_for_all(config, stage, loss, checkpointing, monkeypatch):
+    short = activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing)
+    monkeypatch.setattr(ledger, "BLOCKS", 100)
+    assert short == pytest.approx(
+        activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing), 0.01
+    )
+
+
+def test_four_blocks_count_for_all_in_drawing(config, monkeypatch):
+    short = memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
+    monkeypatch.setattr(ledger, "BLOCKS", 100)
+    assert short == memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
+
+
+def test_the_skeleton_holds_what_the_model_does(config, model):
+    """Saved tensors of a real forward pass, without the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    freeze(model.train(), STAGES["sft"])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        real = sft(2)(model)
+    small = skeleton(config, torch.float32)
+    freeze(small.model.train(), STAGES["sft"])
+    with counting(small) as ledger:
+        shape = sft(2)(small.model)
+    assert real.shape == shape.shape
+    assert ledger.live == pytest.approx(sum(storage.nbytes() for storage in kept.values()), 0.05)
+
+
+def test_activations_grow_with_rows_and_resolution_and_shrink_with_checkpointing(config):
+    small, stage = skeleton(config, torch.float32), STAGES["sft"]
+    base = activations(small, stage, sft(2), False)
+    assert activations(small, stage, sft(4), False) == pytest.approx(2 * base, 0.1)
+    assert activations(small, stage, sft(2, 64), False) > 1.1 * base
+    assert activations(small, stage, sft(2), True) < 0.6 * base
+    assert activations(skeleton(config, torch.bfloat16), stage, sft(2), False) < 0.9 * base
+
+
+def test_caches_are_those_of_all_blocks_and_both_branches(config):
+    rows, tokens, text = 2, 1 + 4 + 16, memory.TEXT_TOKENS
+    found = memory.rollout(skeleton(config, torch.float32), 123, 64, rows, SAMPLING)
+    language = 2 * 6 * (64 // 2) * (text + tokens) * rows
+    decoder = 2 * 7 * 64 * (text + tokens) * 2 * rows
+    assert 4 * (language + decoder) < found.caches < 1.2 * 4 * (language + decoder)
+    assert found.total == RUNTIME + 123 + found.caches + found.activations
+
+
+# A run
+
+
+def test_the_plan_has_every_stage_and_sums_that_add_up(config):
+    plan = memory.plan(load_config(SETTINGS), config, on_gpu=True, compare=True)
+    names = [(need.stage, need.resolution) for need in plan.training]
+    assert names == [("pretrain", 32), ("understanding", 32), ("sft", 32), ("dpo", 32), ("sft", 48), ("dpo", 48)]
+    assert [need.resolution for need in plan.rollouts] == [32, 48]
+    for need in plan.training:
+        assert need.total == RUNTIME + need.weights + need.gradients + need.optimizer + need.buffers + need.activations
+        assert need.otherwise < need.activations
+        assert f"{need.total / GIB:.1f} GiB (weights" in str(need)
+
+
+def test_the_bound_is_no_less_than_the_plan(config):
+    settings = load_config(SETTINGS)
+    bound, plan = memory.bound(settings, config, False), memory.plan(settings, config, False)
+    for upper, need in zip(bound.training, plan.training, strict=True):
+        assert upper.total >= need.total, need.stage
+    assert max(need.total for need in bound.rollouts) >= max(need.total for need in plan.rollouts)
+
+
+def test_what_cannot_fit_is_refused_with_the_sum(config):
+    settings = load_config([*SETTINGS, "rollout.workers=3"])
+    memory.check_fits(settings, config, Devices(0, 0, 20 * GIB))
+    with pytest.raises(ValueError) as error:
+        memory.check_fits(settings, config, Devices(0, 0, 4 * GIB))
+    message = str(error.value)
+    assert "3 rollout workers of 1." in message and "2 learner ranks of 1." in message and "runtime 1.0" in message
+    assert "which has 4.0 GiB" in message and "gradient_checkpointing=true" in message and "\n" not in message
+
+
+def test_processes_share_a_gpu_as_far_as_their_shares_go(config):
+    plan = memory.plan(load_config(["resolutions=[32]", "stages=[align]", "iterations=1"]), config, on_gpu=True)
+
+    def crowd(workers: float, ranks: float) -> tuple[int, int]:
+        rollout, learner = RolloutConfig(2, gpus_per_worker=workers), LearnerConfig(2, gpus_per_rank=ranks)
+        load = memory.fullest(plan, rollout, learner, on_gpu=True)
+        assert load.total == load.workers * load.rollout.total + load.ranks * load.training.total
+        return load.workers, load.ranks
+
+    assert crowd(1.0, 1.0) == (0, 1)  # the buckets make a rank larger than a worker
+    assert crowd(0.5, 0.5) == (0, 2)
+    assert crowd(0.3, 0.7) == (1, 1)
+    assert crowd(0.25, 2.0) == (0, 1)
+
+
+def test_the_model_that_is_planned_is_not_changed(config):
+    before = copy.deepcopy(config.to_dict())
+    skeleton(config, torch.float32)
+    assert config.to_dict() == before

@@ -1,0 +1,428 @@
+"""How much memory a run needs, known before anything starts: ``plan`` says it, ``check_fits`` refuses what cannot be.
+
+Weights, gradients and optimizer state follow from the model's own parameters and DeepSpeed's ZeRO stage. Activations
+are counted, not guessed: the real losses, their backward pass and the real sampling run under ``vargpt_rl.ledger``.
+``vargpt_rl.bench.memory`` compares the sums with measured peaks.
+
+Not counted: fragmentation, host memory where GPUs train, and image-tokenizer training, a single small process.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from actors.resources import RolloutConfig
+from configs.schema import LoopConfig
+from learners.config import LearnerConfig, Recipe
+from vargpt_rl.ledger import META, Skeleton, counting, skeleton
+from vargpt_rl.losses import Noise, sft_loss
+from vargpt_rl.model.bits import quantise, replay
+from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.generate import Reading, SamplingConfig, draw_next
+from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
+from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.prompt import IGNORED
+from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.stages import STAGES, Stage, freeze
+
+GIB = 2**30
+RELEASE = "release"
+"""Stands for the released checkpoint where only its sizes matter."""
+TEXT_TOKENS = 128
+"""Assumed length of a row's text: markup, prompt and reply."""
+RUNTIME = GIB
+"""Assumed for each process besides tensors: CUDA context, kernels and NCCL on a GPU, the interpreter on a CPU."""
+REDUCE_BUCKET, LIVE_PARAMETERS, SUB_GROUP = 5 * 10**8, 10**9 + 5 * 10**7, 10**9
+"""DeepSpeed's defaults, in elements: gradients reduced at once; parameters that ZeRO-3 keeps gathered, with those it
+fetches ahead; parameters that ZeRO-3 updates at once."""
+
+
+# One process
+
+
+@dataclass(frozen=True)
+class Training:
+    """Bytes of a learner rank in one stage.
+
+    ``whole`` is the model as it is loaded, before ZeRO-3 takes it apart; ``update`` is what the optimizer's step holds
+    in the place of buffers and activations; ``otherwise`` the activations with the other choice of checkpointing.
+    """
+
+    stage: str
+    resolution: int
+    recipe: Recipe
+    whole: int
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    update: int
+    activations: int
+    otherwise: int | None = None
+
+    @property
+    def total(self) -> int:
+        states = self.weights + self.gradients + self.optimizer
+        return RUNTIME + max(self.whole, states + self.buffers + self.activations, states + self.update)
+
+    def __str__(self) -> str:
+        if self.total == RUNTIME + self.whole:
+            return f"{_gib(self.total)} (the whole model while it is loaded, runtime {_gib(RUNTIME)})"
+        names = ["weights", "gradients", "optimizer", "buffers", "activations"]
+        if self.update > self.buffers + self.activations:
+            names[3:] = ["update"]
+        return _sum(self, names)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Bytes of a rollout worker at one resolution. ``caches`` are what the last scale of a drawing sees."""
+
+    resolution: int
+    batch: int
+    weights: int
+    caches: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return RUNTIME + self.weights + self.caches + self.activations
+
+    def __str__(self) -> str:
+        return _sum(self, ["weights", "caches", "activations"])
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _sum(need: Training | Rollout, names: list[str]) -> str:
+    parts = [f"{name} {getattr(need, name) / GIB:.1f}" for name in names]
+    return f"{_gib(need.total)} ({' + '.join([*parts, f'runtime {RUNTIME / GIB:.1f}'])})"
+
+
+def states(
+    sizes: list[tuple[int, bool]], dtype: torch.dtype, zero: int, ranks: int, accumulates: bool, on_gpu: bool
+) -> dict[str, int]:
+    """All of ``Training`` but activations, from each parameter's elements and whether it is trained.
+
+    ``accumulates``: a step has several micro-batches. A CPU holds no more of a buffer than is written to.
+    """
+    width, is_half = dtype.itemsize, dtype.itemsize < 4
+    total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+    own = {0: trained, 3: sum(-(-n // ranks) for n, is_trained in sizes if is_trained)}.get(zero, -(-trained // ranks))
+    bucket = REDUCE_BUCKET if on_gpu else min(trained, REDUCE_BUCKET)
+    reduced = bucket + min(trained, REDUCE_BUCKET)  # and its flattened copy
+    master = 4 if is_half or zero else 0  # ZeRO keeps its own copy of fp32 weights too
+    step = width + 4 if is_half else width  # an element's gradient, flattened, then in fp32
+    found = {
+        "whole": total * width,
+        "weights": total * width,
+        "gradients": (own if zero >= 2 else trained) * width,
+        "optimizer": own * (8 + master),
+        "buffers": 0,
+        "update": own * 4 if is_half else 0,
+    }
+    if zero in (1, 2):
+        again = own if accumulates else 0  # those of the last micro-batch, beside the sum so far
+        found |= {"buffers": (reduced + again) * width, "update": own * step}
+    if zero == 3:
+        gathered = min(total, LIVE_PARAMETERS)
+        found |= {
+            "weights": sum(-(-n // ranks) for n, _ in sizes) * width,
+            "buffers": (reduced + gathered) * width,
+            "update": bucket * width + min(own, SUB_GROUP) * step,
+        }
+    return found
+
+
+def parameter_sizes(model: Vargpt, stage: Stage) -> list[tuple[int, bool]]:
+    """Elements of each parameter and whether the stage trains it."""
+    freeze(model, stage)
+    return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+
+
+def batch(
+    model: Vargpt, rows: int, drawings: int, resolution: int, seen_side: int = 0, text: int = TEXT_TOKENS
+) -> dict[str, torch.Tensor]:
+    """What a collator makes of ``drawings`` and, in the other rows, questions about a picture; every row has a pad."""
+    config, options = model.config, {"device": model.device, "dtype": model.dtype}
+    patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
+    tokens, seen = token_count(schedule_for(resolution)), max(1, round(seen_side / (patch * merge)))
+    asked = rows - drawings
+    length = -(-(text + max(tokens if drawings else 0, seen**2 if asked else 0) + 1) // 8) * 8
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    ids[:drawings, text - 1] = config.image_gen_start_token_id
+    ids[:drawings, text : text + tokens] = config.image_gen_pad_token_id
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
+    mask[:, -1] = 0
+    found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if drawings:
+        grid = schedule_for(resolution)[-1]
+        found["features"] = torch.zeros(drawings, config.image_tokenizer_config.bits, *grid, **options)
+    if asked:
+        ids[drawings:, 1 : 1 + seen**2] = config.image_token_id
+        vision = config.vision_config
+        channels = vision.in_channels * vision.temporal_patch_size * patch**2
+        found["pixel_values"] = torch.zeros(
+            asked * (seen * merge) ** 2, channels, device=model.device, dtype=model.dtype
+        )
+        found["image_grid_thw"] = torch.tensor([[1, seen * merge, seen * merge]] * asked)
+    return found
+
+
+def log_probs(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+    """float64 [B]: the teacher-forced log-probability of each row's picture."""
+    schedule, ids = schedule_for(resolution), inputs["input_ids"]
+    bits = torch.zeros(len(ids), token_count(schedule), model.config.image_tokenizer_config.bits, dtype=torch.uint8)
+    drawing = Drawing(replay(bits, schedule, model.dtype).inputs_BLd, (resolution, resolution))
+    logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False).image_logits
+    return picture_log_probs(bit_log_probs(logits, bits))
+
+
+def preference_loss(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+    """DPO's, of rows [chosen, rejected]; the references weigh nothing."""
+    chosen, rejected = log_probs(model, inputs, resolution).chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Vargpt], torch.Tensor], checkpointing: bool) -> int:
+    """The most bytes that a loss and its backward pass hold besides the model and its complete gradients."""
+    model = skeleton.model.train()
+    freeze(model, stage)
+    (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
+    with counting(skeleton) as ledger:
+        loss(model).backward()
+    return ledger.peak
+
+
+def rollout(skeleton: Skeleton, weights: int, resolution: int, rows: int, sampling: SamplingConfig) -> Rollout:
+    """A worker at its fullest: drawing, encoding or scoring ``rows`` pictures at once, or decoding one."""
+    model, size = skeleton.model.eval(), (resolution, resolution)
+    depth, grid = model.config.image_tokenizer_config.bits, schedule_for(resolution)[-1]
+    caches = 0
+
+    def after_scale(*_):
+        nonlocal caches
+        caches = ledger.live
+
+    def drawing():
+        ids = torch.full((rows, TEXT_TOKENS), model.config.image_gen_start_token_id)
+        mask = torch.ones_like(ids)
+        mask[:, 0] = 0
+        hook = model.image_decoder.register_forward_hook(after_scale)
+        reading = Reading(model, rows)
+        reading.read(ids, mask)
+        draw_next.__wrapped__(reading, list(range(rows)), size, sampling)  # not in inference mode, as the ledger wants
+        hook.remove()
+
+    def decoding():
+        model.image_tokenizer.decode(torch.zeros(1, depth, *grid, device=META, dtype=model.dtype))
+
+    def encoding():
+        pictures = torch.zeros(rows, 3, *size, device=META, dtype=model.dtype)
+        quantise(model.image_tokenizer.features(pictures), schedule_for(resolution))
+
+    def scoring():
+        log_probs(model, batch(model, rows, rows, resolution), resolution)
+
+    peaks = []
+    for job in (drawing, decoding, encoding, scoring):
+        with torch.no_grad(), counting(skeleton) as ledger:
+            job()
+        peaks.append(ledger.peak)
+    return Rollout(resolution, rows, weights, caches, max(peaks) - caches)
+
+
+# A run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each stage and each resolution of a run needs."""
+
+    training: list[Training]
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One stage at one resolution, with the settings in force; ``rows`` a micro-batch, ``drawings`` among them."""
+
+    stage: Stage
+    resolution: int
+    settings: LoopConfig
+    rows: int
+    drawings: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return getattr(self.settings, self.stage.name).recipe
+
+    def loss(self, model: Vargpt) -> torch.Tensor:
+        inputs = batch(model, self.rows, self.drawings, self.resolution, self.settings.data.seen_side)
+        if self.stage.name == "dpo":
+            return preference_loss(model, inputs, self.resolution)
+        return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
+
+    def need(self, whole: Vargpt, on_gpu: bool, kept: int, otherwise: int | None = None) -> Training:
+        """With these activations."""
+        ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
+        accumulates = self.recipe.accumulation(ranks) > 1
+        held = states(parameter_sizes(whole, self.stage), dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        return Training(self.stage.name, self.resolution, self.recipe, **held, activations=kept, otherwise=otherwise)
+
+
+def _dtype(config: LoopConfig) -> torch.dtype:
+    return torch.bfloat16 if config.learner.bf16 else torch.float32
+
+
+def _cases(config: LoopConfig) -> Iterator[_Case]:
+    """All that DeepSpeed trains in a run. SFT covers DPO's control, which trains the same on as many rows or fewer."""
+    for step in config.stages:
+        resolutions = dict.fromkeys(config.resolutions) if step == "align" else config.resolutions[:1]
+        for resolution in resolutions:
+            settings = config.at_resolution(resolution)
+            for name in ("sft", "dpo") if step == "align" else (step,):
+                if name in STAGES:
+                    rows = getattr(settings, name).recipe.micro_batch * (2 if name == "dpo" else 1)
+                    share = settings.understanding.drawing_share if name == "understanding" else 1
+                    yield _Case(STAGES[name], resolution, settings, rows, round(share * rows))
+
+
+def plan(config: LoopConfig, model: VargptConfig, on_gpu: bool, compare: bool = False) -> Plan:
+    """Memory of every stage and of the workers; with ``compare`` also activations with the other checkpointing."""
+    whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
+    if not cases:
+        raise ValueError(f"stages={config.stages}: expected one that DeepSpeed trains, whose memory can be planned")
+    training = []
+    for case in cases:
+        kept = case.recipe.gradient_checkpointing
+        other = activations(small, case.stage, case.loss, not kept) if compare else None
+        training.append(case.need(whole, on_gpu, activations(small, case.stage, case.loss, kept), other))
+    settings = {case.resolution: case.settings for case in cases}
+    weights = training[0].whole
+    return Plan(
+        training, [rollout(small, weights, px, at.rollout.batch_size, at.sampling) for px, at in settings.items()]
+    )
+
+
+def bound(config: LoopConfig, model: VargptConfig, on_gpu: bool) -> Plan:
+    """At least what ``plan`` says, from one loss and one drawing: all is trained, and everywhere the most rows at the
+    highest resolution."""
+    whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
+    drawings, questions = max(case.drawings for case in cases), max(case.rows - case.drawings for case in cases)
+    resolution = max(case.resolution for case in cases)
+    widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings)
+    kept = activations(small, widest.stage, widest.loss, False)
+    rows = max(case.settings.rollout.batch_size for case in cases)
+    sampling = max((case.settings.sampling for case in cases), key=lambda sampling: sampling.cfg != 1)
+    training = [case.need(whole, on_gpu, kept) for case in cases]
+    worker = rollout(small, training[0].whole, resolution, rows, sampling)
+    return Plan(training, [replace(worker, resolution=case.resolution) for case in cases])
+
+
+def _on_meta(model: VargptConfig) -> Vargpt:
+    with META:
+        return Vargpt(model)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What processes run on: GPUs of so many bytes each, or without any the machines' memory."""
+
+    gpus: int
+    gpu_memory: int
+    memory: int
+
+    @property
+    def room(self) -> int:
+        """Bytes that processes share when they share a device."""
+        return self.gpu_memory if self.gpus else self.memory
+
+
+def gpu_memory() -> int:
+    """Bytes of this process's first GPU."""
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def model_config(checkpoint: str) -> VargptConfig:
+    """Of a model directory, or of the release."""
+    return VargptConfig() if checkpoint == RELEASE else VargptConfig.from_pretrained(checkpoint)
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many workers and learner ranks on one device, in one stage."""
+
+    workers: int
+    rollout: Rollout
+    ranks: int
+    training: Training
+
+    @property
+    def total(self) -> int:
+        return self.workers * self.rollout.total + self.ranks * self.training.total
+
+    @property
+    def step(self) -> str:
+        return f"{self.training.stage if self.ranks else 'drawing'} at {self.training.resolution} px"
+
+    @property
+    def remedies(self) -> str:
+        """Settings that lower it, those that are in force already left out."""
+        recipe, key = self.training.recipe, f"{self.training.stage}.recipe"
+        found = {
+            "a lower rollout.batch_size": self.workers > 0,
+            f"a lower {key}.micro_batch": self.ranks > 0 and recipe.micro_batch > 1,
+            f"{key}.gradient_checkpointing=true": self.ranks > 0 and not recipe.gradient_checkpointing,
+            f"{key}.zero=3": self.ranks > 0 and recipe.zero < 3,
+            "more learner.ranks": self.ranks == 1,
+        }
+        return " or ".join(text for text, helps in found.items() if helps)
+
+    def __str__(self) -> str:
+        crowds = (self.workers, "rollout worker", self.rollout), (self.ranks, "learner rank", self.training)
+        return " and ".join(f"{count} {name}{'s' * (count > 1)} of {need}" for count, name, need in crowds if count)
+
+
+def fullest(plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, on_gpu: bool) -> Load:
+    """The largest load that a device can get: all processes on a CPU, those whose shares add up to 1 on a GPU."""
+    share_worker, share_rank = (min(share, 1) for share in (rollout.gpus_per_worker, learner.gpus_per_rank))
+    counts = [(rollout.workers, learner.ranks)]
+    if on_gpu:
+        counts = [
+            (workers, ranks)
+            for workers in range(rollout.workers + 1)
+            for ranks in range(learner.ranks + 1)
+            if workers * share_worker + ranks * share_rank <= 1 + 1e-9
+        ]
+    beside = {need.resolution: need for need in plan.rollouts}
+    loads = [
+        Load(workers, beside[training.resolution], ranks, training)
+        for workers, ranks in counts
+        for training in plan.training
+    ]
+    return max(loads, key=lambda load: load.total)
+
+
+def refusal(plan: Plan, config: LoopConfig, devices: Devices) -> str | None:
+    """Why the run cannot be, with the sum; None if it can."""
+    load = fullest(plan, config.rollout, config.learner, devices.gpus > 0)
+    if load.total <= devices.room:
+        return None
+    return (
+        f"{load.step} needs {_gib(load.total)} on one {'GPU' if devices.gpus else 'machine'}, which has "
+        f"{_gib(devices.room)}: {load}; less is needed with {load.remedies}"
+    )
+
+
+def check_fits(config: LoopConfig, model: VargptConfig, devices: Devices) -> None:
+    """ValueError, with the sum, when a stage of the run needs more memory than there is."""
+    on_gpu = devices.gpus > 0
+    if not any(_cases(config)) or refusal(bound(config, model, on_gpu), config, devices) is None:
+        return  # the bound is quick, and enough for all that is far from full
+    if reason := refusal(plan(config, model, on_gpu), config, devices):
+        raise ValueError(reason)
