@@ -1,0 +1,83 @@
+"""A named set of records as it is configured: its files, their format and layout, and the folder of their pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from glob import glob
+from pathlib import Path
+
+from vargpt_rl.data.records.formats import FORMATS
+from vargpt_rl.data.records.layouts import (
+    Import,
+    class_names,
+    editing,
+    imagenet,
+    journeydb,
+    laion,
+    llava,
+    native,
+)
+from vargpt_rl.data.records.schema import Limit
+from vargpt_rl.data.records.stream import Reading, Records
+
+LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": laion, "editing": editing}
+
+
+@dataclass
+class RecordSource:
+    """``files``: paths or globs in ``format``; ``layout`` of their rows.
+
+    ``images``: the folder that names of pictures start from, by default that of the first file. ``names``: the file of
+    class names, for the layout imagenet. ``weight`` is relative to the other sources of the same modality in a batch.
+    """
+
+    files: list[str] = field(default_factory=list)
+    format: str = "jsonl"
+    layout: str = "native"
+    images: str | None = None
+    names: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format}: expected one of {', '.join(FORMATS)}")
+        if self.layout not in (*LAYOUTS, "imagenet"):
+            raise ValueError(f"layout={self.layout}: expected one of {', '.join((*LAYOUTS, 'imagenet'))}")
+        if (self.layout == "imagenet") != (self.names is not None):
+            raise ValueError(f"layout={self.layout} with names={self.names}: imagenet needs names, no other takes it")
+        if not self.weight > 0:
+            raise ValueError(f"weight={self.weight}: expected a number above 0")
+
+    def paths(self) -> list[Path]:
+        """The files, globs expanded, absolute and in order. ValueError for a pattern that finds nothing."""
+        found = []
+        for pattern in self.files:
+            matches = sorted(glob(pattern, recursive=True))
+            if not matches:
+                raise ValueError(f"files: nothing fits {pattern}")
+            found += [Path(path).resolve() for path in matches]
+        if not found:
+            raise ValueError("files: none given")
+        return found
+
+
+def open_records(
+    name: str,
+    source: RecordSource,
+    reading: Reading,
+    quarantine: Path,
+    steps: tuple[Callable, ...] = (),
+    limit: Limit | None = None,
+) -> Records:
+    """The conversations of a source, each passed through ``steps``. ValueError, with the name, for what is missing."""
+    try:
+        files = source.paths()
+        first = files[0] if files[0].is_dir() else files[0].parent
+        root = Path(source.images).resolve() if source.images else first
+        if not root.is_dir():
+            raise ValueError(f"images={source.images}: no such folder")
+        layout = LAYOUTS.get(source.layout) or partial(imagenet, names=class_names(Path(source.names)))
+        step = Import(layout, name, root, limit or Limit())
+        return Records(files, FORMATS[source.format], [step, *steps], quarantine / name, reading)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"source {name}: {error}") from error
