@@ -69,9 +69,9 @@ def picture_size(resolution: int, aspect: str) -> tuple[int, int]:
 class DrawingSettings:
     """Which model draws, and how: the settings that this command and the chat share.
 
-    ``checkpoint`` is "tiny" or a model directory; ``aspect`` is width:height. ``cfg``, ``tau``, ``top_k`` and ``top_p``
-    are those of ``SamplingConfig``. ``device`` auto is a GPU if there is one, ``dtype`` auto bfloat16 there. ``size``
-    and ``sampling`` follow from these.
+    ``checkpoint`` is "tiny", a model directory or a hub name; ``aspect`` is width:height. ``cfg``, ``tau``, ``top_k``
+    and ``top_p`` are those of ``SamplingConfig``. ``device`` auto is a GPU if there is one, ``dtype`` auto bfloat16
+    there. ``size`` and ``sampling`` follow from these.
     """
 
     checkpoint: str = TINY
