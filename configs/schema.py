@@ -139,7 +139,8 @@ class TrackingConfig:
 class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
 
-    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny" or a model directory.
+    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny", a model directory
+    or a hub name.
     ``at`` holds what differs at a resolution (``at.512.sft.recipe.steps``); the papers too train fewer steps on smaller
     batches at 512 px.
     """
@@ -168,7 +169,7 @@ class LoopConfig:
 
     def __post_init__(self):
         if not self.checkpoint:
-            raise ValueError("checkpoint is not set: expected checkpoint=DIR, a model directory")
+            raise ValueError("checkpoint is not set: expected checkpoint=DIR or org/name")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"stages={self.stages}: unknown {unknown}, expected some of {list(STAGES)}")

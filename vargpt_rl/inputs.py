@@ -16,6 +16,7 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.model.hub import model_folder
 from vargpt_rl.plugins import load_plugin, make_callable
 
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -44,8 +45,11 @@ class Inputs:
 
 
 def check_model(path: str) -> str:
-    """A model directory of this architecture, absolute. ValueError naming what was found instead."""
-    folder = EMBEDDED if path == TINY else Path(path).resolve()
+    """A model directory of this architecture, absolute; "org/name" is fetched from the hub (`model_folder`).
+
+    ValueError naming what was found instead.
+    """
+    folder = EMBEDDED if path == TINY else model_folder(path)
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"checkpoint={path}: no config.json in {folder}")
