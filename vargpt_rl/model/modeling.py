@@ -88,9 +88,13 @@ class Vargpt(Qwen2VLForConditionalGeneration):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         text_logits: bool = True,
+        blocks: torch.Tensor | None = None,
         **kwargs,
     ) -> VargptOutput:
         """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
+
+        ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
+        Drawings and understood pictures are in rows of one block.
 
         Raises ValueError when the pads do not fit the drawing. Without one, see ``Qwen2VLForConditionalGeneration``.
         """
@@ -98,7 +102,9 @@ class Vargpt(Qwen2VLForConditionalGeneration):
             attention_mask = torch.ones_like(input_ids)
         if drawing is None:
             if position_ids is None and past_key_values is None and input_ids is not None:
-                position_ids = self.positions(input_ids, attention_mask, image_grid_thw)
+                attention_mask, position_ids = self._layout(input_ids, attention_mask, image_grid_thw, blocks)
+            if blocks is not None:
+                kwargs["use_cache"] = False  # with a cache transformers looks for no blocks
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -121,10 +127,11 @@ class Vargpt(Qwen2VLForConditionalGeneration):
         pads_BT = input_ids == self.config.image_gen_pad_token_id
         embeds_BTH = self.embed(input_ids, pixel_values, image_grid_thw)
         embeds_BTH = embeds_BTH.masked_scatter(pads_BT[..., None], drawn_NLH.to(embeds_BTH.dtype))
+        mask_BT, position_ids = self._layout(input_ids, attention_mask, image_grid_thw, blocks)
         hidden_BTH = self.model.language_model(
             inputs_embeds=embeds_BTH,
-            attention_mask=attention_mask,
-            position_ids=self.positions(input_ids, attention_mask, image_grid_thw),
+            attention_mask=mask_BT,
+            position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
 
@@ -170,6 +177,21 @@ class Vargpt(Qwen2VLForConditionalGeneration):
             )[0]
         position_BT = (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
         return position_BT.expand(3, -1, -1)
+
+    def _layout(self, input_ids_BT, attention_mask_BT, image_grid_thw, blocks_BT) -> tuple:
+        """Attention mask and positions for the language model.
+
+        Of packed rows transformers wants no mask and, before the m-rope positions, plain ones that begin anew with each
+        block: [4, B, T]. Pads are a block of their own.
+        """
+        positions = self.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
+        if blocks_BT is None:
+            return attention_mask_BT, positions
+        place_BT = torch.arange(blocks_BT.shape[1], device=blocks_BT.device).expand_as(blocks_BT)
+        begins_BT = blocks_BT.diff(dim=1, prepend=torch.full_like(blocks_BT[:, :1], -1)) != 0
+        first_BT = (place_BT * begins_BT).cummax(1).values
+        positions = positions - positions.gather(2, first_BT.expand_as(positions))
+        return None, torch.cat([(place_BT - first_BT)[None], positions])
 
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> DecoderContext:
         """What each picture's cross attention sees: the projected states strictly before its ``image_gen_start``."""

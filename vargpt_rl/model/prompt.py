@@ -1,9 +1,10 @@
 """From conversations to token ids: Qwen2's chat markup with the special tokens of pictures.
 
-A drawing answer is: optional text, ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``, ``im_end``
-(specification, section 3; the published code pads L up to a multiple of 128, this model does not).
+A drawn picture is ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``; an answer has any number of them among
+its words (specification, section 3; the published code pads L up to a multiple of 128, this model does not).
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,22 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     labels: list[int]
+
+
+class Shown(NamedTuple):
+    """The place of a picture that the user shows, and how many features the vision tower has for it."""
+
+    features: int
+
+
+class Drawn(NamedTuple):
+    """The place of a picture that the assistant draws, of L ``tokens``."""
+
+    tokens: int
+
+
+Part = str | Shown | Drawn
+"""A piece of a turn: words, or the place of a picture."""
 
 
 class Pictures(NamedTuple):
@@ -55,40 +72,74 @@ class ChatFormat:
         """The turn that begins every conversation."""
         return self.turn("system", self.text(SYSTEM))
 
+    def _content(self, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        """The ids of each piece, and whether they can be learned as text."""
+        config = self.config
+        for part in parts:
+            match part:
+                case Shown(features):
+                    image = [config.image_token_id] * features
+                    yield [config.vision_start_token_id, *image, config.vision_end_token_id], False
+                case Drawn(tokens):
+                    yield [config.image_gen_start_token_id], True
+                    yield [config.image_gen_pad_token_id] * tokens, False
+                    yield [config.image_gen_end_token_id], True
+                case str():
+                    yield self.text(part), True
+
+    def encode(self, turns: Iterable[tuple[str, Iterable[Part]]]) -> Encoded:
+        """A whole conversation, the turns of user and assistant after the system's.
+
+        Labels: the words of the assistant, the marks before and after the pictures it draws, and the end of its turns.
+        """
+        ids = self.system()
+        labels, newline = [IGNORED] * len(ids), self.text("\n")
+        for role, parts in turns:
+            opening = [self.im_start, *self.text(f"{role}\n")]
+            for piece, is_text in ((opening, False), *self._content(parts), ([self.im_end], True), (newline, False)):
+                ids += piece
+                labels += piece if is_text and role == "assistant" else [IGNORED] * len(piece)
+        return Encoded(ids[: -len(newline)], labels[: -len(newline)])  # nothing follows the last turn
+
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
+        """The places of pictures that were read into these grids."""
+        merged = self.config.vision_config.spatial_merge_size**2
+        return [Shown(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
+
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A user's turn (pictures first) and the opening of the assistant's turn."""
-        pictures: list[int] = []
-        for grid in image_grid_thw if image_grid_thw is not None else ():
-            features = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
-            pictures += [self.config.vision_start_token_id, *[self.config.image_token_id] * features]
-            pictures += [self.config.vision_end_token_id]
-        return self.turn("user", pictures + self.text(text)) + [self.im_start, *self.text("assistant\n")]
+        content = [id for ids, _ in self._content([*self.shown(image_grid_thw), text]) for id in ids]
+        return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
 
     def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """System turn, user turn (pictures first), and the opening of the assistant's turn."""
         return self.system() + self.user(text, image_grid_thw)
 
+    def replied(self, text: str, reply: Sequence[Part], image_grid_thw: torch.Tensor | None = None) -> Encoded:
+        """One turn of the user (pictures first) and the assistant's reply to it."""
+        return self.encode([("user", [*self.shown(image_grid_thw), text]), ("assistant", reply)])
+
     def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """A question and its answer in words; the answer and its ``im_end`` are labels."""
-        question, answer_ids = self.question(text, image_grid_thw), [*self.text(answer), self.im_end]
-        return Encoded(question + answer_ids, [IGNORED] * len(question) + answer_ids)
+        """A question and its answer in words."""
+        return self.replied(text, [answer], image_grid_thw)
 
     def drawing_prompt(self, text: str, reply: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A request up to and including ``image_gen_start``: what sampling continues."""
         return [*self.question(text, image_grid_thw), *self.text(reply), self.config.image_gen_start_token_id]
 
     def drawn(self, text: str, reply: str, tokens: int, image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """A request answered by a picture of ``tokens`` image tokens. Text labels: the reply and the markup."""
-        question = self.question(text, image_grid_thw)
-        reply_ids = [*self.text(reply), self.config.image_gen_start_token_id]
-        closing = [self.config.image_gen_end_token_id, self.im_end]
-        ids = question + reply_ids + [self.config.image_gen_pad_token_id] * tokens + closing
-        labels = [IGNORED] * len(question) + reply_ids + [IGNORED] * tokens + closing
-        return Encoded(ids, labels)
+        """A request answered by a picture of ``tokens`` image tokens."""
+        return self.replied(text, [reply, Drawn(tokens)], image_grid_thw)
 
-    def pictures(self, images: list[Image.Image]) -> Pictures:
-        """PIL pictures -> what the vision tower takes."""
-        batch = self.image_processor(images=images, return_tensors="np")
+    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
+        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+
+        ValueError for one that is more than 200 times as long as wide.
+        """
+        bounds = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}  # in pixels
+        if max_pixels is not None:
+            bounds = {name: min(pixels, max_pixels) for name, pixels in bounds.items()}
+        batch = self.image_processor(images=images, return_tensors="np", size=bounds)
         return Pictures(
             torch.from_numpy(np.asarray(batch["pixel_values"], np.float32)), torch.from_numpy(batch["image_grid_thw"])
         )
