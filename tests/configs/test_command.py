@@ -1,7 +1,8 @@
 """Command lines: values as written, and errors of one line that name the key."""
 
 import enum
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,29 @@ class Copy:
             raise ValueError(f"seed={self.seed}: expected 0 or more")
 
 
+@dataclass
+class Several:
+    names: list[str]
+    counts: list[int] = field(default_factory=lambda: [3])
+
+
 def test_values_have_the_types_of_the_fields():
     command = load_command(Copy, ["source=2024_01", "target=a=b/c", "kind=two", "seed=3", "scale=1e-3", "quiet=true"])
     assert command == Copy("2024_01", Path("a=b/c"), Kind.two, 3, 1e-3, True)
+
+
+def test_items_of_lists_are_taken_as_written():
+    assert load_command(Several, ["names=[2024_01, a=b/c ,${x}]", "counts=[1,2]"]) == Several(
+        ["2024_01", "a=b/c", "${x}"], [1, 2]
+    )
+    assert load_command(Several, ["names=[]"]) == Several([], [3])
+
+
+@pytest.mark.parametrize("wrong", ["names=a", "names=[a", "counts=[1,b]", "counts=1"])
+def test_what_is_no_list_is_named(wrong):
+    others = [] if wrong.startswith("names") else ["names=[]"]
+    with pytest.raises(ValueError, match=f"^{re.escape(wrong)}: "):
+        load_command(Several, [*others, wrong])
 
 
 @settings(deadline=None)
