@@ -145,7 +145,7 @@ def test_bad_pictures_are_put_aside_and_counted(sources, checksum, folder, tmp_p
         ("max_bad_fraction=2", "max_bad_fraction=2.0: expected 0 to 1"),
         ("sources.mine.format=csv", "format=csv: expected one of"),
         ("sources.mine.files=none.jsonl", "source mine: files: nothing fits none.jsonl"),
-        ("checkpoint=none", "checkpoint=none: no config.json in "),
+        ("checkpoint=none", "checkpoint=none: no such directory"),
     ],
 )
 def test_wrong_settings_are_named_in_one_line(sources, tmp_path, capsys, argument, said):
