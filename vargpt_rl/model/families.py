@@ -9,22 +9,25 @@ from transformers import AutoConfig, PreTrainedConfig
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat, Markup
+from vargpt_rl.model.release_config import Release
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.modeling import VargptV1
 from vargpt_rl.model.v1.prompt import VicunaFormat
+from vargpt_rl.model.v1.release_config import V1Release
 
 
 class Family(NamedTuple):
-    """What serves a configuration: its model and its markup."""
+    """What serves a configuration: its model, its markup and the layout of its published checkpoint."""
 
     model: type[Unified]
     markup: type[Markup]
+    release: type[Release] | type[V1Release]
 
 
 FAMILIES: dict[str, Family] = {
-    VargptConfig.model_type: Family(Vargpt, ChatFormat),
-    VargptV1Config.model_type: Family(VargptV1, VicunaFormat),
+    VargptConfig.model_type: Family(Vargpt, ChatFormat, Release),
+    VargptV1Config.model_type: Family(VargptV1, VicunaFormat, V1Release),
 }
 
 
