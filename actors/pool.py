@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from actors.resources import Plan, RolloutConfig
-from actors.weights import SwapReport, checksum, load_weights, size_of
+from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
+from actors.weights import Layout, SwapReport, checksum, layout_of
 from actors.worker import Drawn, Encoded, Failure, PictureSource, Rewards, RolloutWorker, Score
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.generate import SamplingConfig
@@ -30,14 +32,17 @@ Progress = Callable[[str, int, int], None]
 _LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
 """How Ray says that a worker, or the node that held its answer, is gone."""
 
+BROADCAST_TIMEOUT_S = 60.0
+"""How long a worker waits for the others in a broadcast."""
+
 
 class _WeightSet(NamedTuple):
-    """A published set, kept in the object store for workers yet to come."""
+    """A published set, for workers yet to come too: its file must stay."""
 
     version: int
     checksum: str
-    names: frozenset[str]
-    tensors: ray.ObjectRef
+    layout: Layout
+    path: Path
 
 
 class _Call(NamedTuple):
@@ -80,6 +85,8 @@ class RolloutPool:
         self._checkpoint = str(checkpoint)
         self._source = ray.put(source)
         self._published: list[_WeightSet] = []
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._shelf = Shelf.options(scheduling_strategy=here).remote()
         self._starting: dict[ray.ObjectRef, _Start] = {}
         self._workers = [self._start() for _ in range(plan.workers)]
         ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
@@ -173,22 +180,51 @@ class RolloutPool:
     def publish(self, path: Path, version: int) -> SwapReport:
         """Swap a safetensors file into every worker. ValueError unless ``version`` is above the last one.
 
-        An earlier set whose names are all in this one is superseded, and leaves the object store.
+        An earlier set whose names are all in this one is superseded; the others' files must stay where they are.
         """
         if version <= self.version:
             raise ValueError(f"version {version} published after version {self.version}: versions only grow")
         start = time.perf_counter()
-        tensors = load_weights(path)
-        expected, size, names = checksum(tensors), size_of(tensors), frozenset(tensors)
-        self._published = [old for old in self._published if not old.names <= names]
-        weight_set = _WeightSet(version, expected, names, ray.put(tensors))
-        del tensors
+        layout, expected = layout_of(path), checksum(path)
+        weight_set = _WeightSet(version, expected, layout, Path(path).resolve())
+        self._published = [old for old in self._published if not old.layout.shapes.keys() <= layout.shapes.keys()]
         self._published.append(weight_set)
         self.version = version
-        answers = self._every("receive", version, expected, weight_set.tensors)
+        answers = self._broadcast(weight_set) if self.config.transport == "broadcast" else None
+        answers = answers or self._every("receive", version, expected, self._parcel(weight_set))
         seconds = time.perf_counter() - start
         verified = all((answer["version"], answer["checksum"]) == (version, expected) for answer in answers)
-        return SwapReport(version, expected, size, seconds, size / seconds / 1e9, len(answers), verified)
+        return SwapReport(
+            version, expected, layout.bytes, seconds, layout.bytes / seconds / 1e9, len(answers), verified
+        )
+
+    def _parcel(self, weight_set: _WeightSet) -> Parcel:
+        """The set for one worker, whenever it comes for it."""
+        layout, path = weight_set.layout, weight_set.path
+        if self.config.transport == "shared_fs":
+            return SharedFile(layout, path)
+        if self.config.transport == "object_store":
+            return Shelved(layout, path, self._shelf)
+        return Nearest(layout, path, self._shelf, path.stat().st_size)
+
+    def _broadcast(self, weight_set: _WeightSet) -> list[dict] | None:
+        """The workers' answers, or None where one was lost or did not come: the others then have a part of the set."""
+        device, limit = "cuda" if self.plan.use_gpu else "cpu", self.config.call_timeout_s
+        version, expected, layout, path = weight_set
+        try:
+            address = ray.get(self._workers[0].address.remote(), timeout=limit)
+            refs = [
+                worker.receive.remote(
+                    version,
+                    expected,
+                    Broadcast(layout, path, address, rank, len(self._workers), device, BROADCAST_TIMEOUT_S),
+                )
+                for rank, worker in enumerate(self._workers)
+            ]
+            return ray.get(refs, timeout=limit)
+        except (*_LOST, GetTimeoutError, RayTaskError) as error:
+            self.events.append(f"broadcast of version {version} failed, sent to each: {str(error).splitlines()[-1]}")
+            return None
 
     def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
         """The same picture's log-probability from every worker: equal numbers where the weights are equal."""
@@ -202,8 +238,8 @@ class RolloutPool:
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self._workers:
-            ray.kill(worker)
+        for actor in (*self._workers, self._shelf):
+            ray.kill(actor)
         self._workers, self._published = [], []
 
     def _every(self, method: str, *args: Any) -> list:
@@ -227,7 +263,7 @@ class RolloutPool:
         worker = RolloutWorker.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
-        replayed = [worker.receive.remote(old.version, old.checksum, old.tensors) for old in self._published]
+        replayed = [worker.receive.remote(old.version, old.checksum, self._parcel(old)) for old in self._published]
         self._starting[worker.status.remote()] = _Start(worker, replayed, time.monotonic())
         return worker
 

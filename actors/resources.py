@@ -6,22 +6,31 @@ sampling and learning, so each reserves a share that lets all of them exist at o
 
 from dataclasses import dataclass
 
+TRANSPORTS = ("auto", "shared_fs", "object_store", "broadcast")
+
 
 @dataclass
 class RolloutConfig:
-    """How pictures are sampled and scored: the pool of rollout workers. ``call_timeout_s`` is for one batch."""
+    """How pictures are sampled and scored: the pool of rollout workers. ``call_timeout_s`` is for one batch.
+
+    ``transport``: how new weights reach the workers (``actors.transport``): shared_fs, object_store, broadcast, or
+    auto, the first where a worker sees the run directory and else the second.
+    """
 
     workers: int = 2
     gpus_per_worker: float = 1.0
     batch_size: int = 16
     max_restarts: int = 3  # of the whole pool, in one run
     call_timeout_s: float = 1800.0
+    transport: str = "auto"
 
     def __post_init__(self):
         if self.workers < 1:
             raise ValueError(f"rollout.workers={self.workers}: expected 1 or more")
         if self.batch_size < 1:
             raise ValueError(f"rollout.batch_size={self.batch_size}: expected 1 or more")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"rollout.transport={self.transport}: expected one of {', '.join(TRANSPORTS)}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from actors.pool import RolloutPool
 from actors.worker import Drawn, Failure
 from rewards.combined import scorers
+from rewards.preferences import check_books
 from vargpt_rl.checkpoint import check_checkpoint
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
@@ -32,6 +33,12 @@ PROBE_TOLERANCE = 1e-3
 def seeds_for(count: int, *purpose: int) -> list[int]:
     """Seeds that depend on what they are for and on nothing else."""
     return np.random.SeedSequence(purpose).generate_state(count).tolist()
+
+
+def apportion(count: int, shares: list[float], seed: int) -> np.ndarray:
+    """Which share each of ``count`` items belongs to, int64: as many of each as it says, in random order."""
+    ends = np.rint(np.cumsum(shares) / sum(shares) * count).astype(int)
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0)))
 
 
 class Rollouts:
@@ -137,6 +144,7 @@ class Rollouts:
         winners = self.encode_winners(prompts, samples[0].resolution)
         rewards, report = self._rewards(samples, winners, reward)
         pairs, dropped = builder(samples, winners, *rewards)
+        check_books(samples, pairs, dropped)
         if not pairs:
             raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
         resolution = samples[0].resolution
@@ -144,15 +152,22 @@ class Rollouts:
         groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
         items = []
         for group in groups:  # ordered as the learner's batches are: [all chosen, all rejected]
-            items += [(pair.prompt, pair.chosen) for pair in group] + [(pair.prompt, pair.rejected) for pair in group]
+            items += [(pair.prompt, pair.chosen.bits) for pair in group]
+            items += [(pair.prompt, pair.rejected.bits) for pair in group]
         scores = iter(self.pool.score(items, resolution, batch_size=2 * micro_batch))
         rows = []
         for group in groups:
             chosen, rejected = ([next(scores) for _ in group] for _ in range(2))
             rows += [p.row(c, r, self.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_table(path, rows)
-        counts = {"built": len(pairs), "dropped": sum(dropped.values()), "dropped_by_reason": dict(dropped)}
+        origin = {
+            "samples": len(samples),
+            "prompts": len(prompts),
+            "prompts_without_winner": len(prompts) - len(winners),
+            "dropped_by_reason": dict(dropped),
+        }
+        write_table(path, rows, origin)
+        counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
         return counts | ({"rewards": report} if report else {})
 
     def _rewards(self, samples: list[Sample], winners: dict[str, Winner], reward: Callable | None) -> tuple:

@@ -1,21 +1,48 @@
-"""Weight sets on their way from learners to workers: read from safetensors, sent as numpy, applied in place, verified.
+"""What a weight set is on both of its ends: tensors of a safetensors file, and tensors of a model.
 
-Numpy arrays go through Ray's object store without being copied in the reader, torch tensors do not. Numpy has no
-bfloat16, so its bits travel as int16, which no parameter of the model has.
+Read a chunk at a time, checked against the model before the first one is copied, applied in place, and verified by a
+checksum of what the model then holds. How chunks travel in between is in ``actors.transport``.
 """
 
 import hashlib
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
-Weights = dict[str, np.ndarray]
-"""Tensor by name; int16 stands for bfloat16."""
+Weights = dict[str, torch.Tensor]
+"""Tensor by name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and dtype of each tensor of a set, by name."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.size(name) for name in self.shapes)
+
+    def size(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return int(np.prod(self.shapes[name], dtype=np.int64)) * self.dtypes[name].itemsize
+
+    def chunks(self, limit: int) -> list[list[str]]:
+        """All names, in groups of at most ``limit`` bytes; a tensor larger than that is a group of its own."""
+        groups: list[list[str]] = [[]]
+        room = limit
+        for name in self.shapes:
+            if self.size(name) > room and groups[-1]:
+                groups.append([])
+                room = limit
+            groups[-1].append(name)
+            room -= self.size(name)
+        return groups
 
 
 @dataclass(frozen=True)
@@ -34,44 +61,38 @@ class SwapReport:
     verified: bool
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def layout_of(path: Path) -> Layout:
+    """The layout of a safetensors file, from its header and empty slices."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        dtypes = {name: (part[:0] if shapes[name] else file.get_tensor(name)).dtype for name, part in slices.items()}
+    return Layout(shapes, dtypes)
 
 
-def _to_torch(array: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Arrays out of the object store are read-only; torch warns, but they are only read here.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+def read(path: Path, names: Iterable[str]) -> Weights:
+    """Tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
-def load_weights(path: Path) -> Weights:
-    """All tensors of a safetensors file."""
-    return {name: _to_numpy(tensor) for name, tensor in load_file(path).items()}
-
-
-def size_of(tensors: Weights) -> int:
-    """Bytes of a weight set."""
-    return sum(array.nbytes for array in tensors.values())
-
-
-def _digest(named: Iterable[tuple[str, np.ndarray]]) -> str:
+def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, array in named:
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def checksum(tensors: Weights) -> str:
-    """Hexadecimal blake2b over names in order, dtypes, shapes and bytes."""
-    return _digest((name, tensors[name]) for name in sorted(tensors))
+def checksum(path: Path) -> str:
+    """Hexadecimal blake2b over a file's names in order, dtypes, shapes and bytes; one tensor at a time in memory."""
 
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
 
-def dtypes_of(tensors: Weights) -> dict[str, torch.dtype]:
-    """Torch dtype of each tensor of a set."""
-    return {name: _to_torch(array[:0] if array.ndim else array).dtype for name, array in tensors.items()}
+    return _digest(tensors())
 
 
 def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
@@ -80,27 +101,28 @@ def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> st
     A model of wider dtype holds the set exactly, so casting back loses nothing.
     """
     own = model.state_dict()
-    return _digest((name, _to_numpy(own[name].to("cpu", dtypes[name]))) for name in sorted(dtypes))
+    return _digest((name, own[name].to("cpu", dtypes[name])) for name in sorted(dtypes))
+
+
+def check_fits(model: torch.nn.Module, layout: Layout) -> None:
+    """KeyError names tensors that the model does not have, ValueError those of another shape, or of a dtype that the
+    model's cannot hold exactly."""
+    own = model.state_dict()
+    unknown = sorted(layout.shapes.keys() - own.keys())
+    if unknown:
+        raise KeyError(f"not tensors of the model: {', '.join(unknown)}")
+    misfits = [
+        f"{name} is {shape} {layout.dtypes[name]}, the model's {tuple(own[name].shape)} {own[name].dtype}"
+        for name, shape in layout.shapes.items()
+        if shape != own[name].shape or torch.promote_types(layout.dtypes[name], own[name].dtype) != own[name].dtype
+    ]
+    if misfits:
+        raise ValueError(f"tensors that do not fit: {'; '.join(misfits)}")
 
 
 @torch.no_grad()
 def apply(model: torch.nn.Module, tensors: Weights) -> None:
-    """Copy a weight set into the model's own tensors, in place; the model is untouched when the set does not fit.
-
-    KeyError names tensors that the model does not have, ValueError those of another shape, or of a dtype that the
-    model's cannot hold exactly.
-    """
+    """Copy tensors that fit into the model's own, in place."""
     own = model.state_dict()
-    unknown = sorted(tensors.keys() - own.keys())
-    if unknown:
-        raise KeyError(f"not tensors of the model: {', '.join(unknown)}")
-    given = {name: _to_torch(array) for name, array in tensors.items()}
-    misfits = [
-        f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the model's {tuple(own[name].shape)} {own[name].dtype}"
-        for name, tensor in given.items()
-        if tensor.shape != own[name].shape or torch.promote_types(tensor.dtype, own[name].dtype) != own[name].dtype
-    ]
-    if misfits:
-        raise ValueError(f"tensors that do not fit: {'; '.join(misfits)}")
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
         own[name].copy_(tensor)

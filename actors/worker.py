@@ -23,7 +23,8 @@ import ray
 import torch
 from PIL import Image
 
-from actors.weights import Weights, apply, checksum_of, dtypes_of, size_of
+from actors.transport import Parcel
+from actors.weights import apply, check_fits, checksum_of
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.bits import pack, quantise, replay, unpack
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
@@ -31,6 +32,7 @@ from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, picture_log_prob
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.network import free_address
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
@@ -117,23 +119,30 @@ class Worker:
             "node": platform.node(),
         }
 
-    def receive(self, version: int, expected_checksum: str, tensors: Weights) -> dict[str, int | str | float]:
+    def receive(self, version: int, expected_checksum: str, parcel: Parcel) -> dict[str, int | str | float]:
         """Copy a weight set into the model and verify what the model then holds.
 
-        ValueError for a version older than the worker's own. RuntimeError when the model's tensors do not have the
-        expected checksum: they are of no known version then, and the worker is stale until the next good set.
+        ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
+        changes nothing. RuntimeError when the model's tensors do not have the expected checksum. When that is so, or
+        the set did not come whole, they are of no known version, and the worker is stale until the next good set.
         """
         if version < self.version:
             raise ValueError(f"version {version} is older than the worker's own, {self.version}")
         start = time.perf_counter()
-        apply(self.model, tensors)
-        found = checksum_of(self.model, dtypes_of(tensors))
+        check_fits(self.model, parcel.layout)
+        self.version = -1
+        for chunk in parcel.chunks():
+            apply(self.model, chunk)
+        found = checksum_of(self.model, parcel.layout.dtypes)
         if found != expected_checksum:
-            self.version = -1
             raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
         self.version, self.checksum = version, found
         seconds = time.perf_counter() - start
-        return {"version": version, "checksum": found, "bytes": size_of(tensors), "seconds": seconds}
+        return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
+
+    def address(self) -> tuple[str, int]:
+        """Where the other workers can meet this one."""
+        return free_address()
 
     @_serving
     def draw(

@@ -3,6 +3,7 @@
 Defaults are the embedded demo: the tiny model on the shapes world, sized for two CPU cores.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,41 @@ class SftStage:
     """The visual decoder and both projectors train, on drawings, at one resolution.
 
     ``checkpoints``: after which fractions of the run weights are kept to sample losers from; the papers say only
-    "different SFT checkpoints and the fully SFT-trained model", so the demo takes one halfway and the final one, with
-    equal shares of the prompts.
+    "different SFT checkpoints and the fully SFT-trained model", so the demo takes one halfway and the final one.
+    ``shares``: which share of the samples each of them draws, the final model the rest; empty for equal shares.
     """
 
     records: int = 2048
     checkpoints: list[float] = field(default_factory=lambda: [0.5])
+    shares: list[float] = field(default_factory=list)
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=1e-4))
+
+    def __post_init__(self):
+        if not all(0 < fraction <= 1 for fraction in self.checkpoints):
+            raise ValueError(f"sft.checkpoints={self.checkpoints}: expected fractions above 0 and up to 1")
+        if self.shares and len(self.shares) != len(self.checkpoints):
+            raise ValueError(f"sft.shares={self.shares}: expected one for each of sft.checkpoints={self.checkpoints}")
+        if not all(share >= 0 for share in self.shares) or sum(self.shares) > 1 + 1e-9:
+            raise ValueError(f"sft.shares={self.shares}: expected 0 or more each and at most 1 in all")
+
+    def sources(self) -> dict[int, float]:
+        """Steps after which weights draw losers, the last one included, each with its share of the samples."""
+        given = [*self.shares, max(0.0, 1 - sum(self.shares))] if self.shares else [1] * (len(self.checkpoints) + 1)
+        shares: dict[int, float] = defaultdict(float)
+        for fraction, share in zip([*self.checkpoints, 1.0], given, strict=True):
+            shares[max(1, round(fraction * self.recipe.steps))] += share / sum(given)
+        return dict(sorted(shares.items()))
 
 
 @dataclass
 class PreferenceConfig:
     """How pairs are made. ``winners``: a folder of the stronger system's pictures, matched by file name (captioned
-    data). ``builder``: ``module:name`` or ``file.py:name``; ``prompts``: a file of prompts instead of the source's own;
-    ``count`` prompts are drawn ``samples`` times each.
+    data). ``builder``: ``module:name`` or ``file.py:name``, with ``options``; ``prompts``: a file of prompts instead of
+    the source's own; ``count`` prompts are drawn ``samples`` times each.
     """
 
     builder: str = "rewards.preferences:external_winner"
+    options: dict[str, Any] = field(default_factory=dict)
     winners: str | None = None
     prompts: str | None = None
     count: int = 256
@@ -139,7 +158,8 @@ class TrackingConfig:
 class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
 
-    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny" or a model directory.
+    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny", a model directory
+    or a hub name.
     ``at`` holds what differs at a resolution (``at.512.sft.recipe.steps``); the papers too train fewer steps on smaller
     batches at 512 px.
     """
@@ -168,7 +188,7 @@ class LoopConfig:
 
     def __post_init__(self):
         if not self.checkpoint:
-            raise ValueError("checkpoint is not set: expected checkpoint=DIR, a model directory")
+            raise ValueError("checkpoint is not set: expected checkpoint=DIR or org/name")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"stages={self.stages}: unknown {unknown}, expected some of {list(STAGES)}")

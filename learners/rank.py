@@ -5,7 +5,6 @@ Every stage gets a new trainer and a new DeepSpeed engine in the same process; t
 
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.network import free_address
 from vargpt_rl.stages import STAGES, freeze
 
 
@@ -61,10 +61,8 @@ class Rank:
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """This host and a free port, for rank 0 to be met at."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return socket.gethostbyname(socket.gethostname()), free.getsockname()[1]
+        """Where rank 0 can be met."""
+        return free_address()
 
     def join(self, host: str, port: int) -> int:
         """Enter the process group; the process id."""

@@ -6,20 +6,26 @@ A builder is a callable ``(samples, winners, sample_rewards, winner_rewards) -> 
 - ``winners``: the stronger system's picture by prompt id;
 - ``sample_rewards``: one for each sample; None (or NaN) is not scored;
 - ``winner_rewards``: by prompt id;
-- ``dropped``: how many samples gave no pair, by reason.
+- ``dropped``: how many samples are in no pair, by reason.
 
-Both rewards are None where no reward was asked for.
+Both rewards are None where no reward was asked for. ``preference.options`` are a builder's keyword-only arguments.
+Before a run starts its builder is called once without samples, so that bad options are found; `check_books` then holds
+every builder to its count.
 """
 
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 from vargpt_rl.data.types import Prompt, Sample, Winner
+
+Built = tuple[list["Pair"], Counter[str]]
+Reward = float | None
 
 
 class Score(Protocol):
@@ -31,58 +37,79 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one prompt as packed bits, the better first, with where they come from."""
+    """Two pictures of one prompt, the better first. ``pair_id`` is that of a sample in it (`pair_id`)."""
 
     pair_id: str
-    prompt: Prompt
-    resolution: int
-    chosen: bytes
-    rejected: bytes
-    chosen_source: str
-    rejected_source: str
-    rejected_seed: int
-    rejected_version: int
-    sampling: dict[str, float] = field(hash=False)
-    chosen_reward: float | None
-    rejected_reward: float | None
+    chosen: Sample | Winner
+    rejected: Sample | Winner
+    chosen_reward: Reward
+    rejected_reward: Reward
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.rejected.prompt
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The sides that a policy drew."""
+        return [side for side in (self.chosen, self.rejected) if isinstance(side, Sample)]
 
     def row(self, chosen: Score, rejected: Score, reference_version: int) -> dict[str, object]:
         """The pair as a row of the preference table, with what the reference policy makes of its pictures."""
-        return {
+        row = {
             "pair_id": self.pair_id,
             "prompt_id": self.prompt.id,
             "prompt": self.prompt.text,
             "reply": self.prompt.reply,
-            "resolution": self.resolution,
-            "chosen_bits": self.chosen,
-            "rejected_bits": self.rejected,
-            "chosen_source": self.chosen_source,
-            "rejected_source": self.rejected_source,
-            "rejected_seed": self.rejected_seed,
-            "rejected_version": self.rejected_version,
-            "sampling": json.dumps(self.sampling, sort_keys=True),
-            "chosen_reward": self.chosen_reward,
-            "rejected_reward": self.rejected_reward,
-            "reference_chosen_logp": chosen.total,
-            "reference_rejected_logp": rejected.total,
-            "reference_chosen_by_scale": chosen.by_scale,
-            "reference_rejected_by_scale": rejected.by_scale,
+            "resolution": self.rejected.resolution,
+            "sampling": json.dumps(self.samples[-1].sampling, sort_keys=True),
             "reference_version": reference_version,
         }
+        sides = {
+            "chosen": (self.chosen, self.chosen_reward, chosen),
+            "rejected": (self.rejected, self.rejected_reward, rejected),
+        }
+        for name, (picture, reward, score) in sides.items():
+            drawn = isinstance(picture, Sample)
+            row |= {
+                f"{name}_bits": picture.bits,
+                f"{name}_source": picture.checkpoint if drawn else picture.source,
+                f"{name}_seed": picture.seed if drawn else None,
+                f"{name}_version": picture.version if drawn else None,
+                f"{name}_reward": reward,
+                f"reference_{name}_logp": score.total,
+                f"reference_{name}_by_scale": score.by_scale,
+            }
+        return row
 
 
 def pair_id(sample: Sample) -> str:
-    """Names the pair whose rejected picture is ``sample``: 16 hex digits, the same in every run."""
+    """Names a sample, and the pair that is made of it: 16 hex digits, the same in every run."""
     origin = json.dumps([sample.prompt.id, sample.resolution, sample.seed, sample.checkpoint])
     return hashlib.blake2b(origin.encode(), digest_size=8).hexdigest()
+
+
+def check_books(samples: Sequence[Sample], pairs: Sequence[Pair], dropped: Counter[str]) -> None:
+    """RuntimeError unless every pair is there once and every sample is in a pair or dropped, and not both."""
+    names = Counter(pair.pair_id for pair in pairs)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise RuntimeError(f"the preference builder made {len(repeated)} pairs twice, among them {repeated[0]}")
+    paired = {pair_id(sample) for pair in pairs for sample in pair.samples}
+    if strange := paired - {pair_id(sample) for sample in samples}:
+        raise RuntimeError(f"the preference builder paired {len(strange)} samples that it was not given")
+    if len(paired) + sum(dropped.values()) != len(samples):
+        raise RuntimeError(
+            f"the preference builder was given {len(samples)} samples; {len(paired)} are in pairs and "
+            f"{sum(dropped.values())} are dropped ({dict(dropped)}): each must be in a pair or dropped, not both"
+        )
 
 
 def external_winner(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[float | None] | None,
-    winner_rewards: dict[str, float | None] | None,
-) -> tuple[list[Pair], Counter[str]]:
+    sample_rewards: Sequence[Reward] | None,
+    winner_rewards: dict[str, Reward] | None,
+) -> Built:
     """Each sample loses to the stronger system's picture of its prompt, whatever the rewards say.
 
     Raises ValueError where the number of rewards is not that of the samples, or only one side has rewards.
@@ -108,37 +135,55 @@ def external_winner(
         elif name in pairs:
             dropped["duplicate pair id"] += 1
         else:
-            pairs[name] = _pair(sample, winner, chosen_reward, rejected_reward)
+            pairs[name] = Pair(name, winner, sample, chosen_reward, rejected_reward)
     return list(pairs.values()), dropped
 
 
 def reward_gated(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[float | None],
-    winner_rewards: dict[str, float | None],
-) -> tuple[list[Pair], Counter[str]]:
-    """The pairs of `external_winner` whose winner has the higher reward. Raises ValueError without rewards."""
-    if sample_rewards is None:
-        raise ValueError("reward_gated needs a reward, but none is configured")
+    sample_rewards: Sequence[Reward],
+    winner_rewards: dict[str, Reward],
+    *,
+    margin: float = 0.0,
+    flip: bool = False,
+) -> Built:
+    """The pairs of `external_winner` whose winner has a reward higher by more than ``margin``.
+
+    A sample whose reward is higher by as much does not lose: it is dropped, or with ``flip`` wins. SSPO (self-sampling
+    preference optimisation) too looks for such samples, though by likelihoods, and trains SFT where it finds one.
+    Raises ValueError without rewards and for a negative margin.
+    """
+    _check(sample_rewards, "reward_gated", margin)
+    if not isinstance(flip, bool):
+        raise ValueError(f"flip={flip}: expected true or false")
     pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
-    better = [pair for pair in pairs if pair.chosen_reward > pair.rejected_reward]
-    return better, dropped + Counter({"winner not better": len(pairs) - len(better)})
+    kept = []
+    for pair in pairs:
+        ahead = pair.chosen_reward - pair.rejected_reward
+        if ahead > margin:
+            kept.append(pair)
+        elif ahead >= -margin:
+            dropped["reward margin too small"] += 1
+        elif flip:
+            kept.append(Pair(pair.pair_id, pair.rejected, pair.chosen, pair.rejected_reward, pair.chosen_reward))
+        else:
+            dropped["sample better than winner"] += 1
+    return kept, dropped
 
 
 def majority_vote(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[float | None],
-    winner_rewards: dict[str, float | None],
-) -> tuple[list[Pair], Counter[str]]:
+    sample_rewards: Sequence[Reward],
+    winner_rewards: dict[str, Reward],
+) -> Built:
     """The pairs of `external_winner` whose winner is better by more rewards than it is worse by.
 
     Each term of `rewards.combined.WeightedSum` that both sides have has one vote, whatever its weight. Raises
     ValueError where the rewards are not of that kind.
     """
-    if sample_rewards is None:
-        raise ValueError("majority_vote needs several rewards, but none is configured")
+    _check(sample_rewards, "majority_vote")
     pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
     kept = []
     for pair in pairs:
@@ -156,56 +201,90 @@ def majority_vote(
 def best_of_n(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[float | None],
-    winner_rewards: dict[str, float | None],
-) -> tuple[list[Pair], Counter[str]]:
-    """Each sample loses to the best sample of its prompt and resolution, if that has a higher reward.
+    sample_rewards: Sequence[Reward],
+    winner_rewards: dict[str, Reward],
+    *,
+    margin: float = 0.0,
+) -> Built:
+    """Of the samples of a prompt and resolution, the one of the lowest reward loses to the one of the highest.
 
-    The stronger system's pictures are not used. Raises ValueError without rewards.
+    Their rewards must differ by more than ``margin``. The stronger system's pictures are not used. Raises ValueError
+    without rewards and for a negative margin.
     """
-    if sample_rewards is None:
-        raise ValueError("best_of_n needs a reward, but none is configured")
-    scores = [_scored(value) for value in sample_rewards]
-    best: dict[tuple[str, int], tuple[float, Sample]] = {}
-    for sample, score in zip(samples, scores, strict=True):
-        group = sample.prompt.id, sample.resolution
-        if score is not None and (group not in best or score > best[group][0]):
-            best[group] = score, sample
-    pairs: dict[str, Pair] = {}
-    dropped: Counter[str] = Counter()
-    for sample, score in zip(samples, scores, strict=True):
-        if score is None:
-            dropped["reward not scored"] += 1
-            continue
-        most, chosen = best[sample.prompt.id, sample.resolution]
-        if score == most:
-            dropped["none better"] += 1
-        elif chosen.bits == sample.bits:
-            dropped["identical bits"] += 1
-        elif pair_id(sample) in pairs:
+    _check(sample_rewards, "best_of_n", margin)
+    groups: dict[tuple[str, int], list[tuple[float, Sample]]] = defaultdict(list)
+    seen: set[str] = set()
+    pairs, dropped = [], Counter()
+    for sample, value in zip(samples, sample_rewards, strict=True):
+        if pair_id(sample) in seen:
             dropped["duplicate pair id"] += 1
+        elif _scored(value) is None:
+            dropped["reward not scored"] += 1
         else:
-            winner = Winner(chosen.prompt, chosen.bits, chosen.resolution, source=chosen.checkpoint)
-            pairs[pair_id(sample)] = _pair(sample, winner, most, score)
-    return list(pairs.values()), dropped
+            groups[sample.prompt.id, sample.resolution].append((value, sample))
+        seen.add(pair_id(sample))
+    for group in groups.values():
+        (most, best), (least, worst) = (extreme(group, key=itemgetter(0)) for extreme in (max, min))
+        if len(group) == 1:
+            dropped["only sample of its prompt"] += 1
+        elif most - least <= margin:
+            dropped["reward margin too small"] += len(group)
+        elif best.bits == worst.bits:
+            dropped["identical bits"] += len(group)
+        else:
+            pairs.append(Pair(pair_id(worst), best, worst, most, least))
+            dropped["between best and worst"] += len(group) - 2
+    return pairs, +dropped
 
 
-def _pair(sample: Sample, winner: Winner, chosen_reward: float | None, rejected_reward: float | None) -> Pair:
-    return Pair(
-        pair_id=pair_id(sample),
-        prompt=sample.prompt,
-        resolution=sample.resolution,
-        chosen=winner.bits,
-        rejected=sample.bits,
-        chosen_source=winner.source,
-        rejected_source=sample.checkpoint,
-        rejected_seed=sample.seed,
-        rejected_version=sample.version,
-        sampling=sample.sampling,
-        chosen_reward=chosen_reward,
-        rejected_reward=rejected_reward,
-    )
+def mixed(
+    samples: Sequence[Sample],
+    winners: dict[str, Winner],
+    sample_rewards: Sequence[Reward],
+    winner_rewards: dict[str, Reward],
+    *,
+    external: float = 0.5,
+    margin: float = 0.0,
+) -> Built:
+    """Pairs of `external_winner`, a share ``external`` of all, and of `best_of_n` with ``margin``.
+
+    The samples of a prompt go to one of the two. Pairs over their share, where the other kind gave too few, are
+    dropped. Raises ValueError without rewards, for a negative margin and for a share that is none.
+    """
+    _check(sample_rewards, "mixed", margin)
+    if not 0 <= external <= 1:
+        raise ValueError(f"external={external}: expected a share from 0 to 1")
+    prompts: dict[str, list[tuple[Sample, Reward]]] = defaultdict(list)
+    for sample, value in zip(samples, sample_rewards, strict=True):
+        prompts[sample.prompt.id].append((sample, value))
+    from_winners, from_samples, dropped = [], [], Counter()
+    for group in prompts.values():
+        drawn, values = zip(*group, strict=True)
+        lost, why_lost = external_winner(drawn, winners, values, winner_rewards)
+        ranked, why_ranked = best_of_n(drawn, winners, values, winner_rewards, margin=margin)
+        behind = len(from_winners) < external * (len(from_winners) + len(from_samples) + 1)
+        if lost and (behind or not ranked):
+            from_winners += lost
+            dropped += why_lost
+        else:
+            from_samples += ranked
+            dropped += why_ranked
+    outer, inner = len(from_winners), len(from_samples)
+    if external < 1:
+        outer = round(min(outer, inner * external / (1 - external)))
+    if external > 0:
+        inner = round(min(inner, len(from_winners) * (1 - external) / external))
+    surplus = from_winners[outer:] + from_samples[inner:]
+    dropped["over its share"] += sum(len(pair.samples) for pair in surplus)
+    return from_winners[:outer] + from_samples[:inner], +dropped
 
 
-def _scored(value: float | None) -> float | None:
+def _check(rewards: object, name: str, margin: float = 0.0) -> None:
+    if rewards is None:
+        raise ValueError(f"{name} needs a reward, but none is configured (reward.path)")
+    if not margin >= 0:
+        raise ValueError(f"margin={margin}: expected 0 or more")
+
+
+def _scored(value: Reward) -> Reward:
     return None if value is None or math.isnan(value) else value

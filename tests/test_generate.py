@@ -205,6 +205,15 @@ def test_what_is_wrong_is_named_in_a_line_before_the_model_is_loaded(
 
 def test_a_damaged_record_is_named(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / RECORDS).write_text('{"file": ')
+    (tmp_path / "out" / RECORDS).write_text('{"file": \n')
     assert command("prompt=a star") == 2
     assert f"out={tmp_path / 'out'}: {RECORDS} is damaged" in capsys.readouterr().err
+
+
+def test_a_record_that_was_cut_off_is_none(command, prompts, tmp_path):
+    assert command(f"prompts={prompts}") == 0
+    first = files(tmp_path / "out"), records(tmp_path / "out")
+    file = tmp_path / "out" / RECORDS
+    file.write_text(file.read_text()[:-20])
+    assert command(f"prompts={prompts}") == 0
+    assert (files(tmp_path / "out"), records(tmp_path / "out")) == first

@@ -20,6 +20,9 @@ class Scale:
 def ones(images, prompts):
     return [1.0] * len(images)
 
+def several(images, prompts, *, value, offset=0.0):
+    return [value + offset] * len(images)
+
 NUMBER = 3
 """
 
@@ -40,6 +43,7 @@ def test_a_name_in_a_file(plugin):
     scale = make_callable(load_plugin("mine.py:Scale"), {"factor": 2.0})
     assert scale([None], ["a"]) == [2.0]
     assert make_callable(load_plugin("mine.py:ones"), {})([None], ["a"]) == [1.0]
+    assert make_callable(load_plugin("mine.py:several"), {"value": 2.0})([None], ["a"]) == [2.0]
     assert set(sys.modules) == before
 
 
@@ -73,7 +77,10 @@ def test_errors_of_the_plugin_itself_are_its_own(plugin, monkeypatch, tmp_path):
 def test_options_must_fit(plugin):
     with pytest.raises(ValueError, match="Scale.*unexpected keyword argument 'power'"):
         make_callable(load_plugin("mine.py:Scale"), {"power": 2})
-    with pytest.raises(ValueError, match="ones is no class and takes no options.*factor"):
+    with pytest.raises(ValueError, match="ones takes no options.*factor"):
         make_callable(load_plugin("mine.py:ones"), {"factor": 2})
+    for wrong in ({"value": 1, "factor": 2}, {"offset": 1}, {"images": [], "value": 1}):
+        with pytest.raises(ValueError, match="several takes the options value, offset, but was given {"):
+            make_callable(load_plugin("mine.py:several"), wrong)
     with pytest.raises(ValueError, match="3 cannot be called"):
         make_callable(load_plugin("mine.py:NUMBER"), {})

@@ -12,14 +12,13 @@ is drawn in, up to rounding: a batch of another shape is added up in another ord
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from vargpt_rl.inputs import check_model
 from vargpt_rl.model.conversation import device_and_dtype, load
 from vargpt_rl.model.generate import SamplingConfig, draw, to_pictures
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import REPLY, ChatFormat, Pictures
+from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.model.scales import SCHEDULES, STRIDE, full_schedule, size_for
 
 RECORDS = "pictures.jsonl"
@@ -69,9 +68,9 @@ def picture_size(resolution: int, aspect: str) -> tuple[int, int]:
 class DrawingSettings:
     """Which model draws, and how: the settings that this command and the chat share.
 
-    ``checkpoint`` is "tiny" or a model directory; ``aspect`` is width:height. ``cfg``, ``tau``, ``top_k`` and ``top_p``
-    are those of ``SamplingConfig``. ``device`` auto is a GPU if there is one, ``dtype`` auto bfloat16 there. ``size``
-    and ``sampling`` follow from these.
+    ``checkpoint`` is "tiny", a model directory or a hub name; ``aspect`` is width:height. ``cfg``, ``tau``, ``top_k``
+    and ``top_p`` are those of ``SamplingConfig``. ``device`` auto is a GPU if there is one, ``dtype`` auto bfloat16
+    there. ``size`` and ``sampling`` follow from these.
     """
 
     checkpoint: str = TINY
@@ -153,23 +152,31 @@ def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
     ]
 
 
-def read_records(out: Path, wanted: list[dict]) -> dict[str, dict]:
-    """What is recorded in ``out``, by file name. ValueError where a wanted picture was made with other settings."""
-    path = out / RECORDS
+def read_records(path: Path) -> list[dict]:
+    """The records of pictures that are there. A line that was cut off while it was written is none."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"out={out}: {RECORDS} is damaged: {error}") from error
-    records = {line["file"]: line for line in lines}
+        raise ValueError(f"out={path.parent}: {path.name} is damaged: {error}") from error
+    return [record for record in records if (path.parent / record["file"]).exists()]
+
+
+def check_records(out: Path, wanted: list[dict]) -> set[str]:
+    """The files that need not be drawn again, of all the records in ``out``.
+
+    ValueError where a wanted picture was made with other settings.
+    """
+    records = {record["file"]: record for path in sorted(out.glob("pictures*.jsonl")) for record in read_records(path)}
     for line in wanted:
         now, made = ({**x["sampling"], **x} for x in (line, records.get(line["file"], line)))
         for key in now:
-            if now[key] != made[key]:
+            if now[key] != made.get(key):
                 raise ValueError(
-                    f"out={out}: {line['file']} was made with {key}={made[key]}, now it is {now[key]}: "
+                    f"out={out}: {line['file']} was made with {key}={made.get(key)}, now it is {now[key]}: "
                     f"give this run another out=..."
                 )
-    return records
+    return set(records)
 
 
 def make_folder(out: str) -> Path:
@@ -188,13 +195,16 @@ def save_picture(image: Image.Image, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_batch(model: Vargpt, chat: ChatFormat, lines: list[dict], shown: Pictures | None) -> list[Image.Image]:
-    """The pictures of some lines of the plan, all of one size and sampling; every prompt is shown the same picture."""
-    grid = shown.image_grid_thw if shown else None
-    rows = [chat.drawing_prompt(line["prompt"], REPLY, grid) for line in lines]
+def draw_batch(
+    model: Vargpt, chat: ChatFormat, lines: list[dict], look: Callable[[str], Image.Image]
+) -> list[Image.Image]:
+    """The pictures of some lines of the plan, all of one size and sampling, all or none with an ``image`` to edit."""
+    shown = chat.pictures([look(line["image"]) for line in lines]) if lines[0]["image"] else None
+    grids = shown.image_grid_thw.split(1) if shown else [None] * len(lines)
+    rows = [chat.drawing_prompt(line["prompt"], REPLY, grid) for line, grid in zip(lines, grids, strict=True)]
     ids_BT = chat.pad(rows, "left").to(model.device)
     mask_BT = chat.pad([[1] * len(row) for row in rows], "left", value=0).to(model.device)
-    seen = [torch.cat([tensor] * len(lines)).to(model.device) for tensor in shown or ()]
+    seen = [tensor.to(model.device) for tensor in shown or ()]
     size, sampling = tuple(lines[0]["size"]), SamplingConfig(**lines[0]["sampling"])
     drawn = draw(model, ids_BT, mask_BT, [line["seed"] for line in lines], size, sampling, *seen)
     return to_pictures(model, drawn.summed_Bdhw)
@@ -206,6 +216,42 @@ def batches(lines: list[dict], size: int) -> Iterator[list[dict]]:
         yield batch
 
 
+def draw_missing(
+    wanted: list[dict],
+    out: Path,
+    model: Callable[[], tuple[Vargpt, ChatFormat]],
+    batch_size: int,
+    look: Callable[[str], Image.Image] = lambda path: read_picture(Path(path)),
+    part: slice = slice(None),
+    records: str = RECORDS,
+) -> int:
+    """Draw what ``part`` of the plan is not in ``out`` yet; how many pictures that were.
+
+    ``model`` is called only where there is something to draw; ``look`` finds the picture that a line's ``image`` names.
+    Processes that draw different parts at the same time keep ``records`` of their own, "pictures*.jsonl". ValueError
+    where a picture was made with other settings.
+    """
+    there = check_records(out, wanted)
+    lines = wanted[part]
+    missing = [line for line in lines if line["file"] not in there]
+    if not missing:
+        return 0
+    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_records(out / records)]
+    write_atomically(out / records, "".join(kept).encode())
+    loaded = model()
+    with (
+        (out / records).open("a", encoding="utf-8") as file,
+        tqdm(total=len(lines), initial=len(lines) - len(missing), unit="picture") as bar,
+    ):
+        for batch in batches(missing, batch_size):
+            for line, picture in zip(batch, draw_batch(*loaded, batch, look), strict=True):
+                save_picture(picture, out / line["file"])
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
+            file.flush()
+            bar.update(len(batch))
+    return len(missing)
+
+
 def generate(config: GenerateConfig) -> None:
     """Draw what is not there yet. ValueError naming the key of whatever is wrong, before the model is loaded."""
     folder, out = check_model(config.checkpoint), make_folder(config.out)
@@ -214,20 +260,10 @@ def generate(config: GenerateConfig) -> None:
     except ValueError as error:
         raise ValueError(f"image={error}") from error
     wanted = plan(config, folder, read_prompts(config))
-    records = read_records(out, wanted)
-    missing = [line for line in wanted if line["file"] not in records or not (out / line["file"]).exists()]
-    if missing:
-        model, chat = load(folder, config.device, config.dtype)
-        shown = chat.pictures([image]) if image else None
-        with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="picture") as bar:
-            for batch in batches(missing, config.batch_size):
-                for line, picture in zip(batch, draw_batch(model, chat, batch, shown), strict=True):
-                    save_picture(picture, out / line["file"])
-                    records[line["file"]] = line
-                lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in records.values()]
-                write_atomically(out / RECORDS, "".join(lines).encode())
-                bar.update(len(batch))
-    print(f"{len(missing)} pictures made, {len(wanted) - len(missing)} were there already: {out.resolve()}")
+    made = draw_missing(
+        wanted, out, lambda: load(folder, config.device, config.dtype), config.batch_size, look=lambda _: image
+    )
+    print(f"{made} pictures made, {len(wanted) - made} were there already: {out.resolve()}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.plugins import load_plugin, make_callable
+from vargpt_rl.model.hub import model_folder
+from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
 
 EMBEDDED = Path(__file__).parent / "tiny"
 
@@ -44,8 +45,11 @@ class Inputs:
 
 
 def check_model(path: str) -> str:
-    """A model directory of this architecture, absolute. ValueError naming what was found instead."""
-    folder = EMBEDDED if path == TINY else Path(path).resolve()
+    """A model directory of this architecture, absolute; "org/name" is fetched from the hub (`model_folder`).
+
+    ValueError naming what was found instead.
+    """
+    folder = EMBEDDED if path == TINY else model_folder(path)
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"checkpoint={path}: no config.json in {folder}")
@@ -55,11 +59,22 @@ def check_model(path: str) -> str:
     return str(folder)
 
 
+def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
+    """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
+    builder = make_plugin(path, options)
+    rewards = ([], {}) if rewarded else (None, None)
+    try:
+        builder([], {}, *rewards)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preference.builder={path} preference.options={options}: {error}") from error
+    return builder
+
+
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
     model = check_model(config.checkpoint)
-    builder = load_plugin(config.preference.builder)
     reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
+    builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
     if config.data.kind == "shapes":
         source: Source = ShapesSource(ShapesConfig())

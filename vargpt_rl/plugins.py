@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -59,17 +60,19 @@ def _load_file(path: str, where: str) -> ModuleType:
 
 
 def make_plugin(path: str, options: dict[str, object]) -> Callable:
-    """The callable that ``path`` names; a class is instantiated with ``options``. ValueError as below."""
+    """The callable that ``path`` names, with ``options``. ValueError as below."""
     return make_callable(load_plugin(path), options)
 
 
 def make_callable(obj: object, options: dict[str, object]) -> Callable:
-    """A class instantiated with ``options``, or a function itself, which takes none.
+    """A class instantiated with ``options``, or a function with them as its keyword-only arguments.
 
     Raises ValueError for options that do not fit and for what cannot be called.
     """
     check_callable(obj, options)
-    return obj(**options) if inspect.isclass(obj) else obj
+    if inspect.isclass(obj):
+        return obj(**options)
+    return partial(obj, **options) if options else obj
 
 
 def check_callable(obj: object, options: dict[str, object]) -> None:
@@ -85,5 +88,11 @@ def check_callable(obj: object, options: dict[str, object]) -> None:
             raise ValueError(f"{name} cannot be called: give the class a method __call__(self, images, prompts)")
     elif not callable(obj):
         raise ValueError(f"{name} cannot be called")
-    elif options:
-        raise ValueError(f"{name} is no class and takes no options, but was given {options}")
+    else:
+        taken = [p for p in inspect.signature(obj).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        needed = {p.name for p in taken if p.default is p.empty}
+        if not needed <= options.keys() <= {p.name for p in taken}:
+            names = ", ".join(p.name for p in taken)
+            raise ValueError(
+                f"{name} takes {f'the options {names}' if names else 'no options'}, but was given {options}"
+            )

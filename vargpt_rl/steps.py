@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from actors.rollout import Rollouts, seeds_for
+from actors.rollout import Rollouts, apportion, seeds_for
 from configs.schema import LoopConfig
 from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
@@ -23,7 +24,7 @@ from vargpt_rl.inputs import Inputs
 from vargpt_rl.run import Run
 
 # What seeds are for, beside the run's seed and the iteration.
-CORPUS, PROMPTS, LOSERS, HELD_OUT = range(4)
+CORPUS, PROMPTS, LOSERS, HELD_OUT, SOURCES = range(5)
 
 
 @dataclass
@@ -132,8 +133,7 @@ class Steps:
         return self.supervised("sft", f"{self.name}-sft", records, settings.recipe, save_steps=self._save_steps())
 
     def _save_steps(self) -> tuple[int, ...]:
-        steps = self.config.sft.recipe.steps
-        return tuple(sorted({max(1, round(fraction * steps)) for fraction in self.config.sft.checkpoints} - {steps}))
+        return tuple(step for step in self.config.sft.sources() if step < self.config.sft.recipe.steps)
 
     def dpo(self) -> dict:
         """DPO on this iteration's pairs, from the final SFT weights, which are the reference."""
@@ -150,7 +150,8 @@ class Steps:
         """SFT on the winners of this iteration's pairs: same start, same winners, steps and learning rate as DPO."""
         rows = read_table(self.table()).drop_duplicates("prompt_id")
         prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
-        records = [Record(prompt.id, prompt, self.inputs.source.winner_key(prompt)) for prompt in prompts]
+        keys = [(prompt, self.inputs.source.winner_key(prompt)) for prompt in prompts]
+        records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
         key = f"{self.name}-control"
         result = self.supervised("sft_on_winners", key, records, self.config.dpo.recipe)
         return result | {"eval": self.evaluate("control", (*self.weights, self.checkpoint(key) / "final"))}
@@ -165,25 +166,31 @@ class Steps:
         """Draw losers from the SFT checkpoints, then build pairs and score them with the final SFT weights."""
         final = self.weights[-1]
         sources = [final.with_name(f"step-{step:06d}") for step in self._save_steps()] + [final]
+        shares = list(self.config.sft.sources().values())
         prompts = self.inputs.prompts or self.inputs.source.prompts(
             "train", self.config.preference.count, seeds_for(1, self.config.seed, self.iteration, PROMPTS)[0]
         )
         prompts = [p for p in prompts[: self.config.preference.count] for _ in range(self.config.preference.samples)]
         seeds = seeds_for(len(prompts), self.config.seed, self.iteration, LOSERS)
+        whose = apportion(len(prompts), shares, seeds_for(1, self.config.seed, self.iteration, SOURCES)[0])
         samples, seconds = [], 0.0
         for i, directory in enumerate(sources):
-            share = slice(i, None, len(sources))
+            share = np.flatnonzero(whose == i).tolist()
+            if not share:
+                continue
             self.rollouts.serve((*self.weights[:-1], directory))
             name = f"{directory.parent.name}/{directory.name}"
-            drawn, spent = self.rollouts.draw(prompts[share], seeds[share], self.resolution, name)
+            drawn, spent = self.rollouts.draw(
+                [prompts[j] for j in share], [seeds[j] for j in share], self.resolution, name
+            )
             samples, seconds = samples + drawn, seconds + spent
         self.rollouts.serve(self.weights)
         counts = self.rollouts.write_pairs(
             self.table(), samples, self.inputs.builder, self.inputs.reward, self.config.dpo.recipe.micro_batch
         )
         self.inputs.check_quarantine()
-        if counts["built"] + counts["dropped"] != len(prompts):
-            raise RuntimeError(f"{len(prompts)} prompts gave {counts}: each must be paired or dropped exactly once")
+        if len(samples) != len(prompts):
+            raise RuntimeError(f"{len(prompts)} drawings were asked for, {len(samples)} came back")
         rollout = {
             "images": len(samples),
             "seconds": seconds,

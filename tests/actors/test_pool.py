@@ -7,9 +7,10 @@ import pytest
 import ray
 from safetensors.torch import load_file, save_file
 
+import actors.pool
 from actors.pool import RolloutPool
 from actors.resources import RolloutConfig, plan
-from actors.weights import checksum, load_weights
+from actors.weights import checksum
 from actors.worker import Failure
 from tests.tiny import Patches, tiny_checkpoint
 from vargpt_rl.data.types import Prompt
@@ -105,7 +106,7 @@ def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_w
     for version, name in enumerate(["whole", "decoder", "nudged"], start=1):
         report = pool.publish(tmp_path / f"{name}.safetensors", version)
         assert (report.version, report.workers, report.verified) == (version, 2, True)
-    assert report.checksum == checksum(load_weights(tmp_path / "nudged.safetensors"))
+    assert report.checksum == checksum(tmp_path / "nudged.safetensors")
     assert [kept.version for kept in pool._published] == [1, 3], "the second set is superseded"
     with pytest.raises(ValueError, match="version 3 published after version 3"):
         pool.publish(tmp_path / "nudged.safetensors", 3)
@@ -136,3 +137,18 @@ def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start)
     pool.config.call_timeout_s = 1.0
     with pytest.raises(RuntimeError, match="more than 2 rollout workers lost: .* lost during encode: restart 3 of 2"):
         pool.encode(["red", "hang"], SIDE)
+
+
+@pytest.mark.parametrize("transport", ["object_store", "broadcast"])
+def test_every_way_brings_the_weights_and_a_lost_worker_does_not_stop_it(start, tmp_path, transport, monkeypatch):
+    monkeypatch.setattr(actors.pool, "BROADCAST_TIMEOUT_S", 10.0)
+    whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
+    pool = start(transport=transport)
+    report = pool.publish(whole, 1)
+    assert (report.verified, report.workers, report.checksum) == (True, 2, checksum(whole))
+    os.kill(pool.status()[1]["pid"], signal.SIGKILL)
+    report = pool.publish(whole, 2)
+    assert (report.verified, report.workers, pool.restarts) == (True, 2, 1)
+    assert {(status["version"], status["checksum"]) for status in pool.status()} == {(2, checksum(whole))}
+    if transport == "broadcast":
+        assert pool.events[0].startswith("broadcast of version 2 failed, sent to each: ")

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from actors.rollout import Rollouts, seeds_for
+from actors.rollout import Rollouts, apportion, seeds_for
 from actors.weights import SwapReport
 from actors.worker import Encoded, Failure
 from vargpt_rl.checkpoint import save_checkpoint
@@ -100,6 +102,22 @@ def test_unreadable_pictures_are_counted_and_left_out(rollouts, tmp_path):
     assert len((tmp_path / "corpus/prompts.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="none of 1 training pictures"):
         rollouts.encode_corpus(records[1:2], 32, tmp_path / "other")
+
+
+@given(st.integers(0, 300), st.lists(st.floats(0, 1), min_size=1, max_size=5).filter(sum), st.integers(0, 99))
+def test_each_share_gets_its_items(count, shares, seed):
+    whose = apportion(count, shares, seed)
+    counts = np.bincount(whose, minlength=len(shares))
+    assert len(whose) == count and len(counts) == len(shares)
+    # Rounding moves each of a share's two ends by at most a half.
+    assert np.abs(counts - count * np.array(shares) / sum(shares)).max() <= 1 + 1e-6
+    assert (whose == apportion(count, shares, seed)).all()
+
+
+def test_items_of_a_share_are_at_random():
+    first, second = apportion(100, [0.25, 0.75], 0), apportion(100, [0.25, 0.75], 1)
+    assert sorted(first) == sorted(second) == [0] * 25 + [1] * 75
+    assert (first != second).any() and 0 < first[:50].sum() < 50
 
 
 def test_seeds_depend_on_their_purpose():

@@ -1,9 +1,13 @@
+"""Weight sets: their layout and checksum, and a model that takes one."""
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from actors.weights import apply, checksum, checksum_of, dtypes_of, load_weights, size_of
+from actors.weights import Layout, apply, check_fits, checksum, checksum_of, layout_of, read
 
 
 def model(dtype=torch.float32) -> torch.nn.Module:
@@ -12,44 +16,65 @@ def model(dtype=torch.float32) -> torch.nn.Module:
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def weights(request, tmp_path):
+def path(request, tmp_path):
     tensors = {"0.weight": torch.randn(4, 3).to(request.param), "1.bias": torch.randn(2).to(request.param)}
     save_file(tensors, tmp_path / "set.safetensors")
-    return load_weights(tmp_path / "set.safetensors")
+    return tmp_path / "set.safetensors"
 
 
 @pytest.mark.parametrize("wide", [torch.float32, None])
-def test_a_model_that_took_a_set_has_its_checksum(weights, wide):
-    dtypes = dtypes_of(weights)
-    taker = model(wide or dtypes["1.bias"])
-    assert checksum_of(taker, dtypes) != checksum(weights)
+def test_a_model_that_took_a_set_has_its_checksum(path, wide):
+    layout = layout_of(path)
+    taker = model(wide or layout.dtypes["1.bias"])
+    assert checksum_of(taker, layout.dtypes) != checksum(path)
     at = taker[0].weight.data_ptr()
-    for array in weights.values():
-        array.flags.writeable = False  # as the object store hands them out
-    apply(taker, weights)
-    assert checksum_of(taker, dtypes) == checksum(weights)
+    check_fits(taker, layout)
+    apply(taker, read(path, layout.shapes))
+    assert checksum_of(taker, layout.dtypes) == checksum(path)
     assert taker[0].weight.data_ptr() == at, "copied in place"
-    assert set(dtypes) == {"0.weight", "1.bias"}
-    assert size_of(weights) == 14 * dtypes["1.bias"].itemsize
+    assert layout.shapes == {"0.weight": (4, 3), "1.bias": (2,)}
+    assert layout.bytes == 14 * layout.dtypes["1.bias"].itemsize
 
 
-def test_checksum_depends_on_names_shapes_dtypes_and_bytes_but_not_on_order():
-    a, b = np.zeros((2, 3), np.float32), np.ones(2, np.float32)
-    sets = [{"a": a}, {"b": a}, {"a": a.T}, {"a": a.view(np.int32)}, {"a": a + 1}, {"a": a, "b": b}]
-    assert len({checksum(tensors) for tensors in sets}) == len(sets)
-    assert checksum({"b": b, "a": a}) == checksum(sets[-1])
-    assert checksum({"a": a.T.copy()}) == checksum({"a": a.T}), "strides are no content"
-    assert checksum({"a": np.float32(1).reshape(())})
+def test_checksum_depends_on_names_shapes_dtypes_and_bytes_but_not_on_order(tmp_path):
+    def of(tensors) -> str:
+        save_file(tensors, tmp_path / "set.safetensors")
+        return checksum(tmp_path / "set.safetensors")
+
+    a, b = torch.zeros(2, 3), torch.ones(2)
+    reshaped, retyped, changed = a.reshape(3, 2), a.view(torch.int32), a + 1
+    sets = [{"a": a}, {"b": a}, {"a": reshaped}, {"a": retyped}, {"a": changed}, {"a": a, "b": b}]
+    assert len({of({name: tensor.clone() for name, tensor in tensors.items()}) for tensors in sets}) == len(sets)
+    assert of({"b": b, "a": a}) == of({"a": a, "b": b})
+    assert of({"a": torch.tensor(1.0)}) != of({"a": torch.tensor([1.0])})
+    assert layout_of(tmp_path / "set.safetensors").shapes == {"a": (1,)}
 
 
-def test_a_set_that_does_not_fit_is_named_and_changes_nothing():
+def test_a_set_that_does_not_fit_is_named():
     taker = model()
-    before = {name: tensor.clone() for name, tensor in taker.state_dict().items()}
-    good = np.ones((4, 3), np.float32)
+    shapes, fp32 = {"0.weight": (4, 3)}, torch.float32
     with pytest.raises(KeyError, match="2.weight, nobody"):
-        apply(taker, {"0.weight": good, "nobody": good, "2.weight": good})
+        shapes_more = shapes | {"nobody": (4, 3), "2.weight": (4, 3)}
+        check_fits(taker, Layout(shapes_more, dict.fromkeys(shapes_more, fp32)))
     with pytest.raises(ValueError, match=r"1.bias is \(3,\)"):
-        apply(taker, {"0.weight": good, "1.bias": np.ones(3, np.float32)})
+        check_fits(taker, Layout(shapes | {"1.bias": (3,)}, dict.fromkeys(["0.weight", "1.bias"], fp32)))
     with pytest.raises(ValueError, match=r"0.weight is .*float64"):
-        apply(taker, {"0.weight": np.ones((4, 3))})
-    assert all(torch.equal(before[name], tensor) for name, tensor in taker.state_dict().items())
+        check_fits(taker, Layout(shapes, {"0.weight": torch.float64}))
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 60))
+def test_chunks_hold_every_name_once_in_order_and_keep_the_limit(sizes, limit):
+    names = [f"t{i}" for i in range(len(sizes))]
+    layout = Layout({name: (size,) for name, size in zip(names, sizes, strict=True)}, dict.fromkeys(names, torch.int8))
+    chunks = layout.chunks(limit)
+    assert [name for chunk in chunks for name in chunk] == names
+    for chunk in chunks:
+        assert len(chunk) == 1 or sum(map(layout.size, chunk)) <= limit
+    for one, following in zip(chunks, chunks[1:], strict=False):
+        assert sum(map(layout.size, [*one, following[0]])) > limit, "no chunk is closed early"
+
+
+def test_read_gives_what_was_asked_for(path):
+    (bias,) = read(path, ["1.bias"]).values()
+    assert torch.equal(bias, load_file(path)["1.bias"])
+    assert np.prod(layout_of(path).shapes["0.weight"]) == 12

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from actors.weights import checksum, load_weights
+from actors.transport import SharedFile
+from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
 from tests.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.data.types import Prompt
@@ -133,42 +135,69 @@ def test_an_answer_does_not_depend_on_its_neighbours(shared):
 
 
 def test_new_weights_are_verified_and_change_the_scores(worker, drawn, tmp_path_factory):
-    other = load_weights(tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1) / "model.safetensors")
+    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1) / "model.safetensors"
     before = worker.score(drawn, SIDE)
-    answer = worker.receive(2, checksum(other), other)
+    answer = worker.receive(2, checksum(other), SharedFile(layout_of(other), other))
     assert (answer["version"], answer["checksum"]) == (2, checksum(other))
-    assert answer["bytes"] == sum(array.nbytes for array in other.values())
+    assert answer["bytes"] == sum(tensor.nbytes for tensor in load_file(other).values())
     assert worker.score(drawn, SIDE) != before
     assert worker.draw([(PROMPTS[0], 3)], SIDE, SAMPLING, "")[0].version == 2
     status = worker.status()
     assert (status["version"], status["checksum"], status["device"]) == (2, checksum(other), "cpu")
 
 
-def test_an_older_version_is_refused(worker):
-    bias = {"lm_head.weight": worker.model.lm_head.weight.detach().numpy() + 1}
-    worker.receive(3, checksum(bias), bias)
+@pytest.fixture
+def head(shared, tmp_path):
+    """A set of one tensor, and its checksum."""
+    path = tmp_path / "head.safetensors"
+    save_file({"lm_head.weight": shared.model.lm_head.weight.detach() + 1}, path)
+    return checksum(path), SharedFile(layout_of(path), path)
+
+
+def test_an_older_version_is_refused(worker, head):
+    worker.receive(3, *head)
     with pytest.raises(ValueError, match="version 2 is older than the worker's own, 3"):
-        worker.receive(2, checksum(bias), bias)
+        worker.receive(2, *head)
     assert worker.status()["version"] == 3
 
 
-def test_a_damaged_set_makes_the_worker_stale(worker, drawn):
-    head = {"lm_head.weight": worker.model.lm_head.weight.detach().numpy() + 1}
+def test_a_damaged_set_makes_the_worker_stale(worker, drawn, head):
     with pytest.raises(RuntimeError, match="checksum"):
-        worker.receive(1, "0" * 32, head)
+        worker.receive(1, "0" * 32, head[1])
     with pytest.raises(RuntimeError, match="stale"):
         worker.score(drawn, SIDE)
-    worker.receive(1, checksum(head), head)
+    worker.receive(1, *head)
     worker.score(drawn, SIDE)
 
 
-def test_a_replacement_serves_nothing_before_the_current_version(checkpoint, drawn):
+def test_a_set_that_breaks_off_makes_the_worker_stale(worker, drawn, head):
+    class Torn(SharedFile):
+        def chunks(self):
+            yield from super().chunks()
+            raise OSError("connection lost")
+
+    with pytest.raises(OSError, match="connection lost"):
+        worker.receive(1, head[0], Torn(head[1].layout, head[1].path))
+    with pytest.raises(RuntimeError, match="stale"):
+        worker.score(drawn, SIDE)
+
+
+def test_a_set_that_does_not_fit_changes_nothing(worker, drawn, tmp_path):
+    path = tmp_path / "other.safetensors"
+    head = worker.model.lm_head.weight.detach()
+    save_file({"lm_head.weight": head + 1, "nobody": torch.zeros(2)}, path)
+    before = worker.score(drawn, SIDE)
+    with pytest.raises(KeyError, match="nobody"):
+        worker.receive(1, checksum(path), SharedFile(layout_of(path), path))
+    assert worker.score(drawn, SIDE) == before and worker.status()["version"] == 0
+
+
+def test_a_replacement_serves_nothing_before_the_current_version(checkpoint, drawn, head):
     late = Worker(str(checkpoint), Patches(), threads=1, version_required=2)
-    head = {"lm_head.weight": late.model.lm_head.weight.detach().numpy() + 1}
     for version in (0, 1):
         with pytest.raises(RuntimeError, match=f"stale worker: holds version {version}, needs 2"):
             late.score(drawn, SIDE)
-        late.receive(version + 1, checksum(head), head)
+        late.receive(version + 1, *head)
     assert len(late.score(drawn, SIDE)) == len(drawn)
 
 

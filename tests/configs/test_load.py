@@ -43,12 +43,33 @@ def test_captioned_data_needs_its_three_paths():
         ("+at.512.foo=3", "at.512"),
         ("+at.big.sft.records=3", "at.big"),
         ("at.512.sft.recipe.batch=7", "sft.recipe"),
+        ("sft.checkpoints=[0.5,1.5]", "sft.checkpoints=[0.5, 1.5]"),
+        ("sft.shares=[0.5,0.5]", "one for each of sft.checkpoints=[0.5]"),
+        ("sft.shares=[1.2]", "sft.shares=[1.2]: expected 0 or more each and at most 1"),
+        ("sft.shares=[-0.2]", "sft.shares=[-0.2]"),
+        ("at.512.sft.shares=[2.0]", "sft.shares=[2.0]"),
     ],
 )
 def test_bad_settings_are_named(override, named):
     with pytest.raises(ValueError) as error:
         load_config([override]).directory  # noqa: B018 (the name is checked when the folder is asked for)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ([], {50: 0.5, 100: 0.5}),
+        (["sft.checkpoints=[0.75,0.25]"], {25: 1 / 3, 75: 1 / 3, 100: 1 / 3}),
+        (["sft.checkpoints=[0.75,0.25]", "sft.shares=[0.5,0.2]"], {25: 0.2, 75: 0.5, 100: 0.3}),
+        (["sft.checkpoints=[0.1,0.1001,0.9999]", "sft.shares=[0.5,0.2,0.1]"], {10: 0.7, 100: 0.3}),
+        (["sft.checkpoints=[0.001,0.5]", "sft.shares=[0.9,0.1]"], {1: 0.9, 50: 0.1, 100: 0.0}),
+        (["sft.checkpoints=[]"], {100: 1.0}),
+    ],
+)
+def test_checkpoints_have_shares_of_the_samples(settings, shares):
+    sources = load_config(settings).sft.sources()
+    assert list(sources) == list(shares) and sources == pytest.approx(shares)
 
 
 def test_at_changes_settings_at_its_resolution_only():

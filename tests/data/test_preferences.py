@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vargpt_rl.data.preferences import COLUMNS, describe, read_table, write_table
+from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
 
 
 def row(pair_id: str = "a", **changes) -> dict[str, object]:
@@ -26,6 +24,8 @@ def row(pair_id: str = "a", **changes) -> dict[str, object]:
         "rejected_bits": b"\x01",
         "chosen_source": "shapes",
         "rejected_source": "step-10",
+        "chosen_seed": None,
+        "chosen_version": None,
         "rejected_seed": 1,
         "rejected_version": 2,
         "sampling": '{"cfg": 3.0}',
@@ -48,8 +48,10 @@ KINDS = {
     pa.float64(): numbers,
     pa.list_(pa.float64()): st.lists(numbers, max_size=3),
 }
+SEEDS = st.none() | st.integers(-(2**31), 2**32 - 1)  # to a reader that knows of no nulls they are float64
+NULLABLE = {pa.int64(): SEEDS, pa.float64(): st.none() | numbers}
 rows = st.lists(
-    st.fixed_dictionaries({f.name: st.none() | KINDS[f.type] if f.nullable else KINDS[f.type] for f in COLUMNS}),
+    st.fixed_dictionaries({f.name: NULLABLE[f.type] if f.nullable else KINDS[f.type] for f in COLUMNS}),
     max_size=4,
     unique_by=lambda row: row["pair_id"],
 )
@@ -72,6 +74,8 @@ def plain(value: object) -> object:
     """A value as it was before pandas made NaN of None and arrays of lists."""
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if value is pd.NA:
+        return None
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -125,30 +129,64 @@ def test_a_table_that_went_through_pandas_is_read(tmp_path):
     table[table.pair_id != "b"].to_parquet(path)
     assert list(read_table(path).pair_id) == ["a", "c"]
     assert list(read_table(path).columns) == COLUMNS.names
+    assert list(read_table(path).rejected_seed) == [1, 1] and read_table(path).chosen_seed.isna().all()
+    table["chosen_seed"] = [0.5, None, 2.0]
+    table.to_parquet(path)
+    with pytest.raises(ValueError, match="column chosen_seed is of type double, expected int64"):
+        read_table(path)
 
 
-def test_description(tmp_path):
-    rows = [
-        row("a", rejected_reward=0.0),
-        row("b", rejected_reward=1.0, rejected_bits=b"\x02"),
-        row("c", chosen_source="folder", reference_chosen_logp=-20.0),
-    ]
+def test_where_a_table_is_from_is_kept_in_it(tmp_path):
     path = tmp_path / "table.parquet"
-    write_table(path, rows)
-    command = [sys.executable, "-m", "vargpt_rl.data.preferences"]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "3 pairs of 1 prompts",
-        "chosen from folder at 256 px: 1",
-        "chosen from shapes at 256 px: 2",
-        "rejected from step-10 at 256 px: 3",
-        "rewards: 2 pairs scored",
-        "reward: chosen 1.0000, rejected 0.5000, chosen wins 50.0%, ties 50.0%",
-        "reference margin: mean -0.83, median 2.50, from -7.50 to 2.50, positive 66.7%",
-        "repeated pair ids: 0",
-        "repeated rejected pictures: 1",
-    ]
-    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
-    assert failed.returncode == 1 and "nowhere" in failed.stderr and "Traceback" not in failed.stderr
-    write_table(path, [])
-    assert describe(read_table(path)) == "0 pairs"
+    origin = {"samples": 3, "prompts": 2, "prompts_without_winner": 1, "dropped_by_reason": {"no winner": 2}}
+    write_table(path, [row()], origin)
+    assert read_table(path).attrs == {"origin": origin}
+    for bad in ("[1]", '{"samples": 3}', "{"):
+        pq.write_table(pq.read_table(path).replace_schema_metadata({"origin": bad}), path)
+        assert main(["describe", str(path)]) == 2
+
+
+def test_seeds_stay_integers_beside_nulls(tmp_path):
+    path = tmp_path / "table.parquet"
+    write_table(path, [row("a"), row("b", rejected_seed=None, chosen_seed=2**53 + 1)])
+    table = read_table(path)
+    assert list(table.rejected_seed) == [1, pd.NA] and table.chosen_seed[1] == 2**53 + 1
+
+
+def test_a_file_that_is_no_table_is_one_line_and_exit_code_2(tmp_path, capsys):
+    path = tmp_path / "table.parquet"
+    for make, said in {
+        "nothing": "No such file",
+        "folder": "table.parquet",
+        "text": "not a Parquet file",
+        "scales": "table.parquet: pictures of one resolution differ in how many scales",
+    }.items():
+        path.unlink(missing_ok=True)
+        if make == "folder":
+            path.mkdir()
+        elif make == "text":
+            path.write_text("no\ntable")
+        elif make == "scales":
+            write_table(path, [row(reference_chosen_by_scale=[-10.0])])
+        assert main(["describe", str(path)]) == 2
+        shown = capsys.readouterr()
+        assert not shown.out and len(shown.err.splitlines()) == 1
+        assert shown.err.startswith("error: ") and said in shown.err
+        if make == "folder":
+            path.rmdir()
+    with pytest.raises(SystemExit) as exited:
+        main(["explain", str(path)])
+    assert exited.value.code == 2
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_a_damaged_file_is_no_crash(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.parquet"
+        write_table(path, [row("a"), row("b", rejected_reward=0.5)])
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+        assert main(["describe", str(path)]) in (0, 2)

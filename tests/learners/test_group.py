@@ -88,6 +88,8 @@ def pairs(model, chat):
             "prompt": PROMPT.text,
             "reply": PROMPT.reply,
             "resolution": SIDE,
+            "chosen_seed": None,
+            "chosen_version": None,
             "rejected_seed": i,
             "rejected_version": 1,
             "sampling": "{}",

@@ -1,12 +1,14 @@
 """The preference table: a Parquet file with a row for each pair, scored once by the reference policy.
 
-    python -m vargpt_rl.data.preferences FILE
+    python -m vargpt_rl.data.preferences describe FILE
 
-describes one; ``pandas.read_parquet`` reads one.
+says what one has; ``pandas.read_parquet`` reads one.
 """
 
 import argparse
+import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +17,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vargpt_rl.data.pair_statistics import describe
+
 # Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over a picture's bits or by
-# scale over those of each; a reward is null where none was asked for; sampling is a JSON object.
+# scale over those of each; a reward is null where none was asked for; seed (32 bits) and policy version are null where
+# no policy drew the picture; sampling is a JSON object.
 COLUMNS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -28,8 +33,10 @@ COLUMNS = pa.schema(
         pa.field("rejected_bits", pa.binary(), nullable=False),
         pa.field("chosen_source", pa.string(), nullable=False),
         pa.field("rejected_source", pa.string(), nullable=False),
-        pa.field("rejected_seed", pa.int64(), nullable=False),
-        pa.field("rejected_version", pa.int64(), nullable=False),
+        pa.field("chosen_seed", pa.int64()),
+        pa.field("chosen_version", pa.int64()),
+        pa.field("rejected_seed", pa.int64()),
+        pa.field("rejected_version", pa.int64()),
         pa.field("sampling", pa.string(), nullable=False),
         pa.field("chosen_reward", pa.float64()),
         pa.field("rejected_reward", pa.float64()),
@@ -43,20 +50,27 @@ COLUMNS = pa.schema(
 REFERENCES = tuple(f"reference_{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "by_scale"))
 # Other writers, pandas among them, store the same values with wider offsets.
 NARROW = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}
+# So that an integer stays one in a column with nulls.
+INTEGERS = {pa.int64(): pd.Int64Dtype()}
+ORIGIN = "origin"
+"""Key, in the file's metadata and in ``attrs``, of what a table was made of: `ORIGIN_COUNTS`."""
+ORIGIN_COUNTS = {"samples", "prompts", "prompts_without_winner", "dropped_by_reason"}
 
 
-def write_table(path: Path, rows: list[dict[str, object]]) -> None:
+def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, object] | None = None) -> None:
     """Writes ``rows``, each with all of `COLUMNS`; ``path`` is either the whole new table or what it was before.
 
-    Raises ValueError, naming the pair or column, for a repeated pair id, a reference log-probability that is not
-    finite, a missing or unknown column, or a value of the wrong type.
+    ``origin`` counts what the pairs were made of, see `ORIGIN_COUNTS`. Raises ValueError, naming the pair or column,
+    for a repeated pair id, a reference log-probability that is not finite, a missing or unknown column, or a value of
+    the wrong type.
     """
     path = Path(path)
     for row in rows:
         if row.keys() != set(COLUMNS.names):
             odd = sorted(row.keys() ^ set(COLUMNS.names))
             raise ValueError(f"{path}: pair {row.get('pair_id')!r}: missing or unknown columns: {', '.join(odd)}")
-    table = pa.table([_column(path, field, rows) for field in COLUMNS], schema=COLUMNS)
+    schema = COLUMNS.with_metadata({ORIGIN: json.dumps(origin)}) if origin else COLUMNS
+    table = pa.table([_column(path, field, rows) for field in COLUMNS], schema=schema)
     repeated = [name for name, count in Counter(row["pair_id"] for row in rows).items() if count > 1]
     if repeated:
         raise ValueError(f"{path}: {len(repeated)} pair ids occur more than once, among them {repeated[0]!r}")
@@ -83,60 +97,66 @@ def _column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Ar
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A preference table with the columns of `COLUMNS`, in that order; others are left out.
+    """A preference table with the columns of `COLUMNS`, in that order; others are left out. Origin: see `ORIGIN`.
 
     Raises ValueError, naming the file and the column, where one is missing, of the wrong type or has empty values.
     """
     try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except pa.ArrowException as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
     for field in COLUMNS:
         if field.name not in table.column_names:
             raise ValueError(f"{path}: column {field.name} is missing")
         column = table[field.name]
+        if field.nullable and column.type == pa.float64() != field.type:
+            column = _whole(column, field.type)
+            table = table.set_column(table.column_names.index(field.name), field.name, column)
         if NARROW.get(column.type, column.type) != field.type:
             raise ValueError(f"{path}: column {field.name} is of type {column.type}, expected {field.type}")
         if column.null_count and not field.nullable:
             raise ValueError(f"{path}: column {field.name} has {column.null_count} empty values")
-    return table.select(COLUMNS.names).to_pandas()
+    frame = table.select(COLUMNS.names).to_pandas(types_mapper=INTEGERS.get)
+    if text := (table.schema.metadata or {}).get(ORIGIN.encode()):
+        origin = json.loads(text)
+        if not isinstance(origin, dict) or origin.keys() != ORIGIN_COUNTS:
+            raise ValueError(
+                f"{path}: metadata {ORIGIN} is {text.decode()}, expected {', '.join(sorted(ORIGIN_COUNTS))}"
+            )
+        frame.attrs[ORIGIN] = origin
+    return frame
 
 
-def describe(table: pd.DataFrame) -> str:
-    """What a preference table has, in some lines: sources, rewards, reference margins (nats), duplicates."""
-    if table.empty:
-        return "0 pairs"
-    lines = [f"{len(table)} pairs of {table.prompt_id.nunique()} prompts"]
-    for side in ("chosen", "rejected"):
-        counts = table.groupby([f"{side}_source", "resolution"]).size()
-        lines += [f"{side} from {source} at {side_px} px: {n}" for (source, side_px), n in counts.items()]
-    scored = table.dropna(subset=["chosen_reward", "rejected_reward"])
-    lines.append(f"rewards: {len(scored)} pairs scored")
-    if len(scored):
-        wins = (scored.chosen_reward > scored.rejected_reward).mean()
-        ties = (scored.chosen_reward == scored.rejected_reward).mean()
-        lines.append(
-            f"reward: chosen {scored.chosen_reward.mean():.4f}, rejected {scored.rejected_reward.mean():.4f}, "
-            f"chosen wins {wins:.1%}, ties {ties:.1%}"
-        )
-    margin = table.reference_chosen_logp - table.reference_rejected_logp
-    lines.append(
-        f"reference margin: mean {margin.mean():.2f}, median {margin.median():.2f}, "
-        f"from {margin.min():.2f} to {margin.max():.2f}, positive {(margin > 0).mean():.1%}"
-    )
-    repeats = {"pair ids": ["pair_id"], "rejected pictures": ["prompt_id", "rejected_bits"]}
-    lines += [f"repeated {what}: {table.duplicated(columns).sum()}" for what, columns in repeats.items()]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Describes a preference table.")
-    parser.add_argument("file", type=Path)
+def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Integers that were written as floats, as pandas does where some are null; other numbers stay as they are."""
     try:
-        print(describe(read_table(parser.parse_args().file)))
+        return column.cast(kind)
+    except pa.ArrowInvalid:
+        return column
+
+
+def _describe(path: Path) -> str:
+    table = read_table(path)
+    try:
+        return describe(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Describe a table; the exit code: 0 done, 2 the file is none."""
+    parser = argparse.ArgumentParser(prog="python -m vargpt_rl.data.preferences")
+    commands = parser.add_subparsers(required=True, metavar="describe")
+    commands.add_parser("describe", help="print what a preference table has").add_argument("file", type=Path)
+    path = parser.parse_args(arguments).file
+    try:
+        print(_describe(path))
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from vargpt_rl.model.generate import Reading, SamplingConfig, draw_next, to_pictures
+from vargpt_rl.model.hub import model_folder
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, ChatFormat, Pictures
 from vargpt_rl.model.scales import schedule_for, token_count
@@ -159,19 +160,18 @@ class Conversation:
 
 
 def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Vargpt, ChatFormat]:
-    """The model of a directory, ready to draw and to answer, and its chat format.
+    """The model of a directory or a hub name (`model_folder`), ready to draw and to answer, and its chat format.
 
     ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. ValueError for a
     directory that has no whole model of this architecture.
     """
     place, kind = device_and_dtype(device, dtype)
-    if not Path(checkpoint).is_dir():
-        raise ValueError(f"checkpoint={checkpoint}: no such directory")
+    folder = model_folder(checkpoint)
     try:
-        model, report = Vargpt.from_pretrained(checkpoint, dtype=kind, output_loading_info=True)
+        model, report = Vargpt.from_pretrained(folder, dtype=kind, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} is one")
-        chat = ChatFormat(str(checkpoint), model.config)
+        chat = ChatFormat(str(folder), model.config)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error
     return model.to(place).eval(), chat

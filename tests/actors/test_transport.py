@@ -1,0 +1,111 @@
+"""All ways to the workers bring the same tensors, bounded in memory, and say so when they cannot."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors import transport
+from actors.transport import Broadcast, Nearest, SharedFile, Shelf, Shelved
+from actors.weights import Layout, layout_of
+from vargpt_rl.network import free_address
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    tensors = {f"t{i}": torch.randn(40 + i, 5).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(7)}
+    tensors |= {"none": torch.zeros(0, 3), "one": torch.tensor(2.5), "ids": torch.arange(9)}
+    path = tmp_path_factory.mktemp("set") / "weights.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def layout(path) -> Layout:
+    return layout_of(path)
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield Shelf.remote()
+    ray.shutdown()
+
+
+def taken(parcel) -> dict[str, torch.Tensor]:
+    """All that comes, each tensor once."""
+    found: dict[str, torch.Tensor] = {}
+    for chunk in parcel.chunks():
+        assert not chunk.keys() & found.keys()
+        found |= {name: tensor.clone() for name, tensor in chunk.items()}
+    return found
+
+
+def assert_same(found: dict[str, torch.Tensor], path: Path) -> None:
+    expected = load_file(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_a_shared_file_is_read_tensor_by_tensor(path, layout):
+    assert max(len(chunk) for chunk in SharedFile(layout, path).chunks()) == 1
+    assert_same(taken(SharedFile(layout, path)), path)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 10**9])
+def test_the_shelf_brings_chunks_of_bounded_size(path, layout, shelf, monkeypatch, limit):
+    monkeypatch.setattr(transport, "CHUNK", limit)
+    sizes = [sum(tensor.nbytes for tensor in chunk.values()) for chunk in Shelved(layout, path, shelf).chunks()]
+    assert sum(sizes) == layout.bytes
+    assert max(sizes) <= max(limit, *map(layout.size, layout.shapes))
+    assert_same(taken(Shelved(layout, path, shelf)), path)
+
+
+def test_the_shelf_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, monkeypatch):
+    shelf = transport._Shelf()
+    monkeypatch.setattr(transport.ray, "put", lambda chunk: chunk)
+    path = tmp_path / "set.safetensors"
+    save_file({name: torch.ones(3) for name in "abc"}, path)
+    for name in "abca":
+        (chunk,) = shelf.chunk(path, [name])
+        assert list(chunk) == [name] and len(shelf.kept) <= 2
+    assert shelf.chunk(path, ["a"])[0] is chunk, "workers in step share a chunk"
+    save_file({name: torch.zeros(3) for name in "abc"}, tmp_path / "new")
+    (tmp_path / "new").replace(path)
+    assert shelf.chunk(path, ["a"])[0]["a"].sum() == 0
+
+
+def test_the_nearest_way_is_taken(path, layout, shelf, tmp_path):
+    size = path.stat().st_size
+    assert_same(taken(Nearest(layout, path, None, size)), path)  # the file is seen: no shelf is asked
+    other = tmp_path / "other.safetensors"  # seen here, but not the file that the shelf's side means
+    save_file({"t0": torch.zeros(1)}, other)
+    with pytest.raises(AttributeError):
+        taken(Nearest(layout, other, None, size))
+    assert_same(taken(Nearest(layout, path, shelf, size + 1)), path)
+
+
+def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
+    address, found, world = free_address(), {}, 3
+
+    def take(rank: int) -> None:
+        own = path if rank == 0 else tmp_path / "not here"
+        found[rank] = taken(Broadcast(layout, own, address, rank, world, "cpu", 30.0))
+
+    threads = [threading.Thread(target=take, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(world):
+        assert_same(found[rank], path)
+
+
+def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
+    with pytest.raises(RuntimeError, match="(?i)time"):
+        taken(Broadcast(layout, path, free_address(), 0, 2, "cpu", 1.0))

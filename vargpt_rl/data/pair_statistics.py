@@ -1,0 +1,97 @@
+"""What a preference table has: margins, where its pictures come from, and what is in it more than once.
+
+Margins are chosen minus rejected, of rewards and of the reference policy's log-probabilities (nats). `vargpt_rl.data.
+preferences` has the columns.
+"""
+
+import numpy as np
+import pandas as pd
+
+BINS = 20
+
+REPEATED = {
+    "pair id": ["pair_id"],
+    "prompt": ["prompt"],
+    "chosen picture": ["prompt_id", "chosen_bits"],
+    "rejected picture": ["prompt_id", "rejected_bits"],
+    "pair of pictures": ["prompt_id", "chosen_bits", "rejected_bits"],
+}
+"""What may occur more than once, and the columns that are equal then."""
+
+
+def margins(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Margins by pair: ``reference``, and ``reward`` of the pairs with two rewards, if there are any."""
+    found = {"reference": table.reference_chosen_logp - table.reference_rejected_logp}
+    reward = (table.chosen_reward - table.rejected_reward).astype(float).dropna()
+    return ({"reward": reward} if len(reward) else {}) | found
+
+
+def histogram(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and the edges of their bins, which are one more."""
+    return np.histogram(values, bins=BINS)
+
+
+def scale_margins(table: pd.DataFrame) -> pd.Series:
+    """Mean reference margin by scale. ValueError unless every picture has as many scales: one resolution at a time."""
+    sides = [np.array(table[f"reference_{side}_by_scale"].tolist(), dtype=object) for side in ("chosen", "rejected")]
+    if any(side.ndim != 2 for side in sides) or sides[0].shape != sides[1].shape:
+        raise ValueError("pictures of one resolution differ in how many scales their log-probabilities have")
+    return pd.Series((sides[0] - sides[1]).astype(float).mean(axis=0))
+
+
+def sources(table: pd.DataFrame, side: str) -> pd.Series:
+    """How many pictures of ``side`` come from where: a checkpoint, or the folder or style of a winner's key."""
+    names, drawn = table[f"{side}_source"], table[f"{side}_seed"].notna()
+    return names.where(drawn, names.str.split("/").str[0]).value_counts()
+
+
+def repeats(table: pd.DataFrame) -> dict[str, int]:
+    """How many rows repeat an earlier one, by what they repeat; also those with the same picture on both sides."""
+    counts = {name: int(table.duplicated(columns).sum()) for name, columns in REPEATED.items()}
+    return counts | {"picture on both sides": int((table.chosen_bits == table.rejected_bits).sum())}
+
+
+def statistics(table: pd.DataFrame) -> dict[str, float | list[float]]:
+    """All of the above under flat names, of a table of one resolution with at least one pair; histograms are lists."""
+    found: dict[str, float | list[float]] = {"pairs": len(table), "prompts": int(table.prompt_id.nunique())}
+    for name, values in margins(table).items():
+        counts, edges = histogram(values)
+        found |= {f"{name}_margin/{key}": float(getattr(values, key)()) for key in ("mean", "median", "min", "max")}
+        found |= {
+            f"{name}_margin/positive": float((values > 0).mean()),
+            f"{name}_margin/counts": counts.tolist(),
+            f"{name}_margin/edges": edges.tolist(),
+        }
+    found |= {f"reference_margin/scale_{k}": value for k, value in scale_margins(table).items()}
+    for side in ("chosen", "rejected"):
+        found |= {f"source/{side}/{name}": count / len(table) for name, count in sources(table, side).items()}
+    found |= {f"repeated/{name}": count for name, count in repeats(table).items()}
+    origin = table.attrs.get("origin", {})
+    found |= {key: origin[key] for key in ("samples", "prompts_without_winner") if key in origin}
+    return found | {f"dropped/{reason}": count for reason, count in origin.get("dropped_by_reason", {}).items()}
+
+
+def describe(table: pd.DataFrame) -> str:
+    """The same to read, by resolution. ValueError as `scale_margins`."""
+    if table.empty:
+        return "0 pairs"
+    blocks = []
+    for resolution, part in table.groupby("resolution"):
+        blocks.append(f"{len(part)} pairs of {part.prompt_id.nunique()} prompts at {resolution} px")
+        by_kind = margins(part)
+        blocks.append("margin, chosen - rejected\n" + pd.DataFrame(by_kind).describe().T.round(4).to_string())
+        for name, values in by_kind.items():
+            counts, edges = histogram(values)
+            bins = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+            blocks.append(f"{name} margin\n{pd.Series(counts, bins).to_string()}")
+        blocks.append("reference margin by scale\n" + scale_margins(part).round(4).to_string())
+        for side in ("chosen", "rejected"):
+            counts = sources(part, side)
+            shares = pd.DataFrame({"pairs": counts, "share": (counts / len(part)).round(4)})
+            blocks.append(f"{side} from\n{shares.rename_axis(None).to_string()}")
+        blocks.append("more than once\n" + pd.Series(repeats(part)).to_string())
+    if origin := table.attrs.get("origin"):
+        counts = {key.replace("_", " "): origin[key] for key in ("samples", "prompts", "prompts_without_winner")}
+        dropped = {f"dropped: {reason}": count for reason, count in origin["dropped_by_reason"].items()}
+        blocks.append("made of\n" + pd.Series(counts | dropped).to_string())
+    return "\n\n".join(blocks)
