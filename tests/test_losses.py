@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from tests.tiny import BITS
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import IMAGE_WEIGHT, Noise, forward_batch, image_loss, quantise_noisily, sft_loss, text_loss
 from vargpt_rl.model.bits import quantise
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat
 from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
 from vargpt_rl.stages import NO_NOISE
@@ -103,3 +105,31 @@ def test_flips_are_drawn_picture_by_picture_below_the_bound():
     # mean 0.15 of 512 bits; pictures differ in their rate, which widens the standard error to about 0.02
     assert flipped.float().mean().item() == pytest.approx(0.15, abs=0.06)
     assert flipped.any(1).float().mean() < 1, "some pictures have few flips"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_texts_that_share_a_row_have_the_loss_and_gradients_of_rows_of_their_own(checkpoint, chat, alone, attention):
+    words = ["three", "a large green triangle left of a yellow star " * 8, "blue", "two small squares", "red"]
+    examples = [TextExample(f"What is number {i}?", word) for i, word in enumerate(words)]
+    if not alone:
+        shown = chat.pictures([Image.new("RGB", (56, 56), "red")])
+        features = np.random.default_rng(0).standard_normal((BITS, 4, 4)).astype(np.float16)
+        examples[1:1] = [TextExample("What colour?", "red", shown), DrawExample(Prompt("0", "a star"), features, shown)]
+    model = Vargpt.from_pretrained(checkpoint, attn_implementation=attention)
+    found = []
+    for packs in (True, False):
+        batch = SftCollator(chat, packs)(examples)
+        assert ("blocks" in batch) == packs
+        model.zero_grad(set_to_none=True)
+        loss, _ = sft_loss(model, batch, NO_NOISE, 1.0)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients, batch["input_ids"].shape[0]))
+    (packed, packed_gradients, rows), (plain, gradients, more) = found
+    assert rows < more
+    torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)  # fp32 sums in another order
+    assert packed_gradients.keys() == gradients.keys() and len(gradients) > 20
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-5 * max(scale, 1e-3), msg=name)

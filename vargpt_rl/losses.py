@@ -46,7 +46,7 @@ def forward_batch(
     model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_logits: bool
 ) -> tuple[VargptOutput, torch.Tensor | None]:
     """Run a batch of ``SftCollator`` through the model; also returns the bits uint8 [N, L, d] it was asked for."""
-    keys = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    keys = ("input_ids", "attention_mask", "blocks", "pixel_values", "image_grid_thw")
     inputs = {key: batch[key] for key in keys if key in batch}
     if "features" not in batch:
         return model(**inputs), None

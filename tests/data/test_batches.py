@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from tests.tiny import BITS, tiny_checkpoint
-from vargpt_rl.data.batches import MULTIPLE, DrawExample, PairCollator, SftCollator, TextExample
+from vargpt_rl.data.batches import MULTIPLE, DrawExample, PairCollator, Row, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import IGNORED, ChatFormat
+from vargpt_rl.model.prompt import IGNORED, ChatFormat, Drawn
 from vargpt_rl.model.scales import schedule_for, token_count
 
 TOKENS = token_count(schedule_for(64))
@@ -73,6 +73,53 @@ def test_drawings_of_two_sizes_do_not_fit_a_batch(chat):
     examples = [DrawExample(Prompt("0", "a star"), features(side)) for side in (64, 32)]
     with pytest.raises(ValueError, match="same shape"):
         SftCollator(chat)(examples)
+
+
+def text(chat, words: str) -> Row:
+    return Row(chat.answered("Say it.", words))
+
+
+def drawing(chat, pictures: int, value: float, dtype=np.float16) -> Row:
+    parts = [part for _ in range(pictures) for part in ("Here:", Drawn(TOKENS))]
+    shape = (64, 64, 3) if dtype == np.uint8 else (BITS, 4, 4)
+    drawn = tuple(np.full(shape, value + i, dtype) for i in range(pictures))
+    return Row(chat.encode([("user", ["Draw."]), ("assistant", parts)]), None, drawn)
+
+
+def test_drawn_pictures_are_in_the_order_of_their_places(chat):
+    batch = SftCollator(chat)([drawing(chat, 2, 1.0), text(chat, "red"), drawing(chat, 1, 3.0)])
+    pads = batch["input_ids"] == chat.config.image_gen_pad_token_id
+    assert pads.sum(1).tolist() == [2 * TOKENS, 0, TOKENS]
+    assert batch["features"][:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
+    assert "blocks" not in batch
+
+
+def test_pixels_stay_pixels(chat):
+    batch = SftCollator(chat)([drawing(chat, 2, 7, np.uint8)])
+    assert batch["crops"].shape == (2, 64, 64, 3) and batch["crops"].dtype == torch.uint8
+    assert batch["crops"][:, 0, 0, 0].tolist() == [7, 8] and "features" not in batch
+
+
+def test_short_texts_share_rows_that_are_no_wider_than_the_batch(chat):
+    words = ["red", "blue " * 30, "green", "yellow"]
+    texts = [text(chat, word) for word in words]
+    shown = chat.pictures([Image.new("RGB", (56, 56), "red")])
+    seen = Row(chat.answered("What?", "red", shown.image_grid_thw), shown)
+    batch = SftCollator(chat, packs=True)([texts[0], seen, *texts[1:], drawing(chat, 1, 1.0)])
+    alone = SftCollator(chat)([texts[0], seen, *texts[1:], drawing(chat, 1, 1.0)])
+    assert batch["input_ids"].shape[1] == alone["input_ids"].shape[1]
+    assert len(batch["input_ids"]) < len(alone["input_ids"])
+    assert torch.equal(batch["pixel_values"], alone["pixel_values"])
+    assert torch.equal((batch["blocks"] > 0).long(), batch["attention_mask"])
+    config = chat.config
+    assert (batch["blocks"][(batch["input_ids"] == config.image_token_id).any(1)] < 2).all(), "pictures are alone"
+    assert (batch["blocks"][(batch["input_ids"] == config.image_gen_pad_token_id).any(1)] < 2).all()
+    found = []
+    for ids, labels, blocks in zip(batch["input_ids"], batch["labels"], batch["blocks"], strict=True):
+        assert blocks[blocks > 0].diff().min() >= 0
+        found += [(ids[blocks == n].tolist(), labels[blocks == n].tolist()) for n in range(1, int(blocks.max()) + 1)]
+    rows = [*(row.text for row in texts), seen.text, drawing(chat, 1, 1.0).text]
+    assert sorted(found) == sorted((row.ids, row.labels) for row in rows), "each once and whole"
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import SPECIAL_TOKENS
-from vargpt_rl.model.prompt import IGNORED, SYSTEM
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import IGNORED, SYSTEM, ChatFormat, Drawn, Shown
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,39 @@ def test_a_drawing_is_the_prompt_the_image_tokens_and_the_closing(chat):
     assert [label for label in labels if label != IGNORED] == learned
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
     assert config.image_gen_pad_token_id not in labels
+
+
+def test_a_conversation_has_pictures_where_they_are_shown_and_drawn(chat):
+    turns = [
+        ("user", ["Mix ", Shown(4), " and ", Shown(1), "."]),
+        ("assistant", ["One:", Drawn(3), "two:", Drawn(3), "both."]),
+        ("user", ["Thanks."]),
+        ("assistant", [Drawn(3)]),
+    ]
+    ids, labels = chat.encode(turns)
+    seen = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (4, 1)]
+    drawn = f"<|image_gen_start|>{'<|image_gen_pad|>' * 3}<|image_gen_end|>"
+    replies = f"One:{drawn}two:{drawn}both.<|im_end|>", f"{drawn}<|im_end|>"
+    assert chat.tokenizer.decode(ids) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nMix {seen[0]} and {seen[1]}.<|im_end|>\n"
+        f"<|im_start|>assistant\n{replies[0]}\n<|im_start|>user\nThanks.<|im_end|>\n<|im_start|>assistant\n{replies[1]}"
+    )
+    assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+    learned = chat.tokenizer.decode([label for label in labels if label != IGNORED])
+    assert learned == "".join(replies).replace("<|image_gen_pad|>", "")
+
+
+def test_shown_pictures_have_at_most_so_many_pixels(checkpoint):
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 140 * 140})
+    chat = ChatFormat(str(checkpoint), Vargpt.config_class.from_pretrained(checkpoint))
+    chat.image_processor = processor
+    wide = Image.effect_noise((300, 100), 50).convert("RGB")
+    for limit, bound in ((None, 140 * 140), (10**9, 140 * 140), (56 * 56, 56 * 56), (28 * 28 - 1, 28 * 28)):
+        pictures = chat.pictures([wide], limit)
+        assert pictures.image_grid_thw.prod() * 14**2 <= bound
+        assert pictures.image_grid_thw[0, 2] >= pictures.image_grid_thw[0, 1]
+        assert len(pictures.pixel_values) == pictures.image_grid_thw.prod()
+    assert torch.equal(chat.pictures([wide]).pixel_values, chat.pictures([wide], 10**9).pixel_values)
 
 
 def test_understood_pictures_come_first_in_the_users_turn_with_their_features(chat):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.prompt import IGNORED, ChatFormat, Encoded, Pictures
@@ -38,39 +39,74 @@ class TextExample:
     pictures: Pictures | None = None
 
 
-Example = DrawExample | TextExample
+@dataclass(frozen=True)
+class Row:
+    """An encoded conversation, its shown pictures, and those it draws in order, all of one size.
+
+    A drawn picture is float16 features [d, h, w], or uint8 pixels [H, W, 3] of which the learner takes the features.
+    """
+
+    text: Encoded
+    pictures: Pictures | None = None
+    drawn: tuple[np.ndarray, ...] = ()
 
 
-def _pad_rows(chat: ChatFormat, rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    ids = [row.ids for row in rows]
+Example = Row | DrawExample | TextExample
+
+
+def _pad_rows(chat: ChatFormat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {
-        "input_ids": chat.pad(ids, "right", multiple=MULTIPLE),
-        "attention_mask": chat.pad([[1] * len(row) for row in ids], "right", value=0, multiple=MULTIPLE),
+        "input_ids": chat.pad(rows, "right", multiple=MULTIPLE),
+        "attention_mask": chat.pad([[1] * len(row) for row in rows], "right", value=0, multiple=MULTIPLE),
     }
 
 
 class SftCollator:
-    """Examples -> a batch of right-padded rows; drawings of one size. Texts are labels, pads and prompts are not."""
+    """Examples -> a batch of right-padded rows; drawings of one size. Texts are labels, pads and prompts are not.
 
-    def __init__(self, chat: ChatFormat):
-        self.chat = chat
+    With ``packs``, texts without pictures share rows as far as the batch gets no wider; ``blocks`` int64 [B, T] then
+    counts the texts of each row from 1 (0 at pads), for the model to keep them apart.
+    """
 
-    def _encode(self, example: Example) -> Encoded:
+    def __init__(self, chat: ChatFormat, packs: bool = False):
+        self.chat, self.packs = chat, packs
+
+    def _row(self, example: Example) -> Row:
+        if isinstance(example, Row):
+            return example
         grid = example.pictures.image_grid_thw if example.pictures else None
         if isinstance(example, TextExample):
-            return self.chat.answered(example.question, example.answer, grid)
+            return Row(self.chat.answered(example.question, example.answer, grid), example.pictures)
         height, width = (side * STRIDE for side in example.features.shape[1:])
         tokens = token_count(schedule_for(height, width))
-        return self.chat.drawn(example.prompt.text, example.prompt.reply, tokens, grid)
+        text = self.chat.drawn(example.prompt.text, example.prompt.reply, tokens, grid)
+        return Row(text, example.pictures, (example.features,))
+
+    def _grouped(self, rows: list[Row]) -> list[list[Row]]:
+        """Which examples share a row."""
+        texts = [row for row in rows if row.pictures is None and not row.drawn] if self.packs else []
+        if len(texts) < 2:
+            return [[row] for row in rows]
+        widest = max(len(row.text.ids) for row in rows)
+        limit = -(-widest // MULTIPLE) * MULTIPLE
+        packs = pack([len(row.text.ids) for row in texts], limit)
+        alone = [[row] for row in rows if row.pictures is not None or row.drawn]
+        return alone + [[texts[index] for index in found.indices] for found in packs]
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        rows = [self._encode(example) for example in examples]
-        batch = _pad_rows(self.chat, rows)
-        batch["labels"] = self.chat.pad([row.labels for row in rows], "right", value=IGNORED, multiple=MULTIPLE)
-        drawings = [example for example in examples if isinstance(example, DrawExample)]
-        if drawings:
-            batch["features"] = torch.from_numpy(np.stack([example.features for example in drawings]))
-        seen = [example.pictures for example in examples if example.pictures is not None]
+        rows = [self._row(example) for example in examples]
+        groups = self._grouped(rows)
+        batch = _pad_rows(self.chat, [[id for row in group for id in row.text.ids] for group in groups])
+        labels = [[label for row in group for label in row.text.labels] for group in groups]
+        batch["labels"] = self.chat.pad(labels, "right", value=IGNORED, multiple=MULTIPLE)
+        if len(groups) < len(rows):
+            blocks = [[number for number, row in enumerate(group, 1) for _ in row.text.ids] for group in groups]
+            batch["blocks"] = self.chat.pad(blocks, "right", value=0, multiple=MULTIPLE)
+        drawn = [picture for row in rows for picture in row.drawn]
+        if drawn:
+            pixels = drawn[0].dtype == np.uint8
+            batch["crops" if pixels else "features"] = torch.from_numpy(np.stack(drawn))
+        seen = [row.pictures for row in rows if row.pictures is not None]
         if seen:
             batch["pixel_values"] = torch.cat([pictures.pixel_values for pictures in seen])
             batch["image_grid_thw"] = torch.cat([pictures.image_grid_thw for pictures in seen])
@@ -89,7 +125,7 @@ class PairCollator:
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         resolution = pairs[0]["resolution"]
         tokens, depth = token_count(schedule_for(resolution)), self.chat.config.image_tokenizer_config.bits
-        rows = [self.chat.drawn(pair["prompt"], pair["reply"], tokens) for pair in pairs] * 2
+        rows = [self.chat.drawn(pair["prompt"], pair["reply"], tokens).ids for pair in pairs] * 2
         batch = _pad_rows(self.chat, rows)
         batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         packed = [pair[key] for key in ("chosen_bits", "rejected_bits") for pair in pairs]

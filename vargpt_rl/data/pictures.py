@@ -1,4 +1,4 @@
-"""How picture files are decoded."""
+"""How picture files are decoded, and cut to the squares that are drawn."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +10,8 @@ MAX_PIXELS = 64_000_000
 KINDS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What is decoded. Pillow knows more kinds, and runs a program for one of them (PostScript)."""
 WHITE = (255, 255, 255)
+MARGIN = 1.125
+"""How much longer than the crop a picture's shorter side is made (VARGPT-v1.1's published training)."""
 
 
 def read_picture(
@@ -38,3 +40,20 @@ def as_rgb(image: Image.Image, background: tuple[int, ...] = WHITE) -> Image.Ima
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return image.convert("RGB")
+
+
+def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """A random square of ``image``, RGB, ``resolution`` pixels a side.
+
+    The shorter side is brought to ``MARGIN`` x ``resolution`` (Lanczos). Only the square itself is resampled: a strip
+    of 1 x 1000000 pixels would not fit in memory otherwise. ``rng`` is drawn from twice, whatever the picture.
+    """
+    shorter = round(MARGIN * resolution)
+    sides = [max(shorter, round(side * shorter / min(image.size))) for side in image.size]
+    box = []
+    for side, length in zip(sides, image.size, strict=True):
+        first = int(rng.integers(side - resolution + 1))
+        box.append((first * length / side, min(length, (first + resolution) * length / side)))
+    (left, right), (top, bottom) = box
+    size = (resolution, resolution)
+    return as_rgb(image).resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))

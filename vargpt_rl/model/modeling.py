@@ -49,9 +49,13 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         text_logits: bool = True,
+        blocks: torch.Tensor | None = None,
         **kwargs,
     ) -> VargptOutput:
         """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
+
+        ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
+        Drawings and understood pictures are in rows of one block.
 
         Raises ValueError when the pads do not fit the drawing. Without one, see ``Qwen2VLForConditionalGeneration``.
         """
@@ -59,7 +63,9 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
             attention_mask = torch.ones_like(input_ids)
         if drawing is None:
             if position_ids is None and past_key_values is None and input_ids is not None:
-                position_ids = self.positions(input_ids, attention_mask, image_grid_thw)
+                attention_mask, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
+            if blocks is not None:
+                kwargs["use_cache"] = False  # with a cache transformers looks for no blocks
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -70,7 +76,9 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return self.teacher_forced(input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits)
+        return self.teacher_forced(
+            input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
+        )
 
     def picture_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """[P, H]: the merged patches of all understood pictures."""
@@ -87,6 +95,10 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
                 input_ids_BT, is_picture_BT, image_grid_thw=image_grid_thw, attention_mask=attention_mask_BT
             )[0]
         return text_positions(attention_mask_BT).expand(3, -1, -1)
+
+    def block_positions(self, plain_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of packed rows transformers wants the plain positions before the m-rope positions: [4, B, T]."""
+        return torch.cat([plain_BT[None], positions])
 
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> DecoderContext:
         """What each picture's cross attention sees: the projected states strictly before its ``image_gen_start``."""

@@ -1,9 +1,10 @@
 """From conversations to token ids: a chat markup with the special tokens of pictures. Here v1.1's, which is Qwen2's.
 
-A drawing answer is: optional text, ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``, and what ends a turn
-(specification, section 3; the published code of v1.1 pads L up to a multiple of 128, this model does not).
+A drawn picture is ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``; an answer has any number of them among
+its words (specification, section 3; the published code of v1.1 pads L up to a multiple of 128, this model does not).
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,24 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
+class Shown(NamedTuple):
+    """The place of a picture that the user shows, and how many features the vision tower has for it."""
+
+    features: int
+
+
+class Drawn(NamedTuple):
+    """The place of a picture that the assistant draws, of L ``tokens``."""
+
+    tokens: int
+
+
+Part = str | Shown | Drawn
+"""A piece of a turn: words, or the place of a picture."""
+
+
 class Pictures(NamedTuple):
-    """Understood pictures, ready for the vision tower, and how many patches each has.
+    """Understood pictures, ready for the vision tower, and the grid of patches of each.
 
     ``pixel_values`` float: patches [P, 1176] in v1.1, pictures [pictures, 3, side, side] in v1; ``image_grid_thw``
     int64 [pictures, 3].
@@ -41,54 +58,105 @@ class Pictures(NamedTuple):
 class Markup:
     """Rows of a conversation. ``path`` is a directory (or hub name) with tokenizer files.
 
-    A family says how a conversation begins (``system``), how a user's turn reads (``user``), which token is the ``end``
-    of the assistant's turn, what is read for ``closing`` it, and how its vision tower takes pictures (``pictures``).
+    A family says what begins a conversation (``system``), what its turns are made of (``pieces``, ``asked``,
+    ``seen``), which token is the ``end`` of the assistant's turn and what stands ``between`` two turns, and how its
+    vision tower takes pictures (``shown``, ``pictures``).
     """
 
     end: int
-    closing: list[int]
+    between: list[int]
 
     def __init__(self, path: str, config: PreTrainedConfig):
         self.config = config
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
 
-    def text(self, text: str) -> list[int]:
-        """Ids of plain text; special tokens written in it stay text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
     def system(self) -> list[int]:
         """What begins every conversation."""
         raise NotImplementedError
+
+    def pieces(self, role: str, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        """The ids of each piece of a turn but what follows it, and whether they are words."""
+        raise NotImplementedError
+
+    def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
+        """A user's turn, pictures first."""
+        return [*self.shown(image_grid_thw), text]
 
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A user's turn (pictures first) and the opening of the assistant's turn."""
         raise NotImplementedError
 
-    def pictures(self, images: list[Image.Image]) -> Pictures:
-        """PIL pictures -> what the vision tower takes."""
+    def seen(self, features: int) -> list[int]:
+        """The ids of a picture that is shown."""
         raise NotImplementedError
+
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
+        """The places of pictures that were read into these grids."""
+        raise NotImplementedError
+
+    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
+        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+
+        ValueError for one that it cannot take.
+        """
+        raise NotImplementedError
+
+    def text(self, text: str) -> list[int]:
+        """Ids of plain text; special tokens written in it stay text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def content(self, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        """The ids of each piece, and whether they can be learned as text."""
+        config = self.config
+        for part in parts:
+            match part:
+                case Shown(features):
+                    yield self.seen(features), False
+                case Drawn(tokens):
+                    yield [config.image_gen_start_token_id], True
+                    yield [config.image_gen_pad_token_id] * tokens, False
+                    yield [config.image_gen_end_token_id], True
+                case str():
+                    yield self.text(part), True
+
+    def encode(self, turns: Iterable[tuple[str, Iterable[Part]]]) -> Encoded:
+        """A whole conversation, the turns of user and assistant after the system's.
+
+        Labels: the words of the assistant, the marks before and after the pictures it draws, and the end of its turns.
+        """
+        ids = self.system()
+        labels = [IGNORED] * len(ids)
+        for role, parts in turns:
+            for piece, is_text in (*self.pieces(role, parts), (self.between, False)):
+                ids += piece
+                labels += piece if is_text and role == "assistant" else [IGNORED] * len(piece)
+        length = len(ids) - len(self.between)  # nothing follows the last turn
+        return Encoded(ids[:length], labels[:length])
+
+    @property
+    def closing(self) -> list[int]:
+        """What closes the assistant's turn when another follows."""
+        return [self.end, *self.between]
 
     def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """System turn, user turn (pictures first), and the opening of the assistant's turn."""
         return self.system() + self.user(text, image_grid_thw)
 
+    def replied(self, text: str, reply: Sequence[Part], image_grid_thw: torch.Tensor | None = None) -> Encoded:
+        """One turn of the user (pictures first) and the assistant's reply to it."""
+        return self.encode([("user", self.asked(text, image_grid_thw)), ("assistant", reply)])
+
     def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """A question and its answer in words; the answer and its end are labels."""
-        question, answer_ids = self.question(text, image_grid_thw), [*self.text(answer), self.end]
-        return Encoded(question + answer_ids, [IGNORED] * len(question) + answer_ids)
+        """A question and its answer in words."""
+        return self.replied(text, [answer], image_grid_thw)
 
     def drawing_prompt(self, text: str, reply: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A request up to and including ``image_gen_start``: what sampling continues."""
         return [*self.question(text, image_grid_thw), *self.text(reply), self.config.image_gen_start_token_id]
 
     def drawn(self, text: str, reply: str, tokens: int, image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """A request answered by a picture of ``tokens`` image tokens. Text labels: the reply and the markup."""
-        question = self.question(text, image_grid_thw)
-        reply_ids = [*self.text(reply), self.config.image_gen_start_token_id]
-        closing = [self.config.image_gen_end_token_id, self.end]
-        ids = question + reply_ids + [self.config.image_gen_pad_token_id] * tokens + closing
-        labels = [IGNORED] * len(question) + reply_ids + [IGNORED] * tokens + closing
-        return Encoded(ids, labels)
+        """A request answered by a picture of ``tokens`` image tokens."""
+        return self.replied(text, [reply, Drawn(tokens)], image_grid_thw)
 
     def pad(self, rows: list[list[int]], side: str, value: int | None = None, multiple: int = 1) -> torch.Tensor:
         """int64 [B, T]: rows padded on ``side`` ("left" for sampling, "right" for training) to a common length."""
@@ -108,7 +176,7 @@ class ChatFormat(Markup):
         super().__init__(path, config)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         self.im_start, self.im_end = (self.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
-        self.end, self.closing = self.im_end, [self.im_end, *self.text("\n")]
+        self.end, self.between = self.im_end, self.text("\n")
 
     def turn(self, role: str, content: list[int]) -> list[int]:
         """``im_start`` role newline content ``im_end`` newline."""
@@ -118,18 +186,34 @@ class ChatFormat(Markup):
         """The turn that begins every conversation."""
         return self.turn("system", self.text(SYSTEM))
 
+    def pieces(self, role: str, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        yield [self.im_start, *self.text(f"{role}\n")], False
+        yield from self.content(parts)
+        yield [self.im_end], True
+
+    def seen(self, features: int) -> list[int]:
+        config = self.config
+        return [config.vision_start_token_id, *[config.image_token_id] * features, config.vision_end_token_id]
+
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
+        """The places of pictures that were read into these grids."""
+        merged = self.config.vision_config.spatial_merge_size**2
+        return [Shown(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
+
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A user's turn (pictures first) and the opening of the assistant's turn."""
-        pictures: list[int] = []
-        for grid in image_grid_thw if image_grid_thw is not None else ():
-            features = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
-            pictures += [self.config.vision_start_token_id, *[self.config.image_token_id] * features]
-            pictures += [self.config.vision_end_token_id]
-        return self.turn("user", pictures + self.text(text)) + [self.im_start, *self.text("assistant\n")]
+        content = [id for ids, _ in self.content(self.asked(text, image_grid_thw)) for id in ids]
+        return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
 
-    def pictures(self, images: list[Image.Image]) -> Pictures:
-        """PIL pictures -> what the vision tower takes."""
-        batch = self.image_processor(images=images, return_tensors="np")
+    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
+        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+
+        ValueError for one that is more than 200 times as long as wide.
+        """
+        bounds = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}  # in pixels
+        if max_pixels is not None:
+            bounds = {name: min(pixels, max_pixels) for name, pixels in bounds.items()}
+        batch = self.image_processor(images=images, return_tensors="np", size=bounds)
         return Pictures(
             torch.from_numpy(np.asarray(batch["pixel_values"], np.float32)), torch.from_numpy(batch["image_grid_thw"])
         )

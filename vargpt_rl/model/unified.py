@@ -72,8 +72,8 @@ class Unified:
     """Mixed into a family's language-and-vision model, which has these parts besides its own:
 
     ``image_tokenizer``, ``projector_in``, ``projector_out`` and ``image_decoder``. A family also says how it reads
-    pictures (``picture_features``), counts positions (``positions``), what its decoder sees of the prompt (``context``)
-    and how it is guided (``guided``, ``start_drawing``, ``drawing_states``, ``guide``).
+    pictures (``picture_features``), counts positions (``positions``, ``block_positions``), what its decoder sees of the
+    prompt (``context``) and how it is guided (``guided``, ``start_drawing``, ``drawing_states``, ``guide``).
     """
 
     accepts_loss_kwargs = False  # losses are means: the trainer divides them by the accumulation steps
@@ -90,8 +90,9 @@ class Unified:
         pixel_values: torch.Tensor | None,
         image_grid_thw: torch.Tensor | None,
         text_logits: bool,
+        blocks: torch.Tensor | None,
     ) -> VargptOutput:
-        """One pass over int64 [B, T] ids with N runs of L ``image_gen_pad``.
+        """One pass over int64 [B, T] ids with N runs of L ``image_gen_pad``; ``blocks`` as in ``forward``.
 
         What needs the image tokenizer's weights comes as a function of the model, for it is inside the pass that ZeRO-3
         has them at hand. Raises ValueError when the pads do not fit the drawing.
@@ -111,10 +112,11 @@ class Unified:
         pads_BT = input_ids == self.config.image_gen_pad_token_id
         embeds_BTH = self.embed(input_ids, pixel_values, image_grid_thw)
         embeds_BTH = embeds_BTH.masked_scatter(pads_BT[..., None], drawn_NLH.to(embeds_BTH.dtype))
+        mask_BT, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
         hidden_BTH = self.model.language_model(
             inputs_embeds=embeds_BTH,
-            attention_mask=attention_mask,
-            position_ids=self.positions(input_ids, attention_mask, image_grid_thw),
+            attention_mask=mask_BT,
+            position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
 
@@ -123,6 +125,21 @@ class Unified:
         logits = self.image_decoder(y_NLC, condition, context, schedule, drawing.drop_path)
         words = self.lm_head(hidden_BTH) if text_logits else None
         return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs)
+
+    def layout(self, input_ids_BT, attention_mask_BT, image_grid_thw, blocks_BT) -> tuple:
+        """Attention mask and positions for the language model.
+
+        Of packed rows transformers wants no mask and positions that begin anew with each block. Pads are a block of
+        their own.
+        """
+        positions = self.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
+        if blocks_BT is None:
+            return attention_mask_BT, positions
+        place_BT = torch.arange(blocks_BT.shape[1], device=blocks_BT.device).expand_as(blocks_BT)
+        begins_BT = blocks_BT.diff(dim=1, prepend=torch.full_like(blocks_BT[:, :1], -1)) != 0
+        first_BT = (place_BT * begins_BT).cummax(1).values
+        positions = positions - positions.gather(-1, first_BT.expand_as(positions))
+        return None, self.block_positions(place_BT - first_BT, positions)
 
     def find_drawings(self, input_ids_BT: torch.Tensor, pictures: int, tokens: int) -> torch.Tensor:
         """int64 [N, 2]: row and position of the first ``image_gen_pad`` of each drawn picture.

@@ -47,6 +47,6 @@ def test_understood_pictures_stand_before_the_words_with_one_token_a_patch(v1_ch
     ids = v1_chat.question("What?", pictures.image_grid_thw)
     assert ids.count(v1_chat.config.image_token_id) == 2 * side**2
     words = v1_chat.tokenizer.decode([i for i in ids if i != v1_chat.config.image_token_id])
-    assert words == f"<s>{SYSTEM}USER: \nWhat? ASSISTANT:"
+    assert words == f"<s>{SYSTEM}USER: \n\nWhat? ASSISTANT:"
     none = torch.zeros(0, 3, dtype=torch.long)
     assert v1_chat.question("What?", none) == v1_chat.question("What?")

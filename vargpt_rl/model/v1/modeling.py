@@ -58,9 +58,13 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         text_logits: bool = True,
+        blocks: torch.Tensor | None = None,
         **kwargs,
     ) -> VargptOutput:
         """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
+
+        ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
+        Drawings and understood pictures are in rows of one block.
 
         Raises ValueError when the pads do not fit the drawing. Without one, see ``LlavaForConditionalGeneration``;
         the grid and the token types of understood pictures, all of one size, say nothing here.
@@ -69,7 +73,9 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
             attention_mask = torch.ones_like(input_ids)
         if drawing is None:
             if position_ids is None and past_key_values is None and input_ids is not None:
-                position_ids = self.positions(input_ids, attention_mask)
+                attention_mask, position_ids = self.layout(input_ids, attention_mask, None, blocks)
+            if blocks is not None:
+                kwargs["use_cache"] = False  # with a cache transformers looks for no blocks
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -78,7 +84,9 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return self.teacher_forced(input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits)
+        return self.teacher_forced(
+            input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
+        )
 
     def picture_features(self, pixel_values: torch.Tensor, image_grid_thw=None) -> torch.Tensor:
         """[P, H]: the patches of all understood pictures."""
@@ -87,6 +95,10 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
         """int64 [B, T]; the same for training and sampling, and for text and pictures."""
         return text_positions(attention_mask_BT)
+
+    def block_positions(self, plain_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of packed rows."""
+        return plain_BT
 
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> None:
         """The decoder sees nothing of the prompt but the states of the image tokens."""
