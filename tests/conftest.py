@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_v1_checkpoint
+from vargpt_rl.model.families import load_config, load_model, markup_for
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 
@@ -21,3 +22,19 @@ def model(checkpoint):
 @pytest.fixture(scope="session")
 def chat(checkpoint):
     return ChatFormat(str(checkpoint), Vargpt.config_class.from_pretrained(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def v1_checkpoint(tmp_path_factory):
+    """Directory of a whole tiny v1 model; tests only read it."""
+    return tiny_v1_checkpoint(tmp_path_factory.mktemp("tiny_v1"))
+
+
+@pytest.fixture(scope="module")
+def v1_model(v1_checkpoint):
+    return load_model(v1_checkpoint, "auto").eval()
+
+
+@pytest.fixture(scope="session")
+def v1_chat(v1_checkpoint):
+    return markup_for(v1_checkpoint, load_config(v1_checkpoint))

@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.v1.configuration import VargptV1Config
+from vargpt_rl.model.v1.modeling import VargptV1
 
 BITS = 8
 HIDDEN = 64
@@ -31,6 +33,17 @@ SPECIAL_TOKENS = (
     "<|image_gen_end|>",
     "<|image_gen_pad|>",
 )
+V1_SPECIAL_TOKENS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<image>",
+    "<pad>",
+    "<|image_gen_start|>",
+    "<|image_gen_end|>",
+    "<|image_gen_pad|>",
+)
+V1_CODES, V1_SIDES, V1_SEEN_SIDE = 24, (1, 2, 4), 28
 
 
 class Patches:
@@ -40,21 +53,34 @@ class Patches:
         return Image.new("RGB", (side, side), key)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over a few sentences, with the model's special tokens."""
+def byte_level_bpe(special_tokens: tuple[str, ...]) -> Tokenizer:
+    """Byte-level BPE over a few sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+        vocab_size=384, special_tokens=list(special_tokens), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """With v1.1's special tokens."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level_bpe(SPECIAL_TOKENS),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+
+
+def tiny_v1_tokenizer() -> PreTrainedTokenizerFast:
+    """With v1's special tokens."""
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(V1_SPECIAL_TOKENS), extra_special_tokens=list(V1_SPECIAL_TOKENS), **named
     )
 
 
@@ -112,4 +138,60 @@ def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     side = 4 * 14
     Qwen2VLImageProcessorPil(size={"shortest_edge": side**2, "longest_edge": side**2}).save_pretrained(folder)
+    return folder
+
+
+def tiny_v1_config(tokenizer: PreTrainedTokenizerFast) -> VargptV1Config:
+    """A few layers of every part of v1; the token ids are those of ``tokenizer``."""
+    ids = {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in V1_SPECIAL_TOKENS}
+    return VargptV1Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "intermediate_size": 2 * HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 4096,
+            "bos_token_id": ids["s"],
+            "eos_token_id": ids["/s"],
+            "pad_token_id": ids["pad"],
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": V1_SEEN_SIDE,
+            "patch_size": 14,
+        },
+        decoder_config={"width": 64, "depth": 2, "heads": 2, "mlp_ratio": 2},
+        image_tokenizer_config={
+            "codes": V1_CODES,
+            "latent_channels": 8,
+            "sides": V1_SIDES,
+            "base_channels": 8,
+            "channel_multipliers": (1, 1, 1, 1, 1),
+            "blocks_per_level": 1,
+            "norm_groups": 4,
+        },
+        image_token_index=ids["image"],
+        image_seq_length=(V1_SEEN_SIDE // 14) ** 2,
+        **{f"image_gen_{key}_token_id": ids[f"image_gen_{key}"] for key in ("start", "end", "pad")},
+    )
+
+
+def tiny_v1_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write a whole v1 checkpoint into ``folder``; returns it."""
+    tokenizer = tiny_v1_tokenizer()
+    torch.manual_seed(seed)
+    model = VargptV1(tiny_v1_config(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+        model.image_tokenizer.codebook.weight.normal_()  # of the size of the features
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"height": V1_SEEN_SIDE, "width": V1_SEEN_SIDE}
+    CLIPImageProcessorPil(size={"shortest_edge": V1_SEEN_SIDE}, crop_size=side).save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vargpt_rl.model.bits import Quantised, quantise
-from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, scale_means
+from vargpt_rl.model.likelihood import bit_hits, scale_means, symbol_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt, VargptOutput
 from vargpt_rl.model.prompt import IGNORED
 from vargpt_rl.model.scales import STRIDE, Schedule, schedule_for
@@ -66,8 +66,8 @@ def text_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor
 def image_loss(
     logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor, weights_L: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Two-way cross entropy of the bits of all drawings, in nats: the mean, or weighted by token (weights sum to 1)."""
-    log_probs_NLd = bit_log_probs(logits_NL2d, bits_NLd)
+    """Cross entropy of the symbols of all drawings, in nats: the mean, or weighted by token (weights sum to 1)."""
+    log_probs_NLd = symbol_log_probs(logits_NL2d, bits_NLd)
     if weights_L is None:
         return -log_probs_NLd.mean()
     return -(log_probs_NLd.mean((0, 2)) * weights_L).sum()

@@ -62,14 +62,15 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def last_row(self) -> "Stored":
-        """The last row of a tensor in a safetensors file, read alone."""
+    def last_rows(self, shape: tuple[int, ...]) -> "Stored":
+        """The last rows of a tensor in a safetensors file, as many as ``shape`` holds, read alone."""
+        rows = math.prod(shape) // math.prod(self.shape[1:])
 
         def read() -> torch.Tensor:
             with _opened(self.file) as file:
-                return file.get_slice(self.name)[self.shape[0] - 1 :][0]
+                return file.get_slice(self.name)[self.shape[0] - rows :].view(shape)
 
-        return Stored(self.file, self.name, self.shape[1:], self.dtype, read)
+        return Stored(self.file, self.name, shape, self.dtype, read)
 
 
 Tensors = dict[str, Stored]

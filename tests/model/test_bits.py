@@ -27,6 +27,30 @@ def test_unpack_is_the_inverse_of_pack(tokens, depth, seed):
     assert (unpacked == bits_Ld).all()
 
 
+@given(st.integers(0, 40), st.integers(1, 3), st.integers(2, 70_000), st.integers(0, 2**32 - 1))
+def test_labels_of_any_number_of_values_are_packed_as_tightly_as_their_width_allows(tokens, depth, values, seed):
+    labels_Ls = np.random.default_rng(seed).integers(0, values, (tokens, depth), np.int32)
+    packed = pack(labels_Ls, values)
+    assert len(packed) == -(-tokens * depth * (values - 1).bit_length() // 8)
+    unpacked = unpack(packed, tokens, depth, values)
+    assert unpacked.dtype == (np.uint8 if values <= 256 else np.int32)
+    assert unpacked.shape == labels_Ls.shape and (unpacked == labels_Ls).all()
+
+
+def test_indices_of_a_codebook_of_4096_take_twelve_bits_each():
+    packed = pack(np.array([[0xABC], [0x123]], np.int32), 4096)
+    assert packed.hex() == "abc123"
+    assert len(pack(np.zeros((680, 1), np.int32), 4096)) == 1020
+
+
+def test_labels_that_cannot_be_are_refused():
+    packed = pack(np.array([[7]], np.uint8), 8)
+    with pytest.raises(ValueError, match="a label of 7, expected less than 6"):
+        unpack(packed, 1, 1, 6)
+    with pytest.raises(ValueError, match="1 bytes, expected 2 for 1 tokens of 1 labels below 4096"):
+        unpack(packed, 1, 1, 4096)
+
+
 @settings(deadline=None, max_examples=40)
 @given(sides, sides, st.integers(0, 99))
 def test_replaying_bits_gives_the_very_inputs_and_sums(height, width, seed):

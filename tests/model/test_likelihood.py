@@ -10,7 +10,11 @@ from vargpt_rl.model.likelihood import (
     picture_log_probs,
     scale_means,
     scale_sums,
+    symbol_entropy,
+    symbol_hits,
+    symbol_log_probs,
 )
+from vargpt_rl.model.multiscale import Symbols
 from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
 
 SCHEDULE = schedule_for(64)
@@ -75,3 +79,18 @@ def test_scale_sums_add_up_and_scale_means_are_means(logits, bits):
     torch.testing.assert_close(sums.sum(1), picture_log_probs(log_probs), rtol=1e-12, atol=0)
     counts = torch.tensor([(at.stop - at.start) * DEPTH for at in scale_slices(SCHEDULE)])
     torch.testing.assert_close(scale_means(log_probs, SCHEDULE).double(), sums / counts, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("depth, values", [(1, 5), (3, 4), (4, 2)])
+def test_symbols_of_any_number_of_values_are_softmaxes_over_them(depth, values):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 7, depth * values, generator=generator) * 4
+    labels = torch.randint(0, values, (2, 7, depth), generator=generator)
+    log_p = logits.unflatten(-1, (depth, values)).double().log_softmax(-1)
+    assert Symbols.of(logits, labels) == (depth, values)
+    explicit = log_p.gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(symbol_log_probs(logits, labels).double(), explicit, rtol=1e-5, atol=1e-6)
+    entropy = symbol_entropy(logits, Symbols(depth, values)).double()
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(symbol_hits(logits, labels), log_p.argmax(-1) == labels)
+    assert symbol_log_probs(logits.bfloat16(), labels).dtype == torch.float32

@@ -6,34 +6,17 @@ need no weights, so a learner that knows only bits can rebuild every input the d
 Shape legend: B batch, L image tokens, d bits a token, h w latent grid, K scales.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vargpt_rl.model.scales import Schedule, scale_slices, token_count
-
-
-class Quantised(NamedTuple):
-    """``bits_BLd`` uint8 labels, ``inputs_BLd`` of scales 1..K-1 (L-1 tokens), ``summed_Bdhw`` for the VAE decoder."""
-
-    bits_BLd: torch.Tensor
-    inputs_BLd: torch.Tensor
-    summed_Bdhw: torch.Tensor
+from vargpt_rl.model.multiscale import MultiScale, Quantised, to_map, to_tokens
+from vargpt_rl.model.scales import Schedule, schedule_for
 
 
 def to_codes(bits_BLd: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Bits {0, 1} -> points {-1, +1} / sqrt(d) on the unit sphere."""
     return (bits_BLd.to(dtype) * 2 - 1) / bits_BLd.shape[-1] ** 0.5
-
-
-def to_map(tokens_Bnd: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return tokens_Bnd.transpose(1, 2).unflatten(2, grid)
-
-
-def to_tokens(map_Bdhw: torch.Tensor) -> torch.Tensor:
-    return map_Bdhw.flatten(2).transpose(1, 2)
 
 
 def resize(map_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -51,6 +34,24 @@ def residual(features_Bdhw: torch.Tensor, summed_Bdhw: torch.Tensor, grid: tuple
     return F.normalize(rest, dim=1)
 
 
+class Bits(MultiScale):
+    """Labels are the signs of the remainder (specification, section 2)."""
+
+    schedule_for = staticmethod(schedule_for)
+
+    def label(self, features_Bdhw, summed_Bdhw, grid):
+        return (to_tokens(residual(features_Bdhw, summed_Bdhw, grid)) > 0).to(torch.uint8)
+
+    def addend(self, labels_Bns, schedule, k, dtype):
+        return resize(to_map(to_codes(labels_Bns, dtype), schedule[k]), schedule[-1])
+
+    def inputs(self, summed_Bdhw, grid):
+        return to_tokens(resize(summed_Bdhw, grid))
+
+
+BITS = Bits()
+
+
 def quantise(
     features_Bdhw: torch.Tensor, schedule: Schedule, flip_B: torch.Tensor | None = None, generator=None
 ) -> Quantised:
@@ -59,48 +60,47 @@ def quantise(
     ``flip_B``: per picture, the probability that a bit is flipped before it is fed on (bitwise self-correction,
     Infinity section 3.4). Labels stay those of the true remainder, so later scales learn to repair the flips.
     """
-    last = schedule[-1]
-    if features_Bdhw.shape[-2:] != torch.Size(last):
-        raise ValueError(f"features of grid {tuple(features_Bdhw.shape[-2:])}, but the schedule ends at {last}")
-    summed = torch.zeros_like(features_Bdhw)
-    bits, inputs = [], []
-    for k, grid in enumerate(schedule):
-        label_Bnd = (to_tokens(residual(features_Bdhw, summed, grid)) > 0).to(torch.uint8)
-        bits.append(label_Bnd)
-        fed_Bnd = label_Bnd
-        if flip_B is not None:
-            noise = torch.rand(label_Bnd.shape, generator=generator, device=label_Bnd.device)
-            fed_Bnd = label_Bnd ^ (noise < flip_B[:, None, None]).to(torch.uint8)
-        summed = summed + resize(to_map(to_codes(fed_Bnd, features_Bdhw.dtype), grid), last)
-        if k + 1 < len(schedule):
-            inputs.append(to_tokens(resize(summed, schedule[k + 1])))
-    inputs_BLd = torch.cat(inputs, 1) if inputs else summed.new_zeros(len(summed), 0, summed.shape[1])
-    return Quantised(torch.cat(bits, 1), inputs_BLd, summed)
+    if flip_B is None:
+        return BITS.quantise(features_Bdhw, schedule)
+
+    def flipped(bits_Bnd: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(bits_Bnd.shape, generator=generator, device=bits_Bnd.device)
+        return bits_Bnd ^ (noise < flip_B[:, None, None]).to(torch.uint8)
+
+    return BITS.quantise(features_Bdhw, schedule, flipped)
 
 
 def replay(bits_BLd: torch.Tensor, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Quantised:
     """From stored bits, the very inputs and the latent sum that drawing them produced."""
-    if bits_BLd.shape[1] != token_count(schedule):
-        raise ValueError(f"{bits_BLd.shape[1]} image tokens, but the schedule {schedule} has {token_count(schedule)}")
-    last = schedule[-1]
-    summed = torch.zeros(len(bits_BLd), bits_BLd.shape[2], *last, dtype=dtype, device=bits_BLd.device)
-    inputs = []
-    for k, (grid, at) in enumerate(zip(schedule, scale_slices(schedule), strict=True)):
-        summed = summed + resize(to_map(to_codes(bits_BLd[:, at], dtype), grid), last)
-        if k + 1 < len(schedule):
-            inputs.append(to_tokens(resize(summed, schedule[k + 1])))
-    inputs_BLd = torch.cat(inputs, 1) if inputs else summed.new_zeros(len(bits_BLd), 0, bits_BLd.shape[2])
-    return Quantised(bits_BLd, inputs_BLd, summed)
+    return BITS.replay(bits_BLd, schedule, dtype)
 
 
-def pack(bits_Ld: np.ndarray) -> bytes:
-    """Bits uint8 [L, d] -> bytes, eight bits each (2.1 kB for a picture at 256 px and d = 32)."""
-    return np.packbits(bits_Ld.astype(bool), axis=None).tobytes()
+def _width(values: int) -> int:
+    return (values - 1).bit_length()
 
 
-def unpack(packed: bytes, tokens: int, depth: int) -> np.ndarray:
-    """Inverse of ``pack``: uint8 [L, d]. ValueError if the length is not that of ``tokens * depth`` bits."""
-    expected = (tokens * depth + 7) // 8
+def pack(labels_Ls: np.ndarray, values: int = 2) -> bytes:
+    """Integers below ``values`` [L, s] -> bytes, in no more bits each than needed, the highest bit first.
+
+    A picture at 256 px takes 2.1 kB as 32 bits a token, 1.0 kB as an index of 4096 a token.
+    """
+    shifts = np.arange(_width(values))[::-1].astype(labels_Ls.dtype)
+    return np.packbits((labels_Ls[..., None] >> shifts & 1).astype(np.uint8), axis=None).tobytes()
+
+
+def unpack(packed: bytes, tokens: int, depth: int, values: int = 2) -> np.ndarray:
+    """Inverse of ``pack``: uint8 [L, s], or int32 where ``values`` do not fit.
+
+    ValueError if the length is not that of ``tokens * depth`` labels, or a label is not below ``values``.
+    """
+    width = _width(values)
+    count = tokens * depth * width
+    expected = (count + 7) // 8
     if len(packed) != expected:
-        raise ValueError(f"packed bits: {len(packed)} bytes, expected {expected} for {tokens} tokens of {depth} bits")
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=tokens * depth).reshape(tokens, depth)
+        what = f"{tokens} tokens of {depth} " + ("bits" if values == 2 else f"labels below {values}")
+        raise ValueError(f"packed bits: {len(packed)} bytes, expected {expected} for {what}")
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).reshape(tokens, depth, width)
+    labels = bits[..., 0] if width == 1 else bits @ (1 << np.arange(width)[::-1])
+    if labels.max(initial=0) >= values:
+        raise ValueError(f"packed bits: a label of {labels.max()}, expected less than {values}")
+    return labels.astype(np.uint8 if values <= 256 else np.int32)

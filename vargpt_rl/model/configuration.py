@@ -7,6 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
+from vargpt_rl.model.multiscale import Symbols
+from vargpt_rl.model.scales import schedule_for
+
 # Qwen2-VL-7B's; transformers' own defaults are those of the 72B model.
 RELEASE_LANGUAGE = {
     "hidden_size": 3584,
@@ -47,6 +50,18 @@ class ImageTokenizerConfig(PreTrainedConfig):
     channel_multipliers: list[int] | tuple[int, ...] = (1, 2, 4, 4, 4)
     blocks_per_level: int = 2
     norm_groups: int = 32
+
+    schedule_for = staticmethod(schedule_for)
+
+    @property
+    def symbols(self) -> Symbols:
+        """What an image token is."""
+        return Symbols(self.bits, 2)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent map."""
+        return self.bits
 
 
 @strict

@@ -115,7 +115,7 @@ def _rotate(x_NhLe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class SelfAttention(nn.Module):
-    """Cosine attention: unit-length queries and keys, a learned temperature a head, no key bias."""
+    """Cosine attention: unit-length queries and keys, a learned temperature a head, no key bias; rotated or not."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -132,7 +132,9 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q = F.normalize(q.float(), dim=-1, eps=1e-12) * self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
         k = F.normalize(k.float(), dim=-1, eps=1e-12)
-        q, k = _rotate(q, *rope).to(v.dtype), _rotate(k, *rope).to(v.dtype)
+        if rope is not None:
+            q, k = _rotate(q, *rope), _rotate(k, *rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             if cache.self_kv[block] is not None:
                 past_k, past_v = cache.self_kv[block]
@@ -177,7 +179,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _drop_path(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
+def drop_branch(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
     """Stochastic depth: drop a picture's whole branch with probability ``rate``, rescale the others."""
     if rate == 0.0:
         return branch_NLC
@@ -203,11 +205,11 @@ class DecoderBlock(GradientCheckpointingLayer):
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.modulation_offset + modulation_N16C).unbind(2)
         norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
         branch = self.self_attention(norm * (1 + scale1) + shift1, rope, mask_LL, cache, self.index)
-        x_NLC = x_NLC + _drop_path(gate1 * branch, drop_path)
+        x_NLC = x_NLC + drop_branch(gate1 * branch, drop_path)
         x_NLC = x_NLC + self.cross_attention(self.cross_norm(x_NLC), context, cache, self.index)
         norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
         branch = self.feed_forward(norm * (1 + scale2) + shift2)
-        return x_NLC + _drop_path(gate2 * branch, drop_path)
+        return x_NLC + drop_branch(gate2 * branch, drop_path)
 
 
 class VisualDecoder(nn.Module):
@@ -222,6 +224,10 @@ class VisualDecoder(nn.Module):
         self.level_embedding = nn.Embedding(config.max_scales, c)
         self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.depth))
         self.head = nn.Linear(c, 2 * bits)
+
+    def words(self, inputs_NnD: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """[N, n, C]: what the language model is given for ``tokens`` of the schedule, the first one aside."""
+        return self.word_embedding(inputs_NnD)
 
     def forward(
         self,

@@ -1,37 +1,36 @@
 """Drawing pictures: next-scale sampling with key-value caches and classifier-free guidance.
 
 The language model reads the prompt once, or goes on from what it has read; then each scale takes one pass of language
-model and visual decoder over the tokens of that scale alone (specification, section 5). With guidance, the
-unconditional branch is the one the released weights were sampled with: its language model sees only the tokens of the
-current scale, at positions from 0, while its visual decoder does remember earlier scales; its context is the learned
-unconditional rows.
+model and visual decoder over the tokens of that scale alone (specification, section 5). What the unconditional branch
+of guidance is, and how strong, is each family's own affair.
 
 Deviations from the published code: any batch size, prompts of different lengths; each sample draws its noise from its
-own seed, so it does not depend on its neighbours; a prompt longer than the unconditional rows uses all of those rows
-where the published code crashes; what is read is kept in an object of its own, not on the model, and may hold any
-number of drawn pictures.
+own seed, so it does not depend on its neighbours; what is read is kept in an object of its own, not on the model, and
+may hold any number of drawn pictures.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
-scale, L image tokens, d bits a token, C decoder width, H language-model width.
+scale, L image tokens, d bits or s symbols a token, D logits a token, C decoder width, H language-model width.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import DynamicCache
 
-from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
 from vargpt_rl.model.decoder import DecoderContext, ScaleCache
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.scales import scale_slices, schedule_for
+from vargpt_rl.model.multiscale import Symbols
+from vargpt_rl.model.scales import scale_slices
+from vargpt_rl.model.unified import Unified
 
 
 @dataclass
 class SamplingConfig:
-    """How bits are drawn. Defaults are the release's."""
+    """How image tokens are drawn. Defaults are those of the release of v1.1.
+
+    ``cfg``: in v1.1 1 is without guidance; in v1 0 is, and the strength grows from 0 at the first scale to ``cfg``.
+    """
 
     cfg: float = 3.0
     tau: float = 0.5
@@ -48,10 +47,15 @@ class SamplingConfig:
 
 
 class Drawn(NamedTuple):
-    """``bits_BLd`` uint8; ``summed_Bdhw`` the latent sum that decodes to the pictures."""
+    """``labels_BLs`` integers; ``summed_Bdhw`` the latent sum that decodes to the pictures."""
 
-    bits_BLd: torch.Tensor
+    labels_BLs: torch.Tensor
     summed_Bdhw: torch.Tensor
+
+    @property
+    def bits_BLd(self) -> torch.Tensor:
+        """The labels where they are bits: uint8 [B, L, d]."""
+        return self.labels_BLs
 
 
 def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
@@ -66,14 +70,33 @@ def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: l
     return torch.where(sure, difference > 0, noise < p).to(torch.uint8)
 
 
+def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
+    """int32 [B, n, 1] from logits [B, n, V], already divided by tau and guided.
+
+    Of the ``top_k`` likeliest, in order, those are kept before which less than ``top_p`` has been reached.
+    """
+    likeliest = logits_BnV.float().topk(min(sampling.top_k, logits_BnV.shape[-1]), dim=-1)
+    p = likeliest.values.softmax(-1, dtype=torch.float64)
+    p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0)
+    reached = p.cumsum(-1)
+    noise = torch.stack([torch.rand(p.shape[1], 1, generator=g, dtype=torch.float64) for g in generators])
+    rank = (reached <= noise.to(p.device) * reached[..., -1:]).sum(-1, keepdim=True)
+    return likeliest.indices.gather(-1, rank).to(torch.int32)
+
+
+def draw_labels(logits_BnD: torch.Tensor, symbols: Symbols, *how) -> torch.Tensor:
+    """Integers [B, n, s] from logits [B, n, s * values]: bits or indices."""
+    return draw_bits(logits_BnD, *how) if symbols.values == 2 else draw_indices(logits_BnD, *how)
+
+
 class Reading:
     """What the language model has read of a batch of rows so far: its cache and its states.
 
     The states of all that was read are kept, drawn tokens included: they are the context of pictures drawn later.
     """
 
-    def __init__(self, model: Vargpt, batch: int):
-        self.model = model
+    def __init__(self, model: Unified, batch: int):
+        self.model, self.batch = model, batch
         self.cache = DynamicCache(config=model.config.text_config)
         self.mask_BT = torch.ones(batch, 0, dtype=torch.long, device=model.device)
         self.next_position_B = torch.zeros(batch, dtype=torch.long, device=model.device)
@@ -87,9 +110,8 @@ class Reading:
 
     def read_drawn(self, embeds_BnH: torch.Tensor) -> torch.Tensor:
         """Read drawn tokens; their states [B, n, H]."""
-        batch, n = embeds_BnH.shape[:2]
-        positions_Bn = self.next_position_B[:, None] + torch.arange(n, device=embeds_BnH.device)
-        return self._step(embeds_BnH, self.mask_BT.new_ones(batch, n), positions_Bn.expand(3, -1, -1))
+        mask_Bn = self.mask_BT.new_ones(embeds_BnH.shape[:2])
+        return self._step(embeds_BnH, mask_Bn, self.model.positions(mask_Bn, mask_Bn) + self.next_position_B[:, None])
 
     def _step(self, embeds_BnH, mask_Bn, positions) -> torch.Tensor:
         self.mask_BT = torch.cat([self.mask_BT, mask_Bn], dim=1)
@@ -100,7 +122,7 @@ class Reading:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.next_position_B = positions[:, :, -1].amax(0) + 1
+        self.next_position_B = positions[..., -1].view(-1, self.batch).amax(0) + 1  # of any axis
         self.states.append(states)
         return states
 
@@ -111,20 +133,9 @@ class Reading:
         return self.model.context(torch.cat(self.states, dim=1), self.mask_BT, first_N2)
 
 
-def _with_unconditional(model: Vargpt, context: DecoderContext) -> DecoderContext:
-    """Append, for each sample, as many raw unconditional rows as its prompt has states (at most all of them)."""
-    rows_UC = model.image_decoder.condition.unconditional
-    width = context.states_NTC.shape[1]
-    lengths_B = context.mask_NT.sum(1).clamp(max=len(rows_UC))
-    states_TC = F.pad(rows_UC[:width], (0, 0, 0, max(0, width - len(rows_UC))))
-    states_BTC = states_TC.to(context.states_NTC.dtype).expand(len(lengths_B), -1, -1)
-    mask_BT = torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
-    return DecoderContext(torch.cat([context.states_NTC, states_BTC]), torch.cat([context.mask_NT, mask_BT]))
-
-
 @torch.inference_mode()
 def draw(
-    model: Vargpt,
+    model: Unified,
     input_ids_BT: torch.Tensor,
     attention_mask_BT: torch.Tensor,
     seeds: list[int],
@@ -142,7 +153,7 @@ def draw(
         raise ValueError(f"{len(seeds)} seeds for {len(input_ids_BT)} prompts, expected one each")
     if (input_ids_BT[:, -1] != model.config.image_gen_start_token_id).any():
         raise ValueError("each prompt must end with image_gen_start; pad on the left")
-    schedule_for(*size)  # refuses a bad size before the prompts are read
+    model.image_tokenizer.schedule_for(*size)  # refuses a bad size before the prompts are read
     reading = Reading(model, len(seeds))
     reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
     return draw_next(reading, seeds, size, sampling)
@@ -151,45 +162,27 @@ def draw(
 @torch.inference_mode()
 def draw_next(reading: Reading, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig) -> Drawn:
     """Draw one picture a row after what was read, ``image_gen_start`` last; its L tokens are then read as well."""
-    model, schedule = reading.model, schedule_for(*size)
-    batch, guided = len(seeds), sampling.cfg != 1
-    context = reading.context()
-    dropped_M = torch.arange(batch * (1 + guided), device=model.device) >= batch
-    condition = model.image_decoder.condition(dropped_M)
-    if guided:
-        context = _with_unconditional(model, context)
+    model, tokenizer, decoder = reading.model, reading.model.image_tokenizer, reading.model.image_decoder
+    schedule, symbols = tokenizer.schedule_for(*size), model.config.image_tokenizer_config.symbols
+    slices, batch, guided = scale_slices(schedule), len(seeds), model.guided(sampling.cfg)
+    unconditional_M = torch.arange(batch * (1 + guided), device=model.device) >= batch
+    condition, context = model.start_drawing(reading.context(), unconditional_M | model.draws_unconditionally)
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     decoder_cache = ScaleCache(model.config.decoder_config.depth)
-    words_MnC, bits, summed = condition.start_N1C, [], None
-    for k, at in enumerate(scale_slices(schedule)):
-        y_MnC = model.projector_out(_language_states(reading, model.projector_in(words_MnC)))
-        logits = model.image_decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at)
-        logits = logits / sampling.tau
+    words_MnC, labels, summed = condition.start_N1C, [], None
+    for k, at in enumerate(slices):
+        y_MnC = model.projector_out(model.drawing_states(reading, model.projector_in(words_MnC), generators))
+        logits = decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at) / sampling.tau
         if guided:
-            logits = sampling.cfg * logits[:batch] + (1 - sampling.cfg) * logits[batch:]
-        bits.append(draw_bits(logits, sampling, generators))
-        codes = resize(to_map(to_codes(bits[-1], words_MnC.dtype), schedule[k]), schedule[-1])
-        summed = codes if summed is None else summed + codes
+            logits = model.guide(logits, sampling.cfg, k / max(len(schedule) - 1, 1))
+        labels.append(draw_labels(logits, symbols, sampling, generators))
+        added = tokenizer.addend(labels[-1], schedule, k, words_MnC.dtype)
+        summed = added if summed is None else summed + added
         if k + 1 < len(schedule):
-            inputs_BnD = to_tokens(resize(summed, schedule[k + 1]))
-            words_MnC = model.image_decoder.word_embedding(inputs_BnD).repeat(1 + guided, 1, 1)
-    return Drawn(torch.cat(bits, 1), summed)
-
-
-def _language_states(reading: Reading, embeds_MnH: torch.Tensor) -> torch.Tensor:
-    """One scale through the language model: after what was read for the samples, without it for the unconditional."""
-    batch = len(reading.mask_BT)
-    states = reading.read_drawn(embeds_MnH[:batch])
-    if len(embeds_MnH) == batch:
-        return states
-    steps = torch.arange(embeds_MnH.shape[1], device=embeds_MnH.device)
-    alone = reading.model.model.language_model(
-        inputs_embeds=embeds_MnH[batch:],
-        position_ids=steps.expand(3, batch, -1),
-        use_cache=False,
-    ).last_hidden_state
-    return torch.cat([states, alone])
+            inputs_BnD = tokenizer.inputs(summed, schedule[k + 1])
+            words_MnC = decoder.words(inputs_BnD, slices[k + 1]).repeat(1 + guided, 1, 1)
+    return Drawn(torch.cat(labels, 1), summed)
 
 
 @torch.inference_mode()
@@ -199,7 +192,7 @@ def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def to_pictures(model: Vargpt, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
+def to_pictures(model: Unified, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
     """The pictures that latent sums decode to, one by one, so that no pixel is rounded otherwise in another batch."""
     decoded = (model.image_tokenizer.decode(summed_1dhw) for summed_1dhw in summed_Bdhw.split(1))
     return [Image.fromarray(to_uint8(image_13HW)[0].cpu().numpy()) for image_13HW in decoded]

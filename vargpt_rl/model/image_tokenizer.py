@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vargpt_rl.model.bits import Quantised, quantise, residual, resize, to_codes, to_map, to_tokens
-from vargpt_rl.model.scales import schedule_for
+from vargpt_rl.model.bits import Bits, residual, resize, to_codes
+from vargpt_rl.model.multiscale import Quantised, to_map, to_tokens
 
 
 class ResidualBlock(nn.Module):
@@ -49,8 +49,30 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BChw, scale_factor=2.0, mode="nearest"))
 
 
+class Attention(nn.Module):
+    """One head over all cells of the grid, added to its input."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x_BChw)).flatten(2).transpose(1, 2).chunk(3, -1)
+        seen = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x_BChw + self.proj(seen.transpose(1, 2).view_as(x_BChw))
+
+
+def _middle(width: int, groups: int, attention: bool) -> nn.Sequential:
+    between = [Attention(width, groups)] if attention else []
+    return nn.Sequential(ResidualBlock(width, width, groups), *between, ResidualBlock(width, width, groups))
+
+
 class Encoder(nn.Module):
-    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int):
+    """``attention``: after each block of the coarsest level, and in the middle."""
+
+    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int, attention: bool = False):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         levels, width = [], channels[0]
@@ -59,11 +81,13 @@ class Encoder(nn.Module):
             for _ in range(blocks):
                 layers.append(ResidualBlock(width, out, groups))
                 width = out
+                if attention and level + 1 == len(channels):
+                    layers.append(Attention(width, groups))
             if level + 1 < len(channels):
                 layers.append(Downsample(width))
             levels.append(nn.Sequential(*layers))
         self.levels = nn.ModuleList(levels)
-        self.middle = nn.Sequential(ResidualBlock(width, width, groups), ResidualBlock(width, width, groups))
+        self.middle = _middle(width, groups, attention)
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, depth, 3, padding=1)
 
@@ -75,17 +99,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int):
+    """``attention`` as in the encoder."""
+
+    def __init__(self, channels: list[int], blocks: int, groups: int, depth: int, attention: bool = False):
         super().__init__()
         width = channels[-1]
         self.conv_in = nn.Conv2d(depth, width, 3, padding=1)
-        self.middle = nn.Sequential(ResidualBlock(width, width, groups), ResidualBlock(width, width, groups))
+        self.middle = _middle(width, groups, attention)
         levels = []
         for level in reversed(range(len(channels))):
             layers = []
             for _ in range(blocks + 1):
                 layers.append(ResidualBlock(width, channels[level], groups))
                 width = channels[level]
+                if attention and level + 1 == len(channels):
+                    layers.append(Attention(width, groups))
             if level:
                 layers.append(Upsample(width))
             levels.append(nn.Sequential(*layers))
@@ -100,7 +128,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class ImageTokenizer(nn.Module):
+class ImageTokenizer(nn.Module, Bits):
     """Pictures in [-1, 1] to bits and back."""
 
     def __init__(self, config):
@@ -116,7 +144,7 @@ class ImageTokenizer(nn.Module):
 
     def encode(self, images_B3HW: torch.Tensor) -> Quantised:
         """Pictures -> bits and decoder inputs, on the schedule of their size."""
-        return quantise(self.features(images_B3HW), schedule_for(*images_B3HW.shape[-2:]))
+        return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
         """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
@@ -128,7 +156,7 @@ class ImageTokenizer(nn.Module):
         Straight-through estimator scale by scale: the gradient of each code is that of the unit-length remainder it
         rounds, with the coarser scales held constant.
         """
-        schedule = schedule_for(*images_B3HW.shape[-2:])
+        schedule = self.schedule_for(*images_B3HW.shape[-2:])
         features = self.features(images_B3HW)
         summed = torch.zeros_like(features)
         for grid in schedule:

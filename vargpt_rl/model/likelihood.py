@@ -1,11 +1,12 @@
-"""Log-likelihood of image bits, and what is read off it. Pure functions, reduced in fp32 or better.
+"""Log-likelihood of image tokens, and what is read off it. Pure functions, reduced in fp32 or better.
 
-Shape legend: N pictures, L image tokens, d bits a token, K scales.
+Shape legend: N pictures, L image tokens, d bits or s symbols a token, D logits a token, V values a symbol, K scales.
 """
 
 import torch
 import torch.nn.functional as F
 
+from vargpt_rl.model.multiscale import Symbols
 from vargpt_rl.model.scales import Schedule, scale_slices
 
 
@@ -44,3 +45,32 @@ def bit_entropy(logits_NL2d: torch.Tensor) -> torch.Tensor:
 def bit_hits(logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor) -> torch.Tensor:
     """bool [N, L, d]: where the likelier value is the true bit."""
     return (logits_NL2d[..., 1::2] > logits_NL2d[..., 0::2]) == bits_NLd.bool()
+
+
+def _by_symbol(logits_NLD: torch.Tensor, symbols: Symbols) -> torch.Tensor:
+    """fp32 [N, L, s, V]: log-probability of every value of every symbol."""
+    return logits_NLD.unflatten(-1, tuple(symbols)).float().log_softmax(-1)
+
+
+def symbol_log_probs(logits_NLD: torch.Tensor, labels_NLs: torch.Tensor) -> torch.Tensor:
+    """fp32 [N, L, s]: log-probability of each label, a softmax over its symbol's logits."""
+    symbols = Symbols.of(logits_NLD, labels_NLs)
+    if symbols.values == 2:
+        return bit_log_probs(logits_NLD, labels_NLs)
+    return _by_symbol(logits_NLD, symbols).gather(-1, labels_NLs[..., None].long())[..., 0]
+
+
+def symbol_entropy(logits_NLD: torch.Tensor, symbols: Symbols) -> torch.Tensor:
+    """fp32 [N, L, s]: entropy of each symbol in nats."""
+    if symbols.values == 2:
+        return bit_entropy(logits_NLD)
+    log_p = _by_symbol(logits_NLD, symbols)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def symbol_hits(logits_NLD: torch.Tensor, labels_NLs: torch.Tensor) -> torch.Tensor:
+    """bool [N, L, s]: where the likeliest value is the label."""
+    symbols = Symbols.of(logits_NLD, labels_NLs)
+    if symbols.values == 2:
+        return bit_hits(logits_NLD, labels_NLs)
+    return logits_NLD.unflatten(-1, tuple(symbols)).argmax(-1) == labels_NLs

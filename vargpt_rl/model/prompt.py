@@ -1,7 +1,7 @@
-"""From conversations to token ids: Qwen2's chat markup with the special tokens of pictures.
+"""From conversations to token ids: a chat markup with the special tokens of pictures. Here v1.1's, which is Qwen2's.
 
 A drawn picture is ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``; an answer has any number of them among
-its words (specification, section 3; the published code pads L up to a multiple of 128, this model does not).
+its words (specification, section 3; the published code of v1.1 pads L up to a multiple of 128, this model does not).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vargpt_rl.model.configuration import VargptConfig
@@ -45,41 +45,73 @@ Part = str | Shown | Drawn
 
 
 class Pictures(NamedTuple):
-    """Understood pictures, ready for the vision tower: patches float [P, 1176] and grids int64 [pictures, 3]."""
+    """Understood pictures, ready for the vision tower, and the grid of patches of each.
+
+    ``pixel_values`` float: patches [P, 1176] in v1.1, pictures [pictures, 3, side, side] in v1; ``image_grid_thw``
+    int64 [pictures, 3].
+    """
 
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
 
 
-class ChatFormat:
-    """The markup of one model. ``path`` is a directory (or hub name) with tokenizer files."""
+class Markup:
+    """Rows of a conversation. ``path`` is a directory (or hub name) with tokenizer files.
 
-    def __init__(self, path: str, config: VargptConfig):
+    A family says what begins a conversation (``system``), what its turns are made of (``pieces``, ``asked``,
+    ``seen``), which token is the ``end`` of the assistant's turn and what stands ``between`` two turns, and how its
+    vision tower takes pictures (``shown``, ``pictures``).
+    """
+
+    end: int
+    between: list[int]
+
+    def __init__(self, path: str, config: PreTrainedConfig):
         self.config = config
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.im_start, self.im_end = (self.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
+
+    def system(self) -> list[int]:
+        """What begins every conversation."""
+        raise NotImplementedError
+
+    def pieces(self, role: str, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        """The ids of each piece of a turn but what follows it, and whether they are words."""
+        raise NotImplementedError
+
+    def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
+        """A user's turn, pictures first."""
+        return [*self.shown(image_grid_thw), text]
+
+    def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
+        """A user's turn (pictures first) and the opening of the assistant's turn."""
+        raise NotImplementedError
+
+    def seen(self, features: int) -> list[int]:
+        """The ids of a picture that is shown."""
+        raise NotImplementedError
+
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
+        """The places of pictures that were read into these grids."""
+        raise NotImplementedError
+
+    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
+        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+
+        ValueError for one that it cannot take.
+        """
+        raise NotImplementedError
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it stay text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def turn(self, role: str, content: list[int]) -> list[int]:
-        """``im_start`` role newline content ``im_end`` newline."""
-        return [self.im_start, *self.text(f"{role}\n"), *content, self.im_end, *self.text("\n")]
-
-    def system(self) -> list[int]:
-        """The turn that begins every conversation."""
-        return self.turn("system", self.text(SYSTEM))
-
-    def _content(self, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+    def content(self, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
         """The ids of each piece, and whether they can be learned as text."""
         config = self.config
         for part in parts:
             match part:
                 case Shown(features):
-                    image = [config.image_token_id] * features
-                    yield [config.vision_start_token_id, *image, config.vision_end_token_id], False
+                    yield self.seen(features), False
                 case Drawn(tokens):
                     yield [config.image_gen_start_token_id], True
                     yield [config.image_gen_pad_token_id] * tokens, False
@@ -93,23 +125,18 @@ class ChatFormat:
         Labels: the words of the assistant, the marks before and after the pictures it draws, and the end of its turns.
         """
         ids = self.system()
-        labels, newline = [IGNORED] * len(ids), self.text("\n")
+        labels = [IGNORED] * len(ids)
         for role, parts in turns:
-            opening = [self.im_start, *self.text(f"{role}\n")]
-            for piece, is_text in ((opening, False), *self._content(parts), ([self.im_end], True), (newline, False)):
+            for piece, is_text in (*self.pieces(role, parts), (self.between, False)):
                 ids += piece
                 labels += piece if is_text and role == "assistant" else [IGNORED] * len(piece)
-        return Encoded(ids[: -len(newline)], labels[: -len(newline)])  # nothing follows the last turn
+        length = len(ids) - len(self.between)  # nothing follows the last turn
+        return Encoded(ids[:length], labels[:length])
 
-    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
-        """The places of pictures that were read into these grids."""
-        merged = self.config.vision_config.spatial_merge_size**2
-        return [Shown(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
-
-    def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
-        """A user's turn (pictures first) and the opening of the assistant's turn."""
-        content = [id for ids, _ in self._content([*self.shown(image_grid_thw), text]) for id in ids]
-        return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
+    @property
+    def closing(self) -> list[int]:
+        """What closes the assistant's turn when another follows."""
+        return [self.end, *self.between]
 
     def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """System turn, user turn (pictures first), and the opening of the assistant's turn."""
@@ -117,7 +144,7 @@ class ChatFormat:
 
     def replied(self, text: str, reply: Sequence[Part], image_grid_thw: torch.Tensor | None = None) -> Encoded:
         """One turn of the user (pictures first) and the assistant's reply to it."""
-        return self.encode([("user", [*self.shown(image_grid_thw), text]), ("assistant", reply)])
+        return self.encode([("user", self.asked(text, image_grid_thw)), ("assistant", reply)])
 
     def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> Encoded:
         """A question and its answer in words."""
@@ -131,6 +158,53 @@ class ChatFormat:
         """A request answered by a picture of ``tokens`` image tokens."""
         return self.replied(text, [reply, Drawn(tokens)], image_grid_thw)
 
+    def pad(self, rows: list[list[int]], side: str, value: int | None = None, multiple: int = 1) -> torch.Tensor:
+        """int64 [B, T]: rows padded on ``side`` ("left" for sampling, "right" for training) to a common length."""
+        value = self.tokenizer.pad_token_id if value is None else value
+        width = -(-max(map(len, rows)) // multiple) * multiple
+        padded = torch.full((len(rows), width), value)
+        for i, row in enumerate(rows):
+            at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            padded[i, at] = torch.tensor(row)
+        return padded
+
+
+class ChatFormat(Markup):
+    """v1.1's markup, Qwen2's."""
+
+    def __init__(self, path: str, config: VargptConfig):
+        super().__init__(path, config)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.im_start, self.im_end = (self.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
+        self.end, self.between = self.im_end, self.text("\n")
+
+    def turn(self, role: str, content: list[int]) -> list[int]:
+        """``im_start`` role newline content ``im_end`` newline."""
+        return [self.im_start, *self.text(f"{role}\n"), *content, self.im_end, *self.text("\n")]
+
+    def system(self) -> list[int]:
+        """The turn that begins every conversation."""
+        return self.turn("system", self.text(SYSTEM))
+
+    def pieces(self, role: str, parts: Iterable[Part]) -> Iterator[tuple[list[int], bool]]:
+        yield [self.im_start, *self.text(f"{role}\n")], False
+        yield from self.content(parts)
+        yield [self.im_end], True
+
+    def seen(self, features: int) -> list[int]:
+        config = self.config
+        return [config.vision_start_token_id, *[config.image_token_id] * features, config.vision_end_token_id]
+
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
+        """The places of pictures that were read into these grids."""
+        merged = self.config.vision_config.spatial_merge_size**2
+        return [Shown(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
+
+    def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
+        """A user's turn (pictures first) and the opening of the assistant's turn."""
+        content = [id for ids, _ in self.content(self.asked(text, image_grid_thw)) for id in ids]
+        return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
+
     def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
         """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
 
@@ -143,13 +217,3 @@ class ChatFormat:
         return Pictures(
             torch.from_numpy(np.asarray(batch["pixel_values"], np.float32)), torch.from_numpy(batch["image_grid_thw"])
         )
-
-    def pad(self, rows: list[list[int]], side: str, value: int | None = None, multiple: int = 1) -> torch.Tensor:
-        """int64 [B, T]: rows padded on ``side`` ("left" for sampling, "right" for training) to a common length."""
-        value = self.tokenizer.pad_token_id if value is None else value
-        width = -(-max(map(len, rows)) // multiple) * multiple
-        padded = torch.full((len(rows), width), value)
-        for i, row in enumerate(rows):
-            at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            padded[i, at] = torch.tensor(row)
-        return padded

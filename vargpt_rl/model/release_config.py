@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,18 @@ from transformers import PreTrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 
 from vargpt_rl.model.configuration import DecoderConfig, ImageTokenizerConfig, VargptConfig
+from vargpt_rl.model.release import (
+    START,
+    START_ROWS,
+    dropped_shapes,
+    neutral,
+    reason_dropped,
+    release_name,
+    start_rows_shape,
+)
 
 MODEL_TYPE = "vargpt_qwen2_vl"
+RELEASE_CHUNKS = 8
 NEW_TOKENS = ("image_gen_start", "image_gen_end", "image_gen_pad")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,7 +51,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _usual(sizes: Iterable[int], what: str) -> int:
+def usual(sizes: Iterable[int], what: str) -> int:
     """The commonest: one misshapen tensor does not change what is expected of all the others."""
     counted = Counter(sizes).most_common(1)
     if not counted:
@@ -48,7 +59,7 @@ def _usual(sizes: Iterable[int], what: str) -> int:
     return counted[0][0]
 
 
-def _matches(shapes: Shapes, pattern: str) -> list[tuple[re.Match, tuple[int, ...]]]:
+def matches(shapes: Shapes, pattern: str) -> list[tuple[re.Match, tuple[int, ...]]]:
     """Names that fit, with their shapes; a tensor without elements tells no size."""
     found = [(re.fullmatch(pattern, name), shape) for name, shape in shapes.items() if shape and math.prod(shape)]
     return [(match, shape) for match, shape in found if match]
@@ -57,10 +68,10 @@ def _matches(shapes: Shapes, pattern: str) -> list[tuple[re.Match, tuple[int, ..
 def decoder_config(shapes: Shapes, stated: dict[str, Any]) -> tuple[DecoderConfig, int]:
     """The decoder's configuration and its blocks per chunk, from the shapes of ``vargpt_gen.*``."""
     name = r"vargpt_gen\.block_chunks\.(\d+)\.module\.(\d+)"
-    biases = _matches(shapes, rf"{name}\.(sa|ca)\.v_bias")
-    scales = _matches(shapes, rf"{name}\.sa\.scale_mul_1H11")
-    width = _usual((shape[0] for _, shape in biases), "vargpt_gen.block_chunks.*.sa.v_bias")
-    heads = _usual((math.prod(shape) for _, shape in scales), "vargpt_gen.block_chunks.*.sa.scale_mul_1H11")
+    biases = matches(shapes, rf"{name}\.(sa|ca)\.v_bias")
+    scales = matches(shapes, rf"{name}\.sa\.scale_mul_1H11")
+    width = usual((shape[0] for _, shape in biases), "vargpt_gen.block_chunks.*.sa.v_bias")
+    heads = usual((math.prod(shape) for _, shape in scales), "vargpt_gen.block_chunks.*.sa.scale_mul_1H11")
     chunks = len({match[1] for match, _ in biases})
     blocks_per_chunk = len({match[2] for match, _ in biases})
     sizes = {"width": width, "depth": chunks * blocks_per_chunk, "heads": heads}
@@ -71,15 +82,15 @@ def image_tokenizer_config(shapes: Shapes, stated: dict[str, Any]) -> ImageToken
     """The image tokenizer's configuration, from the shapes of ``vae_local.*``."""
     name = "vae_local.encoder.down.*.block.*.conv*.conv.bias"
     block = r"vae_local\.encoder\.down\.(\d+)\.block\.(\d+)"
-    parts = _matches(shapes, rf"{block}\.(conv[12]\.conv|norm2\.norm)\.(weight|bias)")
+    parts = matches(shapes, rf"{block}\.(conv[12]\.conv|norm2\.norm)\.(weight|bias)")
     levels = max(1, len({match[1] for match, _ in parts}))
-    widths = [_usual((shape[0] for match, shape in parts if match[1] == str(i)), name) for i in range(levels)]
-    ends = _matches(shapes, r"vae_local\.(encoder\.conv_out\.conv\.bias|quantizer\.lfq\.mask)")
-    words = _matches(shapes, r"vargpt_gen\.word_embed\.weight")
+    widths = [usual((shape[0] for match, shape in parts if match[1] == str(i)), name) for i in range(levels)]
+    ends = matches(shapes, r"vae_local\.(encoder\.conv_out\.conv\.bias|quantizer\.lfq\.mask)")
+    words = matches(shapes, r"vargpt_gen\.word_embed\.weight")
     bits = [*(shape[0] for _, shape in ends), *(shape[-1] for _, shape in words)]
     base = math.gcd(*widths)
     sizes = {
-        "bits": _usual(bits, "vargpt_gen.word_embed.weight"),
+        "bits": usual(bits, "vargpt_gen.word_embed.weight"),
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths],
         "blocks_per_level": len({match[2] for match, _ in parts}),
@@ -152,3 +163,54 @@ def to_release_config(config: VargptConfig, dtype: torch.dtype) -> dict[str, Any
         "decoder_config": own_settings(config.decoder_config),
         "image_tokenizer_config": own_settings(config.image_tokenizer_config),
     }
+
+
+@dataclass(frozen=True)
+class Release:
+    """How the tensors of one model stand in a checkpoint of the published layout.
+
+    ``rows`` is a released table of which only the last rows are read: they are our tensor ``our_rows``.
+    """
+
+    config: VargptConfig
+    blocks_per_chunk: int
+    model_type = MODEL_TYPE
+    rows = START_ROWS
+    our_rows = START
+
+    @classmethod
+    def of_released(cls, stated: dict[str, Any], shapes: Shapes, dtype: torch.dtype) -> "Release":
+        """Of a checkpoint with this config.json and these tensors."""
+        return cls(*from_release_config(stated, shapes, dtype))
+
+    @classmethod
+    def of_model(cls, config: VargptConfig, kept: Iterable[str]) -> "Release":
+        """Of a model beside which the released tensors ``kept`` are kept; where there are none, with as many chunks as
+        the release, if the depth allows it."""
+        modules = {re.sub(r"^vargpt_gen\.block_chunks\.\d+\.module\.(\d+)\..*", r"\1", name) for name in kept}
+        depth = config.decoder_config.depth
+        return cls(config, sum(map(str.isdecimal, modules)) or depth // math.gcd(depth, RELEASE_CHUNKS))
+
+    def name(self, ours: str) -> str:
+        """The released name of one of our tensors."""
+        return release_name(ours, *sizes_of(self.config, self.blocks_per_chunk))
+
+    def left_out(self) -> Shapes:
+        """Name and shape of every released tensor, ``rows`` among them, that a model keeps aside."""
+        return dropped_shapes(self.config, self.blocks_per_chunk) | {START_ROWS: start_rows_shape(self.config)}
+
+    def dtype(self, name: str, usual: torch.dtype) -> torch.dtype:
+        """Of a tensor that is left out."""
+        return torch.int64 if name.endswith("lfq.mask") else usual
+
+    def neutral(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """For a tensor that is left out, where none was kept."""
+        return neutral(name, self.left_out()[name], dtype)
+
+    def reason(self, name: str) -> str:
+        """Why a released tensor, or a part of it, is left out."""
+        return "only the row of image_gen_start is ever read" if name == START_ROWS else reason_dropped(name)
+
+    def stated(self, dtype: torch.dtype) -> dict[str, Any]:
+        """A config.json as the release has it."""
+        return to_release_config(self.config, dtype)

@@ -1,0 +1,51 @@
+"""The two families of the model, chosen by the ``model_type`` that a model directory states."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import ChatFormat, Markup
+from vargpt_rl.model.release_config import Release
+from vargpt_rl.model.unified import Unified
+from vargpt_rl.model.v1.configuration import VargptV1Config
+from vargpt_rl.model.v1.modeling import VargptV1
+from vargpt_rl.model.v1.prompt import VicunaFormat
+from vargpt_rl.model.v1.release_config import V1Release
+
+
+class Family(NamedTuple):
+    """What serves a configuration: its model, its markup and the layout of its published checkpoint."""
+
+    model: type[Unified]
+    markup: type[Markup]
+    release: type[Release] | type[V1Release]
+
+
+FAMILIES: dict[str, Family] = {
+    VargptConfig.model_type: Family(Vargpt, ChatFormat, Release),
+    VargptV1Config.model_type: Family(VargptV1, VicunaFormat, V1Release),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family that a configuration belongs to."""
+    return FAMILIES[config.model_type]
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a model directory, of either family."""
+    return AutoConfig.from_pretrained(path)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str) -> Unified:
+    """The model of a directory, in ``dtype`` ("auto": that of its files)."""
+    return family_of(load_config(path)).model.from_pretrained(path, dtype=dtype)
+
+
+def markup_for(path: str | Path, config: PreTrainedConfig) -> Markup:
+    """The markup of a directory whose model has this configuration."""
+    return family_of(config).markup(str(path), config)

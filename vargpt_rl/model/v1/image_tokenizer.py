@@ -1,0 +1,89 @@
+"""The image tokenizer of v1: a convolutional autoencoder with stride 16 around a multi-scale codebook.
+
+Each scale is the nearest entries of one codebook to what the coarser scales left over, upsampled and smoothed by a
+convolution that neighbouring scales share (VARGPT, section 7.2; specification, section 2). Unlike bits these steps have
+weights, so inputs can be rebuilt where the image tokenizer is at hand only.
+
+Shape legend: B batch, H W picture, h w latent grid, d latent channels, V codes, n tokens of one scale.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vargpt_rl.model.image_tokenizer import Decoder, Encoder
+from vargpt_rl.model.multiscale import MultiScale, Quantised, to_map, to_tokens
+from vargpt_rl.model.scales import Schedule
+from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig
+
+
+def conv_of_scale(scales: int, convs: int) -> list[int]:
+    """Which of the shared convolutions serves each scale: the nearest, both spread evenly over [0, 1].
+
+    Two of the release's ten scales lie exactly between two convolutions; numpy's rounding decides, as it did there.
+    """
+    margin = 1 / 3 / convs if convs == 4 else 1 / 2 / convs
+    ticks = np.linspace(margin, 1 - margin, convs)
+    return [int(np.abs(ticks - k / max(scales - 1, 1)).argmin()) for k in range(scales)]
+
+
+def shrink(map_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Mean over the cells of a smaller grid."""
+    return map_Bdhw if map_Bdhw.shape[-2:] == torch.Size(grid) else F.interpolate(map_Bdhw, size=grid, mode="area")
+
+
+class V1ImageTokenizer(nn.Module, MultiScale):
+    """Pictures in [-1, 1] to indices of the codebook and back."""
+
+    def __init__(self, config: V1ImageTokenizerConfig):
+        super().__init__()
+        self.config = config
+        channels = [config.base_channels * m for m in config.channel_multipliers]
+        d = config.latent_channels
+        args = (channels, config.blocks_per_level, config.norm_groups, d, True)
+        self.encoder = Encoder(*args)
+        self.decoder = Decoder(*args)
+        self.to_latent = nn.Conv2d(d, d, 3, padding=1)
+        self.from_latent = nn.Conv2d(d, d, 3, padding=1)
+        self.codebook = nn.Embedding(config.codes, d)
+        self.residual = nn.ModuleList(nn.Conv2d(d, d, 3, padding=1) for _ in range(config.residual_convs))
+        self.conv_of_scale = conv_of_scale(len(config.sides), config.residual_convs)
+
+    def schedule_for(self, height: int, width: int | None = None) -> Schedule:
+        return self.config.schedule_for(height, width)
+
+    def label(self, features_Bdhw, summed_Bdhw, grid):
+        """int32 [B, n, 1]: the nearest codes in squared Euclidean distance, taken in fp32; the first of equals."""
+        return self._nearest(to_tokens(shrink(features_Bdhw - summed_Bdhw, grid)))
+
+    def _nearest(self, rest_Bnd: torch.Tensor) -> torch.Tensor:
+        codes_Vd, rest_Bnd = self.codebook.weight.float(), rest_Bnd.float()
+        distance_BnV = rest_Bnd.square().sum(-1, keepdim=True) + codes_Vd.square().sum(-1) - 2 * rest_Bnd @ codes_Vd.T
+        return distance_BnV.argmin(-1, keepdim=True).to(torch.int32)
+
+    def addend(self, labels_Bns, schedule, k, dtype):
+        return self._spread(self.codebook(labels_Bns[..., 0].long()), schedule, k).to(dtype)
+
+    def _spread(self, codes_Bnd: torch.Tensor, schedule: Schedule, k: int) -> torch.Tensor:
+        """[B, d, h, w]: codes of scale ``k`` on the last grid."""
+        spread = to_map(codes_Bnd, schedule[k])
+        if schedule[k] != schedule[-1]:
+            spread = F.interpolate(spread, size=schedule[-1], mode="bicubic")
+        share = self.config.residual_share
+        return (1 - share) * spread + share * self.residual[self.conv_of_scale[k]](spread)
+
+    def inputs(self, summed_Bdhw, grid):
+        return to_tokens(shrink(summed_Bdhw, grid))
+
+    def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> raw latent features [B, d, H/16, W/16]."""
+        return self.to_latent(self.encoder(images_B3HW))
+
+    def encode(self, images_B3HW: torch.Tensor) -> Quantised:
+        """Pictures -> indices and decoder inputs."""
+        return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
+
+    def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
+        """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
+        return self.decoder(self.from_latent(summed_Bdhw)).clamp(-1, 1)
