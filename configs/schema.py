@@ -144,12 +144,23 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """wandb's mode and project; the metrics are always in ``metrics.jsonl`` too."""
+    """wandb's mode and project; the metrics are always in ``metrics.jsonl`` too. ``table_rows``: pairs shown there.
+
+    ``best``: the policy with the highest such value is kept in ``best/`` beside the last one, at whatever resolution;
+    a moment of the evaluation and one of its metrics, or null to keep none.
+    """
 
     wandb: str = "offline"
     project: str = "vargpt_rl"
+    table_rows: int = 16
+    best: str | None = "after_dpo.overall"
 
     def __post_init__(self):
+        moment, _, metric = (self.best or "after_dpo.overall").partition(".")
+        if moment not in ("after_sft", "after_dpo") or not metric:
+            raise ValueError(f"tracking.best={self.best}: expected after_sft.METRIC or after_dpo.METRIC, or null")
+        if self.table_rows < 0:
+            raise ValueError(f"tracking.table_rows={self.table_rows}: expected 0 or more")
         if self.wandb not in ("offline", "online", "disabled"):
             raise ValueError(f"tracking.wandb={self.wandb}: expected offline, online or disabled")
 

@@ -17,7 +17,7 @@ from actors.rollout import Rollouts
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
-from vargpt_rl.export import export_model
+from vargpt_rl.export import export_model, read_best
 from vargpt_rl.inputs import Inputs, gather
 from vargpt_rl.memory import Devices, check_fits, gpu_memory, model_config
 from vargpt_rl.report import show
@@ -61,8 +61,9 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
         summary["iterations"] = align(steps, run, config)
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")
-    quarantined = dict(inputs.quarantine.counts)
+    quarantined, best = dict(inputs.quarantine.counts), read_best(run.directory / "best")
     return summary | {
+        "best": best and {"path": "best", **best},
         "seconds": run.seconds,
         "quarantined": quarantined,
         "restarts": pool.restarts,

@@ -17,9 +17,12 @@ from configs.schema import LoopConfig
 from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
 from rewards.preferences import external_winner
+from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe, Prompt, Record
 from vargpt_rl.evaluate.grid import sample_grid
+from vargpt_rl.evaluate.pair_plot import plot_pairs
+from vargpt_rl.export import keep_best
 from vargpt_rl.inputs import Inputs
 from vargpt_rl.run import Run
 
@@ -198,7 +201,17 @@ class Steps:
             "checkpoints": sorted({sample.checkpoint for sample in samples}),
         }
         self.run.log("rollout", self.iteration, {k: v for k, v in rollout.items() if k != "checkpoints"})
+        self._show_pairs()
         return {"rollout": rollout, "pairs": counts}
+
+    def _show_pairs(self) -> None:
+        """What this iteration's table has: as metrics, as a picture beside the sample grid, some pairs in wandb."""
+        table, path = read_table(self.table()), self.run.directory / "samples" / f"{self.name}-pairs.png"
+        self.run.log("pairs", self.iteration, statistics(table))
+        path.parent.mkdir(exist_ok=True)
+        plot_pairs(table, path)
+        self.run.log_pictures(path)
+        self.rollouts.track_pairs(table.head(self.config.tracking.table_rows), path.with_suffix(""))
 
     def _held_out(self, count: int) -> tuple[list[Prompt], list[int]]:
         prompts = self.inputs.source.prompts("held_out", count, self.config.seed)
@@ -224,8 +237,20 @@ class Steps:
         else:
             result |= self.rollouts.prefer(self.table("held-out"), self.config.dpo.beta)
         self._row(moment, samples[: self.config.evaluation.grid])
+        self._keep_best(moment, result, weights)
         self.run.log(f"evaluate/{moment}", self.iteration, {k: v for k, v in result.items() if v is not None})
         return result
+
+    def _keep_best(self, moment: str, result: dict, weights: tuple[Path, ...]) -> None:
+        wanted, _, metric = (self.settings.tracking.best or "").partition(".")
+        if moment != wanted:
+            return
+        if metric not in result:
+            self.rollouts.pool.events.append(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+            return
+        note = {"metric": f"{moment}.{metric}", "value": result[metric]}
+        note |= {"iteration": self.iteration, "resolution": self.resolution}
+        keep_best(self.inputs.model, weights, self.run.directory / "best", note)
 
     def _row(self, label: str, samples: list) -> None:
         self.rollouts.draw_row(samples, self.run.directory / "samples" / self.name, label)
