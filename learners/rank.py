@@ -3,6 +3,7 @@
 Every stage gets a new trainer and a new DeepSpeed engine in the same process; the process group stays.
 """
 
+import copy
 import json
 import os
 import time
@@ -115,24 +116,37 @@ class Rank:
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
         return training_arguments(recipe, self.ranks, seed, output / "trainer", self.use_gpu, self.bf16)
 
-    def sft(self, job: SftJob) -> dict:
-        """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
-        torch.manual_seed(job.seed + self.rank)
-        model = self._model(Vargpt, job.start)
-        stage, chat = STAGES[job.stage], ChatFormat(job.start.model, model.config)
-        trained = freeze(model, stage)
+    def _corpus(self, job: SftJob, chat: ChatFormat) -> dict:
+        """Drawings that were encoded beforehand, and questions."""
         questions, share = None, 1.0
         if job.questions is not None:
             questions = Questions(job.questions.rows, job.questions.source, chat, job.questions.side)
             share = job.questions.drawing_share
         length = job.recipe.steps * job.recipe.batch
         rows = BalancedBatches(Drawings(job.corpus), questions, length, job.recipe.micro_batch, share, job.seed)
+        return {"train_dataset": rows}
+
+    def _streamed(self, job: SftJob, model: Vargpt, chat: ChatFormat) -> dict:
+        """Records as they come, and what takes the features of their pictures if nobody did beforehand."""
+        mixture = job.feed.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
+        loader = job.feed.loader(mixture, job.seed, self.use_gpu)
+        tokenizer = None if job.feed.encoded else copy.deepcopy(model.image_tokenizer)  # the model's own may be cut up
+        return {"loader": loader, "image_tokenizer": tokenizer}
+
+    def sft(self, job: SftJob) -> dict:
+        """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
+        torch.manual_seed(job.seed + self.rank)
+        model = self._model(Vargpt, job.start)
+        stage, chat = STAGES[job.stage], ChatFormat(job.start.model, model.config)
+        trained = freeze(model, stage)
         trainer = SftTrainer(
             stage,
             model=model,
-            args=TrainingArguments(**self._common(job.recipe, job.seed, job.output)),
+            args=TrainingArguments(
+                **self._common(job.recipe, job.seed, job.output), ignore_data_skip=job.feed is not None
+            ),
             data_collator=SftCollator(chat),
-            train_dataset=rows,
+            **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
         return self._run(trainer, chat, trained, job.probe, job.output)

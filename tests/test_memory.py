@@ -202,3 +202,25 @@ def test_the_model_that_is_planned_is_not_changed(config):
     before = copy.deepcopy(config.to_dict())
     skeleton(config, torch.float32)
     assert config.to_dict() == before
+
+
+# Streams of records
+
+
+def test_streamed_questions_may_be_long_and_drawings_are_encoded_by_the_rank(config):
+    given = ["data=records", "+data.sources.a.files=[x]", "stages=[pretrain,understanding]", "data.seen_pixels=3136"]
+    plans = []
+    for more in (["data.max_tokens=200"], ["data.max_tokens=600"], ["data.max_tokens=600", "data.encoded=x"]):
+        settings = load_config([*given, "resolutions=[48]", *more])
+        plans.append({need.stage: need for need in memory.plan(settings, config, False).training})
+    short, long, encoded = plans
+    assert long["understanding"].activations > 2 * short["understanding"].activations
+    assert long["pretrain"].activations == short["pretrain"].activations, "what is drawn has a length of its own"
+    tokenizer = sum(p.numel() for p in Vargpt(config).image_tokenizer.parameters()) * 4
+    for stage in ("pretrain", "understanding"):
+        assert long[stage].weights - encoded[stage].weights == tokenizer
+        assert long[stage].activations >= encoded[stage].activations
+    settings = load_config([*given, "resolutions=[48]", "data.max_tokens=600"])
+    whole = memory.bound(settings, config, False)
+    for name, need in long.items():
+        assert next(n for n in whole.training if n.stage == name).total >= need.total

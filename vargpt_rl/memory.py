@@ -261,8 +261,29 @@ class _Case:
     def recipe(self) -> Recipe:
         return getattr(self.settings, self.stage.name).recipe
 
+    @property
+    def encodes(self) -> bool:
+        """Whether the rank takes the features of its drawings itself."""
+        data = self.settings.data
+        return data.kind == "records" and not data.encoded and self.drawings > 0 and self.stage.name != "dpo"
+
+    def inputs(self, model: Vargpt) -> dict[str, torch.Tensor]:
+        """A micro-batch. A streamed question can be as long as ``data.max_tokens``, and makes all rows as wide."""
+        data, text = self.settings.data, TEXT_TOKENS
+        side = data.seen_side if data.kind != "records" else round(data.seen_pixels**0.5)
+        if data.kind == "records" and self.rows > self.drawings:
+            seen = round(side / (model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size))
+            longest = max(seen**2, token_count(schedule_for(self.resolution)) if self.drawings else 0)
+            text = max(text, data.max_tokens - longest)
+        inputs = batch(model, self.rows, self.drawings, self.resolution, side, text)
+        if self.encodes:
+            pixels = torch.zeros(self.drawings, 3, self.resolution, self.resolution, device=META, dtype=model.dtype)
+            with torch.no_grad():
+                inputs["features"] = model.image_tokenizer.features(pixels)
+        return inputs
+
     def loss(self, model: Vargpt) -> torch.Tensor:
-        inputs = batch(model, self.rows, self.drawings, self.resolution, self.settings.data.seen_side)
+        inputs = self.inputs(model)
         if self.stage.name == "dpo":
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
@@ -272,6 +293,9 @@ class _Case:
         ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
         held = states(parameter_sizes(whole, self.stage), dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        if self.encodes:
+            copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
+            held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
         return Training(self.stage.name, self.resolution, self.recipe, **held, activations=kept, otherwise=otherwise)
 
 
