@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 from tqdm import tqdm
 
+from actors.cluster import Place
 from actors.resources import Plan, RolloutConfig
 from actors.weights import SwapReport, checksum, load_weights, size_of
 from actors.worker import Drawn, Encoded, Failure, PictureSource, Rewards, RolloutWorker, Score
@@ -59,6 +60,8 @@ class _Start(NamedTuple):
 class RolloutPool:
     """``plan.workers`` rollout workers, all started with ``checkpoint``; returns when they are ready.
 
+    Each is in its one of ``places``, its replacement too; without them, wherever there is room.
+
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
     replacements, ``events`` says in words what happened. Not to be used by several threads at once.
     """
@@ -70,6 +73,7 @@ class RolloutPool:
         checkpoint: str,
         source: PictureSource,
         progress: Progress | None = None,
+        places: list[Place] | None = None,
     ):
         self.config = config
         self.plan = plan
@@ -78,10 +82,11 @@ class RolloutPool:
         self.restarts = 0
         self.events: list[str] = []
         self._checkpoint = str(checkpoint)
+        self._places = places
         self._source = ray.put(source)
         self._published: list[_WeightSet] = []
         self._starting: dict[ray.ObjectRef, _Start] = {}
-        self._workers = [self._start() for _ in range(plan.workers)]
+        self._workers = [self._start(place) for place in range(plan.workers)]
         ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
         self._starting.clear()
 
@@ -220,10 +225,12 @@ class RolloutPool:
                     ref = getattr(worker, method).remote(*args)
         return answers
 
-    def _start(self) -> ActorHandle:
+    def _start(self, place: int) -> ActorHandle:
         """A new worker; calls to it queue behind its replay of the published sets."""
         plan = self.plan
         options = {**plan.worker_options, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
+        if self._places:
+            options["scheduling_strategy"] = self._places[place]
         worker = RolloutWorker.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
@@ -249,5 +256,5 @@ class RolloutPool:
         self.events.append(f"worker {place} lost during {during}: restart {self.restarts} of {limit}")
         if self.restarts > limit:
             raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
-        self._workers[place] = self._start()
+        self._workers[place] = self._start(place)
         return self._workers[place]

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import deepspeed
+import psutil
+import ray
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -52,6 +54,14 @@ class WriteLog(TrainerCallback):
             self.write({"step": state.global_step, **logs})
 
 
+def interface(address: str) -> str:
+    """The network interface that has this address. ValueError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in addresses):
+            return name
+    raise ValueError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
@@ -61,14 +71,16 @@ class Rank:
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """This host and a free port, for rank 0 to be met at."""
+        """This node's address in the cluster and a free port, for rank 0 to be met at."""
         with socket.socket() as free:
             free.bind(("", 0))
-            return socket.gethostbyname(socket.gethostname()), free.getsockname()[1]
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def join(self, host: str, port: int) -> int:
         """Enter the process group; the process id."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # Left alone, gloo listens where the host's name points: on many systems that is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
         # Without GPUs gloo serves; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
