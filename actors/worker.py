@@ -33,7 +33,7 @@ from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, picture_log_prob
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
@@ -142,8 +142,8 @@ class Worker:
         return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
 
     def address(self) -> tuple[str, int]:
-        """Where the other workers can meet this one."""
-        return free_address()
+        """This node's address in the cluster and a free port, for the other workers to meet at."""
+        return ray.util.get_node_ip_address(), free_port()
 
     @_serving
     def draw(

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actors.resources import RolloutConfig
+from actors.resources import PlacementConfig, RolloutConfig
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.model.generate import SamplingConfig
@@ -232,6 +232,7 @@ class LoopConfig:
     sft: SftStage = field(default_factory=SftStage)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg=1.0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoStage = field(default_factory=DpoStage)

@@ -6,10 +6,13 @@ Every stage gets a new trainer and a new DeepSpeed engine in the same process; t
 import copy
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
 import deepspeed
+import psutil
+import ray
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -32,7 +35,7 @@ from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 from vargpt_rl.stages import STAGES, freeze
 
 
@@ -53,6 +56,14 @@ class WriteLog(TrainerCallback):
             self.write({"step": state.global_step, **logs})
 
 
+def interface(address: str) -> str:
+    """The network interface that has this address. ValueError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in addresses):
+            return name
+    raise ValueError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
@@ -62,12 +73,14 @@ class Rank:
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met."""
-        return free_address()
+        """This node's address in the cluster and a free port, for rank 0 to be met at."""
+        return ray.util.get_node_ip_address(), free_port()
 
     def join(self, host: str, port: int) -> int:
         """Enter the process group; the process id."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # Left alone, gloo listens where the host's name points: on many systems that is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
         # Without GPUs gloo serves; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)

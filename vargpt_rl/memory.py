@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from actors.resources import RolloutConfig
+from actors.resources import PlacementConfig, RolloutConfig, per_gpu
 from configs.schema import LoopConfig
 from learners.config import LearnerConfig, Recipe
 from vargpt_rl.ledger import META, Skeleton, counting, skeleton
@@ -412,17 +412,14 @@ class Load:
         return " and ".join(f"{count} {name}{'s' * (count > 1)} of {need}" for count, name, need in crowds if count)
 
 
-def fullest(plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, on_gpu: bool) -> Load:
-    """The largest load that a device can get: all processes on a CPU, those whose shares add up to 1 on a GPU."""
-    share_worker, share_rank = (min(share, 1) for share in (rollout.gpus_per_worker, learner.gpus_per_rank))
+def fullest(
+    plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, placement: PlacementConfig, on_gpu: bool
+) -> Load:
+    """The largest load that a device can get: all processes on a CPU, those that the placement puts on one GPU."""
     counts = [(rollout.workers, learner.ranks)]
     if on_gpu:
-        counts = [
-            (workers, ranks)
-            for workers in range(rollout.workers + 1)
-            for ranks in range(learner.ranks + 1)
-            if workers * share_worker + ranks * share_rank <= 1 + 1e-9
-        ]
+        filled = per_gpu(rollout, learner.gpus_per_rank, placement)
+        counts = [(min(workers, rollout.workers), min(ranks, learner.ranks)) for workers, ranks in filled]
     beside = {need.resolution: need for need in plan.rollouts}
     loads = [
         Load(workers, beside[training.resolution], ranks, training)
@@ -434,7 +431,7 @@ def fullest(plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, on_gpu: 
 
 def refusal(plan: Plan, config: LoopConfig, devices: Devices) -> str | None:
     """Why the run cannot be, with the sum; None if it can."""
-    load = fullest(plan, config.rollout, config.learner, devices.gpus > 0)
+    load = fullest(plan, config.rollout, config.learner, config.placement, devices.gpus > 0)
     if load.total <= devices.room:
         return None
     return (
