@@ -30,9 +30,7 @@ class Shapes:
     def __init__(self, config: EvaluateConfig):
         height, width = config.size
         if height != width or height < LEAST_SIDE:
-            raise ValueError(
-                f"benchmark=shapes needs square pictures of {LEAST_SIDE} px or more, not {width} x {height}"
-            )
+            raise ValueError(f"benchmark=shapes needs square pictures of {LEAST_SIDE} px or more, not {width}x{height}")
         count = config.limit or COUNT
         self.source = ShapesSource(ShapesConfig())
         self.captions = [prompt.text for prompt in self.source.prompts("held_out", count, config.seed)]

@@ -1,4 +1,4 @@
-"""A checkpoint under evaluation: what it has drawn and answered, and its model where there is more to draw or answer."""
+"""A checkpoint under evaluation: what it has drawn and answered, and its model where there is more to do."""
 
 import hashlib
 import json
@@ -80,17 +80,8 @@ class Subject:
             | {"weights": self.weights, "dtype": self.dtype}
             for w in wanted
         ]
-        options = {} if look is None else {"look": look}
-        name = self._records(records)
-        draw_missing(
-            lines,
-            self.out,
-            lambda: self._loaded,
-            self.config.batch_size,
-            part=self.config.part,
-            records=name,
-            **options,
-        )
+        options = {"part": self.config.part, "records": self._records(records)} | ({"look": look} if look else {})
+        draw_missing(lines, self.out, lambda: self._loaded, self.config.batch_size, **options)
 
     def paths(self, wanted: Sequence[Wanted]) -> list[Path]:
         """Where the pictures are. ValueError where one is missing."""
