@@ -10,6 +10,9 @@ import sys
 from dataclasses import asdict
 
 from configs.command import run_command
+from vargpt_rl.evaluate.dpg import DpgBench
+from vargpt_rl.evaluate.geneval import GenEval
+from vargpt_rl.evaluate.geneval2 import GenEval2
 from vargpt_rl.evaluate.report import Scores, write_report
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
@@ -17,6 +20,9 @@ from vargpt_rl.evaluate.subject import Subject
 
 BENCHMARKS = {
     Benchmark.shapes: Shapes,
+    Benchmark.geneval: GenEval,
+    Benchmark.geneval2: GenEval2,
+    Benchmark.dpg: DpgBench,
 }
 
 
