@@ -28,7 +28,10 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class SftJob:
-    """A supervised stage on the drawings encoded in ``corpus``. Intermediate weights are saved after ``save_steps``."""
+    """A supervised stage on the drawings encoded in ``corpus``. Intermediate weights are saved after ``save_steps``.
+
+    ``source`` loads the pictures that prompts show; ``frozen`` are parts of the stage that stay as they are.
+    """
 
     stage: str
     start: Start
@@ -39,6 +42,8 @@ class SftJob:
     probe: Probe
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
+    source: object = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
-from vargpt_rl.data.batches import DrawExample, Example, TextExample
+from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import sft_loss
 from vargpt_rl.model.prompt import ChatFormat
@@ -22,9 +22,13 @@ from vargpt_rl.stages import Stage
 
 
 class Drawings(Dataset):
-    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order."""
+    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order.
 
-    def __init__(self, folder: Path):
+    Pictures that prompts show are loaded by ``source``.
+    """
+
+    def __init__(self, folder: Path, source: PictureSource | None = None, chat: ChatFormat | None = None):
+        self.source, self.chat = source, chat
         lines = (folder / "prompts.jsonl").read_text().splitlines()
         self.prompts = [Prompt(**json.loads(line)) for line in lines]
         self.file = safe_open(folder / "features.safetensors", framework="np").get_slice("features")
@@ -35,7 +39,8 @@ class Drawings(Dataset):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> DrawExample:
-        return DrawExample(self.prompts[index], self.file[index : index + 1][0])
+        prompt = self.prompts[index]
+        return DrawExample(prompt, self.file[index : index + 1][0], shown_picture(prompt, self.source, self.chat))
 
 
 class Questions(Dataset):

@@ -1,5 +1,6 @@
 """The books of the rollout side: which weights are served, what became of each picture, who agrees with whom."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,9 @@ class RecordingPool:
     def encode(self, keys, resolution):
         features = np.zeros((4, 2, 2), np.float16)
         return [Failure(key, "broken") if key == "bad" else Encoded(key, b"\0", features) for key in keys]
+
+    def faults(self, keys, side):
+        return [Failure(key, f"unreadable at {side}") if key == "bad" else None for key in keys]
 
     def probe(self, prompt, bits, resolution):
         return self.probed
@@ -100,6 +104,16 @@ def test_unreadable_pictures_are_counted_and_left_out(rollouts, tmp_path):
     assert len((tmp_path / "corpus/prompts.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="none of 1 training pictures"):
         rollouts.encode_corpus(records[1:2], 32, tmp_path / "other")
+
+
+def test_pictures_that_cannot_be_shown_are_counted_and_left_out(rollouts, tmp_path):
+    shown = ["bad", "good", None]
+    records = [Record(str(i), Prompt(str(i), "turn it", "", key, 56), "target") for i, key in enumerate(shown)]
+    counts, probe = rollouts.encode_corpus(records, 32, tmp_path / "corpus")
+    assert counts == {"pictures": 2, "failed": 1} and probe.prompt == records[1].prompt
+    assert rollouts.quarantine.counts == {"unreadable at 56": 1}
+    prompts = [json.loads(line) for line in (tmp_path / "corpus/prompts.jsonl").read_text().splitlines()]
+    assert [prompt["shown"] for prompt in prompts] == ["good", None]
 
 
 def test_seeds_depend_on_their_purpose():
