@@ -13,10 +13,13 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from learners.modalities import EVERY, ModalityGradients
 from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.losses import sft_loss
+from vargpt_rl.losses import modality_losses, sft_loss
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.stages import Stage
 
@@ -88,27 +91,46 @@ def _endless(rng: np.random.Generator, count: int):
 
 
 class SftTrainer(Trainer):
-    """Stage losses; every metric is the mean since the last log, over ranks."""
+    """Stage losses; every metric is the mean since the last log, over ranks, and ``tokens/...`` the sum.
+
+    Where there are two losses, their gradient norms are logged now and then; where there is one, ``grad_norm`` is its.
+    """
 
     def __init__(self, stage: Stage, **kwargs):
         super().__init__(**kwargs)
         self.stage = stage
         self.measured: dict[str, list[float]] = defaultdict(list)
+        self.gradients: ModalityGradients | None = None
 
     def _get_train_sampler(self, *args) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # the order is the data set's
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        both = self.stage.text_weight > 0 and "features" in inputs
+        if both and self.state.global_step % EVERY == 0 and not is_deepspeed_zero3_enabled():
+            self._measure(self.accelerator.unwrap_model(model), inputs)
         loss, metrics = sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)
         for key, value in metrics.items():
             self.measured[key].append(value)
         return loss
 
+    def _measure(self, model: Vargpt, inputs: dict[str, torch.Tensor]) -> None:
+        """The micro-batch's gradient of each loss, under the noise that it is about to be trained with."""
+        if self.gradients is None:
+            self.gradients = ModalityGradients(model, self.args.gradient_accumulation_steps)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            losses, _ = modality_losses(model, inputs, self.stage.noise, self.stage.text_weight)
+        self.gradients.add(losses)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.measured:
             keys = sorted(self.measured)
-            means = torch.tensor([np.mean(self.measured[key]) for key in keys], device=self.accelerator.device)
-            means = self.accelerator.gather(means[None]).mean(0)
-            logs |= dict(zip(keys, means.tolist(), strict=True))
+            totals = torch.tensor([sum(self.measured[key]) for key in keys], device=self.accelerator.device)
+            totals = self.accelerator.gather(totals[None]).sum(0).tolist()
+            count = {key: len(self.measured[key]) * self.accelerator.num_processes for key in keys}
+            logs |= {k: t if k.startswith("tokens/") else t / count[k] for k, t in zip(keys, totals, strict=True)}
             self.measured.clear()
+        if self.gradients is not None:
+            logs |= {f"grad_norm/{modality}": norm for modality, norm in self.gradients.norms().items()}
+            self.gradients = None
         super().log(logs, start_time)
