@@ -27,7 +27,7 @@ from learners.jobs import DpoJob, SftJob, Start, TokenizerJob
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
-from vargpt_rl.data.batches import PairCollator, SftCollator
+from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe
 from vargpt_rl.model.bits import replay, unpack
@@ -36,7 +36,7 @@ from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.network import free_port
-from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.stages import STAGES, freeze, frozen_parts
 
 
 class WriteLog(TrainerCallback):
@@ -91,7 +91,7 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: ChatFormat, trained: list[str], probe: Probe, output: Path) -> dict:
+    def _run(self, trainer, chat: ChatFormat, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         began = time.time()
         trainer.train()
@@ -104,26 +104,29 @@ class Rank:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "trained_tensors": len(trained),
-            "probe": self._score(trainer, chat, probe),
+            "probe": self._score(trainer, chat, probe, source),
         }
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: ChatFormat, probe: Probe) -> float:
+    def _score(self, trainer, chat: ChatFormat, probe: Probe, source) -> float:
         """Log-probability of the probe under the trained weights, in nats. All ranks take part (ZeRO-3 gathers)."""
         schedule, engine = schedule_for(probe.resolution), trainer.deepspeed
         engine.eval()
         tokens, depth = token_count(schedule), chat.config.image_tokenizer_config.bits
         bits = torch.from_numpy(unpack(probe.bits, tokens, depth))[None].to(engine.device)
-        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens).ids], "right", multiple=8)
+        shown = shown_picture(probe.prompt, source, chat)
+        grid = shown and shown.image_grid_thw
+        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # what the pads beyond the picture hold cannot reach it
         if isinstance(trainer, ImageDpoTrainer):
             return engine(row, mask, bits, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = Drawing(replay(bits, schedule, engine.module.dtype).inputs_BLd, (probe.resolution,) * 2)
-        logits = engine(row, mask, drawing=drawing, text_logits=False).image_logits
+        seen = {name: tensor.to(engine.device) for name, tensor in joined([shown]).items()}
+        logits = engine(row, mask, drawing=drawing, text_logits=False, **seen).image_logits
         return picture_log_probs(bit_log_probs(logits, bits)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
@@ -136,7 +139,8 @@ class Rank:
             questions = Questions(job.questions.rows, job.questions.source, chat, job.questions.side)
             share = job.questions.drawing_share
         length = job.recipe.steps * job.recipe.batch
-        rows = BalancedBatches(Drawings(job.corpus), questions, length, job.recipe.micro_batch, share, job.seed)
+        drawings = Drawings(job.corpus, job.source, chat)
+        rows = BalancedBatches(drawings, questions, length, job.recipe.micro_batch, share, job.seed)
         return {"train_dataset": rows}
 
     def _streamed(self, job: SftJob, model: Vargpt, chat: ChatFormat) -> dict:
@@ -150,8 +154,9 @@ class Rank:
         """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
         torch.manual_seed(job.seed + self.rank)
         model = self._model(Vargpt, job.start)
-        stage, chat = STAGES[job.stage], ChatFormat(job.start.model, model.config)
+        stage, chat = STAGES[job.stage].without(job.frozen), ChatFormat(job.start.model, model.config)
         trained = freeze(model, stage)
+        frozen = frozen_parts(model)
         trainer = SftTrainer(
             stage,
             model=model,
@@ -162,7 +167,7 @@ class Rank:
             **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
-        return self._run(trainer, chat, trained, job.probe, job.output)
+        return self._run(trainer, chat, trained, job.probe, job.output, job.source) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage; adds the last margin and accuracy and the largest log-ratio seen at step 0."""

@@ -83,23 +83,34 @@ def scale_weights(schedule: Schedule) -> torch.Tensor:
     return weights_L / weights_L.sum()
 
 
-def sft_loss(
+def modality_losses(
     model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """``text_weight`` x text + 3 x image, each where the batch has it; and metrics (bit accuracy also by scale).
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """``text_weight`` x text and 3 x image, each where the batch has it; and metrics.
 
-    The text head is not run when ``text_weight`` is 0.
+    The metrics are the losses without weights, the numbers of labelled text tokens and of image tokens, and bit
+    accuracy, also by scale. The text head is not run when ``text_weight`` is 0.
     """
     output, bits_NLd = forward_batch(model, batch, noise, text_logits=text_weight > 0)
-    loss, metrics = batch["input_ids"].new_zeros((), dtype=torch.float32), {}
+    losses, metrics = {}, {}
     if text_weight > 0:
         words = text_loss(output.logits, batch["labels"])
-        loss, metrics["loss/text"] = loss + text_weight * words, words.item()
+        losses["text"], metrics["loss/text"] = text_weight * words, words.item()
+        metrics["tokens/text"] = int((batch["labels"][:, 1:] != IGNORED).sum())
     if bits_NLd is not None:
         schedule = schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
         picture = image_loss(output.image_logits, bits_NLd, scale_weights(schedule) if reweight else None)
-        loss, metrics["loss/image"] = loss + IMAGE_WEIGHT * picture, picture.item()
+        losses["image"], metrics["loss/image"] = IMAGE_WEIGHT * picture, picture.item()
+        metrics["tokens/image"] = bits_NLd.shape[0] * bits_NLd.shape[1]
         hits_K = scale_means(bit_hits(output.image_logits, bits_NLd).float(), schedule).mean(0)
         metrics["bit_accuracy"] = bit_hits(output.image_logits, bits_NLd).float().mean().item()
         metrics |= {f"bit_accuracy/scale_{k}": hit for k, hit in enumerate(hits_K.tolist())}
-    return loss, metrics
+    return losses, metrics
+
+
+def sft_loss(
+    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The sum of `modality_losses`, and their metrics."""
+    losses, metrics = modality_losses(model, batch, noise, text_weight, reweight)
+    return sum(losses.values()), metrics
