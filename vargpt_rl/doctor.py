@@ -3,8 +3,8 @@
     python -m vargpt_rl.doctor [experiment=vargpt_v1_1] [stage=dpo] [gpus=8] [gpu_memory_gib=80] [key=value ...]
 
 ``gpus`` and ``gpu_memory_gib`` plan for other GPUs than those found; ``stage`` shows one stage alone; all other keys
-are the loop's. Without a checkpoint an experiment is planned with the sizes of the released model. Exit codes: 0 the
-run fits, 1 it does not, 2 a setting is wrong.
+are the loop's. Without a checkpoint an experiment is planned with the sizes of the released model of v1.1, and with
+those of v1 for ``checkpoint=release_v1``. Exit codes: 0 the run fits, 1 it does not, 2 a setting is wrong.
 """
 
 import os
@@ -26,6 +26,7 @@ from vargpt_rl.inputs import check_model
 from vargpt_rl.memory import (
     GIB,
     RELEASE,
+    RELEASES,
     RUNTIME,
     TEXT_TOKENS,
     Devices,
@@ -153,7 +154,7 @@ def settings(arguments: list[str]) -> tuple[Question, LoopConfig]:
     own = [argument for argument in arguments if argument.startswith(keys)]
     others = [argument for argument in arguments if not argument.startswith(keys)]
     config = load_config(others, {"checkpoint": RELEASE})
-    if config.checkpoint != RELEASE:
+    if config.checkpoint not in RELEASES:
         config.checkpoint = check_model(config.checkpoint)
     return load_command(Question, own), config
 

@@ -16,6 +16,7 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.model.families import family_named
 from vargpt_rl.model.hub import model_folder
 from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
 
@@ -53,9 +54,10 @@ def check_model(path: str) -> str:
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"checkpoint={path}: no config.json in {folder}")
-    found = json.loads(settings.read_text()).get("model_type")
-    if found != "vargpt":
-        raise ValueError(f"checkpoint={path}: a model of type {found!r}, expected 'vargpt'")
+    try:
+        family_named(json.loads(settings.read_text()).get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"checkpoint={path}: {error}") from error
     return str(folder)
 
 

@@ -12,24 +12,27 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 
 from actors.resources import RolloutConfig
 from configs.schema import LoopConfig
 from learners.config import LearnerConfig, Recipe
 from vargpt_rl.ledger import META, Skeleton, counting, skeleton
 from vargpt_rl.losses import Noise, sft_loss
-from vargpt_rl.model.bits import quantise, replay
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.generate import Reading, SamplingConfig, draw_next
-from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
 from vargpt_rl.model.prompt import IGNORED
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import Unified, replayed
+from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.stages import STAGES, Stage, freeze
 
 GIB = 2**30
-RELEASE = "release"
-"""Stands for the released checkpoint where only its sizes matter."""
+RELEASE, RELEASE_V1 = "release", "release_v1"
+RELEASES = {RELEASE: VargptConfig, RELEASE_V1: VargptV1Config}
+"""What stands for the released checkpoints where only their sizes matter."""
 TEXT_TOKENS = 128
 """Assumed length of a row's text: markup, prompt and reply."""
 RUNTIME = GIB
@@ -138,21 +141,22 @@ def states(
     return found
 
 
-def parameter_sizes(model: Vargpt, stage: Stage) -> list[tuple[int, bool]]:
+def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
     """Elements of each parameter and whether the stage trains it."""
     freeze(model, stage)
     return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
 
 
 def batch(
-    model: Vargpt, rows: int, drawings: int, resolution: int, seen_side: int = 0, text: int = TEXT_TOKENS
+    model: Unified, rows: int, drawings: int, resolution: int, seen_side: int = 0, text: int = TEXT_TOKENS
 ) -> dict[str, torch.Tensor]:
     """What a collator makes of ``drawings`` and, in the other rows, questions about a picture; every row has a pad."""
-    config, options = model.config, {"device": model.device, "dtype": model.dtype}
-    patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
-    tokens, seen = token_count(schedule_for(resolution)), max(1, round(seen_side / (patch * merge)))
-    asked = rows - drawings
-    length = -(-(text + max(tokens if drawings else 0, seen**2 if asked else 0) + 1) // 8) * 8
+    config, asked = model.config, rows - drawings
+    schedule = config.image_tokenizer_config.schedule_for(resolution)
+    tokens, shown, seen = token_count(schedule), {}, 0
+    if asked:
+        shown, seen = model.blank_pictures(asked, seen_side)
+    length = -(-(text + max(tokens if drawings else 0, seen) + 1) // 8) * 8
     ids = torch.zeros(rows, length, dtype=torch.long)
     ids[:drawings, text - 1] = config.image_gen_start_token_id
     ids[:drawings, text : text + tokens] = config.image_gen_pad_token_id
@@ -160,35 +164,30 @@ def batch(
     mask[:, -1] = 0
     found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if drawings:
-        grid = schedule_for(resolution)[-1]
-        found["features"] = torch.zeros(drawings, config.image_tokenizer_config.bits, *grid, **options)
+        channels = config.image_tokenizer_config.latent_channels
+        found["features"] = torch.zeros(drawings, channels, *schedule[-1], device=model.device, dtype=model.dtype)
     if asked:
-        ids[drawings:, 1 : 1 + seen**2] = config.image_token_id
-        vision = config.vision_config
-        channels = vision.in_channels * vision.temporal_patch_size * patch**2
-        found["pixel_values"] = torch.zeros(
-            asked * (seen * merge) ** 2, channels, device=model.device, dtype=model.dtype
-        )
-        found["image_grid_thw"] = torch.tensor([[1, seen * merge, seen * merge]] * asked)
-    return found
+        ids[drawings:, 1 : 1 + seen] = config.image_token_id
+    return found | shown
 
 
-def log_probs(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+def log_probs(model: Unified, inputs: dict, resolution: int) -> torch.Tensor:
     """float64 [B]: the teacher-forced log-probability of each row's picture."""
-    schedule, ids = schedule_for(resolution), inputs["input_ids"]
-    bits = torch.zeros(len(ids), token_count(schedule), model.config.image_tokenizer_config.bits, dtype=torch.uint8)
-    drawing = Drawing(replay(bits, schedule, model.dtype).inputs_BLd, (resolution, resolution))
+    tokenizer, ids = model.config.image_tokenizer_config, inputs["input_ids"]
+    tokens, depth = token_count(tokenizer.schedule_for(resolution)), tokenizer.symbols.depth
+    labels = torch.zeros(len(ids), tokens, depth, dtype=torch.uint8)
+    drawing = replayed(labels, (resolution, resolution))
     logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False).image_logits
-    return picture_log_probs(bit_log_probs(logits, bits))
+    return picture_log_probs(symbol_log_probs(logits, labels))
 
 
-def preference_loss(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+def preference_loss(model: Unified, inputs: dict, resolution: int) -> torch.Tensor:
     """DPO's, of rows [chosen, rejected]; the references weigh nothing."""
     chosen, rejected = log_probs(model, inputs, resolution).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Vargpt], torch.Tensor], checkpointing: bool) -> int:
+def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: bool) -> int:
     """The most bytes that a loss and its backward pass hold besides the model and its complete gradients."""
     model = skeleton.model.train()
     freeze(model, stage)
@@ -201,8 +200,7 @@ def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Vargpt], torch
 def rollout(skeleton: Skeleton, weights: int, resolution: int, rows: int, sampling: SamplingConfig) -> Rollout:
     """A worker at its fullest: drawing, encoding or scoring ``rows`` pictures at once, or decoding one."""
     model, size = skeleton.model.eval(), (resolution, resolution)
-    depth, grid = model.config.image_tokenizer_config.bits, schedule_for(resolution)[-1]
-    caches = 0
+    tokenizer, caches = model.config.image_tokenizer_config, 0
 
     def after_scale(*_):
         nonlocal caches
@@ -219,11 +217,12 @@ def rollout(skeleton: Skeleton, weights: int, resolution: int, rows: int, sampli
         hook.remove()
 
     def decoding():
-        model.image_tokenizer.decode(torch.zeros(1, depth, *grid, device=META, dtype=model.dtype))
+        grid = tokenizer.schedule_for(resolution)[-1]
+        model.image_tokenizer.decode(torch.zeros(1, tokenizer.latent_channels, *grid, device=META, dtype=model.dtype))
 
     def encoding():
         pictures = torch.zeros(rows, 3, *size, device=META, dtype=model.dtype)
-        quantise(model.image_tokenizer.features(pictures), schedule_for(resolution))
+        model.image_tokenizer.encode(pictures)
 
     def scoring():
         log_probs(model, batch(model, rows, rows, resolution), resolution)
@@ -261,13 +260,13 @@ class _Case:
     def recipe(self) -> Recipe:
         return getattr(self.settings, self.stage.name).recipe
 
-    def loss(self, model: Vargpt) -> torch.Tensor:
+    def loss(self, model: Unified) -> torch.Tensor:
         inputs = batch(model, self.rows, self.drawings, self.resolution, self.settings.data.seen_side)
         if self.stage.name == "dpo":
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
 
-    def need(self, whole: Vargpt, on_gpu: bool, kept: int, otherwise: int | None = None) -> Training:
+    def need(self, whole: Unified, on_gpu: bool, kept: int, otherwise: int | None = None) -> Training:
         """With these activations."""
         ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
@@ -292,7 +291,7 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
                     yield _Case(STAGES[name], resolution, settings, rows, round(share * rows))
 
 
-def plan(config: LoopConfig, model: VargptConfig, on_gpu: bool, compare: bool = False) -> Plan:
+def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> Plan:
     """Memory of every stage and of the workers; with ``compare`` also activations with the other checkpointing."""
     whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
     if not cases:
@@ -309,7 +308,7 @@ def plan(config: LoopConfig, model: VargptConfig, on_gpu: bool, compare: bool = 
     )
 
 
-def bound(config: LoopConfig, model: VargptConfig, on_gpu: bool) -> Plan:
+def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> Plan:
     """At least what ``plan`` says, from one loss and one drawing: all is trained, and everywhere the most rows at the
     highest resolution."""
     whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
@@ -318,15 +317,17 @@ def bound(config: LoopConfig, model: VargptConfig, on_gpu: bool) -> Plan:
     widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings)
     kept = activations(small, widest.stage, widest.loss, False)
     rows = max(case.settings.rollout.batch_size for case in cases)
-    sampling = max((case.settings.sampling for case in cases), key=lambda sampling: sampling.cfg != 1)
+    sampling = max(
+        (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
+    )
     training = [case.need(whole, on_gpu, kept) for case in cases]
     worker = rollout(small, training[0].whole, resolution, rows, sampling)
     return Plan(training, [replace(worker, resolution=case.resolution) for case in cases])
 
 
-def _on_meta(model: VargptConfig) -> Vargpt:
+def _on_meta(model: PreTrainedConfig) -> Unified:
     with META:
-        return Vargpt(model)
+        return family_of(model).model(model)
 
 
 @dataclass(frozen=True)
@@ -348,9 +349,9 @@ def gpu_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def model_config(checkpoint: str) -> VargptConfig:
-    """Of a model directory, or of the release."""
-    return VargptConfig() if checkpoint == RELEASE else VargptConfig.from_pretrained(checkpoint)
+def model_config(checkpoint: str) -> PreTrainedConfig:
+    """Of a model directory, or of a release."""
+    return RELEASES[checkpoint]() if checkpoint in RELEASES else load_config(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -419,7 +420,7 @@ def refusal(plan: Plan, config: LoopConfig, devices: Devices) -> str | None:
     )
 
 
-def check_fits(config: LoopConfig, model: VargptConfig, devices: Devices) -> None:
+def check_fits(config: LoopConfig, model: PreTrainedConfig, devices: Devices) -> None:
     """ValueError, with the sum, when a stage of the run needs more memory than there is."""
     on_gpu = devices.gpus > 0
     if not any(_cases(config)) or refusal(bound(config, model, on_gpu), config, devices) is None:

@@ -31,9 +31,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_named(model_type: str) -> Family:
+    """By the ``model_type`` of a configuration. ValueError for any other."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"a model of type {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
+
+
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family that a configuration belongs to."""
-    return FAMILIES[config.model_type]
+    """The family that a configuration belongs to. ValueError for one of another model."""
+    return family_named(config.model_type)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
