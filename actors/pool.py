@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, R
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
+from actors.cluster import Place
 from actors.resources import Plan, RolloutConfig
 from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, SwapReport, checksum, layout_of
@@ -64,6 +65,8 @@ class _Start(NamedTuple):
 class RolloutPool:
     """``plan.workers`` rollout workers, all started with ``checkpoint``; returns when they are ready.
 
+    Each is in its one of ``places``, its replacement too; without them, wherever there is room.
+
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
     replacements, ``events`` says in words what happened. Not to be used by several threads at once.
     """
@@ -75,6 +78,7 @@ class RolloutPool:
         checkpoint: str,
         source: PictureSource,
         progress: Progress | None = None,
+        places: list[Place] | None = None,
     ):
         self.config = config
         self.plan = plan
@@ -83,12 +87,13 @@ class RolloutPool:
         self.restarts = 0
         self.events: list[str] = []
         self._checkpoint = str(checkpoint)
+        self._places = places
         self._source = ray.put(source)
         self._published: list[_WeightSet] = []
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._shelf = Shelf.options(scheduling_strategy=here).remote()
         self._starting: dict[ray.ObjectRef, _Start] = {}
-        self._workers = [self._start() for _ in range(plan.workers)]
+        self._workers = [self._start(place) for place in range(plan.workers)]
         ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
         self._starting.clear()
 
@@ -256,10 +261,12 @@ class RolloutPool:
                     ref = getattr(worker, method).remote(*args)
         return answers
 
-    def _start(self) -> ActorHandle:
+    def _start(self, place: int) -> ActorHandle:
         """A new worker; calls to it queue behind its replay of the published sets."""
         plan = self.plan
         options = {**plan.worker_options, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
+        if self._places:
+            options["scheduling_strategy"] = self._places[place]
         worker = RolloutWorker.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
@@ -285,5 +292,5 @@ class RolloutPool:
         self.events.append(f"worker {place} lost during {during}: restart {self.restarts} of {limit}")
         if self.restarts > limit:
             raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
-        self._workers[place] = self._start()
+        self._workers[place] = self._start(place)
         return self._workers[place]

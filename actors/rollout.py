@@ -4,12 +4,14 @@ Everything here is done by the pool's workers; this module says what and keeps t
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -229,6 +231,24 @@ class Rollouts:
         right = [float(answer == truth) for answer, (_, _, truth) in zip(answers, rows, strict=True)]
         accuracy, error = mean_and_error(right)
         return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}
+
+    def track_pairs(self, pairs: pd.DataFrame, folder: Path) -> None:
+        """Show rows of a preference table in wandb, with their pictures; ``folder`` has those for the moment."""
+        if self.run.tracker is None or pairs.empty:
+            return
+        prompts = [Prompt(*row) for row in pairs[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+        resolution, shown = int(pairs.resolution.iloc[0]), pairs[["prompt"]].copy()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, side in (("loser", "rejected"), ("winner", "chosen")):
+            files = [f"{name}-{i:02d}.png" for i in range(len(pairs))]
+            items = list(zip(prompts, pairs[f"{side}_bits"], strict=True))
+            shown[name] = self.pool.pictures(items, resolution, str(folder), files)
+            for what in ("reward", "source", "version"):
+                shown[f"{name} {what}"] = pairs[f"{side}_{what}"]
+            shown[f"{name} reference log-prob"] = pairs[f"reference_{side}_logp"]
+        shown["reference version"] = pairs.reference_version
+        self.run.log_table("pairs/table", shown)
+        shutil.rmtree(folder)
 
     def draw_row(self, samples: list[Sample], folder: Path, name: str) -> list[Path]:
         """Write samples as ``folder/name-NN.png``, a row of the sample grid."""

@@ -27,13 +27,14 @@ from PIL import Image
 from actors.transport import Parcel
 from actors.weights import apply, check_fits, checksum_of
 from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.model.answer import answer
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
 from vargpt_rl.model.likelihood import picture_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
@@ -144,8 +145,8 @@ class Worker:
         return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
 
     def address(self) -> tuple[str, int]:
-        """Where the other workers can meet this one."""
-        return free_address()
+        """This node's address in the cluster and a free port, for the other workers to meet at."""
+        return ray.util.get_node_ip_address(), free_port()
 
     @_serving
     def draw(
@@ -226,22 +227,8 @@ class Worker:
     @_serving
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
         """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
-        pictures = self.chat.pictures([self.source.load(key, side) for key, _ in questions])
-        grids = pictures.image_grid_thw
-        rows = [self.chat.question(text, grids[i : i + 1]) for i, (_, text) in enumerate(questions)]
-        ids_BT, mask_BT = self._rows(rows, "left")
-        answers_BT = self.model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            pixel_values=pictures.pixel_values.to(self.model.device),
-            image_grid_thw=grids.to(self.model.device),
-            mm_token_type_ids=(ids_BT == self.model.config.image_token_id).int(),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.chat.end,
-            pad_token_id=self.chat.tokenizer.pad_token_id,
-        )[:, ids_BT.shape[1] :]
-        return [text.strip() for text in self.chat.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)]
+        shown = [(text, [self.source.load(key, side)]) for key, text in questions]
+        return answer(self.model, self.chat, shown, max_new_tokens)
 
     def _rows(self, rows: list[list[int]], side: str, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 ids and attention mask [B, T] on the model's device."""

@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actors.resources import RolloutConfig
+from actors.resources import PlacementConfig, RolloutConfig
 from learners.config import DpoConfig, LearnerConfig, Recipe
+from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.model.generate import SamplingConfig
-from vargpt_rl.model.scales import STRIDE
+from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 
 STAGES = ("tokenizer", "pretrain", "understanding", "align")
 TINY = "tiny"
@@ -22,9 +23,20 @@ TINY = "tiny"
 
 @dataclass
 class DataConfig:
-    """Where pictures and captions come from. ``kind``: shapes (drawn on demand) or captioned (a folder of pictures).
+    """Where pictures and captions come from. ``kind``: shapes (drawn on demand), captioned (a folder of pictures) or
+    records (streams of conversations).
 
     ``seen_side``: pixels a side at which pictures are shown to the understanding path.
+
+    For captions and for records: ``max_bad_fraction`` of them may be unusable; ``held_out_fraction`` of them, chosen by
+    a hash of their ids, is never trained on but measured on (of records, those with a picture to draw).
+
+    For records: ``sources`` by name, each with the keys of ``vargpt_rl.data.records.sources.RecordSource``. All records
+    of a source are drawings (edits count as such) or all are understanding, as the first. ``block`` rows are shuffled
+    together, in each of ``workers`` processes of each rank. Rows of more than ``max_tokens`` are set aside. Shown
+    pictures keep their shape and have at most ``seen_pixels``. ``pack``: short texts share a row. ``encoded``: a folder
+    with the features of pictures to draw, for each resolution a sub-folder named after it (``DIR/256``) that
+    ``vargpt_rl.data.encode`` made; without it the learner runs the image tokenizer.
     """
 
     kind: str = "shapes"
@@ -33,6 +45,36 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     held_out_fraction: float = 0.1
     seen_side: int = 224
+    sources: dict[str, Any] = field(default_factory=dict)
+    block: int = 1000
+    workers: int = 2
+    max_tokens: int = 4096
+    seen_pixels: int = 401_408
+    pack: bool = True
+    encoded: str | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("shapes", "captioned", "records"):
+            raise ValueError(f"data.kind={self.kind}: expected shapes, captioned or records")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction={self.held_out_fraction}: expected 0 or more and less than 1")
+        for key, least in (("block", 1), ("workers", 0), ("max_tokens", 1), ("seen_pixels", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"data.{key}={getattr(self, key)}: expected {least} or more")
+        if (self.sources or self.encoded) and self.kind != "records":
+            raise ValueError(f"data.sources and data.encoded are for data=records, not for data.kind={self.kind}")
+
+    def records(self) -> dict[str, RecordSource]:
+        """The sources. ValueError for an unknown key or a bad value in one, and where there are none."""
+        found = {}
+        for name, keys in self.sources.items():
+            try:
+                found[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecordSource), keys))
+            except (OmegaConfBaseException, ValueError) as error:
+                raise ValueError(f"data.sources.{name}: {str(error).splitlines()[0]}") from error
+        if not found:
+            raise ValueError("data.sources: none given, expected +data.sources.NAME.files=[FILE,...]")
+        return found
 
 
 @dataclass
@@ -97,8 +139,9 @@ class SftStage:
 @dataclass
 class PreferenceConfig:
     """How pairs are made. ``winners``: a folder of the stronger system's pictures, matched by file name (captioned
-    data). ``builder``: ``module:name`` or ``file.py:name``, with ``options``; ``prompts``: a file of prompts instead of
-    the source's own; ``count`` prompts are drawn ``samples`` times each.
+    data) or by the prompt's id, as ``<id>.png``, .jpg, .jpeg or .webp (records; a held-out record without one there has
+    its own picture for a winner). ``builder``: ``module:name`` or ``file.py:name``, with ``options``; ``prompts``: a
+    file of prompts instead of the source's own; ``count`` prompts are drawn ``samples`` times each.
     """
 
     builder: str = "rewards.preferences:external_winner"
@@ -144,12 +187,23 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """wandb's mode and project; the metrics are always in ``metrics.jsonl`` too."""
+    """wandb's mode and project; the metrics are always in ``metrics.jsonl`` too. ``table_rows``: pairs shown there.
+
+    ``best``: the policy with the highest such value is kept in ``best/`` beside the last one, at whatever resolution;
+    a moment of the evaluation and one of its metrics, or null to keep none.
+    """
 
     wandb: str = "offline"
     project: str = "vargpt_rl"
+    table_rows: int = 16
+    best: str | None = "after_dpo.overall"
 
     def __post_init__(self):
+        moment, _, metric = (self.best or "after_dpo.overall").partition(".")
+        if moment not in ("after_sft", "after_dpo") or not metric:
+            raise ValueError(f"tracking.best={self.best}: expected after_sft.METRIC or after_dpo.METRIC, or null")
+        if self.table_rows < 0:
+            raise ValueError(f"tracking.table_rows={self.table_rows}: expected 0 or more")
         if self.wandb not in ("offline", "online", "disabled"):
             raise ValueError(f"tracking.wandb={self.wandb}: expected offline, online or disabled")
 
@@ -178,6 +232,7 @@ class LoopConfig:
     sft: SftStage = field(default_factory=SftStage)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg=1.0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoStage = field(default_factory=DpoStage)
@@ -202,8 +257,6 @@ class LoopConfig:
         for resolution in self.resolutions:
             if resolution <= 0 or resolution % STRIDE:
                 raise ValueError(f"resolutions={self.resolutions}: {resolution} is not a positive multiple of {STRIDE}")
-        if self.data.kind not in ("shapes", "captioned"):
-            raise ValueError(f"data.kind={self.data.kind}: expected shapes or captioned")
         if self.data.kind == "captioned":
             needed = {
                 "data.captions": self.data.captions,
@@ -215,6 +268,8 @@ class LoopConfig:
                     raise ValueError(f"{key} is not set: data=captioned needs {', '.join(needed)}")
             if "understanding" in self.stages:
                 raise ValueError("stages: understanding needs questions, which data=captioned has not; leave it out")
+        if self.data.kind == "records":
+            self._check_records()
         for stage in ("pretrain", "understanding", "sft", "dpo"):
             recipe = getattr(self, stage).recipe
             try:
@@ -226,6 +281,23 @@ class LoopConfig:
             if not resolution.isdecimal():
                 raise ValueError(f"at.{resolution}: expected a resolution in pixels")
             self.at_resolution(int(resolution))
+
+    def _check_records(self) -> None:
+        """ValueError for what data=records lacks."""
+        self.data.records()
+        if "tokenizer" in self.stages:
+            raise ValueError(
+                "stages: tokenizer needs a set of pictures, which data=records, a stream, has not; leave it out and "
+                "start from a checkpoint that knows such pictures"
+            )
+        for resolution in self.resolutions:
+            tokens = token_count(schedule_for(resolution))
+            if self.data.max_tokens <= tokens:
+                raise ValueError(f"data.max_tokens={self.data.max_tokens}: a picture of {resolution} px has {tokens}")
+        needed = {"preference.prompts": self.preference.prompts, "preference.winners": self.preference.winners}
+        for key, value in needed.items():
+            if "align" in self.stages and value is None:
+                raise ValueError(f"{key} is not set: with data=records the iterations need {' and '.join(needed)}")
 
     def at_resolution(self, resolution: int) -> "LoopConfig":
         """The settings in force at a resolution. ValueError for an unknown key or a bad value under ``at``."""

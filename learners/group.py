@@ -10,8 +10,8 @@ from pathlib import Path
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster import Place
 from learners.config import LearnerConfig
 from learners.jobs import DpoJob, SftJob, TokenizerJob
 
@@ -19,21 +19,29 @@ OnLog = Callable[[dict], None]
 
 
 class LearnerGroup:
-    """Ranks that train together."""
+    """Ranks that train together, in ``places`` or, without them, wherever there is room for a bundle each."""
 
-    def __init__(self, config: LearnerConfig, bundle: dict[str, float], threads: int, use_gpu: bool):
+    def __init__(
+        self,
+        config: LearnerConfig,
+        bundle: dict[str, float],
+        threads: int,
+        use_gpu: bool,
+        places: list[Place] | None = None,
+    ):
         from learners.rank import Rank  # here, for the driver needs DeepSpeed only once its settings are known good
 
-        self.group = placement_group([bundle] * config.ranks, strategy="PACK")
-        if not self.group.wait(config.start_timeout_s):
+        self.group = None if places else placement_group([bundle] * config.ranks, strategy="PACK")
+        if self.group and not self.group.wait(config.start_timeout_s):
             remove_placement_group(self.group)
             raise RuntimeError(f"no room for {config.ranks} learner ranks of {bundle} in {config.start_timeout_s} s")
+        places = places or [Place(self.group, i) for i in range(config.ranks)]
         self.ranks = [
             ray.remote(Rank)
             .options(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
+                scheduling_strategy=places[i],
             )
             .remote(i, config.ranks, threads, use_gpu, config.bf16)
             for i in range(config.ranks)
@@ -69,10 +77,11 @@ class LearnerGroup:
         return ray.get(results[0])
 
     def close(self) -> None:
-        """Stop all ranks and give their place back."""
+        """Stop all ranks and give their place back, where it is their own."""
         for rank in self.ranks:
             ray.kill(rank)
-        remove_placement_group(self.group)
+        if self.group:
+            remove_placement_group(self.group)
 
 
 class _Follower:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from vargpt_rl.model.image_tokenizer import ImageTokenizer
-from vargpt_rl.model.v1.image_tokenizer import V1ImageTokenizer
+from vargpt_rl.model.families import AnyImageTokenizer
 
 
 def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) -> torch.Tensor:
@@ -35,7 +34,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: 
 
 
 def train_image_tokenizer(
-    tokenizer: ImageTokenizer | V1ImageTokenizer,
+    tokenizer: AnyImageTokenizer,
     batches: Iterator[torch.Tensor],
     steps: int,
     peak_lr: float,

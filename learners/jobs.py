@@ -1,9 +1,10 @@
-"""What a learner group is asked to do. No heavy imports: the driver makes these."""
+"""What a learner group is asked to do. Imports no trainer and no DeepSpeed: the driver makes these."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from learners.config import DpoConfig, Recipe
+from vargpt_rl.data.records.feed import Feed
 from vargpt_rl.data.types import Probe
 
 
@@ -28,17 +29,21 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class SftJob:
-    """A supervised stage on the drawings encoded in ``corpus``. Intermediate weights are saved after ``save_steps``."""
+    """A supervised stage on the drawings encoded in ``corpus``, or on what ``feed`` streams.
+
+    Intermediate weights are saved after ``save_steps``.
+    """
 
     stage: str
     start: Start
-    corpus: Path
+    corpus: Path | None
     recipe: Recipe
     output: Path
     seed: int
     probe: Probe
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 Every stage gets a new trainer and a new DeepSpeed engine in the same process; the process group stays.
 """
 
+import copy
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
 import deepspeed
+import psutil
+import ray
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -32,7 +36,7 @@ from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
 from vargpt_rl.model.prompt import Markup
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 from vargpt_rl.stages import STAGES, freeze
 
 
@@ -53,6 +57,14 @@ class WriteLog(TrainerCallback):
             self.write({"step": state.global_step, **logs})
 
 
+def interface(address: str) -> str:
+    """The network interface that has this address. ValueError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in addresses):
+            return name
+    raise ValueError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
@@ -62,12 +74,14 @@ class Rank:
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met."""
-        return free_address()
+        """This node's address in the cluster and a free port, for rank 0 to be met at."""
+        return ray.util.get_node_ip_address(), free_port()
 
     def join(self, host: str, port: int) -> int:
         """Enter the process group; the process id."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # Left alone, gloo listens where the host's name points: on many systems that is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
         # Without GPUs gloo serves; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
@@ -118,24 +132,37 @@ class Rank:
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
         return training_arguments(recipe, self.ranks, seed, output / "trainer", self.use_gpu, self.bf16)
 
-    def sft(self, job: SftJob) -> dict:
-        """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
-        torch.manual_seed(job.seed + self.rank)
-        model = self._model(job.start)
-        stage, chat = STAGES[job.stage], markup_for(job.start.model, model.config)
-        trained = freeze(model, stage)
+    def _corpus(self, job: SftJob, chat: Markup) -> dict:
+        """Drawings that were encoded beforehand, and questions."""
         questions, share = None, 1.0
         if job.questions is not None:
             questions = Questions(job.questions.rows, job.questions.source, chat, job.questions.side)
             share = job.questions.drawing_share
         length = job.recipe.steps * job.recipe.batch
         rows = BalancedBatches(Drawings(job.corpus), questions, length, job.recipe.micro_batch, share, job.seed)
+        return {"train_dataset": rows}
+
+    def _streamed(self, job: SftJob, model: Unified, chat: Markup) -> dict:
+        """Records as they come, and what takes the features of their pictures if nobody did beforehand."""
+        mixture = job.feed.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
+        loader = job.feed.loader(mixture, job.seed, self.use_gpu)
+        tokenizer = None if job.feed.encoded else copy.deepcopy(model.image_tokenizer)  # the model's own may be cut up
+        return {"loader": loader, "image_tokenizer": tokenizer}
+
+    def sft(self, job: SftJob) -> dict:
+        """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
+        torch.manual_seed(job.seed + self.rank)
+        model = self._model(job.start)
+        stage, chat = STAGES[job.stage], markup_for(job.start.model, model.config)
+        trained = freeze(model, stage)
         trainer = SftTrainer(
             stage,
             model=model,
-            args=TrainingArguments(**self._common(job.recipe, job.seed, job.output)),
+            args=TrainingArguments(
+                **self._common(job.recipe, job.seed, job.output), ignore_data_skip=job.feed is not None
+            ),
             data_collator=SftCollator(chat),
-            train_dataset=rows,
+            **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
         return self._run(trainer, chat, trained, job.probe, job.output)

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset, SequentialSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 
 from vargpt_rl.data.batches import DrawExample, Example, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import sft_loss
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.families import AnyImageTokenizer
+from vargpt_rl.model.prompt import Markup
 from vargpt_rl.stages import Stage
 
 
@@ -41,7 +43,7 @@ class Drawings(Dataset):
 class Questions(Dataset):
     """Questions about pictures that a data source can load: rows of (picture key, question, answer)."""
 
-    def __init__(self, rows: list[tuple[str, str, str]], source, chat: ChatFormat, side: int):
+    def __init__(self, rows: list[tuple[str, str, str]], source, chat: Markup, side: int):
         self.rows, self.source, self.chat, self.side = rows, source, chat, side
 
     def __len__(self) -> int:
@@ -83,17 +85,41 @@ def _endless(rng: np.random.Generator, count: int):
 
 
 class SftTrainer(Trainer):
-    """Stage losses; every metric is the mean since the last log, over ranks."""
+    """Stage losses; every metric is the mean since the last log, over ranks.
 
-    def __init__(self, stage: Stage, **kwargs):
+    Batches are those of ``loader``, a rank's own, where there is one, else of ``train_dataset``, shared over ranks.
+    ``image_tokenizer``, apart from the model that trains, takes the features of pictures that come as pixels.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        loader: StatefulDataLoader | None = None,
+        image_tokenizer: AnyImageTokenizer | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
-        self.stage = stage
+        self.stage, self.loader = stage, loader
+        self.image_tokenizer = image_tokenizer and image_tokenizer.eval().to(self.args.device)
         self.measured: dict[str, list[float]] = defaultdict(list)
+
+    def get_train_dataloader(self):
+        return super().get_train_dataloader() if self.loader is None else self.loader
 
     def _get_train_sampler(self, *args) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # the order is the data set's
 
+    @torch.no_grad()
+    def _features(self, crops_NHW3: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W, 3] -> float16 [N, d, h, w], as rollout workers encode pictures."""
+        images_N3HW = (
+            (crops_NHW3.float() / 127.5 - 1).permute(0, 3, 1, 2).to(next(self.image_tokenizer.parameters()).dtype)
+        )
+        return self.image_tokenizer.features(images_N3HW).half()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        if "crops" in inputs:
+            inputs = inputs | {"features": self._features(inputs["crops"])}
         loss, metrics = sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)
         for key, value in metrics.items():
             self.measured[key].append(value)

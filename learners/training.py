@@ -83,6 +83,10 @@ def save_trained(trainer: Trainer, names: list[str], directory: Path) -> None:
 
 
 def finish(trainer: Trainer) -> None:
-    """Take DeepSpeed's engine apart, so that the process can train the next stage with a fresh one."""
+    """Take DeepSpeed's engine apart, so that the process can train the next stage with a fresh one.
+
+    A loader that nothing refers to any more ends its worker processes.
+    """
     trainer.deepspeed.destroy()
+    trainer.loader = trainer.callback_handler.train_dataloader = None
     trainer.accelerator.free_memory()

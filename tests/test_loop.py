@@ -105,16 +105,36 @@ def test_metrics_have_trls_names_and_say_where_they_are_from(finished):
     assert [line["step"] for line in dpo] == [1, 2, 3]
     names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
     assert names | {"rewards/margins/scale_0", "bit_accuracy/chosen/scale_1"} <= dpo[0].keys()
-    assert {"pretrain", "understanding", "sft", "sft_on_winners", "swap", "rollout"} <= {
+    assert {"pretrain", "understanding", "sft", "sft_on_winners", "swap", "rollout", "pairs"} <= {
         line["stage"] for line in lines
     }
 
 
 def test_pictures_model_and_tracking_are_there(finished):
-    assert (finished / "samples/iter-00.png").stat().st_size > 1000
+    for name in ("iter-00.png", "iter-00-pairs.png", "iter-01-pairs.png"):
+        assert (finished / "samples" / name).stat().st_size > 1000
     assert Vargpt.from_pretrained(finished / "model").config.model_type == "vargpt"
-    assert list((finished / "wandb").glob("offline-run-*"))
+    assert list((finished / "wandb").glob("offline-run-*/files/media/table/pairs/table_*.json"))
+    assert list((finished / "wandb/artifacts/staging").iterdir())
+    assert {path.suffix for path in (finished / "samples").iterdir()} == {".png"}
     assert "WANDB_API_KEY" not in (finished / "config.yaml").read_text()
+
+
+def test_the_best_policy_is_kept_beside_the_last(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    scores = [iteration["eval"]["after_dpo"]["overall"] for iteration in summary["iterations"]]
+    note = json.loads((finished / "best/best.json").read_text())
+    first = scores.index(max(scores))  # the earlier of equals
+    assert note == {
+        "metric": "after_dpo.overall",
+        "value": max(scores),
+        "iteration": first,
+        "resolution": [32, 48][first],
+    }
+    assert summary["best"] == {"path": "best", **note} and not summary["events"]
+    names = {path.name for path in (finished / "model").iterdir()}
+    assert {path.name for path in (finished / "best").iterdir()} == names | {"best.json"}
+    assert Vargpt.from_pretrained(finished / "best").config.model_type == "vargpt"
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished, folder):

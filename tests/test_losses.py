@@ -107,6 +107,41 @@ def test_flips_are_drawn_picture_by_picture_below_the_bound():
     assert flipped.any(1).float().mean() < 1, "some pictures have few flips"
 
 
+def gradients_of(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss, _ = sft_loss(model, batch, NO_NOISE, 1.0)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal but for fp32 sums in another order."""
+    assert len(expected) > 20
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_blank_picture_reaches_the_vision_tower_and_nothing_else(checkpoint, chat, drawn):
+    examples = [TextExample("How many?", "three"), TextExample("What?", "a star " * 9)]
+    if drawn:
+        features = np.random.default_rng(0).standard_normal((BITS, 4, 4)).astype(np.float16)
+        examples.append(DrawExample(Prompt("0", "a star"), features))
+    model = Vargpt.from_pretrained(checkpoint)
+    plain, gradients = gradients_of(model, SftCollator(chat)(examples))
+    assert not any(name.startswith("model.visual.") for name in gradients)
+    blank, with_blank = gradients_of(model, SftCollator(chat, shows=True)(examples))
+    torch.testing.assert_close(blank, plain, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(with_blank, gradients)
+    seen = {name: gradient for name, gradient in with_blank.items() if name.startswith("model.visual.")}
+    assert len(seen) > 5 and not any(gradient.any() for gradient in seen.values())
+    shown = chat.pictures([Image.new("RGB", (56, 56), "red")])
+    examples[0] = TextExample("How many?", "three", shown)
+    batch = SftCollator(chat, shows=True)(examples)
+    assert len(batch["image_grid_thw"]) == 1 and "blocks" not in batch, "none is needed"
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_texts_that_share_a_row_have_the_loss_and_gradients_of_rows_of_their_own(checkpoint, chat, alone, attention):
@@ -117,19 +152,10 @@ def test_texts_that_share_a_row_have_the_loss_and_gradients_of_rows_of_their_own
         features = np.random.default_rng(0).standard_normal((BITS, 4, 4)).astype(np.float16)
         examples[1:1] = [TextExample("What colour?", "red", shown), DrawExample(Prompt("0", "a star"), features, shown)]
     model = Vargpt.from_pretrained(checkpoint, attn_implementation=attention)
-    found = []
-    for packs in (True, False):
-        batch = SftCollator(chat, packs)(examples)
-        assert ("blocks" in batch) == packs
-        model.zero_grad(set_to_none=True)
-        loss, _ = sft_loss(model, batch, NO_NOISE, 1.0)
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), gradients, batch["input_ids"].shape[0]))
-    (packed, packed_gradients, rows), (plain, gradients, more) = found
-    assert rows < more
-    torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)  # fp32 sums in another order
-    assert packed_gradients.keys() == gradients.keys() and len(gradients) > 20
-    for name, gradient in gradients.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-5 * max(scale, 1e-3), msg=name)
+    batches = [SftCollator(chat, packs)(examples) for packs in (True, False)]
+    assert ["blocks" in batch for batch in batches] == [True, False]
+    assert len(batches[0]["input_ids"]) < len(batches[1]["input_ids"])
+    (packed, packed_gradients), (plain, gradients) = (gradients_of(model, batch) for batch in batches)
+    torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)
+    assert packed_gradients.keys() == gradients.keys()
+    assert_same_gradients(packed_gradients, gradients)

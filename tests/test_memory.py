@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from actors.resources import RolloutConfig
+from actors.resources import PlacementConfig, RolloutConfig
 from configs.load import load_config
 from learners.config import LearnerConfig
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -186,19 +186,44 @@ def test_what_cannot_fit_is_refused_with_the_sum(config):
 def test_processes_share_a_gpu_as_far_as_their_shares_go(config):
     plan = memory.plan(load_config(["resolutions=[32]", "stages=[align]", "iterations=1"]), config, on_gpu=True)
 
-    def crowd(workers: float, ranks: float) -> tuple[int, int]:
+    def crowd(workers: float, ranks: float, kind: str = "colocated") -> tuple[int, int]:
         rollout, learner = RolloutConfig(2, gpus_per_worker=workers), LearnerConfig(2, gpus_per_rank=ranks)
-        load = memory.fullest(plan, rollout, learner, on_gpu=True)
+        load = memory.fullest(plan, rollout, learner, PlacementConfig(kind), on_gpu=True)
         assert load.total == load.workers * load.rollout.total + load.ranks * load.training.total
         return load.workers, load.ranks
 
-    assert crowd(1.0, 1.0) == (0, 1)  # the buckets make a rank larger than a worker
-    assert crowd(0.5, 0.5) == (0, 2)
+    assert crowd(1.0, 1.0, "split") == (0, 1)  # the buckets make a rank larger than a worker
+    assert crowd(0.5, 1.0, "split") == (0, 1)  # two workers share a GPU, none with a rank
+    assert crowd(0.5, 0.5) == (1, 1)
     assert crowd(0.3, 0.7) == (1, 1)
-    assert crowd(0.25, 2.0) == (0, 1)
+    assert crowd(0.1, 0.5) == (2, 1)  # there are no more than two
+    with pytest.raises(ValueError, match="gpus_per_rank=0.7 beside rollout.gpus_per_worker=0.5"):
+        crowd(0.5, 0.7)
 
 
 def test_the_model_that_is_planned_is_not_changed(config):
     before = copy.deepcopy(config.to_dict())
     skeleton(config, torch.float32)
     assert config.to_dict() == before
+
+
+# Streams of records
+
+
+def test_streamed_questions_may_be_long_and_drawings_are_encoded_by_the_rank(config):
+    given = ["data=records", "+data.sources.a.files=[x]", "stages=[pretrain,understanding]", "data.seen_pixels=3136"]
+    plans = []
+    for more in (["data.max_tokens=200"], ["data.max_tokens=600"], ["data.max_tokens=600", "data.encoded=x"]):
+        settings = load_config([*given, "resolutions=[48]", *more])
+        plans.append({need.stage: need for need in memory.plan(settings, config, False).training})
+    short, long, encoded = plans
+    assert long["understanding"].activations > 2 * short["understanding"].activations
+    assert long["pretrain"].activations == short["pretrain"].activations, "what is drawn has a length of its own"
+    tokenizer = sum(p.numel() for p in Vargpt(config).image_tokenizer.parameters()) * 4
+    for stage in ("pretrain", "understanding"):
+        assert long[stage].weights - encoded[stage].weights == tokenizer
+        assert long[stage].activations >= encoded[stage].activations
+    settings = load_config([*given, "resolutions=[48]", "data.max_tokens=600"])
+    whole = memory.bound(settings, config, False)
+    for name, need in long.items():
+        assert next(n for n in whole.training if n.stage == name).total >= need.total

@@ -1,8 +1,12 @@
 """The run directory: steps are done once, settings do not change under a run, the summary comes last."""
 
 import json
+import math
 
+import pandas as pd
 import pytest
+import wandb
+from PIL import Image
 
 from vargpt_rl.run import Run, differences
 
@@ -43,6 +47,52 @@ def test_metrics_are_lines_with_their_place(tmp_path):
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert line.pop("time") > 0
     assert line == {"iteration": 1, "resolution": 256, "stage": "sft", "step": 7, "loss": 0.5}
+
+
+class Tracker:
+    """Stands in for wandb's run: remembers what it is given."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, line):
+        self.lines.append(line)
+
+
+def test_numbers_by_scale_reach_wandb_with_their_place_and_lists_do_not(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.tracker, run.where = Tracker(), {"iteration": 1, "resolution": 256}
+    run.log("dpo", 1, {"rewards/margins/scale_0": 0.5, "rewards/margins": 0.75, "counts": [1, 2]})
+    assert run.tracker.lines == [
+        {"dpo/rewards/margins/scale_0": 0.5, "dpo/rewards/margins": 0.75, "iteration": 1, "resolution": 256}
+    ]
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["counts"] == [1, 2]
+
+
+def test_a_table_has_pictures_and_no_nan(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    run = Run(tmp_path / "run", {})
+    table = pd.DataFrame({"prompt": ["x", "y"], "picture": [tmp_path / "a.png"] * 2, "reward": [0.5, math.nan]})
+    run.log_table("pairs/table", table)  # without wandb there is nothing to do
+    run.tracker = Tracker()
+    run.log_table("pairs/table", table)
+    shown = run.tracker.lines[0]["pairs/table"]
+    assert shown.columns == ["prompt", "picture", "reward"]
+    assert [(row[0], row[2]) for row in shown.data] == [("x", 0.5), ("y", None)]
+    assert all(isinstance(row[1], wandb.Image) for row in shown.data)
+
+
+def test_wandbs_files_stay_in_the_run_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", "unset")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    run = Run(tmp_path / "run", {})
+    run.track("offline", "test", {})
+    run.log_table("pairs/table", pd.DataFrame({"picture": [tmp_path / "a.png"]}))
+    (tmp_path / "a.png").unlink()
+    run.close(failed=False)
+    staged = [path.read_bytes()[:4] for path in (tmp_path / "run/wandb/artifacts/staging").iterdir()]
+    assert b"\x89PNG" in staged
 
 
 def test_a_run_without_summary_is_not_finished(tmp_path):

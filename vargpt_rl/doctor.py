@@ -140,9 +140,9 @@ def verdict(need: Plan, config: LoopConfig, devices: Devices) -> str | None:
     """Why the loop would refuse the run; None if it would not."""
     learner = config.learner
     if devices.gpus:
-        found = {"CPU": float(os.cpu_count()), "GPU": float(devices.gpus)}
+        found = [{"CPU": float(os.cpu_count()), "GPU": float(devices.gpus)}]
         try:
-            resources.plan(found, config.rollout, learner.ranks, learner.gpus_per_rank)
+            resources.plan(found, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
         except ValueError as error:
             return str(error)
     return refusal(need, config, devices)

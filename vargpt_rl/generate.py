@@ -134,48 +134,66 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
+def picture_line(
+    settings: DrawingSettings, file: str, prompt: str, index: int, number: int, image: str | None = None
+) -> dict:
+    """The line of ``pictures.jsonl`` for the picture of a prompt that has these numbers; ``image`` is to be edited."""
+    return {
+        "file": file,
+        "prompt": prompt,
+        "seed": int(np.random.SeedSequence([settings.seed, index, number]).generate_state(1)[0]),
+        "resolution": settings.resolution,
+        "size": list(settings.size),
+        "sampling": asdict(settings.sampling),
+        "image": image,
+    }
+
+
 def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
     """The line of ``pictures.jsonl`` for every picture that is wanted."""
+    image = config.image and str(Path(config.image).resolve())
     return [
-        {
-            "file": f"{i:05d}-{k:02d}.png",
-            "prompt": prompt,
-            "seed": int(np.random.SeedSequence([config.seed, i, k]).generate_state(1)[0]),
-            "resolution": config.resolution,
-            "size": list(config.size),
-            "sampling": asdict(config.sampling),
-            "image": config.image and str(Path(config.image).resolve()),
-            "checkpoint": folder,
-        }
+        picture_line(config, f"{i:05d}-{k:02d}.png", prompt, i, k, image) | {"checkpoint": folder}
         for i, prompt in enumerate(prompts)
         for k in range(config.pictures)
     ]
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of pictures that are there. A line that was cut off while it was written is none."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    """The JSON lines of a record, if there is one. A last line that was cut off while it was written is none."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     try:
-        records = [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.split("\n")] if whole else []
     except json.JSONDecodeError as error:
         raise ValueError(f"out={path.parent}: {path.name} is damaged: {error}") from error
-    return [record for record in records if (path.parent / record["file"]).exists()]
 
 
-def check_records(out: Path, wanted: list[dict]) -> set[str]:
+def check_unchanged(out: Path, name: str, wanted: dict, made: dict) -> None:
+    """ValueError where something that is in ``out`` was made with other settings than are wanted now."""
+    for key, value in wanted.items():
+        if value != made.get(key):
+            raise ValueError(
+                f"out={out}: {name} was made with {key}={made.get(key)}, now it is {value}: give this run another "
+                "out=..."
+            )
+
+
+def drawn_pictures(path: Path) -> list[dict]:
+    """The records of pictures that are there."""
+    return [record for record in read_records(path) if (path.parent / record["file"]).exists()]
+
+
+def check_pictures(out: Path, wanted: list[dict]) -> set[str]:
     """The files that need not be drawn again, of all the records in ``out``.
 
     ValueError where a wanted picture was made with other settings.
     """
-    records = {record["file"]: record for path in sorted(out.glob("pictures*.jsonl")) for record in read_records(path)}
+    records = {
+        record["file"]: record for path in sorted(out.glob("pictures*.jsonl")) for record in drawn_pictures(path)
+    }
     for line in wanted:
         now, made = ({**x["sampling"], **x} for x in (line, records.get(line["file"], line)))
-        for key in now:
-            if now[key] != made.get(key):
-                raise ValueError(
-                    f"out={out}: {line['file']} was made with {key}={made.get(key)}, now it is {now[key]}: "
-                    f"give this run another out=..."
-                )
+        check_unchanged(out, line["file"], now, made)
     return set(records)
 
 
@@ -231,12 +249,12 @@ def draw_missing(
     Processes that draw different parts at the same time keep ``records`` of their own, "pictures*.jsonl". ValueError
     where a picture was made with other settings.
     """
-    there = check_records(out, wanted)
+    there = check_pictures(out, wanted)
     lines = wanted[part]
     missing = [line for line in lines if line["file"] not in there]
     if not missing:
         return 0
-    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_records(out / records)]
+    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in drawn_pictures(out / records)]
     write_atomically(out / records, "".join(kept).encode())
     loaded = model()
     with (
@@ -245,6 +263,7 @@ def draw_missing(
     ):
         for batch in batches(missing, batch_size):
             for line, picture in zip(batch, draw_batch(*loaded, batch, look), strict=True):
+                (out / line["file"]).parent.mkdir(parents=True, exist_ok=True)
                 save_picture(picture, out / line["file"])
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
             file.flush()

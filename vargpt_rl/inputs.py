@@ -7,6 +7,8 @@ from pathlib import Path
 
 from configs.schema import TINY, LoopConfig
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.records.align import RecordsSource, held_out_of
+from vargpt_rl.data.records.feed import Feed, task_of
 from vargpt_rl.data.sources import (
     CaptionedConfig,
     CaptionedSource,
@@ -16,7 +18,7 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.model.families import family_named
+from vargpt_rl.model.families import family_named, load_config, markup_for
 from vargpt_rl.model.hub import model_folder
 from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
 
@@ -28,16 +30,18 @@ class Inputs:
     """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing.
 
     ``lines`` is how many records the data has, if they can be bad, and ``max_bad_fraction`` how many of them may be.
+    ``feed``: what supervised stages stream, or None where ``source`` has records to choose from.
     """
 
     model: str
-    source: Source
+    source: Source | RecordsSource
     quarantine: Quarantine
     builder: Callable
     reward: Callable | None
     prompts: list[Prompt] | None
     lines: int
     max_bad_fraction: float
+    feed: Feed | None = None
 
     def check_quarantine(self) -> None:
         """ValueError, with the counts by reason, when too many records are lost."""
@@ -61,6 +65,16 @@ def check_model(path: str) -> str:
     return str(folder)
 
 
+def check_resolutions(model: str, resolutions: list[int]) -> None:
+    """ValueError for a resolution that the model of this directory does not draw."""
+    tokenizer = load_config(model).image_tokenizer_config
+    try:
+        for resolution in resolutions:
+            tokenizer.schedule_for(resolution)
+    except ValueError as error:
+        raise ValueError(f"resolutions={list(resolutions)}: {error}") from error
+
+
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
     """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
     builder = make_plugin(path, options)
@@ -75,11 +89,17 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
     model = check_model(config.checkpoint)
+    check_resolutions(model, config.resolutions)
     reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
+    prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
+    feed = None
     if config.data.kind == "shapes":
-        source: Source = ShapesSource(ShapesConfig())
+        source: Source | RecordsSource = ShapesSource(ShapesConfig())
+    elif config.data.kind == "records":
+        feed = make_feed(config, model)
+        source, prompts = records_source(config, feed, prompts or [], quarantine), None
     else:
         source = CaptionedSource(
             CaptionedConfig(
@@ -90,8 +110,56 @@ def gather(config: LoopConfig) -> Inputs:
             ),
             quarantine,
         )
-    prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
     lines = getattr(source, "lines", 0)
-    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, config.data.max_bad_fraction)
+    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, config.data.max_bad_fraction, feed)
     inputs.check_quarantine()
     return inputs
+
+
+def make_feed(config: LoopConfig, model: str) -> Feed:
+    """What data=records streams, tried for every stage and resolution of the run. ValueError naming what is wrong."""
+    data = config.data
+    sources = {name: source.absolute() for name, source in data.records().items()}
+    quarantine = config.directory.resolve() / "quarantine"
+    tasks = {name: task_of(name, source, quarantine) for name, source in sources.items()}
+    encoded, checksum = None, ""
+    if data.encoded is not None:
+        from vargpt_rl.data.encode import load_image_tokenizer
+        from vargpt_rl.data.features import tokenizer_checksum
+
+        encoded = Path(data.encoded).resolve()
+        checksum = tokenizer_checksum(load_image_tokenizer(Path(model)).state_dict())
+    feed = Feed(
+        sources, tasks, quarantine, data.held_out_fraction, data.max_bad_fraction, data.block, data.max_tokens,
+        data.seen_pixels, data.pack, data.workers, encoded, checksum,
+    )  # fmt: skip
+    chat = markup_for(model, load_config(model))
+    used: set[str] = set()
+    for stage, resolution, share in supervised_stages(config):
+        rows = getattr(config.at_resolution(resolution), stage).recipe.micro_batch
+        try:
+            used |= feed.at(resolution, share).mixture(chat, rows, 0, 0, config.learner.ranks).ingredients.keys()
+        except ValueError as error:
+            raise ValueError(f"data.sources, for {stage} at {resolution} px: {error}") from error
+    if idle := sources.keys() - used:
+        told = ", ".join(f"{name} ({tasks[name]})" for name in sorted(idle))
+        raise ValueError(f"data.sources: no stage of stages={config.stages} learns from {told}")
+    return feed
+
+
+def supervised_stages(config: LoopConfig) -> list[tuple[str, int, float]]:
+    """The stages of a run that stream records: name, resolution, share of drawings."""
+    first = config.resolutions[0]
+    shares = {"pretrain": 1.0, "understanding": config.at_resolution(first).understanding.drawing_share}
+    found = [(stage, first, shares[stage]) for stage in config.stages if stage in shares]
+    return found + [("sft", px, 1.0) for px in dict.fromkeys(config.resolutions) if "align" in config.stages]
+
+
+def records_source(config: LoopConfig, feed: Feed, prompts: list[Prompt], quarantine: Quarantine) -> RecordsSource:
+    """What the iterations draw and compare, where there are iterations. ValueError naming what is missing."""
+    if "align" not in config.stages:
+        return RecordsSource([], None, [], quarantine)
+    sizes = [config.at_resolution(resolution).evaluation for resolution in config.resolutions]
+    count = max(max(size.prompts, size.grid) for size in sizes)
+    held_out = held_out_of(feed, count, config.directory / "held_out")
+    return RecordsSource(prompts, Path(config.preference.winners), held_out, quarantine)

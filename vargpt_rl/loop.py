@@ -2,22 +2,23 @@
 
 Each iteration: SFT -> evaluate -> sample from the SFT checkpoints, pair with winners, score -> DPO -> swap -> evaluate.
 Every step is recorded when it is done; the same command goes on after the last one. Exit codes: 0 done, 1 failed,
-2 a setting or an input is wrong (no worker was started).
+2 a setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or SIGUSR2 (EX_TEMPFAIL: try again).
 """
 
-import os
 import sys
 
 import ray
 from omegaconf import OmegaConf
+from ray.exceptions import RayError
 
+from actors.cluster import connect, nodes, reserve
 from actors.pool import RolloutPool
 from actors.resources import plan
 from actors.rollout import Rollouts
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
-from vargpt_rl.export import export_model
+from vargpt_rl.export import export_model, read_best
 from vargpt_rl.inputs import Inputs, gather
 from vargpt_rl.memory import Devices, check_fits, gpu_memory, model_config
 from vargpt_rl.report import show
@@ -61,24 +62,14 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
         summary["iterations"] = align(steps, run, config)
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")
-    quarantined = dict(inputs.quarantine.counts)
+    quarantined, best = dict(inputs.quarantine.counts), read_best(run.directory / "best")
     return summary | {
+        "best": best and {"path": "best", **best},
         "seconds": run.seconds,
         "quarantined": quarantined,
         "restarts": pool.restarts,
         "events": pool.events,
     }
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be Ray's default; silences its notice
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-    else:
-        ray.init(address="local", include_dashboard=False, **options)
 
 
 def devices() -> Devices:
@@ -89,13 +80,17 @@ def devices() -> Devices:
     return Devices(gpus, each, int(found["memory"] + found["object_store_memory"]))
 
 
+def prepare(arguments: list[str]) -> tuple[LoopConfig, dict, Inputs, Run]:
+    """The settings, also as plain values, all that they name, and the run's directory. ValueError if any is wrong."""
+    config = load_config(arguments)
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return config, settings, gather(config), Run(config.directory, settings)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the loop; the exit code."""
     try:
-        config = load_config(sys.argv[1:] if arguments is None else arguments)
-        settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        inputs = gather(config)
-        run = Run(config.directory, settings)
+        config, settings, inputs, run = prepare(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -106,9 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     if run.state["steps"]:
         print(f"going on after {list(run.state['steps'])[-1]}")
     learner = config.learner
-    connect()
     try:
-        placement = plan(ray.cluster_resources(), config.rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
+        connect()
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        print(f"error: no Ray cluster: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    try:
+        shares = learner.gpus_per_rank, learner.bf16, config.placement
+        placement = plan(nodes(), config.rollout, learner.ranks, *shares)
         check_fits(config, model_config(inputs.model), devices())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,8 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
     run.track(config.tracking.wandb, config.tracking.project, settings)
     failed = True
     try:
-        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source)
-        learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
+        workers, ranks = reserve(placement, learner.start_timeout_s)
+        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers)
+        learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu, ranks)
         rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
         steps = Steps(config, run, inputs, rollouts, learners)
         summary = execute(steps, run, config, pool, inputs)
@@ -125,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         show(summary, run.directory)
         failed = False
     finally:
+        run.save()
         run.close(failed)
         ray.shutdown()
     return 0

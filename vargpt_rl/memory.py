@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from actors.resources import RolloutConfig
+from actors.resources import PlacementConfig, RolloutConfig, per_gpu
 from configs.schema import LoopConfig
 from learners.config import LearnerConfig, Recipe
 from vargpt_rl.ledger import META, Skeleton, counting, skeleton
@@ -260,8 +260,29 @@ class _Case:
     def recipe(self) -> Recipe:
         return getattr(self.settings, self.stage.name).recipe
 
+    @property
+    def encodes(self) -> bool:
+        """Whether the rank takes the features of its drawings itself."""
+        data = self.settings.data
+        return data.kind == "records" and not data.encoded and self.drawings > 0 and self.stage.name != "dpo"
+
+    def inputs(self, model: Unified) -> dict[str, torch.Tensor]:
+        """A micro-batch. A streamed question can be as long as ``data.max_tokens``, and makes all rows as wide."""
+        data, text = self.settings.data, TEXT_TOKENS
+        side = data.seen_side if data.kind != "records" else round(data.seen_pixels**0.5)
+        if data.kind == "records" and self.rows > self.drawings:
+            seen, schedule = model.blank_pictures(1, side)[1], model.image_tokenizer.schedule_for(self.resolution)
+            longest = max(seen, token_count(schedule) if self.drawings else 0)
+            text = max(text, data.max_tokens - longest)
+        inputs = batch(model, self.rows, self.drawings, self.resolution, side, text)
+        if self.encodes:
+            pixels = torch.zeros(self.drawings, 3, self.resolution, self.resolution, device=META, dtype=model.dtype)
+            with torch.no_grad():
+                inputs["features"] = model.image_tokenizer.features(pixels)
+        return inputs
+
     def loss(self, model: Unified) -> torch.Tensor:
-        inputs = batch(model, self.rows, self.drawings, self.resolution, self.settings.data.seen_side)
+        inputs = self.inputs(model)
         if self.stage.name == "dpo":
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
@@ -271,6 +292,9 @@ class _Case:
         ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
         held = states(parameter_sizes(whole, self.stage), dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        if self.encodes:
+            copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
+            held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
         return Training(self.stage.name, self.resolution, self.recipe, **held, activations=kept, otherwise=otherwise)
 
 
@@ -389,17 +413,14 @@ class Load:
         return " and ".join(f"{count} {name}{'s' * (count > 1)} of {need}" for count, name, need in crowds if count)
 
 
-def fullest(plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, on_gpu: bool) -> Load:
-    """The largest load that a device can get: all processes on a CPU, those whose shares add up to 1 on a GPU."""
-    share_worker, share_rank = (min(share, 1) for share in (rollout.gpus_per_worker, learner.gpus_per_rank))
+def fullest(
+    plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, placement: PlacementConfig, on_gpu: bool
+) -> Load:
+    """The largest load that a device can get: all processes on a CPU, those that the placement puts on one GPU."""
     counts = [(rollout.workers, learner.ranks)]
     if on_gpu:
-        counts = [
-            (workers, ranks)
-            for workers in range(rollout.workers + 1)
-            for ranks in range(learner.ranks + 1)
-            if workers * share_worker + ranks * share_rank <= 1 + 1e-9
-        ]
+        filled = per_gpu(rollout, learner.gpus_per_rank, placement)
+        counts = [(min(workers, rollout.workers), min(ranks, learner.ranks)) for workers, ranks in filled]
     beside = {need.resolution: need for need in plan.rollouts}
     loads = [
         Load(workers, beside[training.resolution], ranks, training)
@@ -411,7 +432,7 @@ def fullest(plan: Plan, rollout: RolloutConfig, learner: LearnerConfig, on_gpu: 
 
 def refusal(plan: Plan, config: LoopConfig, devices: Devices) -> str | None:
     """Why the run cannot be, with the sum; None if it can."""
-    load = fullest(plan, config.rollout, config.learner, devices.gpus > 0)
+    load = fullest(plan, config.rollout, config.learner, config.placement, devices.gpus > 0)
     if load.total <= devices.room:
         return None
     return (

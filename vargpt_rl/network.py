@@ -3,8 +3,8 @@
 import socket
 
 
-def free_address() -> tuple[str, int]:
-    """This host and a port that is free now."""
+def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as free:
         free.bind(("", 0))
-        return socket.gethostbyname(socket.gethostname()), free.getsockname()[1]
+        return free.getsockname()[1]

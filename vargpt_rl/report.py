@@ -50,6 +50,9 @@ def show(summary: dict, directory: object) -> None:
         if result:
             accuracy, error = result["accuracy"], result["accuracy_stderr"]
             console.print(f"questions answered right {moment} the iterations: {accuracy:.3f} ± {error:.3f}")
+    if best := summary["best"]:
+        place = f"iteration {best['iteration']}, {best['resolution']} px"
+        console.print(f"best/ holds the policy of {place}: {best['metric']} {best['value']:.4g}")
     if summary["quarantined"]:
         console.print(f"quarantined: {summary['quarantined']}")
     for event in summary["events"]:

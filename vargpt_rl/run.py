@@ -5,10 +5,12 @@ step is never repeated: the same command goes on after the last one.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import wandb
 import yaml
 
@@ -55,7 +57,8 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def track(self, mode: str, project: str, config: dict) -> None:
-        """Also send metrics to wandb. Its own files lie in the run directory."""
+        """Also send metrics to wandb. Its own files lie in the run directory; WANDB_DATA_DIR moves those of tables."""
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.directory.resolve() / "wandb"))
         self.tracker = wandb.init(
             mode=mode,
             project=project,
@@ -84,18 +87,26 @@ class Run:
         """Time spent on this run; time between an interruption and the next start does not count."""
         return time.time() - self.began
 
-    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """A line of ``metrics.jsonl``, and the same to wandb under ``stage/``."""
+    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]]) -> None:
+        """A line of ``metrics.jsonl``, and the same, lists aside, to wandb under ``stage/``."""
         line = {"time": time.time(), **self.where, "stage": stage, "step": step, **metrics}
         with (self.directory / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
-            self.tracker.log({f"{stage}/{key}": value for key, value in metrics.items()} | self.where)
+            numbers = {f"{stage}/{key}": value for key, value in metrics.items() if not isinstance(value, list)}
+            self.tracker.log(numbers | self.where)
 
     def log_pictures(self, path: Path) -> None:
         """Show a picture file in wandb."""
         if self.tracker is not None:
             self.tracker.log({f"samples/{path.stem}": wandb.Image(str(path))})
+
+    def log_table(self, name: str, table: pd.DataFrame) -> None:
+        """Show a table in wandb; paths in it are of pictures, which may go afterwards."""
+        if self.tracker is not None:
+            cells = table.astype(object).where(table.notna(), None).values.tolist()
+            rows = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in cells]
+            self.tracker.log({name: wandb.Table(columns=list(table.columns), data=rows)} | self.where)
 
     def finish(self, summary: dict) -> None:
         """Write the summary, at once and last."""

@@ -17,10 +17,18 @@ from configs.schema import LoopConfig
 from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
 from rewards.preferences import external_winner
+from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.records.feed import Feed
 from vargpt_rl.data.types import Probe, Prompt, Record
 from vargpt_rl.evaluate.grid import sample_grid
+from vargpt_rl.evaluate.pair_plot import plot_pairs
+from vargpt_rl.export import keep_best
 from vargpt_rl.inputs import Inputs
+from vargpt_rl.model.bits import pack
+from vargpt_rl.model.families import load_config
+from vargpt_rl.model.prompt import REPLY
+from vargpt_rl.model.scales import token_count
 from vargpt_rl.run import Run
 
 # What seeds are for, beside the run's seed and the iteration.
@@ -95,41 +103,61 @@ class Steps:
         self,
         stage: str,
         key: str,
-        records: list[Record],
+        records: list[Record] | Feed,
         recipe: Recipe,
         questions: QuestionSet | None = None,
         save_steps: tuple[int, ...] = (),
     ) -> dict:
         """Train a supervised stage from the policy so far, swap the result in, and check that workers agree."""
         self.rollouts.serve(self.weights)
-        corpus = self.run.directory / "data" / key
-        counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
-        self.inputs.check_quarantine()
+        corpus, feed = self.run.directory / "data" / key, None
+        if isinstance(records, Feed):
+            feed, counts, probe = records, {}, self._probe()
+        else:
+            counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
+            self.inputs.check_quarantine()
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
-        job = SftJob(stage, start, corpus, recipe, self.checkpoint(key), seed, probe, questions, save_steps)
+        job = SftJob(stage, start, corpus, recipe, self.checkpoint(key), seed, probe, questions, save_steps, feed)
         result = self.learners.sft(job, self._follow(stage, recipe.steps))
-        shutil.rmtree(corpus)
+        shutil.rmtree(corpus, ignore_errors=feed is not None)
+        if feed is not None:
+            counts = {"bad_records": self.inputs.quarantine.gather(feed.quarantine)}
         return result | {"corpus": counts, "swap": self._swap(key, probe, result.pop("probe"))}
+
+    def _probe(self) -> Probe:
+        """Random tokens: a picture as good as any other to compare weights by."""
+        tokenizer = load_config(self.inputs.model).image_tokenizer_config
+        tokens, (depth, values) = token_count(tokenizer.schedule_for(self.resolution)), tokenizer.symbols
+        labels = np.random.default_rng(self.config.seed).integers(0, values, (tokens, depth))
+        return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), self.resolution)
+
+    def _drawings(self, count: int, seed: int, share: float = 1.0) -> list[Record] | Feed:
+        """What a stage learns to draw; a stream is endless, and has the questions too."""
+        if self.inputs.feed is not None:
+            return self.inputs.feed.at(self.resolution, share)
+        return self.inputs.source.records(count, seed)
 
     def _swap(self, key: str, probe: Probe, learner: float) -> dict:
         swap = self.rollouts.serve((*self.weights, self.checkpoint(key) / "final"))
         return swap | {"probe_difference": self.rollouts.agree(probe, learner)}
 
     def pretrain(self) -> dict:
-        records = self.inputs.source.records(self.config.pretrain.records, self.config.seed)
+        records = self._drawings(self.config.pretrain.records, self.config.seed)
         return self.supervised("pretrain", "pretrain", records, self.config.pretrain.recipe)
 
     def understanding(self) -> dict:
         settings, source = self.config.understanding, self.inputs.source
-        rows = source.questions(settings.questions, self.config.seed + 1, "train")
-        questions = QuestionSet(rows, source, settings.drawing_share, self.config.data.seen_side)
-        records = source.records(settings.records, self.config.seed + 1)
+        questions = None
+        if self.inputs.feed is None:
+            rows = source.questions(settings.questions, self.config.seed + 1, "train")
+            questions = QuestionSet(rows, source, settings.drawing_share, self.config.data.seen_side)
+        records = self._drawings(settings.records, self.config.seed + 1, settings.drawing_share)
         return self.supervised("understanding", "understanding", records, settings.recipe, questions)
 
     def sft(self) -> dict:
         settings = self.config.sft
         seed = seeds_for(1, self.config.seed, self.iteration, CORPUS)[0]
-        records = self.inputs.source.records(settings.records, seed)
+        records = self._drawings(settings.records, seed)
         return self.supervised("sft", f"{self.name}-sft", records, settings.recipe, save_steps=self._save_steps())
 
     def _save_steps(self) -> tuple[int, ...]:
@@ -198,7 +226,17 @@ class Steps:
             "checkpoints": sorted({sample.checkpoint for sample in samples}),
         }
         self.run.log("rollout", self.iteration, {k: v for k, v in rollout.items() if k != "checkpoints"})
+        self._show_pairs()
         return {"rollout": rollout, "pairs": counts}
+
+    def _show_pairs(self) -> None:
+        """What this iteration's table has: as metrics, as a picture beside the sample grid, some pairs in wandb."""
+        table, path = read_table(self.table()), self.run.directory / "samples" / f"{self.name}-pairs.png"
+        self.run.log("pairs", self.iteration, statistics(table))
+        path.parent.mkdir(exist_ok=True)
+        plot_pairs(table, path)
+        self.run.log_pictures(path)
+        self.rollouts.track_pairs(table.head(self.config.tracking.table_rows), path.with_suffix(""))
 
     def _held_out(self, count: int) -> tuple[list[Prompt], list[int]]:
         prompts = self.inputs.source.prompts("held_out", count, self.config.seed)
@@ -224,8 +262,20 @@ class Steps:
         else:
             result |= self.rollouts.prefer(self.table("held-out"), self.config.dpo.beta)
         self._row(moment, samples[: self.config.evaluation.grid])
+        self._keep_best(moment, result, weights)
         self.run.log(f"evaluate/{moment}", self.iteration, {k: v for k, v in result.items() if v is not None})
         return result
+
+    def _keep_best(self, moment: str, result: dict, weights: tuple[Path, ...]) -> None:
+        wanted, _, metric = (self.settings.tracking.best or "").partition(".")
+        if moment != wanted:
+            return
+        if metric not in result:
+            self.rollouts.pool.events.append(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+            return
+        note = {"metric": f"{moment}.{metric}", "value": result[metric]}
+        note |= {"iteration": self.iteration, "resolution": self.resolution}
+        keep_best(self.inputs.model, weights, self.run.directory / "best", note)
 
     def _row(self, label: str, samples: list) -> None:
         self.rollouts.draw_row(samples, self.run.directory / "samples" / self.name, label)

@@ -53,7 +53,7 @@ def start(cluster, checkpoint, tmp_path):
     def start(progress=None, **settings):
         config = RolloutConfig(**{"workers": 2, "batch_size": 2, **settings})
         source = deadly_patches(tmp_path / "died")
-        pools.append(RolloutPool(config, plan(cluster, config, ranks=1), str(checkpoint), source, progress))
+        pools.append(RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), source, progress))
         return pools[-1]
 
     yield start

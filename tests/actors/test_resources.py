@@ -1,40 +1,111 @@
-import pytest
+"""Who gets what: sums, shares by node, and bundles in which no two ranks share a GPU."""
 
-from actors.resources import RolloutConfig, plan
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.resources import PlacementConfig, RolloutConfig, plan
+
+COLOCATED = PlacementConfig("colocated")
 
 
 @pytest.mark.parametrize(
-    "resources, workers, ranks, share, threads",
+    "cpus, workers, ranks, share, threads",
     [
-        ({"CPU": 2.0}, 2, 1, 0.6666, 1),
-        ({"CPU": 16.0}, 2, 2, 4.0, 8),
-        ({"CPU": 10.0}, 3, 1, 2.0, 3),
-        ({"CPU": 1.0}, 4, 0, 0.25, 1),
+        ([2.0], 2, 1, 0.6666, 1),
+        ([16.0], 2, 2, 4.0, 8),
+        ([10.0], 3, 1, 2.0, 3),
+        ([1.0], 4, 0, 0.25, 1),
+        ([2.0, 2.0], 2, 2, 1.0, 2),
+        ([16.0, 4.0], 3, 1, 4.0, 4),  # 16 would hold 4 shares of 4, and so do both
+        ([1.0, 1.0, 1.0], 2, 2, 0.5, 1),  # 3 CPUs for 4, but no process has parts of two nodes
     ],
 )
-def test_without_gpus_all_share_the_cpus(resources, workers, ranks, share, threads):
-    decided = plan(resources, RolloutConfig(workers=workers), ranks)
+def test_without_gpus_all_share_the_cpus(cpus, workers, ranks, share, threads):
+    decided = plan([{"CPU": count} for count in cpus], RolloutConfig(workers=workers), ranks)
     assert decided.worker_options == {"num_cpus": share}
     assert decided.rank_bundle == {"CPU": share}
+    assert decided.bundles == [{"CPU": share}] * (workers + ranks)
     assert (decided.workers, decided.ranks, decided.threads_per_worker) == (workers, ranks, threads)
     assert not decided.use_gpu
 
 
-def test_with_gpus_each_process_gets_its_own():
+def test_split_gives_ranks_gpus_of_their_own():
     rollout = RolloutConfig(workers=4, gpus_per_worker=0.5)
-    decided = plan({"CPU": 64.0, "GPU": 8.0}, rollout, ranks=6)
+    decided = plan([{"CPU": 32.0, "GPU": 4.0}] * 2, rollout, ranks=6)
     assert decided.use_gpu
-    assert decided.worker_options == {"num_cpus": 6.0, "num_gpus": 0.5}
-    assert decided.rank_bundle == {"CPU": 6.0, "GPU": 1.0}
+    assert decided.worker_options == {"num_cpus": 4.0, "num_gpus": 0.5}
+    assert decided.rank_bundle == {"CPU": 4.0, "GPU": 1.0}
+    assert decided.rank_bundles == [0, 1, 2, 3, 4, 5] and decided.worker_bundles == [6, 6, 7, 7]
+    assert decided.bundles == [{"CPU": 4.0, "GPU": 1.0}] * 6 + [{"CPU": 8.0, "GPU": 1.0}] * 2
 
 
-def test_too_few_gpus_says_both_sums():
-    with pytest.raises(ValueError, match="need 3 GPUs, but the cluster has 2"):
-        plan({"CPU": 8.0, "GPU": 2.0}, RolloutConfig(workers=2), ranks=1)
+def test_colocated_puts_a_rank_and_workers_on_each_gpu():
+    rollout = RolloutConfig(workers=4, gpus_per_worker=0.25)
+    decided = plan([{"CPU": 24.0, "GPU": 2.0}], rollout, 2, 0.5, placement=COLOCATED)
+    assert decided.rank_bundles == [0, 1] and decided.worker_bundles == [0, 1, 0, 1]
+    assert decided.bundles == [{"CPU": 12.0, "GPU": 1.0}] * 2
+    assert decided.worker_options == {"num_cpus": 4.0, "num_gpus": 0.25}
+    spread = plan([{"CPU": 32.0, "GPU": 4.0}], rollout, 2, 0.5, placement=COLOCATED)
+    assert spread.worker_bundles == [0, 1, 2, 3]  # where there is room, a GPU each
 
 
-def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="rollout.workers=0"):
-        RolloutConfig(workers=0)
-    with pytest.raises(ValueError, match="rollout.batch_size=0"):
-        RolloutConfig(batch_size=0)
+@pytest.mark.parametrize("placement", [PlacementConfig(), COLOCATED])
+def test_too_few_gpus_says_the_sum(placement):
+    share = 0.5 if placement.is_colocated else 1.0
+    with pytest.raises(ValueError, match=f"need 3 GPUs in placement={placement.kind}, but the cluster has 2"):
+        ranks = 3 if placement.is_colocated else 1
+        plan([{"CPU": 8.0, "GPU": 2.0}], RolloutConfig(2, share), ranks, share, placement=placement)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([1.0, 0.5, 0.4, 0.25, 0.1]),
+    st.booleans(),
+)
+def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers, ranks, share, colocated):
+    resources = [{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})} for cpus, gpus in nodes]
+    placement = COLOCATED if colocated else PlacementConfig()
+    try:
+        decided = plan(resources, RolloutConfig(workers, share), ranks, 0.5 if colocated else 1.0, placement=placement)
+    except ValueError as error:
+        assert "gpus_per_rank" in str(error) or "need" in str(error)
+        return
+    ranks_in, workers_in = Counter(decided.rank_bundles), Counter(decided.worker_bundles)
+    assert max(ranks_in.values()) == 1 and (colocated or not ranks_in.keys() & workers_in.keys())
+    assert sum(ranks_in.values()) == ranks and sum(workers_in.values()) == workers
+    for i, bundle in enumerate(decided.bundles):
+        cpus = (ranks_in[i] + workers_in[i]) * decided.worker_options["num_cpus"]
+        assert bundle["CPU"] == pytest.approx(cpus, abs=1e-4) and bundle["CPU"] > 0
+        if decided.use_gpu:
+            taken = workers_in[i] * share + ranks_in[i] * decided.rank_bundle["GPU"]
+            assert taken <= 1 + 1e-9 and bundle["GPU"] == 1
+    # Bundles of one GPU, or of equal shares: filling nodes in any order finds room for all.
+    largest = max(bundle["CPU"] for bundle in decided.bundles)
+    room = [node.get("GPU", 0) if decided.use_gpu else int(node["CPU"] / largest + 1e-6) for node in resources]
+    assert sum(room) >= len(decided.bundles)
+    if decided.use_gpu:
+        for node in (node for node in resources if "GPU" in node):
+            assert largest * node["GPU"] <= node["CPU"] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: RolloutConfig(workers=0), "rollout.workers=0"),
+        (lambda: RolloutConfig(batch_size=0), "rollout.batch_size=0"),
+        (lambda: RolloutConfig(gpus_per_worker=2), "rollout.gpus_per_worker=2"),
+        (lambda: RolloutConfig(gpus_per_worker=0), "rollout.gpus_per_worker=0"),
+        (lambda: PlacementConfig("both"), "placement.kind=both"),
+        (lambda: PlacementConfig(strategy="STRICT"), "placement.strategy=STRICT"),
+        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5), "learner.gpus_per_rank=0.5"),
+        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5, placement=COLOCATED), "at most 1"),
+    ],
+)
+def test_nonsense_is_refused(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()

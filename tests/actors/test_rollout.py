@@ -1,5 +1,6 @@
 """The books of the rollout side: which weights are served, what became of each picture, who agrees with whom."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from actors.rollout import Rollouts, apportion, seeds_for
 from actors.weights import SwapReport
 from actors.worker import Encoded, Failure
+from tests.data.test_preferences import row as table_row
 from vargpt_rl.checkpoint import save_checkpoint
+from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.types import Probe, Prompt, Record
 from vargpt_rl.model.generate import SamplingConfig
@@ -118,6 +121,30 @@ def test_items_of_a_share_are_at_random():
     first, second = apportion(100, [0.25, 0.75], 0), apportion(100, [0.25, 0.75], 1)
     assert sorted(first) == sorted(second) == [0] * 25 + [1] * 75
     assert (first != second).any() and 0 < first[:50].sum() < 50
+
+
+def test_pairs_are_shown_with_both_pictures(rollouts, tmp_path):
+    rows = [table_row("a"), table_row("b", prompt="two", chosen_reward=None, rejected_bits=b"\x03")]
+    write_table(tmp_path / "t.parquet", rows)
+    pairs, shown, drawn = read_table(tmp_path / "t.parquet"), [], []
+
+    def pictures(items, resolution, folder, names):
+        drawn.extend((prompt.text, bits, resolution, name) for (prompt, bits), name in zip(items, names, strict=True))
+        return [Path(folder, name) for name in names]
+
+    rollouts.pool.pictures = pictures
+    rollouts.run.log_table = lambda name, table: shown.append((name, table))
+    rollouts.track_pairs(pairs, tmp_path / "pictures")
+    assert not shown and not drawn  # nobody asked to see
+    rollouts.run.tracker = object()
+    rollouts.track_pairs(pairs.head(0), tmp_path / "pictures")
+    rollouts.track_pairs(pairs, tmp_path / "pictures")
+    [(name, table)] = shown
+    assert name == "pairs/table" and list(table.prompt) == ["a red circle", "two"]
+    assert list(table["winner reward"].notna()) == [True, False] and list(table["loser version"]) == [2, 2]
+    assert list(table.winner) == [tmp_path / "pictures" / f"winner-0{i}.png" for i in range(2)]
+    assert drawn[1] == ("two", b"\x03", 256, "loser-01.png") and drawn[3][1] == b"\x00\xff"
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_seeds_depend_on_their_purpose():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from actors import transport
 from actors.transport import Broadcast, Nearest, SharedFile, Shelf, Shelved
 from actors.weights import Layout, layout_of
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_nearest_way_is_taken(path, layout, shelf, tmp_path):
 
 
 def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
-    address, found, world = free_address(), {}, 3
+    address, found, world = ("127.0.0.1", free_port()), {}, 3
 
     def take(rank: int) -> None:
         own = path if rank == 0 else tmp_path / "not here"
@@ -108,4 +108,4 @@ def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
 
 def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
     with pytest.raises(RuntimeError, match="(?i)time"):
-        taken(Broadcast(layout, path, free_address(), 0, 2, "cpu", 1.0))
+        taken(Broadcast(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))

@@ -1,7 +1,7 @@
 """Command lines: values as written, and errors of one line that name the key."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,18 @@ class Copy:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: expected 0 or more")
+
+
+@dataclass
+class Pile:
+    files: list[str] = field(default_factory=list)
+    height: int = 1
+
+
+@dataclass
+class Piles:
+    piles: dict[str, Pile] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
 
 
 def test_values_have_the_types_of_the_fields():
@@ -58,6 +70,31 @@ def test_faults_are_one_line_that_names_the_key(arguments, named, capsys):
     assert run_command(Copy, lambda command: None, arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and named in message and message.count("\n") == 1
+
+
+def test_named_groups_are_dotted_and_lists_are_in_brackets():
+    arguments = ["piles.a.files=[x y.json, ${b}]", "piles.b.files=x,[y]", "piles.b.height=2", "order=[2,1]"]
+    expected = {"a": Pile(["x y.json", "${b}"], 1), "b": Pile(["x,[y]"], 2)}
+    assert load_command(Piles, arguments) == Piles(expected, [2, 1])
+    assert load_command(Piles, ["piles.a.files=[]", "order=7"]) == Piles({"a": Pile([])}, [7])
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("piles.a.hight=2", "expected key=value, where the key is one of files, height"),
+        ("piles.a.height=high", "could not be converted to Integer"),
+        ("piles.a.height.of=2", "there is no key 'of' below"),
+        ("piles..height=2", "there is no key '' below"),
+        ("piles=a", "piles=a: "),
+        ("piles.a=b", "piles.a=b: "),
+        ("order=[1,x]", "'x' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_faults_in_groups_and_lists_name_the_key(argument, expected):
+    with pytest.raises(ValueError, match="^.*$") as error:
+        load_command(Piles, [argument])
+    assert str(error.value).startswith(f"{argument}: ") and expected in str(error.value)
 
 
 def test_a_program_that_ends_well_has_code_0():

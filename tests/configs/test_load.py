@@ -23,6 +23,41 @@ def test_captioned_data_needs_its_three_paths():
     assert config.stages == ["tokenizer", "pretrain", "align"]
 
 
+RECORDS = ["data=records", "preference.prompts=p.jsonl", "preference.winners=w"]
+
+
+def test_sources_of_records_are_named_in_the_settings():
+    given = ["+data.sources.a.files=[x.jsonl]", "+data.sources.b={files:[y.tar],format:webdataset,weight:2}"]
+    config = load_config([*RECORDS, *given])
+    sources = config.data.records()
+    assert (sources["a"].files, sources["a"].format) == (["x.jsonl"], "jsonl")
+    assert (sources["b"].format, sources["b"].weight) == ("webdataset", 2.0)
+    assert config.stages == ["pretrain", "understanding", "align"]
+    assert config.at_resolution(256).data == config.data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], "data.sources: none given"),
+        (["+data.sources.a.fles=[x]"], "data.sources.a: Key 'fles' not in 'RecordSource'"),
+        (["+data.sources.a={files:[x],format:csv}"], "data.sources.a: format=csv"),
+        (["+data.sources.a={files:[x],weight:heavy}"], "data.sources.a: Value 'heavy'"),
+        (["+data.sources.a.files=[x]", "stages=[tokenizer,align]"], "stages: tokenizer needs"),
+        (["+data.sources.a.files=[x]", "preference.winners=null"], "preference.winners is not set"),
+        (["+data.sources.a.files=[x]", "preference.prompts=null"], "preference.prompts is not set"),
+        (["+data.sources.a.files=[x]", "data.max_tokens=521", "resolutions=[256]"], "data.max_tokens=521: a picture"),
+        (["data.workers=-1"], "data.workers=-1"),
+        (["data.held_out_fraction=1"], "data.held_out_fraction=1"),
+        (["data.kind=shapes", "data.encoded=x"], "data.encoded are for data=records"),
+    ],
+)
+def test_what_is_wrong_with_records_is_named(overrides, named):
+    with pytest.raises(ValueError) as error:
+        load_config([*RECORDS, *overrides])
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -43,6 +78,9 @@ def test_captioned_data_needs_its_three_paths():
         ("+at.512.foo=3", "at.512"),
         ("+at.big.sft.records=3", "at.big"),
         ("at.512.sft.recipe.batch=7", "sft.recipe"),
+        ("tracking.best=overall", "tracking.best=overall"),
+        ("tracking.best=after_dpo.", "tracking.best=after_dpo."),
+        ("tracking.table_rows=-1", "tracking.table_rows=-1"),
         ("sft.checkpoints=[0.5,1.5]", "sft.checkpoints=[0.5, 1.5]"),
         ("sft.shares=[0.5,0.5]", "one for each of sft.checkpoints=[0.5]"),
         ("sft.shares=[1.2]", "sft.shares=[1.2]: expected 0 or more each and at most 1"),

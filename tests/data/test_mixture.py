@@ -87,6 +87,21 @@ def test_a_resumed_mixture_goes_on_where_it_was(taken):
         iter(other).load_state_dict(state)
 
 
+def test_batches_are_made_with_a_generator_of_their_own():
+    def made(samples: list[str], rng: np.random.Generator) -> tuple:
+        return tuple(samples), float(rng.random())
+
+    plain = list(islice(mixture(), 6))
+    found = list(islice(mixture(make=made), 6))
+    assert [list(samples) for samples, _ in found] == plain
+    assert len({number for _, number in found}) == 6
+    batches = iter(mixture(make=made))
+    list(islice(batches, 3))
+    resumed = iter(mixture(make=made))
+    resumed.load_state_dict(batches.state_dict())
+    assert list(islice(resumed, 3)) == found[3:]
+
+
 def test_wrong_use_is_named():
     drawn, asked = (Ingredient(Endless(kind[0], 5), kind) for kind in ("generation", "understanding"))
     with pytest.raises(ValueError, match="0.01 drawings gives 0 of each batch=8"):

@@ -42,3 +42,16 @@ def test_check_takes_the_number_lost_of_one_reading(tmp_path):
     quarantine.check(10, 0.0, lost=0)
     with pytest.raises(ValueError, match=r"2 of 10 records are bad(.|\n)*5  not JSON"):
         quarantine.check(10, 0.1, lost=2)
+
+
+def test_what_other_processes_wrote_down_is_taken_over_once(tmp_path):
+    for name in ("a/one", "b/two"):
+        other = Quarantine(tmp_path / "others" / f"{name}.jsonl")
+        other.add("file:1", "record", "too long")  # both met it
+        other.add(f"{name}:2", "record", "odd", lost=False)
+    own = Quarantine(tmp_path / "own.jsonl")
+    own.add("file:9", "record", "too long")
+    assert own.gather(tmp_path / "others") == 3
+    assert own.gather(tmp_path / "others") == own.gather(tmp_path / "nowhere") == 0
+    assert own.counts == {"too long": 2, "odd": 2} and own.lost == 2
+    assert len((tmp_path / "own.jsonl").read_text().splitlines()) == 4

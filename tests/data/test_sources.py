@@ -339,6 +339,19 @@ def test_prompts_from_files(tmp_path):
     assert quarantine.counts['"prompt" is missing'] == quarantine.counts["not JSON: too deeply nested"] == 1
 
 
+def test_prompts_may_have_ids(tmp_path):
+    quarantine, lines = Quarantine(tmp_path / "quarantine.jsonl"), tmp_path / "mine.jsonl"
+    rows = [("a", "a cat"), ("b", "a dog"), ("a", "a cow"), ("c", "a dog"), (3, "a fish"), ("", "a bird")]
+    lines.write_text("".join(json.dumps({"id": one, "prompt": text}) + "\n" for one, text in rows))
+    assert [(prompt.id, prompt.text) for prompt in prompts_from_file(lines, quarantine)] == rows[:2]
+    assert quarantine.counts == {
+        "id of an earlier line": 1,
+        "prompt of an earlier line": 1,
+        '"id" is of type int, expected str': 1,
+        '"id" is empty': 1,
+    }
+
+
 def test_unusable_prompt_files_are_named(tmp_path):
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     (tmp_path / "empty.txt").write_text("\n \n")

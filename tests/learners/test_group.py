@@ -4,15 +4,20 @@ import json
 import os
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
+from learners.sft import SftTrainer
+from tests.streams import feed_of, write_sources
 from tests.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.checkpoint import check_checkpoint, load_weights_into
 from vargpt_rl.data.preferences import write_table
@@ -214,6 +219,34 @@ def test_the_log_is_followed_line_by_line(trained, stage):
         "dpo": {"rewards/margins", "rewards/accuracies", "bit_accuracy/chosen/scale_0"},
     }[stage]
     assert all(keys <= line.keys() for line in lines if "loss" in line)
+
+
+def test_a_stage_learns_from_streamed_records(group, start, probe, tmp_path):
+    sources = write_sources(tmp_path / "data")
+    feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
+    recipe, lines = Recipe(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0), []
+    job = SftJob("understanding", start, None, recipe, tmp_path / "out", 0, probe, feed=feed)
+    result = group.sft(job, lines.append)
+    assert result["steps"] == STEPS
+    logged = [line for line in lines if "loss" in line]
+    assert all({"loss/text", "loss/image", "bit_accuracy"} <= line.keys() for line in logged)
+    before = load_file(f"{start.model}/model.safetensors")
+    after = load_file(check_checkpoint(tmp_path / "out/final"))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert "model.visual.merger.mlp.0.weight" in changed and any("language_model" in name for name in changed)
+    children = [child for pid in group.pids for child in psutil.Process(pid).children()]
+    assert not children, "the processes that read are gone with the stage"
+
+
+def test_pictures_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = SftTrainer(STAGES["sft"], None, model.image_tokenizer, model=model, args=arguments)
+    worker = Worker(start.model, Patches(), threads=1)
+    encoded = worker.encode(["#102030", "#f0e010"], SIDE)
+    crops = np.stack([np.asarray(Patches().load(one.key, SIDE)) for one in encoded])
+    features = trainer._features(torch.from_numpy(crops)).numpy()
+    assert features.dtype == np.float16
+    np.testing.assert_array_equal(features, np.stack([one.features for one in encoded]))
 
 
 def test_the_image_tokenizer_is_trained_on_one_rank(group, start, tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from actors.transport import Broadcast, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, apply, layout_of
 from configs.command import run_command
-from vargpt_rl.network import free_address
+from vargpt_rl.network import free_port
 
 TENSOR = 64 * 2**20
 """Bytes of a tensor of the sets: that of a wide layer."""
@@ -95,7 +95,7 @@ def parcels(way: str, layout: Layout, path: Path, shelf, count: int) -> list[Par
         return [SharedFile(layout, path)] * count
     if way == "object store":
         return [Shelved(layout, path, shelf)] * count
-    address = free_address()
+    address = ("127.0.0.1", free_port())
     return [Broadcast(layout, path, address, rank, count, "cpu", 300.0) for rank in range(count)]
 
 

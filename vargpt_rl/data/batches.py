@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.types import Prompt
@@ -66,11 +67,13 @@ class SftCollator:
     """Examples -> a batch of right-padded rows; drawings of one size. Texts are labels, pads and prompts are not.
 
     With ``packs``, texts without pictures share rows as far as the batch gets no wider; ``blocks`` int64 [B, T] then
-    counts the texts of each row from 1 (0 at pads), for the model to keep them apart.
+    counts the texts of each row from 1 (0 at pads), for the model to keep them apart. With ``shows``, a batch without
+    understood pictures gets a blank one, of which nothing is learned: ranks that reduce gradients together, or gather
+    the vision tower's weights together, must all run it.
     """
 
-    def __init__(self, chat: Markup, packs: bool = False):
-        self.chat, self.packs = chat, packs
+    def __init__(self, chat: Markup, packs: bool = False, shows: bool = False):
+        self.chat, self.packs, self.shows = chat, packs, shows
 
     def _row(self, example: Example) -> Row:
         if isinstance(example, Row):
@@ -94,9 +97,17 @@ class SftCollator:
         alone = [[row] for row in rows if row.pictures is not None or row.drawn]
         return alone + [[texts[index] for index in found.indices] for found in packs]
 
+    def _blank(self) -> Row:
+        side = self.chat.least_side
+        pictures = self.chat.pictures([Image.new("RGB", (side, side))], side**2)
+        ids = [id for shown in self.chat.shown(pictures.image_grid_thw) for id in self.chat.seen(shown.features)]
+        return Row(Encoded(ids, [IGNORED] * len(ids)), pictures)
+
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        rows = [self._row(example) for example in examples]
-        groups = self._grouped(rows)
+        groups = self._grouped([self._row(example) for example in examples])
+        if self.shows and not any(row.pictures for group in groups for row in group):
+            groups[-1].append(self._blank())
+        rows = [row for group in groups for row in group]
         batch = _pad_rows(self.chat, [[id for row in group for id in row.text.ids] for group in groups])
         labels = [[label for row in group for label in row.text.labels] for group in groups]
         batch["labels"] = self.chat.pad(labels, "right", value=IGNORED, multiple=MULTIPLE)

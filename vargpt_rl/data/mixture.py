@@ -6,7 +6,7 @@ parameters. Within a modality the sources are drawn by weight.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -39,16 +39,23 @@ class Ingredient:
 class Mixture(IterableDataset):
     """Endless batches: lists of ``batch`` samples, the drawings first. The same ``seed`` and ``rank`` give the same.
 
-    Raises ValueError where ``drawing_share`` of ``batch`` rounds to none or all, or a modality lacks a source.
+    With ``make``, what it makes of each list and of a generator that is the batch's own: a resumed mixture makes the
+    same. Raises ValueError where ``drawing_share`` of ``batch`` rounds to none or all, or a modality lacks a source.
     """
 
     def __init__(
-        self, ingredients: Mapping[str, Ingredient], batch: int, drawing_share: float, seed: int, rank: int = 0
+        self,
+        ingredients: Mapping[str, Ingredient],
+        batch: int,
+        drawing_share: float,
+        seed: int,
+        rank: int = 0,
+        make: Callable[[list[Any], np.random.Generator], Any] | None = None,
     ):
         drawings = round(drawing_share * batch)
         if 0 < drawing_share < 1 and drawings in (0, batch):
             raise ValueError(f"a share of {drawing_share} drawings gives {drawings} of each batch={batch}")
-        self.ingredients, self.seed, self.rank = dict(ingredients), seed, rank
+        self.ingredients, self.seed, self.rank, self.make = dict(ingredients), seed, rank, make
         self.counts = dict(zip(MODALITIES, (drawings, batch - drawings), strict=True))
         for modality, count in self.counts.items():
             if bool(count) != any(ingredient.modality == modality for ingredient in self.ingredients.values()):
@@ -66,15 +73,16 @@ class MixtureIterator(Iterator):
         self._mixture, self._seed, self._batches = mixture, seed, 0
         self._sources = {name: iter(ingredient.data) for name, ingredient in mixture.ingredients.items()}
 
-    def __next__(self) -> list[Any]:
+    def __next__(self) -> Any:
         rng = np.random.default_rng([*self._seed, self._batches])
         self._batches += 1
-        return [
+        samples = [
             self._sample(name)
             for modality, count in self._mixture.counts.items()
             if count
             for name in self._drawn(modality, count, rng)
         ]
+        return self._mixture.make(samples, rng) if self._mixture.make else samples
 
     def _drawn(self, modality: str, count: int, rng: np.random.Generator) -> list[str]:
         """The names of the sources that a batch takes its ``count`` samples of ``modality`` from."""

@@ -44,6 +44,15 @@ class Quarantine:
                 file.write(line + "\n")
             self._count(line)
 
+    def gather(self, folder: Path) -> int:
+        """Take over what other processes wrote down in files below ``folder``; how many that were not known yet."""
+        known = len(self._seen)
+        for path in sorted(Path(folder).rglob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                found = json.loads(line)
+                self.add(found["source"], found["record"], found["reason"], lost=found["lost"])
+        return len(self._seen) - known
+
     def table(self) -> str:
         """The counts, a reason a line, the most frequent first."""
         return "\n".join(f"{count:8d}  {reason}" for reason, count in self.counts.most_common())

@@ -48,6 +48,11 @@ def _stable_int(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def is_held_out(identity: str, fraction: float) -> bool:
+    """Whether the record or caption of this id is among the ``fraction`` that is never trained on."""
+    return _stable_int(f"held out {identity}") < fraction * 2**64
+
+
 @dataclass(frozen=True)
 class ShapesConfig:
     """Styles (of `shapes.STYLES`) of the SFT corpus and of the stronger system's pictures."""
@@ -199,7 +204,7 @@ class CaptionedSource:
             else:
                 quarantine.add(where, _readable(line), "caption without a winner", lost=False)
         for kind, fault in (("images", "picture without a caption"), ("winners", "winner without a prompt")):
-            for file in sorted(_pictures(self._folders[kind]) - named):
+            for file in sorted(picture_files(self._folders[kind]) - named):
                 quarantine.add(str(self._folders[kind] / file), file, fault, lost=False)
         if not self._entries:
             raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
@@ -242,14 +247,11 @@ class CaptionedSource:
     def _shuffled(self, split: str, seed: int) -> list[_Entry]:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
-        entries = [e for e in self._entries.values() if self._is_held_out(e.prompt.id) == (split == "held_out")]
+        share, wanted = self.config.held_out_fraction, split == "held_out"
+        entries = [entry for entry in self._entries.values() if is_held_out(entry.prompt.id, share) == wanted]
         if not entries:
-            share = self.config.held_out_fraction
             raise ValueError(f"{self.config.captions}: no {split} captions (held_out_fraction is {share})")
         return [entries[index] for index in np.random.default_rng(seed).permutation(len(entries))]
-
-    def _is_held_out(self, identity: str) -> bool:
-        return _stable_int(f"held out {identity}") < self.config.held_out_fraction * 2**64
 
     def winner_key(self, prompt: Prompt) -> str | None:
         return f"winners/{self._entries[prompt.id].file}" if prompt.id in self._with_winner else None
@@ -262,7 +264,7 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _pictures(folder: Path) -> set[str]:
+def picture_files(folder: Path) -> set[str]:
     """The picture files below ``folder``, relative to it."""
     suffixes = Image.registered_extensions()
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
@@ -270,28 +272,38 @@ def _pictures(folder: Path) -> set[str]:
 
 
 def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
-    """The different prompts of a file: a .txt with one a line, or a .jsonl with key "prompt".
+    """The different prompts of a file: a .txt with one a line, or a .jsonl with key "prompt", and "id" if it matters.
 
-    Malformed lines and repeated prompts are quarantined, the latter as not lost. Raises ValueError where the file is
-    missing, of another kind, or without a usable prompt.
+    Malformed lines and repeated prompts and ids are quarantined, repetitions as not lost. Raises ValueError where the
+    file is missing, of another kind, or without a usable prompt.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: expected a .txt or .jsonl file of prompts")
     prompts: dict[str, Prompt] = {}
+    ids: set[str] = set()
     for where, line in _lines(path):
         try:
-            text = _fields(line, ("prompt",))[0] if path.suffix == ".jsonl" else _decoded(line).strip()
+            prompt = _prompt(line, path)
         except ValueError as fault:
             quarantine.add(where, _readable(line), str(fault))
             continue
-        if text in prompts:
-            quarantine.add(where, _readable(line), "prompt of an earlier line", lost=False)
+        if prompt.text in prompts or prompt.id in ids:
+            fault = "prompt of an earlier line" if prompt.text in prompts else "id of an earlier line"
+            quarantine.add(where, _readable(line), fault, lost=False)
         else:
-            prompts[text] = Prompt(f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
+            prompts[prompt.text] = prompt
+            ids.add(prompt.id)
     if not prompts:
         raise ValueError(f"{path}: no usable prompt")
     return list(prompts.values())
+
+
+def _prompt(line: bytes, path: Path) -> Prompt:
+    """Raises ValueError with the reason if malformed."""
+    record = _record(line) if path.suffix == ".jsonl" else {"prompt": _decoded(line).strip()}
+    text = _text(record, "prompt")
+    return Prompt(_text(record, "id") if "id" in record else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
 
 
 def _lines(path: Path) -> list[tuple[str, bytes]]:
@@ -315,6 +327,12 @@ def _readable(line: bytes) -> str:
 
 def _fields(line: bytes, names: Sequence[str]) -> list[str]:
     """The texts under ``names`` in a line that is a JSON object. Raises ValueError with the reason if malformed."""
+    record = _record(line)
+    return [_text(record, name) for name in names]
+
+
+def _record(line: bytes) -> dict[str, object]:
+    """The JSON object that a line is. Raises ValueError with the reason if it is none."""
     try:
         record = json.loads(_decoded(line))
     except json.JSONDecodeError as error:
@@ -323,7 +341,7 @@ def _fields(line: bytes, names: Sequence[str]) -> list[str]:
         raise ValueError("not JSON: too deeply nested") from error
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} where a JSON object is expected")
-    return [_text(record, name) for name in names]
+    return record
 
 
 def _text(record: dict[str, object], name: str) -> str:

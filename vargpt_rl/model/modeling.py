@@ -60,7 +60,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
 
         ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
-        Drawings and understood pictures are in rows of one block.
+        Drawings are in the first block of their row.
 
         Raises ValueError when the pads do not fit the drawing. Without one, see ``Qwen2VLForConditionalGeneration``.
         """

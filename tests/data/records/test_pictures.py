@@ -1,3 +1,4 @@
+import hashlib
 import io
 import struct
 import zlib
@@ -8,7 +9,7 @@ from PIL import Image
 
 from tests.data.records.reading import png
 from vargpt_rl.data.quarantine import BadRecord
-from vargpt_rl.data.records.pictures import InArchive, InRecord, load, on_disk
+from vargpt_rl.data.records.pictures import InArchive, InRecord, content_sha256, load, on_disk
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> InRecord:
@@ -80,3 +81,15 @@ def test_missing_pictures_are_named_so(tmp_path):
         load(on_disk(tmp_path, "none.png"))
     with pytest.raises(BadRecord, match=r"^picture is unreadable \(ValueError\)$"):
         load(on_disk(tmp_path, "a\0b.png"))
+
+
+def test_the_content_of_a_picture_has_the_same_hash_in_every_place(tmp_path):
+    data = png(3)
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "archive").write_bytes(b"before" + data + b"behind")
+    expected = hashlib.sha256(data).hexdigest()
+    for place in (on_disk(tmp_path, "a.png"), InRecord(data), InArchive(tmp_path / "archive", 6, len(data))):
+        assert content_sha256(place) == expected
+    for name, reason in (("none.png", "missing"), ("a\0b.png", r"unreadable \(ValueError\)")):
+        with pytest.raises(BadRecord, match=f"^picture is {reason}$"):
+            content_sha256(on_disk(tmp_path, name))

@@ -141,6 +141,20 @@ def test_bad_rows_are_quarantined_with_file_record_and_reason(folder, tmp_path):
     assert all("'id': 'r" in line["record"] for line in written(tmp_path))
 
 
+def test_rows_that_are_not_meant_for_a_reading_are_neither_given_nor_bad(folder, tmp_path):
+    def others(record):
+        return record if int(record.id[1:]) % 2 else None
+
+    steps = [bad(3), others, lambda record: record.id]
+    items = iter(stream_of(folder, tmp_path, steps, max_bad_fraction=0.4))
+    found = list(items)
+    assert set(found) == {f"r{n}" for n in range(world.COUNT) if n % 2 and n % 3} and len(found) == 20
+    assert items.state_dict()["lost"] == len(written(tmp_path)) == 20
+    endless = iter(stream_of(folder, tmp_path, [lambda record: None], epochs=None))
+    with pytest.raises(ValueError, match="no usable record in shard 0 of 1"):
+        next(endless)
+
+
 def test_too_many_bad_rows_end_the_reading_with_a_table(folder, tmp_path):
     items = iter(stream_of(folder, tmp_path, [bad(5)], block=20, max_bad_fraction=0.1, seed=None))
     with pytest.raises(ValueError, match=r"4 of 20 records are bad, more than .* 0.1 (.|\n)*4  divisible"):

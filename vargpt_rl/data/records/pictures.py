@@ -1,5 +1,6 @@
 """Pictures of records: references that travel in place of pixels, and the one place where they are decoded."""
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -71,4 +72,15 @@ def load(picture: Picture, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadRecord(f"picture of more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        raise BadRecord(f"picture is unreadable ({type(error).__name__})") from error
+
+
+def content_sha256(picture: Picture) -> str:
+    """Hexadecimal sha256 of the encoded picture, read but not decoded. Raises BadRecord for one that cannot be read."""
+    try:
+        with picture.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise BadRecord("picture is missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BadRecord(f"picture is unreadable ({type(error).__name__})") from error

@@ -1,7 +1,8 @@
 """A named set of records as it is configured: its files, their format and layout, and the folder of their pictures."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -47,6 +48,11 @@ class RecordSource:
             raise ValueError(f"layout={self.layout} with names={self.names}: imagenet needs names, no other takes it")
         if not self.weight > 0:
             raise ValueError(f"weight={self.weight}: expected a number above 0")
+
+    def absolute(self) -> "RecordSource":
+        """The same, for processes that run in another folder."""
+        images, names = (value and str(Path(value).resolve()) for value in (self.images, self.names))
+        return replace(self, files=[os.path.abspath(pattern) for pattern in self.files], images=images, names=names)
 
     def paths(self) -> list[Path]:
         """The files, globs expanded, absolute and in order. ValueError for a pattern that finds nothing."""

@@ -61,7 +61,8 @@ class _Cursor(NamedTuple):
 class Records(IterableDataset):
     """What ``steps`` make of the rows of ``files``, one step after the other.
 
-    A step that raises `BadRecord` has the row quarantined, in a file of each worker in the folder ``quarantine``.
+    A step that raises `BadRecord` has the row quarantined, in a file of each worker in the folder ``quarantine``. One
+    that returns None leaves the row out: it is good, but not meant for this reading.
     Shards are whole parts of files where there are enough of them, else every n-th row of each part; they may differ
     in length. Raises ValueError for a file that is missing.
     """
@@ -89,7 +90,7 @@ class RecordIterator(Iterator):
     def __init__(self, records: Records, shard: int, shards: int):
         self._records, self._reading, self._shard, self._shards = records, records.reading, shard, shards
         self._quarantine = Quarantine(records.quarantine / f"shard-{shard}-of-{shards}.jsonl")
-        self._seen = self._lost = self._used = 0
+        self._seen = self._lost = self._left_out = self._used = 0
         self._block: list[tuple[str, Row | Fault]] = []
         self._begin = self._end = _Cursor(0, 0, 0)
         self._rows = self._from(self._begin)
@@ -102,11 +103,15 @@ class RecordIterator(Iterator):
             self._used += 1
             self._seen += 1
             try:
-                return self._made(row)
+                item = self._made(row)
             except BadRecord as fault:
                 self._lost += 1
                 found = row.found if isinstance(row, Fault) else _SHORT.repr(row)
                 self._quarantine.add(place, found, str(fault))
+                continue
+            if item is not None:
+                return item
+            self._left_out += 1
 
     def _made(self, row: Row | Fault) -> Any:
         if isinstance(row, Fault):
@@ -114,6 +119,8 @@ class RecordIterator(Iterator):
         item: Any = row
         for step in self._records.steps:
             item = step(item)
+            if item is None:
+                return None
         return item
 
     def _next_block(self) -> None:
@@ -124,7 +131,7 @@ class RecordIterator(Iterator):
         while not self._block:
             if self._begin.epoch + 1 == self._reading.epochs:
                 raise StopIteration
-            if self._seen == self._lost:
+            if self._seen == self._lost + self._left_out:
                 raise ValueError(f"no usable record in shard {self._shard} of {self._shards}")
             self._begin = _Cursor(self._begin.epoch + 1, 0, 0)
             self._rows = self._from(self._begin)
@@ -166,6 +173,7 @@ class RecordIterator(Iterator):
             "used": self._used,
             "seen": self._seen,
             "lost": self._lost,
+            "left_out": self._left_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +181,7 @@ class RecordIterator(Iterator):
         if state["setup"] != self._setup():
             raise ValueError(f"the stream was saved as {state['setup']} and is resumed as {self._setup()}")
         self._begin = _Cursor(*state["begin"])
-        self._used, self._seen, self._lost = state["used"], state["seen"], state["lost"]
+        self._used, self._seen = state["used"], state["seen"]
+        self._lost, self._left_out = state["lost"], state["left_out"]
         self._rows = self._from(self._begin)
         self._read_block()

@@ -1,0 +1,56 @@
+"""The Ray cluster of a run: joined or started, asked what it has, and a plan's whole share of it reserved at once."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.resources import Plan, Resources
+
+Place = PlacementGroupSchedulingStrategy
+"""Where an actor goes: a bundle of the group."""
+
+
+def stop(number: int, _frame) -> None:
+    """End this process on a signal as an exception would, once."""
+    for each in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+    print(f"{signal.Signals(number).name}: stopping; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(os.EX_TEMPFAIL)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine. From then on SIGTERM and SIGUSR2 ``stop``.
+
+    Raises what ``ray.init`` does: OSError, RuntimeError, ValueError or RayError.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be Ray's default; silences its notice
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    if "RAY_ADDRESS" not in os.environ:
+        options |= {"address": "local", "include_dashboard": False}
+    # Ray puts the working directory first on its workers' path: there it must not hide the code that runs here.
+    code, package = Path(__file__).parents[1], Path(__file__).parent.name
+    with contextlib.chdir(code if Path(package).is_dir() else "."):
+        ray.init(**options)
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # only now, for Ray sets the first itself
+        signal.signal(number, stop)
+
+
+def nodes() -> list[Resources]:
+    """The resources of every living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def reserve(plan: Plan, timeout_s: float) -> tuple[list[Place], list[Place]]:
+    """A place for each worker and for each learner rank. RuntimeError if the cluster has no room for all in time."""
+    group = placement_group(plan.bundles, strategy=plan.strategy)
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        raise RuntimeError(f"no room for {plan.bundles} on nodes of {nodes()} in {timeout_s:g} s")
+    return [Place(group, i) for i in plan.worker_bundles], [Place(group, i) for i in plan.rank_bundles]

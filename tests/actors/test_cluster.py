@@ -1,0 +1,84 @@
+"""A real Ray cluster: what is reserved, which code its workers run, and how a signal ends its driver."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.cluster import nodes, reserve
+from actors.resources import PlacementConfig, RolloutConfig, plan
+
+ROOT = Path(__file__).parents[2]
+DRIVER = """
+import time
+import ray
+from actors import cluster
+cluster.connect()
+def where():
+    from actors import cluster
+    return cluster.__file__
+def wait():
+    time.sleep(300)
+assert ray.get(ray.remote(where).remote()) == cluster.__file__
+try:
+    print("ready", flush=True)
+    ray.get(ray.remote(wait).remote())
+finally:
+    print("closed", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote
+class Process:
+    def bundle(self) -> str:
+        return ray.get_runtime_context().get_assigned_resources()
+
+
+@pytest.mark.parametrize("kind", ["split", "colocated"])
+def test_all_processes_of_a_plan_run_at_once_in_what_is_reserved(cluster, kind):
+    decided = plan(nodes(), RolloutConfig(workers=3), ranks=2, placement=PlacementConfig(kind))
+    workers, ranks = reserve(decided, 30)
+    assert (len(workers), len(ranks)) == (3, 2)
+    free = ray.available_resources().get("CPU", 0)
+    assert free == pytest.approx(4 - sum(bundle["CPU"] for bundle in decided.bundles), abs=1e-3)
+    share = decided.rank_bundle["CPU"]
+    actors = [Process.options(num_cpus=share, scheduling_strategy=place).remote() for place in workers + ranks]
+    assert len(ray.get([actor.bundle.remote() for actor in actors], timeout=60)) == 5
+    shared = {place.placement_group_bundle_index for place in workers} & {p.placement_group_bundle_index for p in ranks}
+    assert len(shared) == (2 if kind == "colocated" else 0)
+    for actor in actors:
+        ray.kill(actor)
+    ray.util.remove_placement_group(workers[0].placement_group)
+
+
+def test_what_the_cluster_cannot_hold_ends_in_time_and_says_what_it_has(cluster):
+    decided = plan([{"CPU": 8.0}], RolloutConfig(workers=2), ranks=2)
+    with pytest.raises(RuntimeError, match=r"no room for .*'CPU': 2.0.* on nodes of .*'CPU': 4.0.* in 1 s"):
+        reserve(decided, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_workers_run_the_drivers_code_and_a_signal_ends_the_driver_in_order(tmp_path, number):
+    shadow = tmp_path / "actors"
+    shadow.mkdir()
+    (shadow / "__init__.py").write_text("")
+    (shadow / "cluster.py").write_text("raise RuntimeError('the code of the working directory')")
+    command = [sys.executable, "-P", "-c", DRIVER]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as driver:
+        assert driver.stdout.readline() == "ready\n", driver.stderr.read()
+        driver.send_signal(number)
+        output, errors = driver.communicate(timeout=60)
+    assert (driver.returncode, output) == (75, "closed\n"), errors
+    assert f"{number.name}: stopping" in errors and "Traceback" not in errors

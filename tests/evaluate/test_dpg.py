@@ -1,0 +1,148 @@
+"""DPG-Bench: grids that the scorer cuts back into the four pictures, its text file read, missing files named."""
+
+import os
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.evaluate.conftest import colour
+from vargpt_rl.evaluate.dpg import SAMPLES, read_results
+
+ITEMS = {"diffusiondb0": "a red fox", "1": "a cow on a hill, at dusk", "partiprompts7": "two cats"}
+SIDE = 64
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """The benchmark's folder."""
+    folder = tmp_path / "dpg_bench"
+    (folder / "prompts").mkdir(parents=True)
+    for item, prompt in ITEMS.items():
+        (folder / f"prompts/{item}.txt").write_text(prompt)
+    rows = [(item, f"{prompt}, with a comma", question) for item, prompt in ITEMS.items() for question in (1, 2)]
+    table = pd.DataFrame(rows, columns=["item_id", "text", "proposition_id"])
+    table.to_csv(folder / "dpg_bench.csv", index=False)
+    return folder
+
+
+def scores_of(item: str) -> list[float]:
+    return [(len(item) % 4 + k) / 8 for k in range(SAMPLES)]
+
+
+def scorer(images, outfile) -> list[tuple[str, list[Image.Image]]]:
+    """Reads every file of the folder, cuts it as the benchmark's scorer does, and writes a text file as it does."""
+    cut, lines, means = [], [], []
+    boxes = [(0, 0), (SIDE, 0), (0, SIDE), (SIDE, SIDE)]
+    for name in os.listdir(images):
+        grid = Image.open(images / name)
+        item = name.split(".")[0]
+        cut.append((item, [grid.crop((x, y, x + SIDE, y + SIDE)) for x, y in boxes]))
+        scores = scores_of(item)
+        means.append(sum(scores) / len(scores))
+        lines.append(", ".join([str(images / name), *map(str, scores), str(means[-1])]))
+    lines += ["Model: images", "L1 category scores:", "\tentity: 75.5", "\tother: 50.0", "L2 category scores:",
+              "\tentity - whole: 80.25", "\tother - count: 50.0", f"Image path: {images}",
+              f"Save results to: {outfile}", f"DPG-Bench score: {sum(means) / len(means) * 100}"]  # fmt: skip
+    outfile.write_text("\n".join(lines) + "\n")
+    return cut
+
+
+def test_the_scorer_cuts_the_pictures_out_of_the_grids_and_its_file_is_read(
+    command, bench, painted, folder, result, capsys
+):
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    where = folder("dpg")
+    said = capsys.readouterr().err
+    assert (
+        f"--image-root-path {where / 'images'} --resolution {SIDE} --pic-num 4 --csv {bench / 'dpg_bench.csv'}" in said
+    )
+    cut = scorer(where / "images", where / "dpg_results.txt")
+    assert {item for item, _ in cut} == set(ITEMS)
+    for item, pictures in cut:
+        seeds = [line["seed"] for line in painted if line["prompt"] == ITEMS[item]]
+        assert [picture.getcolors() for picture in pictures] == [[(SIDE * SIDE, colour(seed))] for seed in seeds]
+
+    grids = {path: path.stat().st_mtime_ns for path in (where / "images").iterdir()}
+    assert command("benchmark=dpg", f"prompts={bench}") == 0
+    assert {path: path.stat().st_mtime_ns for path in (where / "images").iterdir()} == grids
+    expected = 100 * sum(sum(scores_of(item)) / SAMPLES for item in ITEMS) / len(ITEMS)
+    assert result("dpg")["metrics"] == pytest.approx({"entity": 75.5, "other": 50.0, "overall": expected})
+    assert result("dpg")["details"] == {"entity - whole": 80.25, "other - count": 50.0}
+    assert result("dpg")["counts"] == {"items": 3, "unscored": 0, "bad_prompts": 0}
+
+
+def test_a_picture_drawn_again_is_in_the_grid(command, bench, painted, folder):
+    command("benchmark=dpg", f"prompts={bench}")
+    where = folder("dpg")
+    Image.new("RGB", (SIDE, SIDE), "black").save(where / "pictures/1-3.png")
+    command("benchmark=dpg", f"prompts={bench}")
+    assert Image.open(where / "images/1.png").getpixel((SIDE, SIDE)) == (0, 0, 0)
+
+
+def test_files_of_the_benchmark_that_are_missing_are_named(command, bench, painted, capsys, tmp_path):
+    (bench / "prompts/1.txt").unlink()
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    assert f"asks about 3 items, 1 have no prompt, e.g. {bench / 'prompts/1.txt'}" in capsys.readouterr().err
+    (bench / "dpg_bench.csv").unlink()
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    assert f"{bench / 'dpg_bench.csv'} is not DPG-Bench's table of questions" in capsys.readouterr().err
+    (bench / "dpg_bench.csv").write_text("a,b\n1,2\n")
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    assert "is not DPG-Bench's table of questions" in capsys.readouterr().err
+    assert command("benchmark=dpg", f"prompts={tmp_path}") == 2
+    assert f"error: prompts={tmp_path}: no {tmp_path / 'prompts'}/*.txt" in capsys.readouterr().err
+    assert not painted
+
+
+def test_prompts_that_cannot_be_used_are_put_down(command, bench, painted, tmp_path, capsys):
+    (bench / "prompts/1.txt").write_text(" \n")
+    (bench / "prompts/stranger.txt").write_text("a dog")
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    assert "2 of 4 records are bad" in capsys.readouterr().err and not painted
+    command("benchmark=dpg", f"prompts={bench}", "max_bad_fraction=0.5")
+    assert {line["prompt"] for line in painted} == {"a red fox", "two cats"}
+    assert len((tmp_path / "out/dpg/quarantine.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda text: text.partition("Model:")[0], "does not end with one DPG-Bench score"),
+        (lambda text: text.replace("DPG-Bench score: ", "DPG-Bench score: 1"), "states a score of 1"),
+        (lambda text: text.partition("\n")[2], "states a score of"),
+        (lambda text: re.sub(r", 0\.\d+\n", ", nan\n", text), "has a mean that is no number from 0 to 1"),
+        (lambda text: "Failed\n" + text, "'Failed' is no item's path with 4 scores and their mean"),
+    ],
+)
+def test_a_file_of_the_scorer_that_breaks_off_or_is_at_odds_is_refused(
+    command, bench, painted, folder, capsys, change, said
+):
+    command("benchmark=dpg", f"prompts={bench}")
+    where = folder("dpg")
+    scorer(where / "images", where / "dpg_results.txt")
+    text = (where / "dpg_results.txt").read_text()
+    assert read_results(text)[0].counts == {"items": 3}
+    (where / "dpg_results.txt").write_text(change(text))
+    capsys.readouterr()
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert said in message and "run DPG-Bench's scorer" in message
+
+
+def test_items_that_the_scorer_passed_over_are_counted(command, bench, painted, folder, capsys, result):
+    command("benchmark=dpg", f"prompts={bench}")
+    where = folder("dpg")
+    (where / "images/1.png").rename(where / "away.png")
+    scorer(where / "images", where / "dpg_results.txt")
+    capsys.readouterr()
+    assert command("benchmark=dpg", f"prompts={bench}") == 2
+    assert "2 items, 2 of the 3 wanted: run DPG-Bench's scorer" in capsys.readouterr().err
+    assert command("benchmark=dpg", f"prompts={bench}", "max_bad_fraction=0.4") == 0
+    assert result("dpg")["counts"]["unscored"] == 1
+
+
+def test_only_squares(command, bench, painted, capsys):
+    assert command("benchmark=dpg", f"prompts={bench}", "resolution=128", "aspect=4:3") == 2
+    assert "error: aspect=4:3: benchmark=dpg needs square pictures" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""The picture of a preference table shows what the table has."""
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tests.data.test_pair_statistics import ROWS
+from vargpt_rl.data.preferences import read_table, write_table
+from vargpt_rl.evaluate.pair_plot import plot_pairs
+
+
+@pytest.mark.parametrize("rewarded", [True, False])
+def test_the_picture_of_a_table(tmp_path, monkeypatch, rewarded):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
+    )
+    write_table(tmp_path / "t.parquet", [row | ({} if rewarded else {"chosen_reward": None}) for row in ROWS])
+    plot_pairs(read_table(tmp_path / "t.parquet"), tmp_path / "pairs.png")
+    with Image.open(tmp_path / "pairs.png") as picture:
+        assert picture.size == (1000, 650) and len(picture.convert("L").getcolors()) > 10
+    reward, reference, scales, sources = figures[0].axes
+    assert figures[0].get_suptitle() == "4 pairs of 2 prompts at 256 px"
+    assert [patch.get_data().values.sum() for patch in reward.patches] == ([2] if rewarded else [])
+    assert [text.get_text() for text in reward.texts] == ([] if rewarded else ["no rewards"])
+    assert reference.patches[0].get_data().values.sum() == 4
+    assert [bar.get_height() for bar in scales.patches] == [9.0, -5.5]
+    labels = [label.get_text() for label in sources.get_yticklabels()]
+    assert labels == ["rejected: step-10", "rejected: step-90", "chosen: crisp", "chosen: sft/final", "chosen: shapes"]
+    assert [text.get_text() for text in sources.texts] == ["75%", "25%", "50%", "25%", "25%"]

@@ -1,0 +1,220 @@
+"""Encode the pictures of training records once, so that supervised training never runs the image tokenizer:
+
+    python -m vargpt_rl.data.encode checkpoint=DIR out=DIR resolution=256 crops=2 \\
+        'sources.NAME.files=[FILE,...]' sources.NAME.format=jsonl sources.NAME.layout=native
+
+The pictures that records have the model draw, edits included, are cut to ``crops`` squares each (see
+``vargpt_rl.data.pictures.random_crop``) and their features written to the cache ``out`` (``vargpt_rl.data.features``).
+All crops are random, the first too, as in the published training; where one lies follows from the picture file's
+sha256 and the crop's number alone. A file that comes up several times is encoded once.
+
+The same command goes on where it was interrupted; more ``crops`` or sources add to the cache. ``world`` processes
+share the records, each with its own ``rank``, on GPUs in turn where there are any. A picture that several of them meet
+may be encoded by each. Features do not depend on all this: every batch has the same shape, filled up if need be, so
+that each picture is added up in the same order.
+
+Records that cannot be used are written to ``out/quarantine``. Exit codes: 0 done, 1 more than ``max_bad_fraction`` of
+the records are bad (the others are encoded), 2 a setting or an input is wrong.
+
+Shape legend: B batch, H W square pictures, d bits a token, h w latent grid.
+"""
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from configs.command import load_command
+from configs.schema import TINY
+from vargpt_rl.data.features import FeatureCache, FeatureWriter, shard_files, tokenizer_checksum
+from vargpt_rl.data.pictures import random_crop
+from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.records.pictures import Picture, content_sha256, load
+from vargpt_rl.data.records.schema import DRAWN, Conversation, placeholders
+from vargpt_rl.data.records.sources import RecordSource, open_records
+from vargpt_rl.data.records.stream import Reading, Records
+from vargpt_rl.inputs import check_model
+from vargpt_rl.model.families import AnyImageTokenizer, family_of, load_config
+from vargpt_rl.model.scales import schedule_for
+from vargpt_rl.shards import check_tensors, stored_in_folder
+
+PICTURES, SAME, ENCODED, KEPT = "pictures to draw", "of these the same as an earlier one", "crops encoded", "kept"
+RECORDS, BAD = "records", "of these bad"
+
+
+@dataclass
+class Encoding:
+    """``checkpoint`` is "tiny" or a model directory; ``workers`` processes decode pictures for each encoding one."""
+
+    out: Path
+    sources: dict[str, RecordSource] = field(default_factory=dict)
+    checkpoint: str = TINY
+    resolution: int = 256
+    crops: int = 1
+    batch_size: int = 32
+    workers: int = 2
+    rank: int = 0
+    world: int = 1
+    max_bad_fraction: float = 0.05
+
+    def __post_init__(self):
+        schedule_for(self.resolution)
+        for key, least in (("crops", 1), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}={getattr(self, key)}: expected {least} or more")
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank={self.rank}: expected 0 or more and less than world={self.world}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
+        if not self.sources:
+            raise ValueError("sources are not given: expected sources.NAME.files=[FILE,...]")
+
+
+class Drawn(NamedTuple):
+    """A picture that a record has drawn: its file's sha256, and uint8 [H, W, 3] by number of each crop to encode."""
+
+    content: str
+    crops: dict[int, np.ndarray]
+
+
+def crops_of(picture: Picture, content: str, resolution: int, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+    """uint8 [H, W, 3] of the crops with these numbers. Raises BadRecord for a picture that cannot be decoded."""
+    image = load(picture)
+    generators = {number: np.random.default_rng([int(content, 16), number]) for number in numbers}
+    return {number: np.asarray(random_crop(image, resolution, rng)) for number, rng in generators.items()}
+
+
+def drawn_pictures(record: Conversation, resolution: int, crops: int, there: Container[tuple[str, int]]) -> list[Drawn]:
+    """The pictures that ``record`` draws; only crops that are not ``there`` are made. Raises BadRecord."""
+    marks = [mark for message in record.messages for mark in placeholders(message.text)]
+    drawn = []
+    for picture in (image for image, mark in zip(record.images, marks, strict=True) if mark == DRAWN):
+        content = content_sha256(picture)
+        missing = [number for number in range(crops) if (content, number) not in there]
+        drawn.append(Drawn(content, crops_of(picture, content, resolution, missing) if missing else {}))
+    return drawn
+
+
+class Counted(IterableDataset):
+    """The items of ``records``, and at the end how many records a worker read and how many of them were bad."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __iter__(self) -> Iterator[list[Drawn] | tuple[int, int]]:
+        iterator = iter(self.records)
+        yield from iterator
+        state = iterator.state_dict()
+        yield state["seen"], state["lost"]
+
+
+def fresh_crops(
+    command: Encoding, quarantine: Path, there: Container[tuple[str, int]], counts: Counter[str]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """sha256, number and uint8 [H, W, 3] of each crop that is not ``there``; ``counts`` what was read."""
+    # What is too much is decided over all workers, at the end.
+    reading = Reading(command.rank, command.world, seed=None, max_bad_fraction=1.0)
+    step = partial(drawn_pictures, resolution=command.resolution, crops=command.crops, there=there)
+    opened = [open_records(name, source, reading, quarantine, (step,)) for name, source in command.sources.items()]
+    seen: set[bytes] = set()
+    for records in opened:
+        # As they are: by default arrays would become tensors, which travel through a file descriptor each.
+        loader = DataLoader(Counted(records), None, num_workers=command.workers, collate_fn=lambda item: item)
+        for item in loader:
+            if isinstance(item, tuple):
+                counts.update({RECORDS: item[0], BAD: item[1]})
+                continue
+            for drawn in item:
+                content = bytes.fromhex(drawn.content)
+                counts.update({PICTURES: 1, SAME: content in seen})
+                if content not in seen:
+                    seen.add(content)
+                    counts.update({ENCODED: len(drawn.crops), KEPT: command.crops - len(drawn.crops)})
+                    yield from ((drawn.content, number, pixels) for number, pixels in drawn.crops.items())
+
+
+def load_image_tokenizer(folder: Path) -> AnyImageTokenizer:
+    """That of a model directory, float32; nothing else of the model is read. ValueError for what is not right in it."""
+    prefix = "image_tokenizer."
+    config = load_config(folder)
+    tokenizer = family_of(config).image_tokenizer(config.image_tokenizer_config).eval()
+    stored = {name: one for name, one in stored_in_folder(folder).items() if name.startswith(prefix)}
+    check_tensors(stored, {f"{prefix}{name}": tuple(t.shape) for name, t in tokenizer.state_dict().items()}, folder)
+    tokenizer.load_state_dict({name.removeprefix(prefix): one.read() for name, one in stored.items()})
+    return tokenizer
+
+
+@torch.inference_mode()
+def features_of(
+    tokenizer: AnyImageTokenizer, pictures: list[np.ndarray], batch: int, device: torch.device
+) -> np.ndarray:
+    """float16 [B, d, h, w] of at most ``batch`` pictures uint8 [H, W, 3], each the same in whatever company."""
+    images_BHW3 = np.stack(pictures + [pictures[-1]] * (batch - len(pictures)))
+    images_B3HW = (torch.from_numpy(images_BHW3).to(device).float() / 127.5 - 1).permute(0, 3, 1, 2)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        features_Bdhw = tokenizer.features(images_B3HW)
+    return features_Bdhw[: len(pictures)].half().cpu().numpy()
+
+
+def encode(command: Encoding) -> Counter[str]:
+    """Write the features that are missing; what was read and encoded."""
+    folder = Path(check_model(command.checkpoint))
+    tokenizer = load_image_tokenizer(folder)
+    tokenizer.schedule_for(command.resolution)  # refuses a size that the model does not draw
+    checksum = tokenizer_checksum(tokenizer.state_dict())
+    made = (command.out, checksum, command.resolution)
+    there: Container[tuple[str, int]] = FeatureCache(*made) if shard_files(command.out) else ()
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", command.rank % gpus) if gpus else torch.device("cpu")
+    tokenizer.to(device)
+
+    quarantine = command.out / "quarantine" / f"rank-{command.rank}-of-{command.world}"
+    shutil.rmtree(quarantine, ignore_errors=True)  # an earlier run's, of the same records
+    command.out.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    fresh = fresh_crops(command, quarantine, there, counts)
+    with FeatureWriter(*made) as writer:
+        remaining = iter(tqdm(fresh, unit=" crops", disable=None))
+        while batch := list(islice(remaining, command.batch_size)):
+            features_Bdhw = features_of(tokenizer, [pixels for *_, pixels in batch], command.batch_size, device)
+            for (content, number, _), features_dhw in zip(batch, features_Bdhw, strict=True):
+                writer.add(content, number, features_dhw)
+    for path in sorted(quarantine.rglob("*.jsonl")):
+        counts.update({f"bad: {reason}": count for reason, count in Quarantine(path).counts.items()})
+    if command.world == 1 and not counts[PICTURES] and not counts[BAD]:
+        raise ValueError(f"sources {', '.join(command.sources)}: no record draws a picture")
+    return counts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    try:
+        command = load_command(Encoding, sys.argv[1:] if arguments is None else arguments)
+        counts = encode(command)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for what in (RECORDS, BAD, PICTURES, SAME, ENCODED, KEPT, *sorted(what for what in counts if ": " in what)):
+        print(f"{counts[what]:8d}  {what}")
+    if counts[BAD] > command.max_bad_fraction * counts[RECORDS]:
+        print(
+            f"error: {counts[BAD]} of {counts[RECORDS]} records are bad, more than max_bad_fraction="
+            f"{command.max_bad_fraction}, see {command.out / 'quarantine'}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Measure checkpoints: ``python -m vargpt_rl.evaluate checkpoint=DIR benchmark=NAME [key=value ...]``.
+
+Draws or answers what is not there yet, scores it, prints a table and writes it with all figures to ``out``/NAME.md and
+``out``/NAME.json. ``checkpoints=[A,B]`` are measured side by side, on the same prompts and seeds. The same command goes
+on where it stopped. With ``num_shards=N shard=k`` N processes draw or answer a part each; the command without them
+scores. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
+"""
+
+import sys
+from dataclasses import asdict
+
+from configs.command import run_command
+from vargpt_rl.evaluate.dpg import DpgBench
+from vargpt_rl.evaluate.geneval import GenEval
+from vargpt_rl.evaluate.geneval2 import GenEval2
+from vargpt_rl.evaluate.report import Scores, write_report
+from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
+from vargpt_rl.evaluate.shapes import Shapes
+from vargpt_rl.evaluate.subject import Subject
+
+BENCHMARKS = {
+    Benchmark.shapes: Shapes,
+    Benchmark.geneval: GenEval,
+    Benchmark.geneval2: GenEval2,
+    Benchmark.dpg: DpgBench,
+}
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure every checkpoint. ValueError naming the key or file of whatever is wrong, before a model is loaded."""
+    benchmark = BENCHMARKS[config.benchmark](config)
+    subjects = [Subject(config, name) for name in config.checkpoints]
+    for subject in subjects:
+        benchmark.make(subject)
+        subject.release()
+    if config.num_shards > 1:
+        print(f"part {config.shard} of {config.num_shards} is there; without num_shards the command scores the whole")
+        return
+    rows: dict[str, Scores] = {subject.name: benchmark.score(subject) for subject in subjects}
+    about = {s.name: {"checkpoint": s.name, "weights": s.weights, "folder": str(s.out.resolve())} for s in subjects}
+    settings = asdict(config) | {"benchmark": config.benchmark.value}
+    print(write_report(config.folder.parent, config.benchmark.value, settings, benchmark.columns, rows, about))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    return run_command(EvaluateConfig, evaluate, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""GenEval 2: one picture of every prompt, a table of them for its scorer, and the scorer's results as our metrics.
+
+``prompts`` is the benchmark's ``geneval2_data.jsonl`` (github.com/facebookresearch/GenEval2; keys "prompt",
+"atom_count", "vqa_list" and "skills"). Its ``evaluation.py`` takes the prompts and a JSON object of prompts and picture
+files, and writes a list of scores for each prompt, a score from 0 to 1 for each question of its "vqa_list". Metrics, in
+percent: Soft-TIFA AM, the mean over prompts of the arithmetic mean of their scores; Soft-TIFA GM, of their geometric
+mean; and as in its ``soft_tifa_analysis.py`` the mean score of each skill, and GM by "atom_count".
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import gmean
+
+from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.data.quarantine import BadRecord
+from vargpt_rl.evaluate.held_out import mean_and_error
+from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.rows import different, read_rows, text
+from vargpt_rl.evaluate.settings import EvaluateConfig
+from vargpt_rl.evaluate.subject import Subject, Wanted
+
+RESULTS, PICTURES, PROMPTS = "score_lists.json", "images.json", "prompts.jsonl"
+SKILLS = ("object", "attribute", "count", "position", "verb")
+
+
+class GenEval2:
+    """One picture of every prompt."""
+
+    columns = [Column("soft_tifa_am", "Soft-TIFA AM"), Column("soft_tifa_gm", "Soft-TIFA GM")]
+    columns += [Column(skill, skill) for skill in SKILLS]
+
+    def __init__(self, config: EvaluateConfig):
+        self.rows, self.bad = read_rows(config, "prompts", different(_check, "prompt"))
+        self.wanted = [Wanted(f"images/{number:05d}.png", row["prompt"], number) for number, row in self.rows]
+
+    def make(self, subject: Subject) -> None:
+        subject.draw(self.wanted)
+
+    def score(self, subject: Subject) -> Scores:
+        """ValueError that says how to run the scorer, where there are no results yet or they do not fit."""
+        paths = [str(path.resolve()) for path in subject.paths(self.wanted)]
+        pictures = {w.prompt: path for w, path in zip(self.wanted, paths, strict=True)}
+        rows = [row for _, row in self.rows]
+        write_atomically(subject.out / PICTURES, json.dumps(pictures, indent=2).encode())
+        write_atomically(subject.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        results = subject.out / RESULTS
+        again = (
+            f"run GenEval 2's scorer, python evaluation.py --benchmark_data {(subject.out / PROMPTS).resolve()} "
+            f"--image_filepath_data {(subject.out / PICTURES).resolve()} --method soft_tifa_gm "
+            f"--output_file {results.resolve()}, then this command again"
+        )
+        if not results.is_file():
+            raise ValueError(f"{subject.name}: the pictures are drawn, but {results} is not there: {again}")
+        try:
+            lists = read_scores(results, rows)
+        except ValueError as error:
+            raise ValueError(f"{results}: {error}: {again}") from error
+        scores = soft_tifa(lists, rows)
+        scores.counts["bad_prompts"] = self.bad
+        return scores
+
+
+def _check(row: dict) -> None:
+    text(row, "prompt")
+    questions, skills = row.get("vqa_list"), row.get("skills")
+    if not isinstance(questions, list) or not questions:
+        raise BadRecord('"vqa_list" is no list of questions')
+    if not isinstance(skills, list) or len(skills) != len(questions) or not set(skills) <= set(SKILLS):
+        raise BadRecord('"skills" has not one of the known skills for each question')
+    if type(row.get("atom_count")) is not int:
+        raise BadRecord('"atom_count" is no whole number')
+
+
+def read_scores(path: Path, rows: list[dict]) -> list[list[float]]:
+    """The scorer's lists. ValueError unless there is one for each prompt, with a number from 0 to 1 a question."""
+    lists = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(lists, list):
+        raise ValueError("not a list of lists")
+    if len(lists) != len(rows):
+        raise ValueError(f"{len(lists)} lists of scores for {len(rows)} prompts")
+    for own, row in zip(lists, rows, strict=True):
+        if not isinstance(own, list) or len(own) != len(row["vqa_list"]):
+            raise ValueError(f"not {len(row['vqa_list'])} scores for {row['prompt']!r}")
+        # Sums of probabilities, which rounding may take a little above 1.
+        if not all(isinstance(score, int | float) and 0 <= score <= 1 + 1e-3 for score in own):
+            raise ValueError(f"a score of {row['prompt']!r} is no number from 0 to 1")
+    return lists
+
+
+def soft_tifa(lists: list[list[float]], rows: list[dict]) -> Scores:
+    """The benchmark's metrics, in percent."""
+    with np.errstate(divide="ignore"):  # a score of 0 makes the geometric mean 0
+        geometric = [100 * float(gmean(own)) for own in lists]
+    arithmetic = [100 * sum(own) / len(own) for own in lists]
+    skills, atoms = defaultdict(list), defaultdict(list)
+    for own, mean, row in zip(lists, geometric, rows, strict=True):
+        atoms[row["atom_count"]].append(mean)
+        for score, skill in zip(own, row["skills"], strict=True):
+            skills[skill].append(100 * score)
+    means = {"soft_tifa_am": mean_and_error(arithmetic), "soft_tifa_gm": mean_and_error(geometric)}
+    return Scores(
+        {name: mean for name, (mean, _) in means.items()} | {skill: float(np.mean(skills[skill])) for skill in skills},
+        {name: error for name, (_, error) in means.items()},
+        {"prompts": len(rows), **{skill: len(skills[skill]) for skill in skills}},
+        {"soft_tifa_gm_by_atoms": {str(count): float(np.mean(atoms[count])) for count in sorted(atoms)}},
+    )

@@ -1,0 +1,79 @@
+"""What a benchmark came to: one JSON file and one Markdown table, with the rows that the papers report beside ours."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from vargpt_rl.checkpoint import write_atomically
+
+REPORTED = Path(__file__).parent / "reported.yaml"
+
+
+@dataclass
+class Scores:
+    """``metrics`` by name, ``errors`` the standard errors of those that have one, ``counts`` of what they come from.
+
+    ``details`` is for the JSON file only, ``notes`` for whoever reads the table.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the table: its heading and how many decimals it is given with."""
+
+    metric: str
+    heading: str
+    decimals: int = 2
+
+
+@cache
+def reported(benchmark: str) -> dict:
+    """The papers' rows for a benchmark: "source", "note" and "rows" (metrics by method); empty where there are none."""
+    return yaml.safe_load(REPORTED.read_text(encoding="utf-8")).get(benchmark, {})
+
+
+def table(columns: list[Column], rows: dict[str, Scores], published: dict) -> str:
+    """Markdown: a row for each checkpoint, then the reported ones; a dash where there is no value."""
+    lines = [["", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
+    for name, scores in rows.items():
+        lines.append([name, *(_cell(column, scores.metrics, scores.errors) for column in columns)])
+    for name, metrics in published.get("rows", {}).items():
+        lines.append([f"{name} (reported)", *(_cell(column, metrics, {}) for column in columns)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _cell(column: Column, metrics: dict[str, float], errors: dict[str, float]) -> str:
+    if column.metric not in metrics:
+        return "-"
+    value = f"{metrics[column.metric]:.{column.decimals}f}"
+    return f"{value} ± {errors[column.metric]:.{column.decimals}f}" if column.metric in errors else value
+
+
+def write_report(
+    folder: Path, benchmark: str, settings: dict, columns: list[Column], rows: dict[str, Scores], subjects: dict
+) -> str:
+    """Write ``folder``/benchmark.json and .md; the Markdown. ``subjects`` says of each row's checkpoint what it is."""
+    published = reported(benchmark)
+    used = [column for column in columns if any(column.metric in scores.metrics for scores in rows.values())]
+    notes = list(dict.fromkeys(note for scores in rows.values() for note in scores.notes))
+    if published:
+        notes.append(f"Rows marked as reported are not measured here: {published['source']}. {published['note']}")
+    text = f"# {benchmark}\n\n{table(used, rows, published)}" + "".join(f"\n{note}\n" for note in notes)
+    content = {
+        "benchmark": benchmark,
+        "settings": settings,
+        "measured": [{**subjects[name], **asdict(scores)} for name, scores in rows.items()],
+        "reported": published,
+    }
+    write_atomically(folder / f"{benchmark}.json", json.dumps(content, indent=2, ensure_ascii=False).encode())
+    write_atomically(folder / f"{benchmark}.md", text.encode())
+    return text

@@ -1,0 +1,90 @@
+"""The shapes world as a benchmark: held-out drawings, edits and questions, all judged by a program, exactly.
+
+A drawing or an edit is right or wrong (`checker`), a question is answered in exactly the right word or not. Drawings,
+edits and questions are those of the held-out captions, which no stage is trained on, and follow from the seed.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from configs.schema import DataConfig
+from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.data.shapes import TASKS, parse
+from vargpt_rl.data.sources import ShapesConfig, ShapesSource
+from vargpt_rl.evaluate.checker import check_edit
+from vargpt_rl.evaluate.held_out import mean_and_error, shapes_check
+from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.settings import EvaluateConfig
+from vargpt_rl.evaluate.subject import Asked, Subject, Wanted
+
+COUNT = 300
+"""Captions, edits and questions, each, unless ``limit`` says otherwise."""
+LEAST_SIDE = 64  # of pictures that the checker can read
+ANSWER_TOKENS = 8
+EDITS, DRAWINGS = 1, 0  # tell the seeds of an edit and of a drawing with the same number apart
+
+
+class Shapes:
+    """Drawings, edits and questions of the held-out captions."""
+
+    def __init__(self, config: EvaluateConfig):
+        height, width = config.size
+        if height != width or height < LEAST_SIDE:
+            raise ValueError(f"benchmark=shapes needs square pictures of {LEAST_SIDE} px or more, not {width}x{height}")
+        count = config.limit or COUNT
+        self.source = ShapesSource(ShapesConfig())
+        self.captions = [prompt.text for prompt in self.source.prompts("held_out", count, config.seed)]
+        self.edits = self.source.edits(count, config.seed, "held_out")
+        self.questions = self.source.questions(count, config.seed, "held_out")
+        self.drawings = [Wanted(f"drawings/{i:05d}.png", text, i, DRAWINGS) for i, text in enumerate(self.captions)]
+        self.edited = [
+            Wanted(f"edits/{i:05d}.png", instruction, i, EDITS, before)
+            for i, (before, instruction, _) in enumerate(self.edits)
+        ]
+
+    @property
+    def columns(self) -> list[Column]:
+        names = ("overall", *TASKS, "edits", "questions")
+        return [Column(name, name.replace("_", " "), 3) for name in names]
+
+    def make(self, subject: Subject) -> None:
+        subject.draw(self.drawings)
+        subject.draw(self.edited, self._look, "pictures-edits")
+        self._answers(subject)
+
+    def _look(self, key: str):
+        return self.source.load(key, DataConfig.seen_side)
+
+    def _answers(self, subject: Subject) -> list[str]:
+        asked = [Asked(f"question {i}", question, key) for i, (key, question, _) in enumerate(self.questions)]
+        return list(subject.answer(asked, self._look, ANSWER_TOKENS).values())
+
+    def score(self, subject: Subject) -> Scores:
+        pictures = [read_picture(path) for path in subject.paths(self.drawings)]
+        drawn = shapes_check(pictures, self.captions)
+        groups = {"overall": drawn, **by_task(self.captions, drawn)}
+        groups["edits"] = [
+            float(check_edit(self.source.scene(before), self.source.scene(after), read_picture(path)).correct)
+            for (before, _, after), path in zip(self.edits, subject.paths(self.edited), strict=True)
+        ]
+        answers = self._answers(subject)
+        groups["questions"] = [
+            float(said == truth) for said, (_, _, truth) in zip(answers, self.questions, strict=True)
+        ]
+        results = {name: mean_and_error(values) for name, values in groups.items()}
+        return Scores(
+            {name: mean for name, (mean, _) in results.items()},
+            {name: error for name, (_, error) in results.items()},
+            {name: len(values) for name, values in groups.items()},
+            notes=[
+                "Shares of what is right, with the standard error over the items; the spread between seeds is more."
+            ],
+        )
+
+
+def by_task(captions: Sequence[str], correct: Sequence[float]) -> dict[str, list[float]]:
+    """The values by task, in the order of the tasks."""
+    groups = defaultdict(list)
+    for caption, value in zip(captions, correct, strict=True):
+        groups[parse(caption).task].append(value)
+    return {task: groups[task] for task in TASKS if task in groups}
