@@ -18,7 +18,7 @@ from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 
 STAGES = ("tokenizer", "pretrain", "understanding", "align")
-TINY = "tiny"
+TINY, TINY_V1 = "tiny", "tiny_v1"
 
 
 @dataclass

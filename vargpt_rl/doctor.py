@@ -26,8 +26,8 @@ from vargpt_rl.inputs import check_model
 from vargpt_rl.memory import (
     GIB,
     RELEASE,
-    RELEASES,
     RUNTIME,
+    SIZES,
     TEXT_TOKENS,
     Devices,
     Plan,
@@ -154,7 +154,7 @@ def settings(arguments: list[str]) -> tuple[Question, LoopConfig]:
     own = [argument for argument in arguments if argument.startswith(keys)]
     others = [argument for argument in arguments if not argument.startswith(keys)]
     config = load_config(others, {"checkpoint": RELEASE})
-    if config.checkpoint not in RELEASES:
+    if config.checkpoint not in SIZES:
         config.checkpoint = check_model(config.checkpoint)
     return load_command(Question, own), config
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         question, config = settings(sys.argv[1:] if arguments is None else arguments)
         devices = planned(question, found)
-        need = plan(config, model_config(config.checkpoint), devices.gpus > 0, compare=True)
+        need = plan(config, model_config(config.checkpoint, config.resolutions[0]), devices.gpus > 0, compare=True)
         stages = dict.fromkeys(training.stage for training in need.training)
         if question.stage not in (None, *stages):
             raise ValueError(f"stage={question.stage}: expected one of {', '.join(stages)}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import TINY, LoopConfig
+from configs.schema import TINY, TINY_V1, LoopConfig
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.feed import Feed, task_of
@@ -18,6 +18,7 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.fresh import make_fresh_v1
 from vargpt_rl.model.families import family_named, load_config, markup_for
 from vargpt_rl.model.hub import model_folder
 from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
@@ -88,7 +89,10 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
 
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
-    model = check_model(config.checkpoint)
+    if config.checkpoint == TINY_V1:
+        model = str(make_fresh_v1(config.directory / "start", config.resolutions[0], config.seed))
+    else:
+        model = check_model(config.checkpoint)
     check_resolutions(model, config.resolutions)
     reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)

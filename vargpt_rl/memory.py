@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from actors.resources import PlacementConfig, RolloutConfig, per_gpu
-from configs.schema import LoopConfig
+from configs.schema import TINY_V1, LoopConfig
 from learners.config import LearnerConfig, Recipe
+from vargpt_rl.fresh import fresh_v1_config
 from vargpt_rl.ledger import META, Skeleton, counting, skeleton
 from vargpt_rl.losses import Noise, sft_loss
 from vargpt_rl.model.configuration import VargptConfig
@@ -31,8 +32,12 @@ from vargpt_rl.stages import STAGES, Stage, freeze
 
 GIB = 2**30
 RELEASE, RELEASE_V1 = "release", "release_v1"
-RELEASES = {RELEASE: VargptConfig, RELEASE_V1: VargptV1Config}
-"""What stands for the released checkpoints where only their sizes matter."""
+SIZES: dict[str, Callable[[int], PreTrainedConfig]] = {
+    RELEASE: lambda resolution: VargptConfig(),
+    RELEASE_V1: lambda resolution: VargptV1Config(),
+    TINY_V1: fresh_v1_config,
+}
+"""What stands for a checkpoint where only its sizes matter: the released ones, and one that is made for a run."""
 TEXT_TOKENS = 128
 """Assumed length of a row's text: markup, prompt and reply."""
 RUNTIME = GIB
@@ -373,9 +378,9 @@ def gpu_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def model_config(checkpoint: str) -> PreTrainedConfig:
-    """Of a model directory, or of a release."""
-    return RELEASES[checkpoint]() if checkpoint in RELEASES else load_config(checkpoint)
+def model_config(checkpoint: str, resolution: int = 256) -> PreTrainedConfig:
+    """Of a model directory, or of one of ``SIZES`` for a run that begins at ``resolution``."""
+    return SIZES[checkpoint](resolution) if checkpoint in SIZES else load_config(checkpoint)
 
 
 @dataclass(frozen=True)
