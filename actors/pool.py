@@ -22,7 +22,8 @@ from actors.cluster import Place
 from actors.resources import Plan, RolloutConfig
 from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, SwapReport, checksum, layout_of
-from actors.worker import Drawn, Encoded, Failure, PictureSource, Rewards, RolloutWorker, Score
+from actors.worker import Check, Drawn, Encoded, Failure, Rewards, RolloutWorker, Score
+from vargpt_rl.data.batches import PictureSource
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.generate import SamplingConfig
 
@@ -110,6 +111,10 @@ class RolloutPool:
         """Pictures of the source as bits and features."""
         return self.map("encode", keys, resolution, label="encode")
 
+    def faults(self, keys: list[str], side: int) -> list[Failure | None]:
+        """Why pictures of the source cannot be shown, None for each that can."""
+        return self.map("faults", keys, side, label="look at pictures")
+
     def score(self, items: list[Drawn], resolution: int, batch_size: int | None = None) -> list[Score]:
         """Log-probability of each picture's bits given its prompt, in batches of ``batch_size`` if it matters."""
         return self.map("score", items, resolution, label="score", batch_size=batch_size)
@@ -117,6 +122,10 @@ class RolloutPool:
     def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
         """What ``rewards`` says of each picture; it runs in the workers."""
         return self.map("reward", items, resolution, ray.put(rewards), label="reward")
+
+    def check(self, items: list[Drawn], resolution: int, check: Check) -> list:
+        """What ``check`` says of each picture and its whole prompt."""
+        return self.map("check", items, resolution, ray.put(check), label="check")
 
     def pictures(self, items: list[Drawn], resolution: int, folder: str, names: list[str]) -> list[Path]:
         """Write each picture as a PNG of that name; returns the paths."""

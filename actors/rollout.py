@@ -24,7 +24,8 @@ from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import Source
 from vargpt_rl.data.types import Probe, Prompt, Record, Sample, Winner
-from vargpt_rl.evaluate.held_out import mean_and_error, preference_scores, shapes_check, task_scores
+from vargpt_rl.evaluate.edits import EditCheck
+from vargpt_rl.evaluate.held_out import Fidelity, mean_and_error, preference_scores, shapes_check, task_scores
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.run import Run
 
@@ -64,8 +65,9 @@ class Rollouts:
         swap = {"version": self.run.state["version"], "bytes": 0, "seconds": 0.0, "verified": True}
         for directory, path in files.items():
             if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
-                # Versions go on from the run's last one: a resumed run's workers start at 0 again, its samples do not.
-                version = self.run.state["version"] + 1
+                # Versions go on from the run's last one, where a resumed run's workers start at 0 again, and from the
+                # pool's, where another run has used it before.
+                version = max(self.run.state["version"], self.pool.version) + 1
                 report = self.pool.publish(path, version)
                 self.run.state["version"] = version
                 if not report.verified:
@@ -95,11 +97,17 @@ class Rollouts:
     # Pictures of the data source
 
     def encode_corpus(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
-        """Encode training pictures into ``folder`` (see ``learners.sft.Drawings``); the first one is the probe."""
+        """Encode training pictures into ``folder`` (see ``learners.sft.Drawings``); the first one is the probe.
+
+        Pictures that prompts show stay keys, which the learners load; those that cannot be loaded are found out here.
+        """
         kept, features, probe = [], [], None
-        for record, result in zip(records, self.pool.encode([r.picture for r in records], resolution), strict=True):
+        results = self.pool.encode([record.picture for record in records], resolution)
+        faults = self._faults([record.prompt for record in records])
+        for record, encoded in zip(records, results, strict=True):
+            result = faults.get(record.prompt.shown) or encoded
             if isinstance(result, Failure):
-                self.quarantine.add(record.picture, record.prompt.text, result.reason)
+                self.quarantine.add(result.key, record.prompt.text, result.reason)
                 continue
             kept.append(record)
             features.append(result.features)
@@ -111,6 +119,15 @@ class Rollouts:
         lines = [json.dumps(asdict(record.prompt)) for record in kept]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         return {"pictures": len(kept), "failed": len(records) - len(kept)}, probe
+
+    def _faults(self, prompts: list[Prompt]) -> dict[str, Failure]:
+        """By key, the pictures shown by prompts that cannot be loaded."""
+        shown = dict.fromkeys((p.shown, p.shown_side) for p in prompts if p.shown is not None)
+        found = {}
+        for side in {side for _, side in shown}:
+            keys = [key for key, of_side in shown if of_side == side]
+            found |= {fault.key: fault for fault in self.pool.faults(keys, side) if fault is not None}
+        return found
 
     def encode_winners(self, prompts: list[Prompt], resolution: int) -> dict[str, Winner]:
         """The stronger system's pictures as bits, by prompt id; a prompt without one, or unreadable, is left out."""
@@ -209,6 +226,25 @@ class Rollouts:
         values = [v for v in self._judge(items, samples[0].resolution, reward)[0] if v is not None]
         mean, error = mean_and_error(values)
         return {"overall": mean, "overall_stderr": error, "n": len(values), "unscored": len(samples) - len(values)}
+
+    def reconstructions(self, prompts: list[Prompt], resolution: int) -> dict[str, float]:
+        """What the image tokenizer keeps of the stronger system's pictures of held-out prompts.
+
+        In the shapes world the share that passes the exact check, elsewhere the peak signal-to-noise ratio in dB.
+        """
+        winners = self.encode_winners(prompts, resolution).values()
+        if self.source.name == "shapes":
+            correct = self.pool.reward([(winner.prompt, winner.bits) for winner in winners], resolution, shapes_check)
+            return task_scores([winner.prompt.text for winner in winners], correct)
+        items = [(Prompt(winner.source, winner.prompt.text), winner.bits) for winner in winners]
+        ratio, error = mean_and_error(self.pool.check(items, resolution, Fidelity(self.source, resolution)))
+        return {"psnr": ratio, "psnr_stderr": error, "n": len(items)}
+
+    def score_edits(self, samples: list[Sample]) -> dict[str, float]:
+        """Share of drawn edits of the shapes world that are exactly right, by kind too."""
+        prompts, check = [sample.prompt for sample in samples], EditCheck(self.source)
+        items = [(sample.prompt, sample.bits) for sample in samples]
+        return check.scores(prompts, self.pool.check(items, samples[0].resolution, check))
 
     def prefer(self, table: Path, beta: float) -> dict[str, float]:
         """The weights being served on a table of held-out pairs, against the reference scores in it."""

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import ray
@@ -26,6 +25,7 @@ from PIL import Image
 
 from actors.transport import Parcel
 from actors.weights import apply, check_fits, checksum_of
+from vargpt_rl.data.batches import PictureSource, joined, shown_picture
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.answer import answer
 from vargpt_rl.model.bits import pack, unpack
@@ -39,14 +39,11 @@ from vargpt_rl.network import free_port
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
 
+Check = Callable[[list[Image.Image], list[Prompt]], list]
+"""Pictures and their whole prompts -> a verdict each."""
+
 Drawn = tuple[Prompt, bytes]
 """A prompt and the packed image tokens of a picture of it."""
-
-
-class PictureSource(Protocol):
-    """Where pictures come from: ``load`` gives the RGB picture of a key, ``side`` x ``side`` pixels."""
-
-    def load(self, key: str, side: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -152,10 +149,13 @@ class Worker:
     def draw(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
-        """Draw a square picture of ``resolution`` pixels a side for each (prompt, seed)."""
-        ids_BT, mask_BT = self._rows([self.chat.drawing_prompt(p.text, p.reply) for p, _ in jobs], "left")
+        """Draw a square picture of ``resolution`` pixels a side for each (prompt, seed); prompts may show pictures."""
+        grids, seen = self._shown([prompt for prompt, _ in jobs])
+        rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
+        ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
-        labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, (resolution, resolution), sampling).labels_BLs
+        size = (resolution, resolution)
+        labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
         return [
             Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)
             for (prompt, seed), bits in zip(jobs, self._packed(labels_BLs), strict=True)
@@ -167,10 +167,11 @@ class Worker:
         results: dict[int, Encoded | Failure] = {}
         images: dict[int, np.ndarray] = {}
         for i, key in enumerate(keys):
-            try:
-                images[i] = np.asarray(self.source.load(key, resolution), np.float32)
-            except (ValueError, OSError) as error:
-                results[i] = Failure(key, f"{type(error).__name__}: {error}")
+            image = self._load(key, resolution)
+            if isinstance(image, Failure):
+                results[i] = image
+            else:
+                images[i] = np.asarray(image, np.float32)
         if images:
             images_BHW3 = torch.from_numpy(np.stack(list(images.values()))).to(self.model.device)
             images_B3HW = (images_BHW3 / 127.5 - 1).permute(0, 3, 1, 2).to(self.model.dtype)
@@ -182,16 +183,21 @@ class Worker:
                 results[i] = Encoded(keys[i], bits, features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
+    def faults(self, keys: list[str], side: int) -> list[Failure | None]:
+        """Why pictures of the source cannot be shown, None for each that can."""
+        return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
+
     @_serving
     def score(self, items: list[Drawn], resolution: int) -> list[Score]:
         """Log-probability of each picture's very tokens given its prompt, teacher forced, no condition dropped."""
         schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
-        rows = [self.chat.drawn(prompt.text, prompt.reply, tokens).ids for prompt, _ in items]
+        grids, seen = self._shown([prompt for prompt, _ in items])
+        rows = [self.chat.drawn(p.text, p.reply, tokens, grid).ids for (p, _), grid in zip(items, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "right", multiple=8)
         labels_BLs = self._labels(items, tokens)
         drawing = replayed(labels_BLs, (resolution, resolution))
-        logits = self.model(ids_BT, mask_BT, drawing, text_logits=False).image_logits
+        logits = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen).image_logits
         log_probs_BLs = symbol_log_probs(logits, labels_BLs)
         return [
             Score(*score)
@@ -213,6 +219,11 @@ class Worker:
         return [None if value is None or math.isnan(value) else value for value in values]
 
     @_serving
+    def check(self, items: list[Drawn], resolution: int, check: Check) -> list:
+        """What ``check`` says of each picture."""
+        return check(self._decode(items, resolution), [prompt for prompt, _ in items])
+
+    @_serving
     def pictures(self, items: list[tuple[Drawn, str]], resolution: int, folder: str) -> list[Path]:
         """Write each picture as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
         paths = []
@@ -229,6 +240,18 @@ class Worker:
         """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
         shown = [(text, [self.source.load(key, side)]) for key, text in questions]
         return answer(self.model, self.chat, shown, max_new_tokens)
+
+    def _load(self, key: str, side: int) -> Image.Image | Failure:
+        try:
+            return self.source.load(key, side)
+        except (ValueError, OSError) as error:
+            return Failure(key, f"{type(error).__name__}: {error}")
+
+    def _shown(self, prompts: list[Prompt]) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
+        """The grid of each prompt's picture, None where it shows none, and all pictures on the model's device."""
+        pictures = [shown_picture(prompt, self.source, self.chat) for prompt in prompts]
+        seen = {name: tensor.to(self.model.device) for name, tensor in joined(pictures).items()}
+        return [picture and picture.image_grid_thw for picture in pictures], seen
 
     def _rows(self, rows: list[list[int]], side: str, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 ids and attention mask [B, T] on the model's device."""

@@ -16,8 +16,9 @@ from learners.config import DpoConfig, LearnerConfig, Recipe
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
+from vargpt_rl.stages import STAGES as TRAINED
 
-STAGES = ("tokenizer", "pretrain", "understanding", "align")
+STAGES = ("tokenizer", "pretrain", "understanding", "align", "edit")
 TINY, TINY_V1 = "tiny", "tiny_v1"
 
 
@@ -112,11 +113,13 @@ class SftStage:
     ``checkpoints``: after which fractions of the run weights are kept to sample losers from; the papers say only
     "different SFT checkpoints and the fully SFT-trained model", so the demo takes one halfway and the final one.
     ``shares``: which share of the samples each of them draws, the final model the rest; empty for equal shares.
+    ``frozen``: parts (projector_in, projector_out, image_decoder) that stay as they are, for ablations.
     """
 
     records: int = 2048
     checkpoints: list[float] = field(default_factory=lambda: [0.5])
     shares: list[float] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=1e-4))
 
     def __post_init__(self):
@@ -134,6 +137,16 @@ class SftStage:
         for fraction, share in zip([*self.checkpoints, 1.0], given, strict=True):
             shares[max(1, round(fraction * self.recipe.steps))] += share / sum(given)
         return dict(sorted(shares.items()))
+
+
+@dataclass
+class EditStage:
+    """All trains but the image tokenizer, on pictures to be edited, instructions and the pictures after them; at the
+    last of ``resolutions``, as the paper edits at its highest.
+    """
+
+    records: int = 512
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60, batch=16, micro_batch=4, lr=2e-4))
 
 
 @dataclass
@@ -178,10 +191,11 @@ class DpoStage(DpoConfig):
 
 @dataclass
 class EvaluationConfig:
-    """Held-out prompts drawn after each stage, questions asked, and pictures in the sample grid."""
+    """Held-out prompts drawn after each stage, questions asked, edits drawn, and pictures in the sample grid."""
 
     prompts: int = 120
     questions: int = 120
+    edits: int = 60
     grid: int = 8
 
 
@@ -213,7 +227,7 @@ class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
 
     ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny", a model directory
-    or a hub name.
+    or a hub name. ``stages`` leaves editing out: at 256 px it would take the demo beyond ten minutes on two cores.
     ``at`` holds what differs at a resolution (``at.512.sft.recipe.steps``); the papers too train fewer steps on smaller
     batches at 512 px.
     """
@@ -236,6 +250,7 @@ class LoopConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoStage = field(default_factory=DpoStage)
+    edit: EditStage = field(default_factory=EditStage)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -266,11 +281,16 @@ class LoopConfig:
             for key, value in needed.items():
                 if value is None:
                     raise ValueError(f"{key} is not set: data=captioned needs {', '.join(needed)}")
-            if "understanding" in self.stages:
-                raise ValueError("stages: understanding needs questions, which data=captioned has not; leave it out")
+            for stage, needed in (("understanding", "questions"), ("edit", "edited pictures")):
+                if stage in self.stages:
+                    raise ValueError(f"stages: {stage} needs {needed}, which data=captioned has not; leave it out")
         if self.data.kind == "records":
             self._check_records()
-        for stage in ("pretrain", "understanding", "sft", "dpo"):
+        try:
+            TRAINED["sft"].without(self.sft.frozen)
+        except ValueError as error:
+            raise ValueError(f"sft.frozen={self.sft.frozen}: {error}") from error
+        for stage in ("pretrain", "understanding", "sft", "dpo", "edit"):
             recipe = getattr(self, stage).recipe
             try:
                 recipe.accumulation(self.learner.ranks)

@@ -27,6 +27,11 @@ class Recipe:
             )
         return self.batch // (self.micro_batch * ranks)
 
+    def arithmetic(self, ranks: int) -> str:
+        """Steps and how a step's batch is made up, in words."""
+        parts = f"{self.micro_batch} (micro) x {self.accumulation(ranks)} (accumulation) x {ranks} (ranks)"
+        return f"{self.steps} steps of {self.batch} = {parts}"
+
 
 @dataclass
 class DpoConfig:

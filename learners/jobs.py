@@ -31,7 +31,8 @@ class QuestionSet:
 class SftJob:
     """A supervised stage on the drawings encoded in ``corpus``, or on what ``feed`` streams.
 
-    Intermediate weights are saved after ``save_steps``.
+    Intermediate weights are saved after ``save_steps``. ``source`` loads the pictures that prompts show; ``frozen`` are
+    parts of the stage that stay as they are.
     """
 
     stage: str
@@ -44,6 +45,8 @@ class SftJob:
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
     feed: Feed | None = None
+    source: object = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

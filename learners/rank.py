@@ -27,7 +27,7 @@ from learners.jobs import DpoJob, SftJob, Start, TokenizerJob
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
-from vargpt_rl.data.batches import PairCollator, SftCollator
+from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe
 from vargpt_rl.model.bits import unpack
@@ -37,7 +37,7 @@ from vargpt_rl.model.prompt import Markup
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.network import free_port
-from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.stages import STAGES, freeze, frozen_parts
 
 
 class WriteLog(TrainerCallback):
@@ -94,7 +94,7 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: Markup, trained: list[str], probe: Probe, output: Path) -> dict:
+    def _run(self, trainer, chat: Markup, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         began = time.time()
         trainer.train()
@@ -107,26 +107,29 @@ class Rank:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "trained_tensors": len(trained),
-            "probe": self._score(trainer, chat, probe),
+            "probe": self._score(trainer, chat, probe, source),
         }
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: Markup, probe: Probe) -> float:
+    def _score(self, trainer, chat: Markup, probe: Probe, source) -> float:
         """Log-probability of the probe under the trained weights, in nats. All ranks take part (ZeRO-3 gathers)."""
         tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
         tokens = token_count(tokenizer.schedule_for(probe.resolution))
         labels = torch.from_numpy(unpack(probe.bits, tokens, *tokenizer.symbols))[None].to(engine.device)
-        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens).ids], "right", multiple=8)
+        shown = shown_picture(probe.prompt, source, chat)
+        grid = shown and shown.image_grid_thw
+        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # what the pads beyond the picture hold cannot reach it
         if isinstance(trainer, ImageDpoTrainer):
             return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
-        logits = engine(row, mask, drawing=drawing, text_logits=False).image_logits
+        seen = {name: tensor.to(engine.device) for name, tensor in joined([shown]).items()}
+        logits = engine(row, mask, drawing=drawing, text_logits=False, **seen).image_logits
         return picture_log_probs(symbol_log_probs(logits, labels)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
@@ -139,7 +142,8 @@ class Rank:
             questions = Questions(job.questions.rows, job.questions.source, chat, job.questions.side)
             share = job.questions.drawing_share
         length = job.recipe.steps * job.recipe.batch
-        rows = BalancedBatches(Drawings(job.corpus), questions, length, job.recipe.micro_batch, share, job.seed)
+        drawings = Drawings(job.corpus, job.source, chat)
+        rows = BalancedBatches(drawings, questions, length, job.recipe.micro_batch, share, job.seed)
         return {"train_dataset": rows}
 
     def _streamed(self, job: SftJob, model: Unified, chat: Markup) -> dict:
@@ -153,8 +157,9 @@ class Rank:
         """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start)
-        stage, chat = STAGES[job.stage], markup_for(job.start.model, model.config)
+        stage, chat = STAGES[job.stage].without(job.frozen), markup_for(job.start.model, model.config)
         trained = freeze(model, stage)
+        frozen = frozen_parts(model)
         trainer = SftTrainer(
             stage,
             model=model,
@@ -165,7 +170,7 @@ class Rank:
             **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
-        return self._run(trainer, chat, trained, job.probe, job.output)
+        return self._run(trainer, chat, trained, job.probe, job.output, job.source) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage; adds the last margin and accuracy and the largest log-ratio seen at step 0."""

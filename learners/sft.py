@@ -14,19 +14,26 @@ from safetensors import safe_open
 from torch.utils.data import Dataset, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from vargpt_rl.data.batches import DrawExample, Example, TextExample
+from learners.modalities import EVERY, ModalityGradients
+from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.losses import sft_loss
+from vargpt_rl.losses import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
 
 class Drawings(Dataset):
-    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order."""
+    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order.
 
-    def __init__(self, folder: Path):
+    Pictures that prompts show are loaded by ``source``.
+    """
+
+    def __init__(self, folder: Path, source: PictureSource | None = None, chat: Markup | None = None):
+        self.source, self.chat = source, chat
         lines = (folder / "prompts.jsonl").read_text().splitlines()
         self.prompts = [Prompt(**json.loads(line)) for line in lines]
         self.file = safe_open(folder / "features.safetensors", framework="np").get_slice("features")
@@ -37,7 +44,8 @@ class Drawings(Dataset):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> DrawExample:
-        return DrawExample(self.prompts[index], self.file[index : index + 1][0])
+        prompt = self.prompts[index]
+        return DrawExample(prompt, self.file[index : index + 1][0], shown_picture(prompt, self.source, self.chat))
 
 
 class Questions(Dataset):
@@ -85,7 +93,9 @@ def _endless(rng: np.random.Generator, count: int):
 
 
 class SftTrainer(Trainer):
-    """Stage losses; every metric is the mean since the last log, over ranks.
+    """Stage losses; every metric is the mean since the last log, over ranks, and ``tokens/...`` the sum.
+
+    Where there are two losses, their gradient norms are logged now and then; where there is one, ``grad_norm`` is its.
 
     Batches are those of ``loader``, a rank's own, where there is one, else of ``train_dataset``, shared over ranks.
     ``image_tokenizer``, apart from the model that trains, takes the features of pictures that come as pixels.
@@ -102,6 +112,7 @@ class SftTrainer(Trainer):
         self.stage, self.loader = stage, loader
         self.image_tokenizer = image_tokenizer and image_tokenizer.eval().to(self.args.device)
         self.measured: dict[str, list[float]] = defaultdict(list)
+        self.gradients: ModalityGradients | None = None
 
     def get_train_dataloader(self):
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -120,16 +131,31 @@ class SftTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         if "crops" in inputs:
             inputs = inputs | {"features": self._features(inputs["crops"])}
+        both = self.stage.text_weight > 0 and "features" in inputs
+        if both and self.state.global_step % EVERY == 0 and not is_deepspeed_zero3_enabled():
+            self._measure(self.accelerator.unwrap_model(model), inputs)
         loss, metrics = sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)
         for key, value in metrics.items():
             self.measured[key].append(value)
         return loss
 
+    def _measure(self, model: Unified, inputs: dict[str, torch.Tensor]) -> None:
+        """The micro-batch's gradient of each loss, under the noise that it is about to be trained with."""
+        if self.gradients is None:
+            self.gradients = ModalityGradients(model, self.args.gradient_accumulation_steps)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            losses, _ = modality_losses(model, inputs, self.stage.noise, self.stage.text_weight)
+        self.gradients.add(losses)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.measured:
             keys = sorted(self.measured)
-            means = torch.tensor([np.mean(self.measured[key]) for key in keys], device=self.accelerator.device)
-            means = self.accelerator.gather(means[None]).mean(0)
-            logs |= dict(zip(keys, means.tolist(), strict=True))
+            totals = torch.tensor([sum(self.measured[key]) for key in keys], device=self.accelerator.device)
+            totals = self.accelerator.gather(totals[None]).sum(0).tolist()
+            count = {key: len(self.measured[key]) * self.accelerator.num_processes for key in keys}
+            logs |= {k: t if k.startswith("tokens/") else t / count[k] for k, t in zip(keys, totals, strict=True)}
             self.measured.clear()
+        if self.gradients is not None:
+            logs |= {f"grad_norm/{modality}": norm for modality, norm in self.gradients.norms().items()}
+            self.gradients = None
         super().log(logs, start_time)

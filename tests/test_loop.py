@@ -6,16 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
+from configs.load import load_config
+from configs.schema import STAGES as STAGE_ORDER
 from tests.tiny import tiny_checkpoint
+from vargpt_rl import loop
+from vargpt_rl.checkpoint import load_weights_into
+from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.run import Run
+from vargpt_rl.stages import STAGES, UNREACHED, freeze
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
+stages=[pretrain,understanding,align,edit] tokenizer.steps=2 tokenizer.pictures=8
+edit.records=8 edit.recipe.steps=2 edit.recipe.batch=4 edit.recipe.micro_batch=2 evaluation.edits=4
 resolutions=[32,48] sft.records=16 sft.recipe.steps=4 sft.recipe.batch=4 sft.recipe.micro_batch=2
 pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.recipe.micro_batch=2
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
@@ -23,6 +38,15 @@ understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.rec
 preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
 name=test
 """
+
+
+TRAINED = ["iter-00-sft", "iter-00-dpo", "iter-01-sft", "iter-01-dpo"]
+MEASURED = {
+    "tokenizer": {"overall", "overall_stderr", "n"},
+    "pretrain": {"overall", "overall_stderr", "n"},
+    "understanding": {"accuracy", "accuracy_stderr", "n"},
+    "edit": {"overall", "overall_stderr", "n", "done", "kept"},
+}
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
@@ -89,6 +113,105 @@ def test_a_killed_driver_goes_on_and_completes(finished):
     versions = [iteration["swap"]["version"] for iteration in summary["iterations"]]
     assert versions == sorted(set(versions)), "versions only grow, also across a restart"
     assert summary["understanding"]["before"] == summary["understanding"]["after"]
+
+
+def test_every_stage_is_measured_on_held_out_data(finished):
+    stages = json.loads((finished / "summary.json").read_text())["stages"]
+    assert {name: stage["resolution"] for name, stage in stages.items()} == {
+        "pretrain": 32, "understanding": 32, "edit": 48
+    }  # fmt: skip
+    for name, stage in stages.items():
+        assert MEASURED[name] <= stage["eval"].keys(), name
+    assert MEASURED["edit"] <= stages["edit"]["before"].keys()
+    assert (
+        stages["understanding"]["eval"]
+        == json.loads((finished / "summary.json").read_text())["understanding"]["before"]
+    )
+    logged = [json.loads(line)["stage"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {f"evaluate/{name}" for name in stages} <= set(logged)
+
+
+def test_editing_changes_exactly_the_parameters_it_names(finished, folder):
+    model, edited = Vargpt.from_pretrained(folder / "model"), Vargpt.from_pretrained(finished / "model")
+    sets = ["pretrain", "understanding", *TRAINED]
+    load_weights_into(model, [finished / "checkpoints" / name / "final" for name in sets])
+    before, after = model.state_dict(), edited.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    named = set(freeze(model, STAGES["edit"]))
+    summary = json.loads((finished / "summary.json").read_text())["stages"]["edit"]
+    assert summary["frozen"] == [UNREACHED, "image_tokenizer"] and summary["trained_tensors"] == len(named)
+    # Two steps may not drop a single condition, and then nothing asks for the unconditional rows.
+    assert named - {"image_decoder.condition.unconditional"} <= changed <= named
+
+
+def test_edits_are_shown_in_a_grid(finished):
+    columns, rows = 2, 4
+    with Image.open(finished / "samples/edit.png") as grid:
+        assert grid.size == (LABEL + CELL * columns, CAPTION + CELL * rows)
+
+
+@pytest.mark.timeout(600)
+def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
+    settings = ["name=alone", "stages=[tokenizer,edit]", f"checkpoint={finished}/model", "resolutions=[48]"]
+    alone = run(folder, *settings)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert "tokenizer 48 px: 2 steps of 8 = 8 (micro) x 1 (accumulation) x 1 (ranks)" in alone.stdout
+    assert "edit 48 px: 2 steps of 4 = 2 (micro) x 1 (accumulation) x 2 (ranks)" in alone.stdout
+    summary = json.loads((folder / "alone/summary.json").read_text())
+    assert list(summary["stages"]) == ["tokenizer", "edit"] and not summary["iterations"]
+    assert MEASURED["tokenizer"] <= summary["stages"]["tokenizer"]["eval"].keys()
+    assert summary["stages"]["edit"]["swap"]["verified"]
+    table = [line for line in alone.stdout.splitlines() if line.startswith("│ edit")]
+    assert len(table) == 1 and table[0].count("±") == 2, "before and after"
+
+
+class Recorder:
+    """Stands in for the steps: any that is asked for is noted, with the weights adopted so far."""
+
+    def __init__(self):
+        self.asked, self.weights, self.resolution, self.name = [], (), 0, ""
+
+    def begin(self, iteration, resolution, name=""):
+        self.resolution, self.name = resolution, name or f"iter-{iteration or 0:02d}"
+
+    def adopt(self, key):
+        self.weights = (*self.weights, key)
+
+    def __getattr__(self, step):
+        def work(*what):
+            self.asked.append((" ".join([step, *map(str, what)]), self.resolution, self.weights))
+            return {"eval": {}, "swap": {}, "accuracy": 0.5}
+
+        return work
+
+
+@pytest.fixture(scope="module")
+def loop_config():
+    return load_config(["resolutions=[32,48]", "dpo.control=false"])
+
+
+@pytest.mark.parametrize("stages", [s for n in range(1, 6) for s in combinations(STAGE_ORDER, n)], ids="+".join)
+def test_any_stages_in_order_train_one_after_the_other_and_are_measured(loop_config, stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "export_model", lambda start, weights, target: exported.append(weights))
+    exported, steps, run = [], Recorder(), Run(tmp_path / "run", {})
+    config = replace(loop_config, stages=list(stages))
+    inputs, pool = (
+        SimpleNamespace(model="", quarantine=Quarantine(tmp_path / "q")),
+        SimpleNamespace(restarts=0, events=[]),
+    )
+    summary = loop.execute(steps, run, config, pool, inputs)
+    keys = [key for s in stages for key in (TRAINED if s == "align" else [s])]
+    assert exported == [tuple(keys)]
+    assert list(summary["stages"]) == [stage for stage in stages if stage != "align"]
+    assert len(summary["iterations"]) == (2 if "align" in stages else 0)
+    done = [what for what, _, _ in steps.asked]
+    for stage in summary["stages"]:
+        at = 48 if stage == "edit" else 32
+        before, after = tuple(keys[: keys.index(stage)]), tuple(keys[: keys.index(stage) + 1])
+        assert (stage, at, before) in steps.asked and (f"measure {stage}", at, after) in steps.asked
+    assert ("edits before" in done) == ("edit" in stages) == ("edit_grid" in done)
+    answered = done.count("understands") + done.count("measure understanding")
+    assert answered == 2 * ("align" in stages) + ("understanding" in stages and "align" not in stages)
 
 
 def test_every_pair_is_in_its_table_once(finished):

@@ -62,6 +62,8 @@ def test_the_loss_is_the_weighted_sum_with_its_parts_as_metrics(model, batch):
     shares = [(at.stop - at.start) / TOKENS for at in scale_slices(SCHEDULE)]
     assert metrics["bit_accuracy"] == pytest.approx(np.dot(accuracies, shares), abs=1e-6)
     assert f"bit_accuracy/scale_{len(SCHEDULE)}" not in metrics
+    assert metrics["tokens/image"] == 2 * TOKENS
+    assert metrics["tokens/text"] == (batch["labels"] != IGNORED).sum(), "no row begins with a label"
 
 
 def test_without_text_weight_the_text_head_is_not_run(model, batch):
@@ -77,7 +79,8 @@ def test_without_text_weight_the_text_head_is_not_run(model, batch):
 def test_a_batch_of_words_has_no_image_loss(checkpoint, model):
     batch = SftCollator(ChatFormat(checkpoint, model.config))([TextExample("How many circles are there?", "three")])
     loss, metrics = sft_loss(model, batch, Noise(), 0.5)
-    assert metrics.keys() == {"loss/text"}
+    assert metrics.keys() == {"loss/text", "tokens/text"}
+    assert metrics["tokens/text"] == (batch["labels"] != IGNORED).sum()
     assert loss.item() == pytest.approx(0.5 * metrics["loss/text"])
 
 

@@ -18,6 +18,7 @@ from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.stages import STAGES, freeze
 
 SETTINGS = ["resolutions=[32,48]", "data.seen_side=56"]
+ALL = "stages=[pretrain,understanding,align,edit]"
 SAMPLING = SamplingConfig(cfg=3.0)
 
 
@@ -96,8 +97,15 @@ def test_a_gpu_holds_whole_buckets_and_a_cpu_what_is_written_to():
 # Activations
 
 
+def edits(model: Vargpt) -> torch.Tensor:
+    stage = STAGES["edit"]
+    return sft_loss(model, batch(model, 2, 2, 32, seen_side=56, edits=True), stage.noise, stage.text_weight)[0]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage, loss", [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions)])
+@pytest.mark.parametrize(
+    "stage, loss", [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
+)
 def test_four_blocks_count_for_all(config, stage, loss, checkpointing, monkeypatch):
     short = activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing)
     monkeypatch.setattr(ledger, "BLOCKS", 100)
@@ -151,13 +159,24 @@ def test_caches_are_those_of_all_blocks_and_both_branches(config):
     assert found.total == RUNTIME + 123 + found.caches + found.activations
 
 
+def test_edits_take_the_pictures_that_are_shown_too(config):
+    small, stage = skeleton(config, torch.float32), STAGES["edit"]
+    plain = activations(small, stage, lambda model: sft_loss(model, batch(model, 2, 2, 32), stage.noise, 1.0)[0], False)
+    assert activations(small, stage, edits, False) > plain
+    inputs = batch(small.model, 2, 2, 32, seen_side=56, edits=True)
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 2 * 4 and len(inputs["image_grid_thw"]) == 2
+    drawing = [memory.rollout(small, 0, 32, 2, SAMPLING, side) for side in (0, 224)]
+    assert drawing[1].caches > drawing[0].caches, "64 tokens more in each row's cache"
+
+
 # A run
 
 
 def test_the_plan_has_every_stage_and_sums_that_add_up(config):
-    plan = memory.plan(load_config(SETTINGS), config, on_gpu=True, compare=True)
+    plan = memory.plan(load_config([*SETTINGS, ALL]), config, on_gpu=True, compare=True)
     names = [(need.stage, need.resolution) for need in plan.training]
-    assert names == [("pretrain", 32), ("understanding", 32), ("sft", 32), ("dpo", 32), ("sft", 48), ("dpo", 48)]
+    rounds = [(name, px) for px in (32, 48) for name in ("sft", "dpo")]
+    assert names == [("pretrain", 32), ("understanding", 32), *rounds, ("edit", 48)]
     assert [need.resolution for need in plan.rollouts] == [32, 48]
     for need in plan.training:
         assert need.total == RUNTIME + need.weights + need.gradients + need.optimizer + need.buffers + need.activations
@@ -166,11 +185,25 @@ def test_the_plan_has_every_stage_and_sums_that_add_up(config):
 
 
 def test_the_bound_is_no_less_than_the_plan(config):
-    settings = load_config(SETTINGS)
+    settings = load_config([*SETTINGS, ALL, "edit.recipe.micro_batch=8"])
     bound, plan = memory.bound(settings, config, False), memory.plan(settings, config, False)
     for upper, need in zip(bound.training, plan.training, strict=True):
         assert upper.total >= need.total, need.stage
     assert max(need.total for need in bound.rollouts) >= max(need.total for need in plan.rollouts)
+
+
+def test_two_losses_need_room_for_a_sum_of_gradients_each(config):
+    def buffers(*settings: str) -> int:
+        plan = memory.plan(load_config([*SETTINGS, "stages=[understanding]", *settings]), config, on_gpu=False)
+        return plan.training[0].buffers
+
+    trained = sum(
+        n for n, is_trained in parameter_sizes(memory._on_meta(config), STAGES["understanding"]) if is_trained
+    )
+    assert buffers() - buffers("understanding.drawing_share=0") == 2 * 4 * trained // 2
+    assert buffers("understanding.recipe.zero=3") == buffers(
+        "understanding.recipe.zero=3", "understanding.drawing_share=0"
+    )
 
 
 def test_what_cannot_fit_is_refused_with_the_sum(config):

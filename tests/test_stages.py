@@ -6,7 +6,7 @@ import torch
 from tests.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses import Noise
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.stages import STAGES, Stage, freeze
+from vargpt_rl.stages import NO_NOISE, STAGES, UNREACHED, Stage, freeze, frozen_parts
 
 IMAGE = ("image_decoder.", "projector_in.", "projector_out.")
 LANGUAGE = ("lm_head.", "model.language_model.")
@@ -26,18 +26,42 @@ def model():
         ("sft", IMAGE),
         ("sft_on_winners", IMAGE),
         ("dpo", IMAGE),
+        ("edit", (*IMAGE, *LANGUAGE, "model.visual.")),
     ],
 )
 def test_each_stage_trains_its_own_parts_and_freezes_the_rest(model, stage, trained):
     names = freeze(model, STAGES[stage])
     assert names == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    assert names == sorted(name for name, _ in model.named_parameters() if name.startswith(trained))
+    expected = {name for name, _ in model.named_parameters() if name.startswith(trained)} - {UNREACHED}
+    assert names == sorted(expected)
     assert all(any(name.startswith(part) for name in names) for part in trained)
 
 
 def test_no_stage_trains_the_image_tokenizer(model):
     for stage in STAGES.values():
         assert not any(name.startswith("image_tokenizer.") for name in freeze(model, stage))
+
+
+def test_editing_trains_all_that_a_loss_can_reach(model):
+    freeze(model, STAGES["edit"])
+    assert frozen_parts(model) == [UNREACHED, "image_tokenizer"]
+    assert STAGES["edit"].text_weight > 0 and STAGES["edit"].noise != NO_NOISE
+
+
+def test_frozen_parts_are_named_as_a_whole(model):
+    freeze(model, STAGES["understanding"])
+    expected = ["image_decoder", "image_tokenizer", "model.visual.blocks", "model.visual.patch_embed"]
+    assert frozen_parts(model) == [*expected, "projector_in", "projector_out"]
+
+
+def test_parts_of_a_stage_can_be_frozen_too(model):
+    names = freeze(model, STAGES["sft"].without(["projector_in", "projector_out"]))
+    assert names and all(name.startswith("image_decoder.") for name in names)
+    assert STAGES["sft"].without([]) == STAGES["sft"]
+    with pytest.raises(ValueError, match=r"\['lm_head'\] cannot be frozen in stage sft: expected .*projector_in"):
+        STAGES["sft"].without(["lm_head"])
+    with pytest.raises(ValueError, match="leaves nothing to train in stage pretrain"):
+        STAGES["pretrain"].without(["projector_in", "projector_out"])
 
 
 def test_freezing_again_lets_go_of_what_was_frozen(model):

@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.schema import TINY, TINY_V1, LoopConfig
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
-from vargpt_rl.data.records.feed import Feed, task_of
+from vargpt_rl.data.records.feed import EDITS, Feed, task_of
 from vargpt_rl.data.sources import (
     CaptionedConfig,
     CaptionedSource,
@@ -141,8 +141,10 @@ def make_feed(config: LoopConfig, model: str) -> Feed:
     used: set[str] = set()
     for stage, resolution, share in supervised_stages(config):
         rows = getattr(config.at_resolution(resolution), stage).recipe.micro_batch
+        wanted = EDITS if stage == "edit" else None
         try:
-            used |= feed.at(resolution, share).mixture(chat, rows, 0, 0, config.learner.ranks).ingredients.keys()
+            mixture = feed.at(resolution, share, wanted).mixture(chat, rows, 0, 0, config.learner.ranks)
+            used |= mixture.ingredients.keys()
         except ValueError as error:
             raise ValueError(f"data.sources, for {stage} at {resolution} px: {error}") from error
     if idle := sources.keys() - used:
@@ -156,7 +158,8 @@ def supervised_stages(config: LoopConfig) -> list[tuple[str, int, float]]:
     first = config.resolutions[0]
     shares = {"pretrain": 1.0, "understanding": config.at_resolution(first).understanding.drawing_share}
     found = [(stage, first, shares[stage]) for stage in config.stages if stage in shares]
-    return found + [("sft", px, 1.0) for px in dict.fromkeys(config.resolutions) if "align" in config.stages]
+    found += [("sft", px, 1.0) for px in dict.fromkeys(config.resolutions) if "align" in config.stages]
+    return found + [("edit", config.resolutions[-1], 1.0)] * ("edit" in config.stages)
 
 
 def records_source(config: LoopConfig, feed: Feed, prompts: list[Prompt], quarantine: Quarantine) -> RecordsSource:

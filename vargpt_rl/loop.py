@@ -49,16 +49,29 @@ def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
     return results
 
 
+def train(stage: str, steps: Steps, run: Run, config: LoopConfig) -> dict:
+    """A stage before or after the iterations, and what it reaches; editing comes last, at the last resolution."""
+    edits = stage == "edit"
+    steps.begin(None, config.resolutions[-1 if edits else 0], stage)
+    before = {"before": run.step("edit/before", lambda: steps.edits("before"))} if edits else {}
+    result = run.step(stage, getattr(steps, stage))
+    steps.adopt(stage)
+    measured = run.step(f"{stage}/eval", lambda: steps.measure(stage))
+    if edits:
+        run.step("edit/grid", steps.edit_grid)
+    return {"resolution": steps.resolution, **result, **before, "eval": measured}
+
+
 def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, inputs: Inputs) -> dict:
     """All stages in order, then the model's export; the summary."""
     summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
     for stage in config.stages:
-        steps.begin(None, config.resolutions[0])
         if stage != "align":
-            summary["stages"][stage] = run.step(stage, getattr(steps, stage))
-            steps.adopt(stage)
+            summary["stages"][stage] = train(stage, steps, run, config)
             continue
-        summary["understanding"]["before"] = run.step("understands/before", steps.understands)
+        steps.begin(None, config.resolutions[0])
+        known = summary["stages"].get("understanding", {}).get("eval")  # the same questions and weights
+        summary["understanding"]["before"] = known or run.step("understands/before", steps.understands)
         summary["iterations"] = align(steps, run, config)
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")

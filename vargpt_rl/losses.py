@@ -94,27 +94,37 @@ def scale_weights(schedule: Schedule) -> torch.Tensor:
     return weights_L / weights_L.sum()
 
 
-def sft_loss(
+def modality_losses(
     model: Unified, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """``text_weight`` x text + ``image_weight`` x image, each where the batch has it; and metrics (accuracy of bits or
-    indices also by scale).
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """``text_weight`` x text and ``image_weight`` x image, each where the batch has it; and metrics.
 
-    ``model`` may be DeepSpeed's engine, which lends its model's attributes. The text head is not run when
-    ``text_weight`` is 0.
+    The metrics are the losses without weights, the numbers of labelled text tokens and of image tokens, and accuracy of
+    bits or indices, also by scale. The text head is not run when ``text_weight`` is 0. ``model`` may be DeepSpeed's
+    engine, which lends its model's attributes.
     """
     output, labels_NLs = forward_batch(model, batch, noise, text_logits=text_weight > 0)
-    loss, metrics = batch["input_ids"].new_zeros((), dtype=torch.float32), {}
+    losses, metrics = {}, {}
     if text_weight > 0:
         words = text_loss(output.logits, batch["labels"])
-        loss, metrics["loss/text"] = loss + text_weight * words, words.item()
+        losses["text"], metrics["loss/text"] = text_weight * words, words.item()
+        metrics["tokens/text"] = int((batch["labels"][:, 1:] != IGNORED).sum())
     if labels_NLs is not None:
         schedule = model.image_tokenizer.schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
         picture = image_loss(output.image_logits, labels_NLs, scale_weights(schedule) if reweight else None)
-        loss, metrics["loss/image"] = loss + model.image_weight * picture, picture.item()
+        losses["image"], metrics["loss/image"] = model.image_weight * picture, picture.item()
+        metrics["tokens/image"] = labels_NLs.shape[0] * labels_NLs.shape[1]
         hits_NLs = symbol_hits(output.image_logits, labels_NLs).float()
         accuracy = f"{Symbols.of(output.image_logits, labels_NLs).name}_accuracy"
         metrics[accuracy] = hits_NLs.mean().item()
         by_scale = scale_means(hits_NLs, schedule).mean(0).tolist()
         metrics |= {f"{accuracy}/scale_{k}": hits for k, hits in enumerate(by_scale)}
-    return loss, metrics
+    return losses, metrics
+
+
+def sft_loss(
+    model: Unified, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The sum of `modality_losses`, and their metrics."""
+    losses, metrics = modality_losses(model, batch, noise, text_weight, reweight)
+    return sum(losses.values()), metrics

@@ -153,26 +153,35 @@ def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
 
 
 def batch(
-    model: Unified, rows: int, drawings: int, resolution: int, seen_side: int = 0, text: int = TEXT_TOKENS
+    model: Unified,
+    rows: int,
+    drawings: int,
+    resolution: int,
+    seen_side: int = 0,
+    text: int = TEXT_TOKENS,
+    edits: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What a collator makes of ``drawings`` and, in the other rows, questions about a picture; every row has a pad."""
+    """What a collator makes of ``drawings`` and, in the other rows, questions about a picture; every row has a pad.
+
+    With ``edits`` the drawings show a picture too.
+    """
     config, asked = model.config, rows - drawings
     schedule = config.image_tokenizer_config.schedule_for(resolution)
-    tokens, shown, seen = token_count(schedule), {}, 0
-    if asked:
-        shown, seen = model.blank_pictures(asked, seen_side)
-    length = -(-(text + max(tokens if drawings else 0, seen) + 1) // 8) * 8
+    tokens, count = token_count(schedule), rows if edits else asked
+    shown, seen = model.blank_pictures(count, seen_side) if count else ({}, 0)
+    prompt = text + edits * seen
+    longest = max(prompt + tokens if drawings else 0, text + seen if asked else 0)
+    length = -(-(longest + 1) // 8) * 8
     ids = torch.zeros(rows, length, dtype=torch.long)
-    ids[:drawings, text - 1] = config.image_gen_start_token_id
-    ids[:drawings, text : text + tokens] = config.image_gen_pad_token_id
+    ids[:drawings, prompt - 1] = config.image_gen_start_token_id
+    ids[:drawings, prompt : prompt + tokens] = config.image_gen_pad_token_id
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
     mask[:, -1] = 0
     found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if drawings:
         channels = config.image_tokenizer_config.latent_channels
         found["features"] = torch.zeros(drawings, channels, *schedule[-1], device=model.device, dtype=model.dtype)
-    if asked:
-        ids[drawings:, 1 : 1 + seen] = config.image_token_id
+    ids[rows - count :, 1 : 1 + seen] = config.image_token_id
     return found | shown
 
 
@@ -202,8 +211,13 @@ def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Unified], torc
     return ledger.peak
 
 
-def rollout(skeleton: Skeleton, weights: int, resolution: int, rows: int, sampling: SamplingConfig) -> Rollout:
-    """A worker at its fullest: drawing, encoding or scoring ``rows`` pictures at once, or decoding one."""
+def rollout(
+    skeleton: Skeleton, weights: int, resolution: int, rows: int, sampling: SamplingConfig, shown_side: int = 0
+) -> Rollout:
+    """A worker at its fullest: drawing, encoding or scoring ``rows`` pictures at once, or decoding one.
+
+    Where prompts show pictures, ``shown_side`` is their size.
+    """
     model, size = skeleton.model.eval(), (resolution, resolution)
     tokenizer, caches = model.config.image_tokenizer_config, 0
 
@@ -212,12 +226,13 @@ def rollout(skeleton: Skeleton, weights: int, resolution: int, rows: int, sampli
         caches = ledger.live
 
     def drawing():
-        ids = torch.full((rows, TEXT_TOKENS), model.config.image_gen_start_token_id)
-        mask = torch.ones_like(ids)
+        inputs = batch(model, rows, rows, resolution, shown_side, edits=shown_side > 0)
+        prompt = int((inputs["input_ids"][0] == model.config.image_gen_pad_token_id).int().argmax())
+        ids, mask = inputs["input_ids"][:, :prompt], inputs["attention_mask"][:, :prompt].clone()
         mask[:, 0] = 0
         hook = model.image_decoder.register_forward_hook(after_scale)
         reading = Reading(model, rows)
-        reading.read(ids, mask)
+        reading.read(ids, mask, inputs.get("pixel_values"), inputs.get("image_grid_thw"))
         draw_next.__wrapped__(reading, list(range(rows)), size, sampling)  # not in inference mode, as the ledger wants
         hook.remove()
 
@@ -253,13 +268,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Case:
-    """One stage at one resolution, with the settings in force; ``rows`` a micro-batch, ``drawings`` among them."""
+    """One stage at one resolution, with the settings in force; ``rows`` a micro-batch, ``drawings`` among them, which
+    may be ``edits``.
+    """
 
     stage: Stage
     resolution: int
     settings: LoopConfig
     rows: int
     drawings: int
+    edits: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -279,7 +297,7 @@ class _Case:
             seen, schedule = model.blank_pictures(1, side)[1], model.image_tokenizer.schedule_for(self.resolution)
             longest = max(seen, token_count(schedule) if self.drawings else 0)
             text = max(text, data.max_tokens - longest)
-        inputs = batch(model, self.rows, self.drawings, self.resolution, side, text)
+        inputs = batch(model, self.rows, self.drawings, self.resolution, side, text, edits=self.edits)
         if self.encodes:
             pixels = torch.zeros(self.drawings, 3, self.resolution, self.resolution, device=META, dtype=model.dtype)
             with torch.no_grad():
@@ -296,10 +314,15 @@ class _Case:
         """With these activations."""
         ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
-        held = states(parameter_sizes(whole, self.stage), dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        sizes = parameter_sizes(whole, self.stage)
+        held = states(sizes, dtype, self.recipe.zero, ranks, accumulates, on_gpu)
         if self.encodes:
             copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
             held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
+        if self.stage.text_weight > 0 and self.drawings and self.recipe.zero < 3:
+            # Sums of each loss's gradients, shared out over the ranks (learners.modalities).
+            trained = sum(n for n, is_trained in sizes if is_trained)
+            held["buffers"] += 2 * -(-trained // ranks) * dtype.itemsize
         return Training(self.stage.name, self.resolution, self.recipe, **held, activations=kept, otherwise=otherwise)
 
 
@@ -310,14 +333,15 @@ def _dtype(config: LoopConfig) -> torch.dtype:
 def _cases(config: LoopConfig) -> Iterator[_Case]:
     """All that DeepSpeed trains in a run. SFT covers DPO's control, which trains the same on as many rows or fewer."""
     for step in config.stages:
-        resolutions = dict.fromkeys(config.resolutions) if step == "align" else config.resolutions[:1]
+        one = config.resolutions[-1:] if step == "edit" else config.resolutions[:1]
+        resolutions = dict.fromkeys(config.resolutions) if step == "align" else one
         for resolution in resolutions:
             settings = config.at_resolution(resolution)
             for name in ("sft", "dpo") if step == "align" else (step,):
                 if name in STAGES:
                     rows = getattr(settings, name).recipe.micro_batch * (2 if name == "dpo" else 1)
                     share = settings.understanding.drawing_share if name == "understanding" else 1
-                    yield _Case(STAGES[name], resolution, settings, rows, round(share * rows))
+                    yield _Case(STAGES[name], resolution, settings, rows, round(share * rows), name == "edit")
 
 
 def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> Plan:
@@ -331,10 +355,12 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
         other = activations(small, case.stage, case.loss, not kept) if compare else None
         training.append(case.need(whole, on_gpu, activations(small, case.stage, case.loss, kept), other))
     settings = {case.resolution: case.settings for case in cases}
-    weights = training[0].whole
-    return Plan(
-        training, [rollout(small, weights, px, at.rollout.batch_size, at.sampling) for px, at in settings.items()]
-    )
+    edited = {case.resolution: case.settings.data.seen_side for case in cases if case.edits}
+    rollouts = [
+        rollout(small, training[0].whole, px, at.rollout.batch_size, at.sampling, edited.get(px, 0))
+        for px, at in settings.items()
+    ]
+    return Plan(training, rollouts)
 
 
 def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> Plan:
@@ -343,14 +369,15 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> Plan:
     whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
     drawings, questions = max(case.drawings for case in cases), max(case.rows - case.drawings for case in cases)
     resolution = max(case.resolution for case in cases)
-    widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings)
+    edits = any(case.edits for case in cases)
+    widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings, edits)
     kept = activations(small, widest.stage, widest.loss, False)
     rows = max(case.settings.rollout.batch_size for case in cases)
     sampling = max(
         (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
     )
     training = [case.need(whole, on_gpu, kept) for case in cases]
-    worker = rollout(small, training[0].whole, resolution, rows, sampling)
+    worker = rollout(small, training[0].whole, resolution, rows, sampling, edits * config.data.seen_side)
     return Plan(training, [replace(worker, resolution=case.resolution) for case in cases])
 
 

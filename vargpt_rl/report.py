@@ -4,14 +4,42 @@ from rich.console import Console
 from rich.table import Table
 
 
-def _score(result: dict | None) -> str:
-    if not result or "overall" not in result:
-        return "-"
-    return f"{result['overall']:.3f} ± {result['overall_stderr']:.3f}"
-
-
 def _number(result: dict | None, key: str, form: str) -> str:
     return format(result[key], form) if result and key in result else "-"
+
+
+def _measure(result: dict | None) -> str:
+    """A held-out measure with its standard error."""
+    for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
+        if result and key in result:
+            return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}{unit}"
+    return "-"
+
+
+MEASURED = {
+    "tokenizer": "reconstructions",
+    "pretrain": "drawings",
+    "understanding": "questions answered",
+    "edit": "edits",
+}
+
+
+def stage_table(stages: dict[str, dict]) -> Table:
+    """What the stages before and after the iterations reached."""
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "px", "steps", "loss", "held out", "before", "after"):
+        table.add_column(column, justify="left" if column in ("stage", "held out") else "right", no_wrap=True)
+    for name, result in stages.items():
+        table.add_row(
+            name,
+            str(result["resolution"]),
+            str(result["steps"]),
+            f"{result['loss_first']:.3f} -> {result['loss_last']:.3f}",
+            MEASURED[name],
+            _measure(result.get("before")),
+            _measure(result["eval"]),
+        )
+    return table
 
 
 def closing_table(summary: dict) -> Table:
@@ -27,7 +55,7 @@ def closing_table(summary: dict) -> Table:
                     str(k),
                     str(iteration["resolution"]),
                     name,
-                    _score(result),
+                    _measure(result),
                     _number(result, "single_object", ".3f"),
                     _number(result, "margin", "+.3f"),
                     _number(result, "accuracy", ".3f"),
@@ -41,11 +69,10 @@ def show(summary: dict, directory: object) -> None:
     """Print the closing table and where everything is."""
     console = Console()
     console.width = max(console.width, 120)  # the table needs as much; a narrower terminal wraps it
+    if summary["stages"]:
+        console.print(stage_table(summary["stages"]))
     if summary["iterations"]:
         console.print(closing_table(summary))
-    for name, result in summary["stages"].items():
-        first, last = result["loss_first"], result["loss_last"]
-        console.print(f"{name}: loss {first:.3f} -> {last:.3f} in {result['steps']} steps")
     for moment, result in summary["understanding"].items():
         if result:
             accuracy, error = result["accuracy"], result["accuracy_stderr"]

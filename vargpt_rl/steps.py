@@ -19,7 +19,7 @@ from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
 from rewards.preferences import external_winner
 from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import read_table
-from vargpt_rl.data.records.feed import Feed
+from vargpt_rl.data.records.feed import EDITS, Feed
 from vargpt_rl.data.types import Probe, Prompt, Record
 from vargpt_rl.evaluate.grid import sample_grid
 from vargpt_rl.evaluate.pair_plot import plot_pairs
@@ -48,17 +48,15 @@ class Steps:
     iteration: int = 0
     resolution: int = 0
     config: LoopConfig | None = None
+    name: str = ""
 
-    def begin(self, iteration: int | None, resolution: int) -> None:
-        """Work at this resolution from now on, with the settings that are in force there."""
+    def begin(self, iteration: int | None, resolution: int, name: str = "") -> None:
+        """Work at this resolution from now on, with the settings that are in force there; ``name`` is a stage's."""
         self.iteration, self.resolution = iteration or 0, resolution
+        self.name = name or f"iter-{self.iteration:02d}"
         self.config = self.settings.at_resolution(resolution)
         self.rollouts.pool.config = self.config.rollout
         self.run.where = {"iteration": iteration, "resolution": resolution}
-
-    @property
-    def name(self) -> str:
-        return f"iter-{self.iteration:02d}"
 
     def checkpoint(self, key: str) -> Path:
         """Where a training step keeps its weights."""
@@ -70,7 +68,9 @@ class Steps:
 
     # Training
 
-    def _follow(self, stage: str, steps: int) -> Callable[[dict], None]:
+    def _follow(self, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:
+        print(f"{stage} {self.resolution} px: {recipe.arithmetic(ranks)}", flush=True)
+        steps = recipe.steps
         bar = tqdm(total=steps, desc=f"{stage} {self.resolution or ''}".strip())
 
         def on_log(line: dict) -> None:
@@ -94,7 +94,8 @@ class Steps:
         job = TokenizerJob(
             start, keys, source, self.resolution, settings.steps, settings.batch, settings.lr, output, self.config.seed
         )
-        result = self.learners.tokenizer(job, self._follow("tokenizer", settings.steps))
+        recipe = Recipe(steps=settings.steps, batch=settings.batch, micro_batch=settings.batch)
+        result = self.learners.tokenizer(job, self._follow("tokenizer", recipe, ranks=1))
         for key, reason in result.pop("failures"):
             self.inputs.quarantine.add(key, key, reason)
         return result
@@ -107,6 +108,7 @@ class Steps:
         recipe: Recipe,
         questions: QuestionSet | None = None,
         save_steps: tuple[int, ...] = (),
+        frozen: tuple[str, ...] = (),
     ) -> dict:
         """Train a supervised stage from the policy so far, swap the result in, and check that workers agree."""
         self.rollouts.serve(self.weights)
@@ -117,8 +119,9 @@ class Steps:
             counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
             self.inputs.check_quarantine()
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
-        job = SftJob(stage, start, corpus, recipe, self.checkpoint(key), seed, probe, questions, save_steps, feed)
-        result = self.learners.sft(job, self._follow(stage, recipe.steps))
+        source, output = self.inputs.source, self.checkpoint(key)
+        job = SftJob(stage, start, corpus, recipe, output, seed, probe, questions, save_steps, feed, source, frozen)
+        result = self.learners.sft(job, self._follow(stage, recipe, self.config.learner.ranks))
         shutil.rmtree(corpus, ignore_errors=feed is not None)
         if feed is not None:
             counts = {"bad_records": self.inputs.quarantine.gather(feed.quarantine)}
@@ -158,7 +161,20 @@ class Steps:
         settings = self.config.sft
         seed = seeds_for(1, self.config.seed, self.iteration, CORPUS)[0]
         records = self._drawings(settings.records, seed)
-        return self.supervised("sft", f"{self.name}-sft", records, settings.recipe, save_steps=self._save_steps())
+        kept, key = self._save_steps(), f"{self.name}-sft"
+        return self.supervised("sft", key, records, settings.recipe, save_steps=kept, frozen=tuple(settings.frozen))
+
+    def edit(self) -> dict:
+        if self.inputs.feed is not None:
+            records = self.inputs.feed.at(self.resolution, wanted=EDITS)
+        else:
+            records = self._edits("train", self.config.edit.records, self.config.seed + 2)
+        return self.supervised("edit", "edit", records, self.config.edit.recipe)
+
+    def _edits(self, split: str, count: int, seed: int) -> list[Record]:
+        """Edits of the source: the prompt is the instruction and shows what is to be edited, its id is the target."""
+        edits, side = self.inputs.source.edits(count, seed, split), self.config.data.seen_side
+        return [Record(after, Prompt(after, text, REPLY, before, side), after) for before, text, after in edits]
 
     def _save_steps(self) -> tuple[int, ...]:
         return tuple(step for step in self.config.sft.sources() if step < self.config.sft.recipe.steps)
@@ -171,7 +187,7 @@ class Steps:
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
         job = DpoJob(start, table, settings.recipe, settings, self.checkpoint(key), seed, probe)
         self.rollouts.serve(self.weights)
-        result = self.learners.dpo(job, self._follow("dpo", settings.recipe.steps))
+        result = self.learners.dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
         return result | {"swap": self._swap(key, probe, result.pop("probe"))}
 
     def control(self) -> dict:
@@ -277,30 +293,87 @@ class Steps:
         note |= {"iteration": self.iteration, "resolution": self.resolution}
         keep_best(self.inputs.model, weights, self.run.directory / "best", note)
 
+    @property
+    def _samples(self) -> Path:
+        """Where the rows of the current grid are collected."""
+        return self.run.directory / "samples" / self.name
+
     def _row(self, label: str, samples: list) -> None:
-        self.rollouts.draw_row(samples, self.run.directory / "samples" / self.name, label)
+        self.rollouts.draw_row(samples, self._samples, label)
+
+    def _source_row(self, label: str, keys: list[str]) -> None:
+        self._samples.mkdir(parents=True, exist_ok=True)
+        for i, key in enumerate(keys):
+            self.inputs.source.load(key, self.resolution).save(self._samples / f"{label}-{i:02d}.png")
+
+    def _grid(self, labels: tuple[str, ...], captions: list[str]) -> dict:
+        """Compose the rows that were collected under these labels."""
+        rows = {label.replace("_", " "): sorted(self._samples.glob(f"{label}-*.png")) for label in labels}
+        path = self._samples.with_suffix(".png")
+        sample_grid({label: pictures[: len(captions)] for label, pictures in rows.items() if pictures}, captions, path)
+        self.run.log_pictures(path)
+        shutil.rmtree(self._samples)
+        return {"path": str(path.relative_to(self.run.directory))}
 
     def sample_grid(self) -> dict:
         """Compose the iteration's grid: the rows drawn so far and the winners."""
-        folder, size = self.run.directory / "samples" / self.name, self.config.evaluation.grid
-        prompts, _ = self._held_out(size)
-        rows = {}
-        for label in ("before", "after_sft", "control", "after_dpo"):
-            if pictures := sorted(folder.glob(f"{label}-*.png"))[:size]:
-                rows[label.replace("_", " ")] = pictures
+        prompts, _ = self._held_out(self.config.evaluation.grid)
         winners = [key for prompt in prompts if (key := self.inputs.source.winner_key(prompt))]
         if len(winners) == len(prompts):
-            rows["winner"] = []
-            for i, key in enumerate(winners):
-                rows["winner"].append(folder / f"winner-{i:02d}.png")
-                self.inputs.source.load(key, self.resolution).save(rows["winner"][-1])
-        path = folder.with_suffix(".png")
-        sample_grid(rows, [prompt.text for prompt in prompts], path)
-        self.run.log_pictures(path)
-        shutil.rmtree(folder)
-        return {"path": str(path.relative_to(self.run.directory))}
+            self._source_row("winner", winners)
+        labels = ("before", "after_sft", "control", "after_dpo", "winner")
+        return self._grid(labels, [prompt.text for prompt in prompts])
+
+    # What the policy so far can do, on held-out data
+
+    def measure(self, stage: str) -> dict:
+        """What a stage is for."""
+        measures = {"tokenizer": self.reconstructs, "pretrain": self.draws, "understanding": self.understands}
+        result = (measures | {"edit": self.edits})[stage]()
+        self.run.log(f"evaluate/{stage}", self.iteration, result)
+        return result
+
+    def reconstructs(self) -> dict:
+        """The image tokenizer on the stronger system's pictures of held-out prompts."""
+        self.rollouts.serve(self.weights)
+        return self.rollouts.reconstructions(self._held_out(self.config.evaluation.prompts)[0], self.resolution)
+
+    def draws(self) -> dict:
+        """Drawings of held-out prompts; empty where nothing can score them."""
+        if self.inputs.source.name != "shapes" and self.inputs.reward is None:
+            return {}
+        self.rollouts.serve(self.weights)
+        prompts, seeds = self._held_out(self.config.evaluation.prompts)
+        samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, self.name)
+        return self.rollouts.score_drawings(samples, self.inputs.reward)
 
     def understands(self) -> dict:
-        """Held-out questions, with the policy so far."""
+        """Answers to held-out questions."""
         self.rollouts.serve(self.weights)
         return self.rollouts.answer_questions(self.config.evaluation.questions, self.config.data.seen_side)
+
+    def edits(self, moment: str = "after") -> dict:
+        """Edits of held-out pictures, always the same with the same seeds; the first are a row of the grid.
+
+        Empty where the source makes none.
+        """
+        if not hasattr(self.inputs.source, "edits"):
+            return {}
+        self.rollouts.serve(self.weights)
+        prompts = self._held_out_edits(self.config.evaluation.edits)
+        seeds = seeds_for(len(prompts), self.config.seed, HELD_OUT)
+        samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, f"{self.name}-{moment}")
+        self._row(moment, samples[: self.config.evaluation.grid])
+        return self.rollouts.score_edits(samples)
+
+    def _held_out_edits(self, count: int) -> list[Prompt]:
+        return [record.prompt for record in self._edits("held_out", count, self.config.seed)]
+
+    def edit_grid(self) -> dict:
+        """Compose the grid of edits: the pictures shown, what was drawn before and after the stage, and the targets."""
+        if not hasattr(self.inputs.source, "edits"):
+            return {}
+        prompts = self._held_out_edits(min(self.config.evaluation.grid, self.config.evaluation.edits))
+        self._source_row("shown", [prompt.shown for prompt in prompts])
+        self._source_row("target", [prompt.id for prompt in prompts])
+        return self._grid(("shown", "before", "after", "target"), [prompt.text for prompt in prompts])

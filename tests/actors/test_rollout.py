@@ -1,5 +1,6 @@
 """The books of the rollout side: which weights are served, what became of each picture, who agrees with whom."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,9 @@ class RecordingPool:
     def encode(self, keys, resolution):
         features = np.zeros((4, 2, 2), np.float16)
         return [Failure(key, "broken") if key == "bad" else Encoded(key, b"\0", features) for key in keys]
+
+    def faults(self, keys, side):
+        return [Failure(key, f"unreadable at {side}") if key == "bad" else None for key in keys]
 
     def probe(self, prompt, bits, resolution):
         return self.probed
@@ -145,6 +149,16 @@ def test_pairs_are_shown_with_both_pictures(rollouts, tmp_path):
     assert list(table.winner) == [tmp_path / "pictures" / f"winner-0{i}.png" for i in range(2)]
     assert drawn[1] == ("two", b"\x03", 256, "loser-01.png") and drawn[3][1] == b"\x00\xff"
     assert not (tmp_path / "pictures").exists()
+
+
+def test_pictures_that_cannot_be_shown_are_counted_and_left_out(rollouts, tmp_path):
+    shown = ["bad", "good", None]
+    records = [Record(str(i), Prompt(str(i), "turn it", "", key, 56), "target") for i, key in enumerate(shown)]
+    counts, probe = rollouts.encode_corpus(records, 32, tmp_path / "corpus")
+    assert counts == {"pictures": 2, "failed": 1} and probe.prompt == records[1].prompt
+    assert rollouts.quarantine.counts == {"unreadable at 56": 1}
+    prompts = [json.loads(line) for line in (tmp_path / "corpus/prompts.jsonl").read_text().splitlines()]
+    assert [prompt["shown"] for prompt in prompts] == ["good", None]
 
 
 def test_seeds_depend_on_their_purpose():

@@ -11,11 +11,14 @@ from actors.transport import SharedFile
 from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
 from tests.tiny import BITS, Patches, tiny_checkpoint
+from vargpt_rl.data.batches import DrawExample, SftCollator, shown_picture
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import quantise, replay, unpack
+from vargpt_rl.model.conversation import Conversation
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.likelihood import bit_log_probs
 from vargpt_rl.model.modeling import Drawing
+from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.model.scales import schedule_for, token_count
 
 SIDE = 64
@@ -89,6 +92,64 @@ def test_score_alone_is_score_in_a_batch(shared, drawn):
     alone = [shared.score([item], SIDE)[0] for item in drawn]
     assert [score.total for score in together] == pytest.approx([score.total for score in alone], abs=1e-4)
     assert len({round(score.total, 2) for score in alone}) == len(drawn), "scores that tell pictures apart"
+
+
+EDITS = [
+    replace(PROMPTS[0], shown="red", shown_side=SIDE),
+    PROMPTS[1],
+    replace(PROMPTS[2], shown="blue", shown_side=2 * SIDE),
+]
+
+
+@pytest.fixture(scope="module")
+def edited(shared):
+    return shared.draw(list(zip(EDITS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "")
+
+
+def test_an_edit_depends_on_the_picture_shown_and_not_on_its_neighbours(shared, samples, edited):
+    alone = [shared.draw([(p, seed)], SIDE, SAMPLING, "")[0] for p, seed in zip(EDITS, [3, 4, 5], strict=True)]
+    assert [sample.bits for sample in alone] == [sample.bits for sample in edited]
+    assert edited[1].bits == samples[1].bits, "a prompt that shows nothing draws as ever"
+    assert edited[0].bits != samples[0].bits
+    assert shared.draw([(replace(EDITS[0], shown="blue"), 3)], SIDE, SAMPLING, "")[0].bits != edited[0].bits
+    assert [sample.prompt for sample in edited] == EDITS
+
+
+def test_an_edit_is_drawn_as_in_a_conversation(shared, edited):
+    picture = shared.source.load("red", SIDE)
+    talk = Conversation(shared.model, shared.chat, (SIDE, SIDE), SAMPLING, seed=3)
+    prompt = replace(EDITS[0], reply=REPLY)
+    drawn = talk.say(prompt.text, [picture], draw=True)[1]
+    sample = shared.draw([(prompt, 3)], SIDE, SAMPLING, "")[0]
+    assert (unpack(sample.bits, token_count(SCHEDULE), BITS) == drawn.bits_Ld.numpy()).all()
+
+
+def test_an_edit_is_scored_as_the_training_batch_would_be(shared, edited):
+    items = [(sample.prompt, sample.bits) for sample in edited]
+    together = [score.total for score in shared.score(items, SIDE)]
+    assert together == pytest.approx([shared.score([item], SIDE)[0].total for item in items], abs=1e-4)
+    tokens = token_count(SCHEDULE)
+    prompt, packed = items[0]
+    bits_1Ld = torch.from_numpy(unpack(packed, tokens, BITS))[None]
+    features = np.zeros((BITS, SIDE // 16, SIDE // 16), np.float16)
+    batch = SftCollator(shared.chat)([DrawExample(prompt, features, shown_picture(prompt, shared.source, shared.chat))])
+    drawing = Drawing(replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        logits = shared.model(**inputs, drawing=drawing).image_logits
+    assert together[0] == pytest.approx(bit_log_probs(logits, bits_1Ld).double().sum().item(), abs=1e-4)
+
+
+def test_pictures_that_cannot_be_shown_are_told(shared):
+    good, bad = shared.faults(["red", "no such colour"], SIDE)
+    assert good is None and bad.key == "no such colour" and bad.reason.startswith("ValueError: ")
+
+
+def test_a_check_sees_whole_prompts(shared, drawn):
+    def check(images: list[Image.Image], prompts: list[Prompt]) -> list[tuple[int, str]]:
+        return [(image.width, prompt.id) for image, prompt in zip(images, prompts, strict=True)]
+
+    assert shared.check(drawn, SIDE, check) == [(SIDE, "p0"), (SIDE, "p1"), (SIDE, "p2")]
 
 
 def test_pictures_are_encoded_and_failures_told(shared):

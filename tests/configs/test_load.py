@@ -3,6 +3,7 @@
 import pytest
 
 from configs.load import load_config
+from learners.config import Recipe
 
 
 def test_the_default_is_the_demo():
@@ -21,6 +22,44 @@ def test_captioned_data_needs_its_three_paths():
         load_config(["data=captioned", "data.captions=a", "data.images=b"])
     config = load_config(["data=captioned", "data.captions=a", "data.images=b", "preference.winners=c"])
     assert config.stages == ["tokenizer", "pretrain", "align"]
+    for stage in ("understanding", "edit"):
+        with pytest.raises(ValueError, match=f"stages: {stage} needs .* which data=captioned has not; leave it out"):
+            load_config(
+                ["data=captioned", "data.captions=a", "data.images=b", "preference.winners=c", f"stages=[{stage}]"]
+            )
+
+
+# Table 1 of the VARGPT-v1.1 paper: batch size, learning rate, steps, ZeRO stage, by stage and resolution.
+TABLE_1 = {
+    ("pretrain", 256): (1024, 1e-3, 2000, 3),
+    ("understanding", 256): (256, 5e-5, 3100, 2),
+    ("sft", 256): (1024, 5e-5, 40000, 3),
+    ("dpo", 256): (384, 1e-6, 5000, 3),
+    ("sft", 512): (512, 5e-5, 30000, 3),
+    ("dpo", 512): (384, 1e-6, 3000, 3),
+    ("edit", 512): (512, 5e-5, 2000, 3),
+}
+
+
+def test_the_papers_experiment_is_its_table():
+    config = load_config(["experiment=vargpt_v1_1", "checkpoint=x"])
+    assert config.stages == ["pretrain", "understanding", "align", "edit"] and config.resolutions == [256, 512]
+    for (stage, resolution), row in TABLE_1.items():
+        recipe = getattr(config.at_resolution(resolution), stage).recipe
+        assert (recipe.batch, recipe.lr, recipe.steps, recipe.zero) == row, (stage, resolution)
+        assert (recipe.schedule, recipe.warmup_ratio, recipe.weight_decay) == ("cosine", 0.1, 0.0)
+    # Sampling of section 5; records and prompts of section 4, at both resolutions.
+    for resolution in config.resolutions:
+        at = config.at_resolution(resolution)
+        assert (at.sampling.cfg, at.sampling.top_k, at.sampling.top_p) == (1.5, 900, 0.95)
+        assert (at.sft.records, at.preference.count, at.preference.samples) == (8_300_000, 180_000, 1)
+        assert (at.pretrain.records, at.understanding.records, at.edit.records) == (8_300_000, 50_000, 11_325)
+        assert at.evaluation.prompts == 120, "nothing of the demo's is left"
+
+
+def test_batches_are_told_in_words():
+    recipe = Recipe(steps=100, batch=16, micro_batch=4)
+    assert recipe.arithmetic(2) == "100 steps of 16 = 4 (micro) x 2 (accumulation) x 2 (ranks)"
 
 
 RECORDS = ["data=records", "preference.prompts=p.jsonl", "preference.winners=w"]
@@ -67,6 +106,10 @@ def test_what_is_wrong_with_records_is_named(overrides, named):
         ("stages=[align,pretrain]", "in the order"),
         ("stages=[]", "stages="),
         ("iterations=1", "iterations=1"),
+        ("stages=[edit,align]", "in the order"),
+        ("edit.recipe.batch=7", "edit.recipe"),
+        ("sft.frozen=[lm_head]", "sft.frozen=['lm_head']"),
+        ("sft.frozen=[projector_in,projector_out,image_decoder]", "leaves nothing"),
         ("resolutions=[100,256]", "100"),
         ("sampling.tau=0", "sampling.tau"),
         ("rollout.workers=0", "rollout.workers"),

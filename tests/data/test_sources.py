@@ -20,7 +20,8 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.checker import check, check_edit
+from vargpt_rl.evaluate.checker import check
+from vargpt_rl.evaluate.edits import check_edit
 
 SHARED = Path(os.environ.get("VARGPT_SHARED", Path(__file__).resolve().parents[2] / "../shared"))
 

@@ -1,11 +1,8 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from vargpt_rl.data import shapes
-from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.evaluate import checker
 
 RED, BLUE = shapes.COLOURS["red"], shapes.COLOURS["blue"]
@@ -140,39 +137,6 @@ def test_refuses_oblong_pictures_and_foreign_captions():
         checker.find_things(Image.new("RGB", (128, 64)))
     with pytest.raises(ValueError, match="a dog"):
         checker.check(Image.new("RGB", (64, 64)), "a dog")
-
-
-def test_edits():
-    rng = np.random.default_rng(6)
-    for _ in range(60):
-        before = shapes.sample_scene(rng)
-        _, after = edit(before, rng)
-        assert checker.check_edit(before, after, shapes.render(after, 64, "clean", rng)).correct
-        assert not checker.check_edit(before, after, shapes.render(before, 64, "clean", rng)).correct
-
-
-def test_an_edit_may_not_move_or_change_the_rest():
-    rng = np.random.default_rng(0)
-    before = shapes.Scene("", "two_objects", (
-        shapes.Thing("circle", "red", 0.25, 0.25, 0.3), shapes.Thing("square", "blue", 0.7, 0.7, 0.3)
-    ))  # fmt: skip
-    circle, square = before.things
-    green = replace(circle, colour="green")
-    after = replace(before, things=(green, square))
-    new = replace(before, things=(circle, square, shapes.Thing("cross", "green", 0.25, 0.75, 0.25)))
-
-    def verdict(after: shapes.Scene, *things: shapes.Thing) -> bool:
-        return checker.check_edit(
-            before, after, shapes.render(replace(before, things=things), 64, "clean", rng)
-        ).correct
-
-    assert verdict(after, green, square)
-    assert not verdict(after, green, replace(square, x=0.5))
-    assert not verdict(after, green, replace(square, colour="cyan"))
-    assert not verdict(after, green, replace(square, size=0.42))
-    assert not verdict(after, green)
-    assert verdict(new, circle, square, shapes.Thing("cross", "green", 0.7, 0.25, 0.25))
-    assert not verdict(new, circle, square, shapes.Thing("cross", "red", 0.25, 0.75, 0.25))
 
 
 def test_score():

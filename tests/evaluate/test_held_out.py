@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vargpt_rl.data.shapes import render, sample_scene
-from vargpt_rl.evaluate.held_out import mean_and_error, preference_scores, shapes_check, task_scores
+from vargpt_rl.data.sources import ShapesConfig, ShapesSource
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.evaluate.held_out import Fidelity, mean_and_error, preference_scores, shapes_check, task_scores
 
 
 def test_nothing_scored_is_an_error():
@@ -43,3 +46,14 @@ def test_the_check_reads_pictures():
     scene = sample_scene(rng, "colours")
     picture = render(scene, 128, "clean", rng)
     assert shapes_check([picture, picture], [scene.caption, "four red crosses"]) == [1.0, 0.0]
+
+
+def test_fidelity_is_the_ratio_of_peak_to_noise():
+    source = ShapesSource(ShapesConfig())
+    keys = ["clean/1/a circle", "clean/2/a square"]
+    off = np.clip(np.asarray(source.load(keys[1], 64), int) - 10, 0, 255)
+    error = np.square(off - np.asarray(source.load(keys[1], 64), float)).mean()
+    pictures = [source.load(keys[0], 64), Image.fromarray(off.astype(np.uint8))]
+    same, shifted = Fidelity(source, 64)(pictures, [Prompt(key, "") for key in keys])
+    assert same == 100.0
+    assert shifted == pytest.approx(10 * math.log10(255**2 / error))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 
 from learners.sft import BalancedBatches, Drawings, Questions
 from tests.tiny import Patches, tiny_checkpoint
-from vargpt_rl.data.batches import DrawExample, TextExample
+from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
@@ -37,6 +38,20 @@ def test_drawings_are_the_pictures_and_prompts_of_a_folder(tmp_path):
 def test_a_folder_whose_halves_disagree_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: 3 pictures for 2 prompts"):
         Drawings(corpus(tmp_path, 3, 2))
+
+
+def test_drawings_come_with_the_pictures_that_prompts_show(tmp_path, checkpoint, chat):
+    features = np.zeros((2, 2, 2, 2), np.float16)
+    save_file({"features": features}, tmp_path / "features.safetensors")
+    prompts = [Prompt("0", "make it blue", "Here:", "red", 56), Prompt("1", "a star")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(asdict(prompt)) for prompt in prompts))
+    edit, drawing = (Drawings(tmp_path, Patches(), chat)[i] for i in range(2))
+    assert [edit.prompt, drawing.prompt] == prompts and drawing.pictures is None
+    red = chat.pictures([Image.new("RGB", (56, 56), "red")])
+    assert (edit.pictures.pixel_values == red.pixel_values).all()
+    batch = SftCollator(chat)([edit, drawing])
+    assert (batch["input_ids"] == chat.config.image_token_id).sum(1).tolist() == [4, 0], "56 px are 2 x 2 tokens"
+    assert len(batch["pixel_values"]) == 16 and len(batch["features"]) == 2
 
 
 def test_questions_are_about_the_pictures_of_a_source(tmp_path):

@@ -7,7 +7,9 @@ Shape legend: B rows, T positions, N drawings in the batch, L image tokens, s sy
 d latent channels, h w latent grid.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +23,12 @@ from vargpt_rl.model.scales import STRIDE, token_count
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this, as tensor cores like it."""
+
+
+class PictureSource(Protocol):
+    """Where pictures come from: ``load`` gives the RGB picture of a key, ``side`` x ``side`` pixels."""
+
+    def load(self, key: str, side: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,17 @@ class Row:
 
 
 Example = Row | DrawExample | TextExample
+
+
+def shown_picture(prompt: Prompt, source: PictureSource, chat: Markup) -> Pictures | None:
+    """The picture that a prompt shows, if it shows one, for the vision tower."""
+    return chat.pictures([source.load(prompt.shown, prompt.shown_side)]) if prompt.shown is not None else None
+
+
+def joined(pictures: Iterable[Pictures | None]) -> dict[str, torch.Tensor]:
+    """``pixel_values`` and ``image_grid_thw`` of the rows that have pictures, in order; nothing if none has."""
+    seen = [picture for picture in pictures if picture is not None]
+    return {field: torch.cat([getattr(picture, field) for picture in seen]) for field in Pictures._fields if seen}
 
 
 def _pad_rows(chat: Markup, rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -118,11 +137,7 @@ class SftCollator:
         if drawn:
             pixels = drawn[0].dtype == np.uint8
             batch["crops" if pixels else "features"] = torch.from_numpy(np.stack(drawn))
-        seen = [row.pictures for row in rows if row.pictures is not None]
-        if seen:
-            batch["pixel_values"] = torch.cat([pictures.pixel_values for pictures in seen])
-            batch["image_grid_thw"] = torch.cat([pictures.image_grid_thw for pictures in seen])
-        return batch
+        return batch | joined(row.pictures for row in rows)
 
 
 class PairCollator:

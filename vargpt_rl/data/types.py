@@ -5,11 +5,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Prompt:
-    """A drawing request: ``text`` is what the user says, ``reply`` what the model says before the picture."""
+    """A drawing request: ``text`` is what the user says, ``reply`` what the model says before the picture.
+
+    An edit also shows a picture: ``shown`` is its key, loaded at ``shown_side`` pixels a side.
+    """
 
     id: str
     text: str
     reply: str = ""
+    shown: str | None = None
+    shown_side: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from dataclasses import asdict
 
 from configs.command import run_command
 from vargpt_rl.evaluate.dpg import DpgBench
+from vargpt_rl.evaluate.fid import FrechetDistance
 from vargpt_rl.evaluate.geneval import GenEval
 from vargpt_rl.evaluate.geneval2 import GenEval2
+from vargpt_rl.evaluate.questions import Questions
 from vargpt_rl.evaluate.report import Scores, write_report
+from vargpt_rl.evaluate.rows import quarantine_of
+from vargpt_rl.evaluate.scorers import clip_score, hps
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.evaluate.subject import Subject
@@ -23,11 +27,16 @@ BENCHMARKS = {
     Benchmark.geneval: GenEval,
     Benchmark.geneval2: GenEval2,
     Benchmark.dpg: DpgBench,
+    Benchmark.clip: clip_score,
+    Benchmark.hps: hps,
+    Benchmark.fid: FrechetDistance,
+    Benchmark.questions: Questions,
 }
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure every checkpoint. ValueError naming the key or file of whatever is wrong, before a model is loaded."""
+    quarantine_of(config).path.unlink(missing_ok=True)
     benchmark = BENCHMARKS[config.benchmark](config)
     subjects = [Subject(config, name) for name in config.checkpoints]
     for subject in subjects:

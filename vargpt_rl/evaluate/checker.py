@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from vargpt_rl.data import shapes
-from vargpt_rl.data.shapes import Requirement, Scene, Thing
+from vargpt_rl.data.shapes import Requirement, Thing
 
 UNKNOWN = "unknown"
 WORKING_SIDE = 128  # larger pictures are shrunk to this
@@ -30,7 +30,6 @@ LEAST_PURITY = 0.8  # share of a thing's pixels that must be of its colour
 SMALL_BELOW, LARGE_ABOVE = 0.315, 0.525  # diameters, midway between the size classes of the scenes
 OFF_CENTRE = 0.13  # displacement from the middle that separates the centre from the other places
 RELATION_LEAST = 0.05
-EDIT_SHIFT, EDIT_GROWTH = 0.12, 0.08  # how far a thing's centre and diameter may drift in an edit
 TEMPLATE_SIDE = 32
 
 
@@ -183,45 +182,6 @@ def _in_place(thing: Thing, place: str) -> bool:
         return max(abs(dx), abs(dy)) < OFF_CENTRE
     relation = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[place]
     return shapes.stands(dx, dy, relation, OFF_CENTRE)
-
-
-def check_edit(before: Scene, after: Scene, image: Image.Image) -> Check:
-    """Whether `image` shows `after`: what changed from `before` has changed, and the rest has not.
-
-    A thing that is new in `after` may stand anywhere; all others keep their places.
-    """
-    things = tuple(find_things(image))
-    reason = _edit_fault(things, before.things, after.things)
-    return Check(not reason, reason, things)
-
-
-def _edit_fault(found: tuple[Thing, ...], before: tuple[Thing, ...], after: tuple[Thing, ...]) -> str:
-    if len(found) != len(after):
-        return f"expected {len(after)} things, found {len(found)}"
-    left = list(found)
-    previous = {thing: next((old for old in before if _drift(old, thing) < EDIT_SHIFT), None) for thing in after}
-    # New things last: they take whatever the others leave.
-    for thing in sorted(after, key=lambda thing: previous[thing] is None):
-        old = previous[thing]
-        match = next((candidate for candidate in left if _same(candidate, thing, old)), None)
-        if match is None:
-            return f"the {thing.colour} {thing.shape} {'is changed' if thing == old else 'is not as asked'}"
-        left.remove(match)
-    return ""
-
-
-def _same(found: Thing, thing: Thing, old: Thing | None) -> bool:
-    """Whether `found` passes for `thing`, which was `old` before the edit, or new where `old` is None."""
-    if (found.shape, found.colour) != (thing.shape, thing.colour):
-        return False
-    if old is None:
-        return True
-    growth = EDIT_GROWTH if thing.size == old.size else min(EDIT_GROWTH, abs(thing.size - old.size) / 2)
-    return _drift(found, thing) < EDIT_SHIFT and abs(found.size - thing.size) < growth
-
-
-def _drift(a: Thing, b: Thing) -> float:
-    return math.hypot(*shapes.offset(a, b))
 
 
 def score(images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:

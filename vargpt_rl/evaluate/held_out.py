@@ -3,17 +3,38 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from vargpt_rl.data.shapes import parse
+from vargpt_rl.data.sources import Source
+from vargpt_rl.data.types import Prompt
 from vargpt_rl.evaluate.checker import check
 
 
 def shapes_check(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """1.0 where a picture shows exactly what its caption demands, else 0.0."""
     return [float(check(image, prompt).correct) for image, prompt in zip(images, prompts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Peak signal-to-noise ratio, in dB, of pictures against those of a source; a prompt's id is the picture's key.
+
+    Equal pictures count as 100 dB.
+    """
+
+    source: Source
+    side: int
+
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> list[float]:
+        ratios = []
+        for image, prompt in zip(images, prompts, strict=True):
+            error = np.asarray(image, float) - np.asarray(self.source.load(prompt.id, self.side), float)
+            ratios.append(float(10 * np.log10(255**2 / max(np.square(error).mean(), 255**2 * 1e-10))))
+        return ratios
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -81,6 +81,8 @@ class Unified:
     """Weight of the image loss beside the text loss in supervised training."""
     stacks: dict[str, tuple[str, str]]
     """Each stack of equal blocks, and where the configuration says how many they are."""
+    unreached: tuple[str, ...] = ()
+    """What the names of parameters begin with that no loss depends on."""
     draws_unconditionally = False
     """Whether pictures are sampled, and scored, under the dropped condition."""
 

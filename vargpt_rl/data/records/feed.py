@@ -33,6 +33,8 @@ from vargpt_rl.model.scales import token_count
 
 PEEK = 16
 """Rows that are read to see which task a source is of."""
+EDITS = ("editing",)
+"""What the editing stage learns from."""
 AHEAD = 4
 """Batches that each worker prepares ahead."""
 

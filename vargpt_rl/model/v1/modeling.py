@@ -45,6 +45,12 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         self.projector_in = Projector(width, hidden)
         self.projector_out = Projector(hidden, width)
         self.image_decoder = V1VisualDecoder(config.decoder_config, config.image_tokenizer_config)
+        # Pictures are seen through the last but one layer of the vision tower.
+        first = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
+        unused = range(first, config.vision_config.num_hidden_layers)
+        self.unreached = ("model.vision_tower.post_layernorm.",) + tuple(
+            f"model.vision_tower.encoder.layers.{layer}." for layer in unused
+        )
         self.draws_unconditionally = config.decoder_config.draws_unconditionally
         self.post_init()
 

@@ -1,0 +1,20 @@
+"""Rewards beside one that hangs are measured, and miss nothing."""
+
+import re
+
+from vargpt_rl.bench import rewards
+
+
+def test_a_hanging_reward_costs_its_deadlines_and_no_scores(capsys):
+    assert rewards.main(["pictures=16", "batch=8", "side=32", "timeout_s=0.5"]) == 0
+    shown = capsys.readouterr().out
+    speeds = [float(speed) for speed in re.findall(r"(\d+\.\d)\s+16, 16", shown)]
+    ratio, more = map(float, re.search(r"ratio (\d\.\d+): (\d+\.\d) s more", shown).groups())
+    assert len(speeds) == 2 and abs(ratio - speeds[1] / speeds[0]) < 0.05
+    assert more >= 2 * 0.5 - 0.05  # two batches, a deadline each
+    assert "timeout: 16" in shown
+
+
+def test_a_wrong_argument_is_named(capsys):
+    assert rewards.main(["images=3"]) == 2
+    assert "images=3" in capsys.readouterr().err

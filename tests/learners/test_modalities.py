@@ -1,0 +1,147 @@
+"""Gradient norms by modality: autograd's, whatever the micro-batches and ranks, and no trace of them in training."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from learners import rank, sft
+from learners.config import LearnerConfig, Recipe
+from learners.group import LearnerGroup
+from learners.jobs import QuestionSet, SftJob, Start
+from learners.modalities import ModalityGradients
+from learners.sft import BalancedBatches, Drawings, Questions
+from tests.tiny import BITS, Patches
+from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.data.batches import SftCollator
+from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.losses import modality_losses
+from vargpt_rl.model.bits import pack
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.stages import NO_NOISE, STAGES, freeze
+
+SIDE = 32
+TOKENS = token_count(schedule_for(SIDE))
+STAGE = STAGES["understanding"]
+ROWS = [("red", "What colour is the square?", "red"), ("blue", "How many circles are there?", "three")]
+RECIPE = Recipe(steps=2, batch=16, micro_batch=4, lr=1e-3, warmup_ratio=0.0)
+PROBE = Probe(Prompt("p", "a star"), pack(np.zeros((TOKENS, BITS), np.uint8)), SIDE)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    features = np.random.default_rng(0).standard_normal((12, BITS, SIDE // 16, SIDE // 16))
+    save_file({"features": features.astype(np.float16)}, folder / "features.safetensors")
+    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 3), "reply": "Here:"}) for i in range(12)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def batches(corpus, chat) -> list[dict]:
+    """The micro-batches of the first step of ``RECIPE``, of all ranks."""
+    questions = Questions(ROWS, Patches(), chat, 56)
+    rows = BalancedBatches(Drawings(corpus), questions, RECIPE.batch, RECIPE.micro_batch, 0.5, seed=0)
+    at = range(0, RECIPE.batch, RECIPE.micro_batch)
+    return [SftCollator(chat)([rows[i] for i in range(start, start + RECIPE.micro_batch)]) for start in at]
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, chat, checkpoint) -> dict[str, float]:
+    """The norms of each loss and of their sum, by ``backward`` alone, and the tokens of each kind."""
+    model, found, labelled, images = Vargpt.from_pretrained(checkpoint).train(), {}, 0, 0
+    freeze(model, STAGE)
+    for wanted in ({"text"}, {"image"}, {"text", "image"}):
+        model.zero_grad(set_to_none=True)
+        for batch in batches(corpus, chat):
+            losses, metrics = modality_losses(model, batch, NO_NOISE, STAGE.text_weight)
+            sum(loss for modality, loss in losses.items() if modality in wanted).backward()
+            labelled, images = labelled + metrics["tokens/text"] / 3, images + metrics["tokens/image"] / 3
+        gradients = [p.grad / 4 for p in model.parameters() if p.grad is not None]
+        found["/".join(["grad_norm", *wanted]) if len(wanted) == 1 else "grad_norm"] = (
+            torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt().item()
+        )
+    return found | {"tokens/text": labelled, "tokens/image": images}
+
+
+def test_norms_are_autograds(corpus, chat, checkpoint, expected):
+    model = Vargpt.from_pretrained(checkpoint).train()
+    freeze(model, STAGE)
+    gradients = ModalityGradients(model, micro_batches=4)
+    for again in range(2):
+        for batch in batches(corpus, chat):
+            gradients.add(modality_losses(model, batch, NO_NOISE, STAGE.text_weight)[0])
+        norms = gradients.norms()
+        for modality in ("text", "image"):
+            assert norms[modality] == pytest.approx(expected[f"grad_norm/{modality}"], rel=1e-5), again
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert norms["text"] != pytest.approx(norms["image"], rel=0.1)
+
+
+def test_norms_are_the_same_with_gradient_checkpointing(corpus, chat, checkpoint, expected):
+    model = Vargpt.from_pretrained(checkpoint).train()
+    freeze(model, STAGE)
+    model.gradient_checkpointing_enable()
+    gradients = ModalityGradients(model, micro_batches=4)
+    for batch in batches(corpus, chat):
+        gradients.add(modality_losses(model, batch, NO_NOISE, STAGE.text_weight)[0])
+    for modality, norm in gradients.norms().items():
+        assert norm == pytest.approx(expected[f"grad_norm/{modality}"], rel=1e-5)
+
+
+class Measuring(rank.Rank):
+    """A rank that measures every ``every``-th step, and without noise if it is to be quiet."""
+
+    def prepare(self, every: int, quiet: bool) -> None:
+        sft.EVERY = every
+        rank.STAGES = {"understanding": replace(STAGE, noise=NO_NOISE)} if quiet else STAGES
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, corpus, tmp_path_factory):
+    """Trains on two ranks; the log and the weights."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank, "Rank", Measuring)
+        group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+
+    def train(every: int, quiet: bool, zero: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        ray.get([member.prepare.remote(every, quiet) for member in group.ranks])
+        lines, folder = [], tmp_path_factory.mktemp("out")
+        questions = QuestionSet(ROWS, Patches(), 0.5, 56)
+        recipe = replace(RECIPE, zero=zero)
+        group.sft(
+            SftJob("understanding", Start(str(checkpoint)), corpus, recipe, folder, 0, PROBE, questions), lines.append
+        )
+        return [line for line in lines if "loss" in line], load_file(check_checkpoint(folder / "final"))
+
+    yield train
+    group.close()
+    ray.shutdown()
+
+
+def test_norms_are_those_of_the_whole_batch_on_any_number_of_ranks(trained, expected):
+    first, second = trained(every=1, quiet=True, zero=2)[0]
+    for key, value in expected.items():  # DeepSpeed's own norm of the sum among them
+        assert first[key] == pytest.approx(value, rel=1e-4), key
+    assert second["grad_norm/text"] != first["grad_norm/text"]
+
+
+def test_zero_3_trains_without_them(trained, expected):
+    first, _ = trained(every=1, quiet=True, zero=3)[0]
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert not any(key.startswith("grad_norm/") for key in first)
+
+
+def test_measuring_leaves_no_trace_in_training_and_happens_now_and_then(trained):
+    every, measured = trained(every=1, quiet=False, zero=2)
+    now_and_then, unmeasured = trained(every=2, quiet=False, zero=2)
+    assert [line["loss"] for line in every] == [line["loss"] for line in now_and_then]
+    assert all(torch.equal(measured[name], unmeasured[name]) for name in measured)
+    assert ["grad_norm/image" in line for line in now_and_then] == [True, False]

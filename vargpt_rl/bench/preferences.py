@@ -1,0 +1,164 @@
+"""Which pairs make better pictures? ``python -m vargpt_rl.bench.preferences [seeds=3 prompts=... held_out=...]``.
+
+For each seed the loop aligns the embedded model on the shapes world twice: with external winners (and the control, SFT
+on the same winners), and with the best against the worst of the model's own samples, ranked by the exact checker, which
+says right or wrong. The second run goes on from the first one's record up to the pairs, so that SFT is trained once and
+all start from the same weights; prompts, held-out prompts and their seeds are the same too, and so are the steps.
+
+Prints a Markdown table: the held-out score of each policy, mean and standard deviation over the seeds. The same command
+goes on after an interruption. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.command import load_command
+from vargpt_rl.run import STATE, SUMMARY
+
+SHARED = ("checkpoints/iter-00-sft", "preferences/iter-00-held-out.parquet")
+"""What later steps need of those before the pairs."""
+
+POLICIES = {
+    "SFT": ("external", "after_sft"),
+    "control: SFT on winners": ("external", "sft_on_winners"),
+    "DPO, external_winner": ("external", "after_dpo"),
+    "DPO, best_of_n": ("best", "after_dpo"),
+}
+"""The rows of the table: which run, and which moment of its evaluation."""
+
+
+@dataclass
+class Study:
+    """``prompts`` are drawn once for external winners and ``samples`` times each for `best_of_n`."""
+
+    seeds: int = 3
+    runs: str = "runs/preference-study"
+    prompts: int = 256
+    samples: int = 4
+    held_out: int = 240
+    sft_steps: int = 100
+    dpo_steps: int = 60
+
+
+def overrides(study: Study, seed: int) -> dict[str, list[str]]:
+    """The loop's settings by run."""
+    common = [
+        f"runs={study.runs}",
+        f"seed={seed}",
+        "stages=[align]",
+        "resolutions=[128]",
+        "iterations=1",
+        f"sft.recipe.steps={study.sft_steps}",
+        f"dpo.recipe.steps={study.dpo_steps}",
+        f"preference.count={study.prompts}",
+        f"evaluation.prompts={study.held_out}",
+        "evaluation.questions=0",
+        "tracking.wandb=disabled",
+        "tracking.best=null",
+    ]
+    ranked = [
+        "preference.builder=rewards.preferences:best_of_n",
+        f"preference.samples={study.samples}",
+        "reward.path=rewards.shapes:shapes_reward",
+        "dpo.control=false",
+    ]
+    names = {run: f"name=seed-{seed}-{run}" for run in ("external", "best")}
+    return {"external": [*common, names["external"]], "best": [*common, *ranked, names["best"]]}
+
+
+def fork(source: Path, target: Path) -> None:
+    """A run directory that has done what ``source`` did before its pairs, and whose settings are still open."""
+    if target.exists():
+        return
+    unfinished = target.with_name(f".{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name in SHARED:
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+        copy(source / name, unfinished / name)
+    state = json.loads((source / STATE).read_text())
+    steps = list(state["steps"])
+    state["steps"] = {step: state["steps"][step] for step in steps[: steps.index("iter-00/pairs")]}
+    (unfinished / STATE).write_text(json.dumps(state, indent=1))
+    unfinished.rename(target)
+
+
+def loop(arguments: list[str], log: Path) -> None:
+    """Run the loop, its output in ``log``. RuntimeError with its last lines where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        code = subprocess.run([sys.executable, "-m", "vargpt_rl.loop", *arguments], stdout=output, stderr=output)
+    if code.returncode:
+        last = "\n".join(log.read_text().splitlines()[-5:])
+        raise RuntimeError(f"exit code {code.returncode} of the loop with {' '.join(arguments)}; {log} ends:\n{last}")
+
+
+def run(study: Study) -> list[dict[str, dict]]:
+    """All runs; for each seed the one iteration that each of them summed up."""
+    folder, results = Path(study.runs), []
+    for seed in range(study.seeds):
+        results.append({})
+        for name, arguments in overrides(study, seed).items():
+            directory = folder / f"seed-{seed}-{name}"
+            if name == "best":
+                fork(folder / f"seed-{seed}-external", directory)
+            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+            loop(arguments, folder / f"seed-{seed}-{name}.log")
+            results[-1][name] = json.loads((directory / SUMMARY).read_text())["iterations"][0]
+    return results
+
+
+def table(results: list[dict[str, dict]]) -> str:
+    """A Markdown row for each policy; ``±`` is the standard deviation over seeds, gains are over the SFT of a seed."""
+    lines = [
+        "| policy | held-out score | gain over SFT | by seed | pairs | winners' log-prob |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    scores = {
+        policy: np.array([result[run]["eval"][moment]["overall"] for result in results])
+        for policy, (run, moment) in POLICIES.items()
+    }
+    for policy, (run, moment) in POLICIES.items():
+        changes = [result[run]["eval"][moment].get("chosen_logp_change") for result in results]
+        cells = [
+            policy,
+            _spread(scores[policy]),
+            "-" if policy == "SFT" else _spread(scores[policy] - scores["SFT"], "+"),
+            ", ".join(f"{score:.3f}" for score in scores[policy]),
+            "-" if moment != "after_dpo" else ", ".join(str(result[run]["pairs"]["built"]) for result in results),
+            "-" if None in changes else f"{np.mean(changes):+.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray, sign: str = "") -> str:
+    deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.3f}{deviation}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study and print its table; the exit code."""
+    try:
+        study = load_command(Study, sys.argv[1:] if arguments is None else arguments)
+        if study.seeds < 1:
+            raise ValueError(f"seeds={study.seeds}: expected 1 or more")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(table(run(study)))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""An exact judge of edits in the shapes world: what was asked for has changed, and nothing else has.
+
+The scenes before and after say what should be where; ``checker.find_things`` says what is. A thing that changes keeps
+its place, as all others do; one that is added may stand anywhere that is free.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vargpt_rl.data import shapes
+from vargpt_rl.data.shapes import Scene, Thing
+from vargpt_rl.data.sources import ShapesSource
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.evaluate.checker import find_things
+from vargpt_rl.evaluate.held_out import mean_and_error
+
+SHIFT = 0.12
+"""How far a thing's centre may be from its place, in sides; things of a scene are more than twice as far apart."""
+GROWTH = 1.18
+"""Factor by which a diameter may be off: less than halfway to the one of a thing made larger (1.4) or smaller (0.7)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``done``: what was asked for has changed; ``kept``: the rest has not; ``reason`` is empty if both."""
+
+    done: bool
+    kept: bool
+    reason: str
+
+    @property
+    def correct(self) -> bool:
+        return self.done and self.kept
+
+
+def check_edit(before: Scene, after: Scene, image: Image.Image) -> Verdict:
+    """Whether ``image`` shows ``after``: what changed from ``before`` has changed, and the rest has not."""
+    left = find_things(image)
+    rest, changed, added = [], [], []
+    for thing in after.things:
+        kind = rest if thing in before.things else changed if _in_place(thing, before.things) else added
+        kind.append(thing)
+    lost = [thing for thing in rest if not _take(left, thing)]
+    undone = [thing for thing in changed if not _take(left, thing)]
+    undone += [thing for thing in added if not _take(left, thing, anywhere=True)]
+    # What is left over stands where something was to be changed or removed, or nobody asked for it.
+    places = [thing for thing in before.things if thing not in after.things]
+    still = [thing for thing in left if _in_place(thing, places)]
+    surplus = [thing for thing in left if not _in_place(thing, places)]
+    reasons = [
+        *(f"the {thing.colour} {thing.shape} is not as it was" for thing in lost),
+        *(f"there should be a {thing.colour} {thing.shape}" for thing in undone),
+        *(f"the {thing.colour} {thing.shape} should not be there any more" for thing in still),
+        *(f"nobody asked for the {thing.colour} {thing.shape}" for thing in surplus),
+    ]
+    return Verdict(not undone and not still, not lost and not surplus, "; ".join(reasons))
+
+
+def _in_place(thing: Thing, others: Sequence[Thing]) -> bool:
+    return any(math.hypot(*shapes.offset(thing, other)) < SHIFT for other in others)
+
+
+def _take(found: list[Thing], thing: Thing, anywhere: bool = False) -> bool:
+    """Take what passes for ``thing`` out of ``found``; whether there was such."""
+    for candidate in found:
+        alike = (candidate.shape, candidate.colour) == (thing.shape, thing.colour)
+        in_size = 1 / GROWTH < candidate.size / thing.size < GROWTH
+        if alike and (anywhere or (in_size and _in_place(candidate, [thing]))):
+            found.remove(candidate)
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class EditCheck:
+    """`check_edit` for drawings of a source's edits: a prompt shows the key of the one scene, its id is the other's."""
+
+    source: ShapesSource
+
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Verdict]:
+        return [check_edit(*self.scenes(prompt), image) for image, prompt in zip(images, prompts, strict=True)]
+
+    def scenes(self, prompt: Prompt) -> tuple[Scene, Scene]:
+        """Before and after."""
+        return self.source.scene(prompt.shown), self.source.scene(prompt.id)
+
+    def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        """Share of right edits over all ("overall", with its standard error) and by kind; and of "done" and "kept"."""
+        by_kind = defaultdict(list)
+        for prompt, verdict in zip(prompts, verdicts, strict=True):
+            by_kind[kind_of(*self.scenes(prompt))].append(float(verdict.correct))
+        overall, error = mean_and_error([float(verdict.correct) for verdict in verdicts])
+        shares = {kind: mean_and_error(values)[0] for kind, values in sorted(by_kind.items())}
+        return {
+            "overall": overall,
+            "overall_stderr": error,
+            "n": len(verdicts),
+            "done": mean_and_error([float(verdict.done) for verdict in verdicts])[0],
+            "kept": mean_and_error([float(verdict.kept) for verdict in verdicts])[0],
+            **shares,
+        }
+
+
+def kind_of(before: Scene, after: Scene) -> str:
+    """add, remove, shape, colour or size: what an edit changes."""
+    if len(after.things) != len(before.things):
+        return "add" if len(after.things) > len(before.things) else "remove"
+    return next(_differences(before, after))
+
+
+def _differences(before: Scene, after: Scene) -> Iterator[str]:
+    for old, new in zip(before.things, after.things, strict=True):
+        for name in ("shape", "colour", "size"):
+            if getattr(old, name) != getattr(new, name):
+                yield name
