@@ -7,6 +7,7 @@ import pytest
 import ray
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -86,12 +87,32 @@ def test_each_stage_trains_the_same_parts_as_in_the_other_family(v1_model, stage
     names = freeze(v1_model, STAGES[stage])
     image = ("image_decoder.", "projector_in.", "projector_out.")
     language = ("lm_head.", "model.language_model.")
+    every = (*image, *language, "model.vision_tower.", "model.multi_modal_projector.")
     parts = {
-        "base": (*image, *language, "model.vision_tower.", "model.multi_modal_projector."),
+        "base": every,
+        "edit": every,
         "pretrain": image[1:],
         "understanding": (*language, "model.multi_modal_projector."),
     }.get(stage, image)
-    assert names == sorted(name for name, _ in v1_model.named_parameters() if name.startswith(parts))
+    unreached = ("model.vision_tower.post_layernorm.", "model.vision_tower.encoder.layers.1.")
+    found = (name for name, _ in v1_model.named_parameters() if name.startswith(parts))
+    assert names == sorted(name for name in found if not name.startswith(unreached))
+
+
+def test_no_loss_reaches_what_is_left_out(v1_model, v1_chat):
+    shown = v1_chat.pictures([Image.new("RGB", (28, 28), "red")])
+    features = np.random.default_rng(0).standard_normal((8, *[V1_SIDES[-1]] * 2)).astype(np.float16)
+    batch = SftCollator(v1_chat)([DrawExample(PROMPT, features, shown)])
+    v1_model.requires_grad_(True)
+    sft_loss(v1_model, batch, NO_NOISE, 1.0)[0].backward()
+    idle = {name for name, p in v1_model.named_parameters() if p.grad is None and "image_tokenizer." not in name}
+    assert idle == {name for name, _ in v1_model.named_parameters() if name.startswith(v1_model.unreached)}
+    v1_model.zero_grad(set_to_none=True)
+
+
+def test_a_part_can_be_frozen_by_its_name_in_either_family():
+    stage = STAGES["understanding"]
+    assert stage.without(["model.multi_modal_projector"]) == stage.without(["model.visual.merger"])
 
 
 @pytest.fixture(scope="module")
