@@ -5,7 +5,8 @@ likes. ``Worker`` is a plain class; ``RolloutWorker`` is the same as a Ray actor
 
 A worker is stale, and refuses to serve, until it holds at least the version that was current when it was made.
 
-Shape legend: B batch, T positions, L image tokens, d bits a token, h w latent grid, H W pixels.
+Shape legend: B batch, T positions, L image tokens, s symbols a token (32 bits, or one index), d latent channels,
+h w latent grid, H W pixels.
 """
 
 import math
@@ -27,12 +28,12 @@ from actors.weights import apply, check_fits, checksum_of
 from vargpt_rl.data.batches import PictureSource, joined, shown_picture
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.answer import answer
-from vargpt_rl.model.bits import pack, quantise, replay, unpack
+from vargpt_rl.model.bits import pack, unpack
+from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
-from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, picture_log_probs, scale_means, scale_sums
-from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.prompt import ChatFormat
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.likelihood import picture_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import replayed
 from vargpt_rl.network import free_port
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
@@ -42,12 +43,12 @@ Check = Callable[[list[Image.Image], list[Prompt]], list]
 """Pictures and their whole prompts -> a verdict each."""
 
 Drawn = tuple[Prompt, bytes]
-"""A prompt and the packed bits of a picture of it."""
+"""A prompt and the packed image tokens of a picture of it."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as packed ``bits`` and as the float16 latent ``features`` [d, h, w] they were read off."""
+    """A picture as packed tokens, ``bits``, and as the float16 latent ``features`` [d, h, w] they were read off."""
 
     key: str
     bits: bytes
@@ -64,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Score:
-    """Teacher-forced log-probability of a picture's bits, in nats, and the share of bits guessed right."""
+    """Teacher-forced log-probability of a picture's tokens, in nats, and the share of symbols guessed right."""
 
     total: float
     by_scale: list[float]
@@ -101,8 +102,10 @@ class Worker:
     ):
         torch.set_num_threads(threads)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.model = Vargpt.from_pretrained(checkpoint, dtype=dtype).to("cuda" if use_gpu else "cpu").eval()
-        self.chat = ChatFormat(checkpoint, self.model.config)
+        self.model = load_model(checkpoint, dtype).to("cuda" if use_gpu else "cpu").eval()
+        self.chat = markup_for(checkpoint, self.model.config)
+        self.image_tokenizer = self.model.image_tokenizer
+        self.symbols = self.model.config.image_tokenizer_config.symbols
         self.source = source
         self.version, self.checksum = 0, ""
         self.version_required = version_required
@@ -151,15 +154,16 @@ class Worker:
         rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
-        bits_BLd = draw(self.model, ids_BT, mask_BT, seeds, (resolution, resolution), sampling, **seen).bits_BLd
+        size = (resolution, resolution)
+        labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
         return [
-            Sample(prompt, pack(bits_Ld), resolution, seed, asdict(sampling), self.version, checkpoint)
-            for (prompt, seed), bits_Ld in zip(jobs, bits_BLd.cpu().numpy(), strict=True)
+            Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)
+            for (prompt, seed), bits in zip(jobs, self._packed(labels_BLs), strict=True)
         ]
 
     @_serving
     def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
-        """Pictures of the source as bits and features; one that cannot be loaded is a ``Failure``."""
+        """Pictures of the source as tokens and features; one that cannot be loaded is a ``Failure``."""
         results: dict[int, Encoded | Failure] = {}
         images: dict[int, np.ndarray] = {}
         for i, key in enumerate(keys):
@@ -171,11 +175,12 @@ class Worker:
         if images:
             images_BHW3 = torch.from_numpy(np.stack(list(images.values()))).to(self.model.device)
             images_B3HW = (images_BHW3 / 127.5 - 1).permute(0, 3, 1, 2).to(self.model.dtype)
-            features_Bdhw = self.model.image_tokenizer.features(images_B3HW)
-            bits_BLd = quantise(features_Bdhw, schedule_for(resolution)).bits_BLd.cpu().numpy()
-            for i, bits_Ld, features_dhw in zip(images, bits_BLd, features_Bdhw.half().cpu().numpy(), strict=True):
+            features_Bdhw = self.image_tokenizer.features(images_B3HW)
+            schedule = self.image_tokenizer.schedule_for(resolution)
+            packed = self._packed(self.image_tokenizer.quantise(features_Bdhw, schedule).labels_BLs)
+            for i, bits, features_dhw in zip(images, packed, features_Bdhw.half().cpu().numpy(), strict=True):
                 # A copy, or each result would drag the whole batch's array along.
-                results[i] = Encoded(keys[i], pack(bits_Ld), features_dhw.copy())
+                results[i] = Encoded(keys[i], bits, features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
     def faults(self, keys: list[str], side: int) -> list[Failure | None]:
@@ -184,23 +189,22 @@ class Worker:
 
     @_serving
     def score(self, items: list[Drawn], resolution: int) -> list[Score]:
-        """Log-probability of each picture's very bits given its prompt, teacher forced, no condition dropped."""
-        schedule = schedule_for(resolution)
+        """Log-probability of each picture's very tokens given its prompt, teacher forced, no condition dropped."""
+        schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
         grids, seen = self._shown([prompt for prompt, _ in items])
         rows = [self.chat.drawn(p.text, p.reply, tokens, grid).ids for (p, _), grid in zip(items, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "right", multiple=8)
-        bits_BLd = self._bits(items, tokens)
-        inputs_BLd = replay(bits_BLd, schedule, self.model.dtype).inputs_BLd
-        drawing = Drawing(inputs_BLd, (resolution, resolution))
+        labels_BLs = self._labels(items, tokens)
+        drawing = replayed(labels_BLs, (resolution, resolution))
         logits = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen).image_logits
-        log_probs_BLd = bit_log_probs(logits, bits_BLd)
+        log_probs_BLs = symbol_log_probs(logits, labels_BLs)
         return [
             Score(*score)
             for score in zip(
-                picture_log_probs(log_probs_BLd).tolist(),
-                scale_sums(log_probs_BLd, schedule).tolist(),
-                scale_means(bit_hits(logits, bits_BLd).float(), schedule).tolist(),
+                picture_log_probs(log_probs_BLs).tolist(),
+                scale_sums(log_probs_BLs, schedule).tolist(),
+                scale_means(symbol_hits(logits, labels_BLs).float(), schedule).tolist(),
                 strict=True,
             )
         ]
@@ -255,17 +259,21 @@ class Worker:
         mask_BT = self.chat.pad([[1] * len(row) for row in rows], side, value=0, multiple=multiple)
         return ids_BT.to(self.model.device), mask_BT.to(self.model.device)
 
-    def _bits(self, items: list[Drawn], tokens: int) -> torch.Tensor:
-        """uint8 [B, L, d] on the model's device."""
-        depth = self.model.config.image_tokenizer_config.bits
-        bits_BLd = np.stack([unpack(packed, tokens, depth) for _, packed in items])
-        return torch.from_numpy(bits_BLd).to(self.model.device)
+    def _packed(self, labels_BLs: torch.Tensor) -> list[bytes]:
+        """The image tokens of each picture as they travel."""
+        return [pack(labels_Ls, self.symbols.values) for labels_Ls in labels_BLs.cpu().numpy()]
+
+    def _labels(self, items: list[Drawn], tokens: int) -> torch.Tensor:
+        """Integers [B, L, s] on the model's device."""
+        labels_BLs = np.stack([unpack(packed, tokens, *self.symbols) for _, packed in items])
+        return torch.from_numpy(labels_BLs).to(self.model.device)
 
     def _decode(self, items: list[Drawn], resolution: int) -> list[Image.Image]:
-        """The pictures that the bits stand for."""
-        schedule = schedule_for(resolution)
-        summed_Bdhw = replay(self._bits(items, token_count(schedule)), schedule, self.model.dtype).summed_Bdhw
-        images_BHW3 = to_uint8(self.model.image_tokenizer.decode(summed_Bdhw)).cpu().numpy()
+        """The pictures that the image tokens stand for."""
+        schedule = self.image_tokenizer.schedule_for(resolution)
+        labels_BLs = self._labels(items, token_count(schedule))
+        summed_Bdhw = self.image_tokenizer.replay(labels_BLs, schedule, self.model.dtype).summed_Bdhw
+        images_BHW3 = to_uint8(self.image_tokenizer.decode(summed_Bdhw)).cpu().numpy()
         return [Image.fromarray(image) for image in images_BHW3]
 
 

@@ -19,7 +19,7 @@ from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 from vargpt_rl.stages import STAGES as TRAINED
 
 STAGES = ("tokenizer", "pretrain", "understanding", "align", "edit")
-TINY = "tiny"
+TINY, TINY_V1 = "tiny", "tiny_v1"
 
 
 @dataclass
@@ -226,7 +226,7 @@ class TrackingConfig:
 class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``.
 
-    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny", a model directory
+    ``name`` null names the run after its data and resolutions; ``checkpoint`` is "tiny", "tiny_v1", a model directory
     or a hub name. ``stages`` leaves editing out: at 256 px it would take the demo beyond ten minutes on two cores.
     ``at`` holds what differs at a resolution (``at.512.sft.recipe.steps``); the papers too train fewer steps on smaller
     batches at 512 px.

@@ -1,13 +1,14 @@
 """Direct preference optimisation on image tokens alone: a ``trl.DPOTrainer`` whose loss is TRL's own.
 
-The log-likelihood of a picture is the sum over its bits (VARGPT-v1.1, eq. 4), at the positions of its image tokens;
-the completion mask is the image-token mask. References were scored by the rollout workers and come with the pairs.
-The image tokenizer, the text head and a reference model are never run here.
+The log-likelihood of a picture is the sum over its bits (VARGPT-v1.1, eq. 4), in v1 over its indices, at the positions
+of its image tokens; the completion mask is the image-token mask. References were scored by the rollout workers and come
+with the pairs. No picture is encoded or decoded here, and neither the text head nor a reference model is run.
 
 Deviations from the published code (specification, section 9): policy and reference score the same bits, with no bit
 flips, no condition drop and no drop path, so that at step 0 every log-ratio is zero. That is asserted, in training.
 
-Shape legend: P pairs, B = 2P rows ordered [chosen, rejected], T positions, L image tokens, d bits a token, K scales.
+Shape legend: P pairs, B = 2P rows ordered [chosen, rejected], T positions, L image tokens, s symbols a token (32 bits,
+or one index), K scales.
 """
 
 import math
@@ -19,10 +20,10 @@ import torch
 from torch.utils.data import Sampler
 from trl import DPOTrainer
 
-from vargpt_rl.model.bits import replay
-from vargpt_rl.model.likelihood import bit_entropy, bit_hits, bit_log_probs, scale_means, scale_sums
-from vargpt_rl.model.modeling import Drawing, Vargpt, VargptOutput
-from vargpt_rl.model.scales import schedule_for
+from vargpt_rl.model.likelihood import scale_means, scale_sums, symbol_entropy, symbol_hits, symbol_log_probs
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.unified import VargptOutput, replayed
+from vargpt_rl.model.v1.modeling import VargptV1
 
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest |log-ratio| in nats accepted at step 0: sums over all bits, whose rounding may differ by kernel choice where
@@ -38,7 +39,7 @@ def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
 class ScoredOutput(VargptOutput):
     """What TRL's loss reads, at positions 1..T-1 (zero away from image tokens), and the same by scale.
 
-    ``log_probs`` float64 [B, T-1], ``entropy``, ``mean_logits``, ``is_top1`` (every bit of the token right) likewise;
+    ``log_probs`` float64 [B, T-1], ``entropy``, ``mean_logits``, ``is_top1`` (every symbol right) likewise;
     ``log_probs_BK`` float64 and ``accuracy_BK`` fp32 by scale.
     """
 
@@ -50,17 +51,17 @@ class ScoredOutput(VargptOutput):
     accuracy_BK: torch.Tensor | None = None
 
 
-class ImagePolicy(Vargpt):
+class _ScoresPairs:
     """The model as DPO sees it: given a pair batch, it returns log-probabilities of image tokens."""
 
     def forward(self, input_ids, attention_mask, bits, resolution, **ignored) -> ScoredOutput:
-        """``bits`` uint8 [B, L, d], square pictures of ``resolution`` pixels; see ``PairCollator``."""
+        """``bits`` integers [B, L, s], square pictures of ``resolution`` pixels; see ``PairCollator``."""
         side = int(resolution)
-        schedule = schedule_for(side)
-        drawing = Drawing(replay(bits, schedule, self.dtype).inputs_BLd, (side, side))
+        schedule, symbols = self.image_tokenizer.schedule_for(side), self.config.image_tokenizer_config.symbols
+        drawing = replayed(bits, (side, side))
         logits = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False).image_logits
-        log_probs_BLd = bit_log_probs(logits, bits)
-        hits_BLd = bit_hits(logits, bits)
+        log_probs_BLs = symbol_log_probs(logits, bits)
+        hits_BLs = symbol_hits(logits, bits)
         at_BT = input_ids == self.config.image_gen_pad_token_id
 
         def spread(values_BL: torch.Tensor) -> torch.Tensor:
@@ -69,13 +70,24 @@ class ImagePolicy(Vargpt):
             return row.masked_scatter(at_BT, values_BL)[:, 1:]
 
         return ScoredOutput(
-            log_probs=spread(log_probs_BLd.sum(-1, dtype=torch.float64)),
-            entropy=spread(bit_entropy(logits.detach()).sum(-1)),
+            log_probs=spread(log_probs_BLs.sum(-1, dtype=torch.float64)),
+            entropy=spread(symbol_entropy(logits.detach(), symbols).sum(-1)),
             mean_logits=spread(logits.detach().float().mean(-1)),
-            is_top1=spread(hits_BLd.all(-1)),
-            log_probs_BK=scale_sums(log_probs_BLd.detach(), schedule),
-            accuracy_BK=scale_means(hits_BLd.float(), schedule),
+            is_top1=spread(hits_BLs.all(-1)),
+            log_probs_BK=scale_sums(log_probs_BLs.detach(), schedule),
+            accuracy_BK=scale_means(hits_BLs.float(), schedule),
         )
+
+
+class ImagePolicy(_ScoresPairs, Vargpt):
+    """v1.1 as DPO sees it."""
+
+
+class V1ImagePolicy(_ScoresPairs, VargptV1):
+    """v1 as DPO sees it."""
+
+
+POLICIES = {Vargpt: ImagePolicy, VargptV1: V1ImagePolicy}
 
 
 class TableOrder(Sampler[int]):
@@ -102,7 +114,7 @@ class TableOrder(Sampler[int]):
 
 
 class ImageDpoTrainer(DPOTrainer):
-    """TRL's trainer on precomputed image bits and references."""
+    """TRL's trainer on precomputed image tokens and references."""
 
     def __init__(self, norm: str, **kwargs):
         super().__init__(**kwargs)
@@ -164,10 +176,11 @@ class ImageDpoTrainer(DPOTrainer):
     def _measure_scales(self, output: ScoredOutput, references_BK: torch.Tensor) -> None:
         chosen_PK, rejected_PK = (self.beta * (output.log_probs_BK - references_BK)).chunk(2)
         chosen_hits_PK, rejected_hits_PK = output.accuracy_BK.chunk(2)
+        accuracy = f"{self.model.config.image_tokenizer_config.symbols.name}_accuracy"
         for name, values_PK in {
             "rewards/margins": chosen_PK - rejected_PK,
-            "bit_accuracy/chosen": chosen_hits_PK,
-            "bit_accuracy/rejected": rejected_hits_PK,
+            f"{accuracy}/chosen": chosen_hits_PK,
+            f"{accuracy}/rejected": rejected_hits_PK,
         }.items():
             for k, value in enumerate(self.accelerator.gather(values_PK).mean(0).tolist()):
                 self.measured[f"{name}/scale_{k}"].append(value)

@@ -1,4 +1,4 @@
-"""Image-tokenizer training: reconstruct pictures through their bits.
+"""Image-tokenizer training: reconstruct pictures through their tokens.
 
 A plain single-process loop: it serves the tiny model and small collections, the released tokenizer is used as it is.
 Deviation from the release: no adversarial, perceptual or entropy term. Flat drawings need none (the bits do not
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from vargpt_rl.model.image_tokenizer import ImageTokenizer
+from vargpt_rl.model.families import AnyImageTokenizer
 
 
 def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: 
 
 
 def train_image_tokenizer(
-    tokenizer: ImageTokenizer,
+    tokenizer: AnyImageTokenizer,
     batches: Iterator[torch.Tensor],
     steps: int,
     peak_lr: float,
@@ -48,7 +48,7 @@ def train_image_tokenizer(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr)
         pictures_B3HW = next(batches)
-        loss = reconstruction_loss(tokenizer.reconstruct(pictures_B3HW), pictures_B3HW)
+        loss = tokenizer.training_loss(pictures_B3HW, reconstruction_loss)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0, error_if_nonfinite=True)

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from learners.image_tokenizer import learning_rate, train_image_tokenizer
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
-from vargpt_rl.data.shapes import TASKS, Scene, render, sample_scene
-from vargpt_rl.data.shapes_tasks import edit, question
+from vargpt_rl.data.shapes import Scene, render, sample_scene
+from vargpt_rl.data.shapes_tasks import question
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.fresh import shapes_bpe
 from vargpt_rl.losses import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
@@ -52,20 +52,9 @@ SEEN_SIDE = 112  # understood pictures: 8 x 8 patches of 14 pixels
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the shapes world's words, with the release's special tokens."""
-    rng = np.random.default_rng(0)
-    scenes = [sample_scene(rng, task) for task in TASKS for _ in range(400)]
-    texts = [SYSTEM, REPLY, *["system", "user", "assistant", "yes", "no"]]
-    for scene in scenes:
-        texts += [scene.caption, *question(scene, rng), edit(scene, rng)[0]]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    """With the release's special tokens."""
     special = [f"<|{name}|>" for name in SPECIAL]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
-    )
+    bpe = shapes_bpe(special, [SYSTEM, REPLY, "system", "user", "assistant", "yes", "no"])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>", additional_special_tokens=special
     )

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig
 
 from learners.config import Recipe
-from learners.dpo import ImageDpoTrainer, ImagePolicy
+from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import picture_batches, train_image_tokenizer
 from learners.jobs import DpoJob, SftJob, Start, TokenizerJob
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
@@ -30,11 +30,12 @@ from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
 from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe
-from vargpt_rl.model.bits import replay, unpack
-from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.prompt import ChatFormat
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.bits import unpack
+from vargpt_rl.model.families import family_of, load_config, markup_for
+from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
+from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.network import free_port
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
 
@@ -86,12 +87,14 @@ class Rank:
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
         return os.getpid()
 
-    def _model(self, kind: type[Vargpt], start: Start) -> Vargpt:
+    def _model(self, start: Start, policy: bool = False) -> Unified:
+        kind = family_of(load_config(start.model)).model
+        kind = POLICIES[kind] if policy else kind
         model = kind.from_pretrained(start.model, dtype=torch.bfloat16 if self.bf16 else torch.float32)
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: ChatFormat, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
+    def _run(self, trainer, chat: Markup, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         began = time.time()
         trainer.train()
@@ -111,28 +114,28 @@ class Rank:
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: ChatFormat, probe: Probe, source) -> float:
+    def _score(self, trainer, chat: Markup, probe: Probe, source) -> float:
         """Log-probability of the probe under the trained weights, in nats. All ranks take part (ZeRO-3 gathers)."""
-        schedule, engine = schedule_for(probe.resolution), trainer.deepspeed
+        tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
-        tokens, depth = token_count(schedule), chat.config.image_tokenizer_config.bits
-        bits = torch.from_numpy(unpack(probe.bits, tokens, depth))[None].to(engine.device)
+        tokens = token_count(tokenizer.schedule_for(probe.resolution))
+        labels = torch.from_numpy(unpack(probe.bits, tokens, *tokenizer.symbols))[None].to(engine.device)
         shown = shown_picture(probe.prompt, source, chat)
         grid = shown and shown.image_grid_thw
         row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # what the pads beyond the picture hold cannot reach it
         if isinstance(trainer, ImageDpoTrainer):
-            return engine(row, mask, bits, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
-        drawing = Drawing(replay(bits, schedule, engine.module.dtype).inputs_BLd, (probe.resolution,) * 2)
+            return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
+        drawing = replayed(labels, (probe.resolution,) * 2)
         seen = {name: tensor.to(engine.device) for name, tensor in joined([shown]).items()}
         logits = engine(row, mask, drawing=drawing, text_logits=False, **seen).image_logits
-        return picture_log_probs(bit_log_probs(logits, bits)).item()
+        return picture_log_probs(symbol_log_probs(logits, labels)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
         return training_arguments(recipe, self.ranks, seed, output / "trainer", self.use_gpu, self.bf16)
 
-    def _corpus(self, job: SftJob, chat: ChatFormat) -> dict:
+    def _corpus(self, job: SftJob, chat: Markup) -> dict:
         """Drawings that were encoded beforehand, and questions."""
         questions, share = None, 1.0
         if job.questions is not None:
@@ -143,7 +146,7 @@ class Rank:
         rows = BalancedBatches(drawings, questions, length, job.recipe.micro_batch, share, job.seed)
         return {"train_dataset": rows}
 
-    def _streamed(self, job: SftJob, model: Vargpt, chat: ChatFormat) -> dict:
+    def _streamed(self, job: SftJob, model: Unified, chat: Markup) -> dict:
         """Records as they come, and what takes the features of their pictures if nobody did beforehand."""
         mixture = job.feed.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
         loader = job.feed.loader(mixture, job.seed, self.use_gpu)
@@ -153,8 +156,8 @@ class Rank:
     def sft(self, job: SftJob) -> dict:
         """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
         torch.manual_seed(job.seed + self.rank)
-        model = self._model(Vargpt, job.start)
-        stage, chat = STAGES[job.stage].without(job.frozen), ChatFormat(job.start.model, model.config)
+        model = self._model(job.start)
+        stage, chat = STAGES[job.stage].without(job.frozen), markup_for(job.start.model, model.config)
         trained = freeze(model, stage)
         frozen = frozen_parts(model)
         trainer = SftTrainer(
@@ -172,9 +175,9 @@ class Rank:
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage; adds the last margin and accuracy and the largest log-ratio seen at step 0."""
         torch.manual_seed(job.seed + self.rank)
-        model = self._model(ImagePolicy, job.start)
+        model = self._model(job.start, policy=True)
         trained = freeze(model, STAGES["dpo"])
-        chat = ChatFormat(job.start.model, model.config)
+        chat = markup_for(job.start.model, model.config)
         arguments = DPOConfig(
             **self._common(job.recipe, job.seed, job.output),
             beta=job.dpo.beta,
@@ -205,7 +208,7 @@ class Rank:
     def tokenizer(self, job: TokenizerJob) -> dict:
         """Adapt the image tokenizer to pictures; a single process. First and last loss (means of ten steps)."""
         torch.manual_seed(job.seed)
-        model, losses = self._model(Vargpt, job.start), []
+        model, losses = self._model(job.start), []
         log = WriteLog(job.output / "log.jsonl")
 
         def on_step(step: int, loss: float) -> None:

@@ -20,9 +20,9 @@ from learners.modalities import EVERY, ModalityGradients
 from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import modality_losses, sft_loss
-from vargpt_rl.model.image_tokenizer import ImageTokenizer
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.families import AnyImageTokenizer
+from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
 
@@ -32,7 +32,7 @@ class Drawings(Dataset):
     Pictures that prompts show are loaded by ``source``.
     """
 
-    def __init__(self, folder: Path, source: PictureSource | None = None, chat: ChatFormat | None = None):
+    def __init__(self, folder: Path, source: PictureSource | None = None, chat: Markup | None = None):
         self.source, self.chat = source, chat
         lines = (folder / "prompts.jsonl").read_text().splitlines()
         self.prompts = [Prompt(**json.loads(line)) for line in lines]
@@ -51,7 +51,7 @@ class Drawings(Dataset):
 class Questions(Dataset):
     """Questions about pictures that a data source can load: rows of (picture key, question, answer)."""
 
-    def __init__(self, rows: list[tuple[str, str, str]], source, chat: ChatFormat, side: int):
+    def __init__(self, rows: list[tuple[str, str, str]], source, chat: Markup, side: int):
         self.rows, self.source, self.chat, self.side = rows, source, chat, side
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class SftTrainer(Trainer):
         self,
         stage: Stage,
         loader: StatefulDataLoader | None = None,
-        image_tokenizer: ImageTokenizer | None = None,
+        image_tokenizer: AnyImageTokenizer | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -139,7 +139,7 @@ class SftTrainer(Trainer):
             self.measured[key].append(value)
         return loss
 
-    def _measure(self, model: Vargpt, inputs: dict[str, torch.Tensor]) -> None:
+    def _measure(self, model: Unified, inputs: dict[str, torch.Tensor]) -> None:
         """The micro-batch's gradient of each loss, under the noise that it is about to be trained with."""
         if self.gradients is None:
             self.gradients = ModalityGradients(model, self.args.gradient_accumulation_steps)

@@ -3,8 +3,8 @@
     python -m vargpt_rl.doctor [experiment=vargpt_v1_1] [stage=dpo] [gpus=8] [gpu_memory_gib=80] [key=value ...]
 
 ``gpus`` and ``gpu_memory_gib`` plan for other GPUs than those found; ``stage`` shows one stage alone; all other keys
-are the loop's. Without a checkpoint an experiment is planned with the sizes of the released model. Exit codes: 0 the
-run fits, 1 it does not, 2 a setting is wrong.
+are the loop's. Without a checkpoint an experiment is planned with the sizes of the released model of v1.1, and with
+those of v1 for ``checkpoint=release_v1``. Exit codes: 0 the run fits, 1 it does not, 2 a setting is wrong.
 """
 
 import os
@@ -27,6 +27,7 @@ from vargpt_rl.memory import (
     GIB,
     RELEASE,
     RUNTIME,
+    SIZES,
     TEXT_TOKENS,
     Devices,
     Plan,
@@ -153,7 +154,7 @@ def settings(arguments: list[str]) -> tuple[Question, LoopConfig]:
     own = [argument for argument in arguments if argument.startswith(keys)]
     others = [argument for argument in arguments if not argument.startswith(keys)]
     config = load_config(others, {"checkpoint": RELEASE})
-    if config.checkpoint != RELEASE:
+    if config.checkpoint not in SIZES:
         config.checkpoint = check_model(config.checkpoint)
     return load_command(Question, own), config
 
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         question, config = settings(sys.argv[1:] if arguments is None else arguments)
         devices = planned(question, found)
-        need = plan(config, model_config(config.checkpoint), devices.gpus > 0, compare=True)
+        need = plan(config, model_config(config.checkpoint, config.resolutions[0]), devices.gpus > 0, compare=True)
         stages = dict.fromkeys(training.stage for training in need.training)
         if question.stage not in (None, *stages):
             raise ValueError(f"stage={question.stage}: expected one of {', '.join(stages)}")

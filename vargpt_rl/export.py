@@ -1,4 +1,4 @@
-"""The aligned model as an ordinary directory: ``Vargpt.from_pretrained`` and ``ChatFormat`` read it."""
+"""The aligned model as an ordinary directory, which ``vargpt_rl.model.families`` reads."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vargpt_rl.checkpoint import load_weights_into
-from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.families import load_model
 
 BEST = "best.json"
 
@@ -18,7 +18,7 @@ def export_model(start: str, weights: Sequence[Path], target: Path, notes: dict[
 
     ``target`` appears when whole, and what was there before goes then.
     """
-    model = Vargpt.from_pretrained(start, dtype="auto")
+    model = load_model(start, "auto")
     load_weights_into(model, weights)
     temporary, old = target.with_name(f".{target.name}"), _old(target)
     shutil.rmtree(temporary, ignore_errors=True)

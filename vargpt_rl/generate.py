@@ -31,9 +31,9 @@ from vargpt_rl.data.sources import prompts_from_file
 from vargpt_rl.inputs import check_model
 from vargpt_rl.model.conversation import device_and_dtype, load
 from vargpt_rl.model.generate import SamplingConfig, draw, to_pictures
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import REPLY, ChatFormat
+from vargpt_rl.model.prompt import REPLY, Markup
 from vargpt_rl.model.scales import SCHEDULES, STRIDE, full_schedule, size_for
+from vargpt_rl.model.unified import Unified
 
 RECORDS = "pictures.jsonl"
 
@@ -214,7 +214,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def draw_batch(
-    model: Vargpt, chat: ChatFormat, lines: list[dict], look: Callable[[str], Image.Image]
+    model: Unified, chat: Markup, lines: list[dict], look: Callable[[str], Image.Image]
 ) -> list[Image.Image]:
     """The pictures of some lines of the plan, all of one size and sampling, all or none with an ``image`` to edit."""
     shown = chat.pictures([look(line["image"]) for line in lines]) if lines[0]["image"] else None
@@ -237,7 +237,7 @@ def batches(lines: list[dict], size: int) -> Iterator[list[dict]]:
 def draw_missing(
     wanted: list[dict],
     out: Path,
-    model: Callable[[], tuple[Vargpt, ChatFormat]],
+    model: Callable[[], tuple[Unified, Markup]],
     batch_size: int,
     look: Callable[[str], Image.Image] = lambda path: read_picture(Path(path)),
     part: slice = slice(None),

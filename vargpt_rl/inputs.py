@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import TINY, LoopConfig
+from configs.schema import TINY, TINY_V1, LoopConfig
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.feed import EDITS, Feed, task_of
@@ -18,9 +18,9 @@ from vargpt_rl.data.sources import (
     prompts_from_file,
 )
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.fresh import make_fresh_v1
+from vargpt_rl.model.families import family_named, load_config, markup_for
 from vargpt_rl.model.hub import model_folder
-from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
 
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -59,10 +59,21 @@ def check_model(path: str) -> str:
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"checkpoint={path}: no config.json in {folder}")
-    found = json.loads(settings.read_text()).get("model_type")
-    if found != "vargpt":
-        raise ValueError(f"checkpoint={path}: a model of type {found!r}, expected 'vargpt'")
+    try:
+        family_named(json.loads(settings.read_text()).get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"checkpoint={path}: {error}") from error
     return str(folder)
+
+
+def check_resolutions(model: str, resolutions: list[int]) -> None:
+    """ValueError for a resolution that the model of this directory does not draw."""
+    tokenizer = load_config(model).image_tokenizer_config
+    try:
+        for resolution in resolutions:
+            tokenizer.schedule_for(resolution)
+    except ValueError as error:
+        raise ValueError(f"resolutions={list(resolutions)}: {error}") from error
 
 
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
@@ -78,7 +89,11 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
 
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
-    model = check_model(config.checkpoint)
+    if config.checkpoint == TINY_V1:
+        model = str(make_fresh_v1(config.directory / "start", config.resolutions[0], config.seed))
+    else:
+        model = check_model(config.checkpoint)
+    check_resolutions(model, config.resolutions)
     reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
@@ -122,7 +137,7 @@ def make_feed(config: LoopConfig, model: str) -> Feed:
         sources, tasks, quarantine, data.held_out_fraction, data.max_bad_fraction, data.block, data.max_tokens,
         data.seen_pixels, data.pack, data.workers, encoded, checksum,
     )  # fmt: skip
-    chat = ChatFormat(model, VargptConfig.from_pretrained(model))
+    chat = markup_for(model, load_config(model))
     used: set[str] = set()
     for stage, resolution, share in supervised_stages(config):
         rows = getattr(config.at_resolution(resolution), stage).recipe.micro_batch

@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
-from vargpt_rl.model.configuration import VargptConfig
-from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.families import family_of
+from vargpt_rl.model.unified import Unified
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 BLOCKS = 4
@@ -39,22 +40,24 @@ class Skeleton:
     ``results`` remembers what operators returned, by what they were given.
     """
 
-    model: Vargpt
+    model: Unified
     stacks: tuple[tuple[nn.ModuleList, int], ...]
     results: dict[tuple, tuple] = field(default_factory=dict)
 
 
-def skeleton(config: VargptConfig, dtype: torch.dtype) -> Skeleton:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
     """The model of ``config`` on the meta device."""
-    small = copy.deepcopy(config)
-    text, vision, decoder = small.text_config, small.vision_config, small.decoder_config
-    depths = text.num_hidden_layers, vision.depth, decoder.depth
-    text.num_hidden_layers, vision.depth, decoder.depth = (min(depth, BLOCKS) for depth in depths)
-    text.layer_types = text.layer_types[:BLOCKS]
+    small, kind = copy.deepcopy(config), family_of(config).model
+    depths = {}
+    for blocks, (part, name) in kind.stacks.items():
+        settings = getattr(small, part)
+        depths[blocks] = getattr(settings, name)
+        setattr(settings, name, min(depths[blocks], BLOCKS))
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[:BLOCKS]
     with META:
-        model = Vargpt(small).to(dtype)
-    stacks = model.model.language_model.layers, model.model.visual.blocks, model.image_decoder.blocks
-    return Skeleton(model, tuple(zip(stacks, depths, strict=True)))
+        model = kind(small).to(dtype)
+    return Skeleton(model, tuple((model.get_submodule(blocks), depth) for blocks, depth in depths.items()))
 
 
 class _Held:

@@ -3,31 +3,35 @@
 Deviations from the published code (specification, sections 4 and 9): text is learned on the assistant's tokens alone,
 not on prompts and padding; scales are not reweighted there either, although its configuration says so.
 
-Shape legend: B rows, T positions, N drawings, L image tokens, d bits a token, K scales.
+Shape legend: B rows, T positions, N drawings, L image tokens, d bits or s symbols a token, D logits a token, K scales.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from vargpt_rl.model.bits import Quantised, quantise
-from vargpt_rl.model.likelihood import bit_hits, scale_means, symbol_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt, VargptOutput
+from vargpt_rl.model.bits import BITS, Bits, quantise
+from vargpt_rl.model.likelihood import scale_means, symbol_hits, symbol_log_probs
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.multiscale import MultiScale, Quantised, Symbols
 from vargpt_rl.model.prompt import IGNORED
-from vargpt_rl.model.scales import STRIDE, Schedule, schedule_for
+from vargpt_rl.model.scales import STRIDE, Schedule
+from vargpt_rl.model.unified import Drawing, Unified, VargptOutput
 
-IMAGE_WEIGHT = 3.0
-"""Weight of the image loss beside the text loss (the release's)."""
+IMAGE_WEIGHT = Vargpt.image_weight
+"""Weight of the image loss beside the text loss in v1.1 (the release's); each family has its own."""
 
 
 @dataclass(frozen=True)
 class Noise:
     """What makes supervised training robust; all off outside it.
 
-    ``flip``: upper bound of each picture's bit-flip probability, drawn uniformly (bitwise self-correction).
+    ``flip``: upper bound of each picture's bit-flip probability, drawn uniformly (bitwise self-correction); v1 has no
+    bits.
     ``condition_drop``: probability that a picture's condition is replaced by the unconditional one.
-    ``drop_path``: stochastic depth of the last decoder block.
+    ``drop_path``: stochastic depth of the last decoder block, in v1 of one in a decoder of 24 blocks.
     """
 
     flip: float = 0.3
@@ -35,27 +39,34 @@ class Noise:
     drop_path: float = 0.1
 
 
-def quantise_noisily(features_Bdhw: torch.Tensor, noise: Noise) -> Quantised:
-    """Features -> bits, with inputs that carry the flips of bitwise self-correction."""
-    schedule = schedule_for(*(side * STRIDE for side in features_Bdhw.shape[-2:]))
+def quantise_noisily(features_Bdhw: torch.Tensor, noise: Noise, tokenizer: MultiScale = BITS) -> Quantised:
+    """Features -> labels; of bits, with inputs that carry the flips of bitwise self-correction."""
+    schedule = tokenizer.schedule_for(*(side * STRIDE for side in features_Bdhw.shape[-2:]))
+    if not isinstance(tokenizer, Bits):
+        return tokenizer.quantise(features_Bdhw.float(), schedule)
     flip_N = torch.rand(len(features_Bdhw), device=features_Bdhw.device) * noise.flip if noise.flip else None
     return quantise(features_Bdhw.float(), schedule, flip_N)
 
 
+def noisy_drawing(features_Ndhw: torch.Tensor, noise: Noise, model: Unified) -> Drawing:
+    """The drawing of encoded pictures, under the noise of training, with the labels that are asked for."""
+    quantised = quantise_noisily(features_Ndhw, noise, model.image_tokenizer)
+    dropped_N = torch.rand(len(features_Ndhw), device=features_Ndhw.device) < noise.condition_drop
+    size = tuple(side * STRIDE for side in features_Ndhw.shape[-2:])
+    return Drawing(quantised.inputs_BLd, size, dropped_N, noise.drop_path, quantised.labels_BLs)
+
+
 def forward_batch(
-    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_logits: bool
+    model: Unified, batch: dict[str, torch.Tensor], noise: Noise, text_logits: bool
 ) -> tuple[VargptOutput, torch.Tensor | None]:
-    """Run a batch of ``SftCollator`` through the model; also returns the bits uint8 [N, L, d] it was asked for."""
+    """Run a batch of ``SftCollator`` through the model; also returns the labels [N, L, s] it was asked for."""
     keys = ("input_ids", "attention_mask", "blocks", "pixel_values", "image_grid_thw")
     inputs = {key: batch[key] for key in keys if key in batch}
     if "features" not in batch:
         return model(**inputs), None
-    features = batch["features"]
-    quantised = quantise_noisily(features, noise)
-    dropped_N = torch.rand(len(features), device=features.device) < noise.condition_drop
-    size = tuple(side * STRIDE for side in features.shape[-2:])
-    drawing = Drawing(quantised.inputs_BLd, size, dropped_N, noise.drop_path)
-    return model(**inputs, drawing=drawing, text_logits=text_logits), quantised.bits_BLd
+    drawing = partial(noisy_drawing, batch["features"], noise)
+    output = model(**inputs, drawing=drawing, text_logits=text_logits)
+    return output, output.image_labels
 
 
 def text_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -64,13 +75,13 @@ def text_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor
 
 
 def image_loss(
-    logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor, weights_L: torch.Tensor | None = None
+    logits_NLD: torch.Tensor, labels_NLs: torch.Tensor, weights_L: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cross entropy of the symbols of all drawings, in nats: the mean, or weighted by token (weights sum to 1)."""
-    log_probs_NLd = symbol_log_probs(logits_NL2d, bits_NLd)
+    log_probs_NLs = symbol_log_probs(logits_NLD, labels_NLs)
     if weights_L is None:
-        return -log_probs_NLd.mean()
-    return -(log_probs_NLd.mean((0, 2)) * weights_L).sum()
+        return -log_probs_NLs.mean()
+    return -(log_probs_NLs.mean((0, 2)) * weights_L).sum()
 
 
 def scale_weights(schedule: Schedule) -> torch.Tensor:
@@ -84,32 +95,35 @@ def scale_weights(schedule: Schedule) -> torch.Tensor:
 
 
 def modality_losses(
-    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
+    model: Unified, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """``text_weight`` x text and 3 x image, each where the batch has it; and metrics.
+    """``text_weight`` x text and ``image_weight`` x image, each where the batch has it; and metrics.
 
-    The metrics are the losses without weights, the numbers of labelled text tokens and of image tokens, and bit
-    accuracy, also by scale. The text head is not run when ``text_weight`` is 0.
+    The metrics are the losses without weights, the numbers of labelled text tokens and of image tokens, and accuracy of
+    bits or indices, also by scale. The text head is not run when ``text_weight`` is 0. ``model`` may be DeepSpeed's
+    engine, which lends its model's attributes.
     """
-    output, bits_NLd = forward_batch(model, batch, noise, text_logits=text_weight > 0)
+    output, labels_NLs = forward_batch(model, batch, noise, text_logits=text_weight > 0)
     losses, metrics = {}, {}
     if text_weight > 0:
         words = text_loss(output.logits, batch["labels"])
         losses["text"], metrics["loss/text"] = text_weight * words, words.item()
         metrics["tokens/text"] = int((batch["labels"][:, 1:] != IGNORED).sum())
-    if bits_NLd is not None:
-        schedule = schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
-        picture = image_loss(output.image_logits, bits_NLd, scale_weights(schedule) if reweight else None)
-        losses["image"], metrics["loss/image"] = IMAGE_WEIGHT * picture, picture.item()
-        metrics["tokens/image"] = bits_NLd.shape[0] * bits_NLd.shape[1]
-        hits_K = scale_means(bit_hits(output.image_logits, bits_NLd).float(), schedule).mean(0)
-        metrics["bit_accuracy"] = bit_hits(output.image_logits, bits_NLd).float().mean().item()
-        metrics |= {f"bit_accuracy/scale_{k}": hit for k, hit in enumerate(hits_K.tolist())}
+    if labels_NLs is not None:
+        schedule = model.image_tokenizer.schedule_for(*(side * STRIDE for side in batch["features"].shape[-2:]))
+        picture = image_loss(output.image_logits, labels_NLs, scale_weights(schedule) if reweight else None)
+        losses["image"], metrics["loss/image"] = model.image_weight * picture, picture.item()
+        metrics["tokens/image"] = labels_NLs.shape[0] * labels_NLs.shape[1]
+        hits_NLs = symbol_hits(output.image_logits, labels_NLs).float()
+        accuracy = f"{Symbols.of(output.image_logits, labels_NLs).name}_accuracy"
+        metrics[accuracy] = hits_NLs.mean().item()
+        by_scale = scale_means(hits_NLs, schedule).mean(0).tolist()
+        metrics |= {f"{accuracy}/scale_{k}": hits for k, hits in enumerate(by_scale)}
     return losses, metrics
 
 
 def sft_loss(
-    model: Vargpt, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
+    model: Unified, batch: dict[str, torch.Tensor], noise: Noise, text_weight: float, reweight: bool = False
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The sum of `modality_losses`, and their metrics."""
     losses, metrics = modality_losses(model, batch, noise, text_weight, reweight)

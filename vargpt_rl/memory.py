@@ -12,24 +12,32 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 
 from actors.resources import PlacementConfig, RolloutConfig, per_gpu
-from configs.schema import LoopConfig
+from configs.schema import TINY_V1, LoopConfig
 from learners.config import LearnerConfig, Recipe
+from vargpt_rl.fresh import fresh_v1_config
 from vargpt_rl.ledger import META, Skeleton, counting, skeleton
 from vargpt_rl.losses import Noise, sft_loss
-from vargpt_rl.model.bits import quantise, replay
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.generate import Reading, SamplingConfig, draw_next
-from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
 from vargpt_rl.model.prompt import IGNORED
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import Unified, replayed
+from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.stages import STAGES, Stage, freeze
 
 GIB = 2**30
-RELEASE = "release"
-"""Stands for the released checkpoint where only its sizes matter."""
+RELEASE, RELEASE_V1 = "release", "release_v1"
+SIZES: dict[str, Callable[[int], PreTrainedConfig]] = {
+    RELEASE: lambda resolution: VargptConfig(),
+    RELEASE_V1: lambda resolution: VargptV1Config(),
+    TINY_V1: fresh_v1_config,
+}
+"""What stands for a checkpoint where only its sizes matter: the released ones, and one that is made for a run."""
 TEXT_TOKENS = 128
 """Assumed length of a row's text: markup, prompt and reply."""
 RUNTIME = GIB
@@ -138,14 +146,14 @@ def states(
     return found
 
 
-def parameter_sizes(model: Vargpt, stage: Stage) -> list[tuple[int, bool]]:
+def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
     """Elements of each parameter and whether the stage trains it."""
     freeze(model, stage)
     return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
 
 
 def batch(
-    model: Vargpt,
+    model: Unified,
     rows: int,
     drawings: int,
     resolution: int,
@@ -157,11 +165,12 @@ def batch(
 
     With ``edits`` the drawings show a picture too.
     """
-    config, options = model.config, {"device": model.device, "dtype": model.dtype}
-    patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
-    tokens, seen = token_count(schedule_for(resolution)), max(1, round(seen_side / (patch * merge)))
-    asked, prompt = rows - drawings, text + edits * seen**2
-    longest = max(prompt + tokens if drawings else 0, text + seen**2 if asked else 0)
+    config, asked = model.config, rows - drawings
+    schedule = config.image_tokenizer_config.schedule_for(resolution)
+    tokens, count = token_count(schedule), rows if edits else asked
+    shown, seen = model.blank_pictures(count, seen_side) if count else ({}, 0)
+    prompt = text + edits * seen
+    longest = max(prompt + tokens if drawings else 0, text + seen if asked else 0)
     length = -(-(longest + 1) // 8) * 8
     ids = torch.zeros(rows, length, dtype=torch.long)
     ids[:drawings, prompt - 1] = config.image_gen_start_token_id
@@ -170,33 +179,29 @@ def batch(
     mask[:, -1] = 0
     found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if drawings:
-        grid = schedule_for(resolution)[-1]
-        found["features"] = torch.zeros(drawings, config.image_tokenizer_config.bits, *grid, **options)
-    if shown := rows if edits else asked:
-        ids[rows - shown :, 1 : 1 + seen**2] = config.image_token_id
-        vision = config.vision_config
-        channels = vision.in_channels * vision.temporal_patch_size * patch**2
-        found["pixel_values"] = torch.zeros(shown * (seen * merge) ** 2, channels, **options)
-        found["image_grid_thw"] = torch.tensor([[1, seen * merge, seen * merge]] * shown)
-    return found
+        channels = config.image_tokenizer_config.latent_channels
+        found["features"] = torch.zeros(drawings, channels, *schedule[-1], device=model.device, dtype=model.dtype)
+    ids[rows - count :, 1 : 1 + seen] = config.image_token_id
+    return found | shown
 
 
-def log_probs(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+def log_probs(model: Unified, inputs: dict, resolution: int) -> torch.Tensor:
     """float64 [B]: the teacher-forced log-probability of each row's picture."""
-    schedule, ids = schedule_for(resolution), inputs["input_ids"]
-    bits = torch.zeros(len(ids), token_count(schedule), model.config.image_tokenizer_config.bits, dtype=torch.uint8)
-    drawing = Drawing(replay(bits, schedule, model.dtype).inputs_BLd, (resolution, resolution))
+    tokenizer, ids = model.config.image_tokenizer_config, inputs["input_ids"]
+    tokens, depth = token_count(tokenizer.schedule_for(resolution)), tokenizer.symbols.depth
+    labels = torch.zeros(len(ids), tokens, depth, dtype=torch.uint8)
+    drawing = replayed(labels, (resolution, resolution))
     logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False).image_logits
-    return picture_log_probs(bit_log_probs(logits, bits))
+    return picture_log_probs(symbol_log_probs(logits, labels))
 
 
-def preference_loss(model: Vargpt, inputs: dict, resolution: int) -> torch.Tensor:
+def preference_loss(model: Unified, inputs: dict, resolution: int) -> torch.Tensor:
     """DPO's, of rows [chosen, rejected]; the references weigh nothing."""
     chosen, rejected = log_probs(model, inputs, resolution).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Vargpt], torch.Tensor], checkpointing: bool) -> int:
+def activations(skeleton: Skeleton, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: bool) -> int:
     """The most bytes that a loss and its backward pass hold besides the model and its complete gradients."""
     model = skeleton.model.train()
     freeze(model, stage)
@@ -214,8 +219,7 @@ def rollout(
     Where prompts show pictures, ``shown_side`` is their size.
     """
     model, size = skeleton.model.eval(), (resolution, resolution)
-    depth, grid = model.config.image_tokenizer_config.bits, schedule_for(resolution)[-1]
-    caches = 0
+    tokenizer, caches = model.config.image_tokenizer_config, 0
 
     def after_scale(*_):
         nonlocal caches
@@ -233,11 +237,12 @@ def rollout(
         hook.remove()
 
     def decoding():
-        model.image_tokenizer.decode(torch.zeros(1, depth, *grid, device=META, dtype=model.dtype))
+        grid = tokenizer.schedule_for(resolution)[-1]
+        model.image_tokenizer.decode(torch.zeros(1, tokenizer.latent_channels, *grid, device=META, dtype=model.dtype))
 
     def encoding():
         pictures = torch.zeros(rows, 3, *size, device=META, dtype=model.dtype)
-        quantise(model.image_tokenizer.features(pictures), schedule_for(resolution))
+        model.image_tokenizer.encode(pictures)
 
     def scoring():
         log_probs(model, batch(model, rows, rows, resolution), resolution)
@@ -284,13 +289,13 @@ class _Case:
         data = self.settings.data
         return data.kind == "records" and not data.encoded and self.drawings > 0 and self.stage.name != "dpo"
 
-    def inputs(self, model: Vargpt) -> dict[str, torch.Tensor]:
+    def inputs(self, model: Unified) -> dict[str, torch.Tensor]:
         """A micro-batch. A streamed question can be as long as ``data.max_tokens``, and makes all rows as wide."""
         data, text = self.settings.data, TEXT_TOKENS
         side = data.seen_side if data.kind != "records" else round(data.seen_pixels**0.5)
         if data.kind == "records" and self.rows > self.drawings:
-            seen = round(side / (model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size))
-            longest = max(seen**2, token_count(schedule_for(self.resolution)) if self.drawings else 0)
+            seen, schedule = model.blank_pictures(1, side)[1], model.image_tokenizer.schedule_for(self.resolution)
+            longest = max(seen, token_count(schedule) if self.drawings else 0)
             text = max(text, data.max_tokens - longest)
         inputs = batch(model, self.rows, self.drawings, self.resolution, side, text, edits=self.edits)
         if self.encodes:
@@ -299,13 +304,13 @@ class _Case:
                 inputs["features"] = model.image_tokenizer.features(pixels)
         return inputs
 
-    def loss(self, model: Vargpt) -> torch.Tensor:
+    def loss(self, model: Unified) -> torch.Tensor:
         inputs = self.inputs(model)
         if self.stage.name == "dpo":
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
 
-    def need(self, whole: Vargpt, on_gpu: bool, kept: int, otherwise: int | None = None) -> Training:
+    def need(self, whole: Unified, on_gpu: bool, kept: int, otherwise: int | None = None) -> Training:
         """With these activations."""
         ranks, dtype = self.settings.learner.ranks, _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
@@ -339,7 +344,7 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
                     yield _Case(STAGES[name], resolution, settings, rows, round(share * rows), name == "edit")
 
 
-def plan(config: LoopConfig, model: VargptConfig, on_gpu: bool, compare: bool = False) -> Plan:
+def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> Plan:
     """Memory of every stage and of the workers; with ``compare`` also activations with the other checkpointing."""
     whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
     if not cases:
@@ -358,7 +363,7 @@ def plan(config: LoopConfig, model: VargptConfig, on_gpu: bool, compare: bool = 
     return Plan(training, rollouts)
 
 
-def bound(config: LoopConfig, model: VargptConfig, on_gpu: bool) -> Plan:
+def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> Plan:
     """At least what ``plan`` says, from one loss and one drawing: all is trained, and everywhere the most rows at the
     highest resolution."""
     whole, small, cases = _on_meta(model), skeleton(model, _dtype(config)), list(_cases(config))
@@ -368,15 +373,17 @@ def bound(config: LoopConfig, model: VargptConfig, on_gpu: bool) -> Plan:
     widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings, edits)
     kept = activations(small, widest.stage, widest.loss, False)
     rows = max(case.settings.rollout.batch_size for case in cases)
-    sampling = max((case.settings.sampling for case in cases), key=lambda sampling: sampling.cfg != 1)
+    sampling = max(
+        (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
+    )
     training = [case.need(whole, on_gpu, kept) for case in cases]
     worker = rollout(small, training[0].whole, resolution, rows, sampling, edits * config.data.seen_side)
     return Plan(training, [replace(worker, resolution=case.resolution) for case in cases])
 
 
-def _on_meta(model: VargptConfig) -> Vargpt:
+def _on_meta(model: PreTrainedConfig) -> Unified:
     with META:
-        return Vargpt(model)
+        return family_of(model).model(model)
 
 
 @dataclass(frozen=True)
@@ -398,9 +405,9 @@ def gpu_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def model_config(checkpoint: str) -> VargptConfig:
-    """Of a model directory, or of the release."""
-    return VargptConfig() if checkpoint == RELEASE else VargptConfig.from_pretrained(checkpoint)
+def model_config(checkpoint: str, resolution: int = 256) -> PreTrainedConfig:
+    """Of a model directory, or of one of ``SIZES`` for a run that begins at ``resolution``."""
+    return SIZES[checkpoint](resolution) if checkpoint in SIZES else load_config(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -466,7 +473,7 @@ def refusal(plan: Plan, config: LoopConfig, devices: Devices) -> str | None:
     )
 
 
-def check_fits(config: LoopConfig, model: VargptConfig, devices: Devices) -> None:
+def check_fits(config: LoopConfig, model: PreTrainedConfig, devices: Devices) -> None:
     """ValueError, with the sum, when a stage of the run needs more memory than there is."""
     on_gpu = devices.gpus > 0
     if not any(_cases(config)) or refusal(bound(config, model, on_gpu), config, devices) is None:

@@ -3,7 +3,7 @@
 ``base`` makes the tiny model that stands in for the papers' starting points; ``sft_on_winners`` is the control of DPO.
 
 ``edit`` trains all parameters, as the paper has it, but for those that its loss cannot reach: the image tokenizer,
-whose bits are a threshold without a gradient, and ``UNREACHED``.
+whose tokens are a choice without a gradient, and what the model knows to be ``unreached``.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,38 @@ from vargpt_rl.losses import Noise
 PROJECTORS = ("projector_in.", "projector_out.")
 DECODER = ("image_decoder.",)
 LANGUAGE = ("model.language_model.", "lm_head.")
-VISION_PROJECTOR = ("model.visual.merger.",)
+# Of v1.1 and v1, whose language-and-vision models differ in these names.
+VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+VISION_PROJECTOR = ("model.visual.merger.", "model.multi_modal_projector.")
 UNREACHED = "image_decoder.condition.pool.query"
 """Kept for released checkpoints only: the pool has a single key, so no loss of any stage depends on its query."""
 NO_NOISE = Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
 
 
+def _names(trained: str | tuple[str, ...]) -> list[str]:
+    """The part that a prefix, or each family's prefixes of it, stands for, as a user names it."""
+    return [prefix.removesuffix(".") for prefix in ([trained] if isinstance(trained, str) else trained)]
+
+
 @dataclass(frozen=True)
 class Stage:
-    """``trains``: prefixes of parameter names, all else is frozen. ``text_weight`` 0 leaves the text head out."""
+    """``trains``: prefixes of parameter names, all else is frozen; a tuple holds those of one part in each family.
+
+    ``text_weight`` 0 leaves the text head out.
+    """
 
     name: str
-    trains: tuple[str, ...]
+    trains: tuple[str | tuple[str, ...], ...]
     text_weight: float
     noise: Noise
 
     def without(self, parts: Sequence[str]) -> "Stage":
         """The stage with some of its parts frozen too. ValueError for what it does not train, or if nothing is left."""
-        own = [prefix.removesuffix(".") for prefix in self.trains]
-        if unknown := [part for part in parts if part not in own]:
-            raise ValueError(f"{unknown} cannot be frozen in stage {self.name}: expected some of {own}")
-        left = tuple(prefix for prefix in self.trains if prefix.removesuffix(".") not in parts)
+        own = {trained: _names(trained) for trained in self.trains}
+        known = [name for names in own.values() for name in names]
+        if unknown := [part for part in parts if part not in known]:
+            raise ValueError(f"{unknown} cannot be frozen in stage {self.name}: expected some of {known}")
+        left = tuple(trained for trained, names in own.items() if not set(names) & set(parts))
         if not left:
             raise ValueError(f"freezing {list(parts)} leaves nothing to train in stage {self.name}")
         return replace(self, trains=left)
@@ -45,12 +56,12 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("base", (*LANGUAGE, "model.visual.", *PROJECTORS, *DECODER), 1.0, Noise(flip=0.1, drop_path=0.0)),
+        Stage("base", (*LANGUAGE, VISION, *PROJECTORS, *DECODER), 1.0, Noise(flip=0.1, drop_path=0.0)),
         Stage("pretrain", PROJECTORS, 0.0, Noise(drop_path=0.0)),
-        Stage("understanding", (*LANGUAGE, *VISION_PROJECTOR), 1.0, Noise(drop_path=0.0)),
+        Stage("understanding", (*LANGUAGE, VISION_PROJECTOR), 1.0, Noise(drop_path=0.0)),
         Stage("sft", (*DECODER, *PROJECTORS), 0.0, Noise()),
         Stage("sft_on_winners", (*DECODER, *PROJECTORS), 0.0, NO_NOISE),
-        Stage("edit", (*LANGUAGE, "model.visual.", *PROJECTORS, *DECODER), 1.0, Noise()),
+        Stage("edit", (*LANGUAGE, VISION, *PROJECTORS, *DECODER), 1.0, Noise()),
         Stage("dpo", (*DECODER, *PROJECTORS), 0.0, NO_NOISE),
     )
 }
@@ -66,7 +77,8 @@ def freeze(model: nn.Module, stage: Stage) -> list[str]:
             raise ValueError(f"stage {stage.name}: no parameter's name starts with {prefix!r}")
     trained = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(stage.trains) and name != UNREACHED)
+        reached = not name.startswith((UNREACHED, *getattr(model, "unreached", ())))
+        parameter.requires_grad_(reached and any(name.startswith(prefix) for prefix in stage.trains))
         if parameter.requires_grad:
             trained.append(name)
     return sorted(trained)

@@ -26,9 +26,9 @@ from vargpt_rl.evaluate.pair_plot import plot_pairs
 from vargpt_rl.export import keep_best
 from vargpt_rl.inputs import Inputs
 from vargpt_rl.model.bits import pack
-from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.families import load_config
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.scales import token_count
 from vargpt_rl.run import Run
 
 # What seeds are for, beside the run's seed and the iteration.
@@ -128,11 +128,11 @@ class Steps:
         return result | {"corpus": counts, "swap": self._swap(key, probe, result.pop("probe"))}
 
     def _probe(self) -> Probe:
-        """Random bits: a picture as good as any other to compare weights by."""
-        tokens = token_count(schedule_for(self.resolution))
-        depth = VargptConfig.from_pretrained(self.inputs.model).image_tokenizer_config.bits
-        bits = np.random.default_rng(self.config.seed).integers(0, 2, (tokens, depth))
-        return Probe(Prompt("probe", "a picture", REPLY), pack(bits), self.resolution)
+        """Random tokens: a picture as good as any other to compare weights by."""
+        tokenizer = load_config(self.inputs.model).image_tokenizer_config
+        tokens, (depth, values) = token_count(tokenizer.schedule_for(self.resolution)), tokenizer.symbols
+        labels = np.random.default_rng(self.config.seed).integers(0, values, (tokens, depth))
+        return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), self.resolution)
 
     def _drawings(self, count: int, seed: int, share: float = 1.0) -> list[Record] | Feed:
         """What a stage learns to draw; a stream is endless, and has the questions too."""

@@ -1,9 +1,10 @@
 """Training examples and how they are batched.
 
-Drawings travel as features of the image tokenizer, not as bits: bitwise self-correction flips bits and recomputes the
-labels of later scales, for which the features are needed. Preference pairs travel as bits, for they are fixed.
+Drawings travel as features of the image tokenizer, not as its tokens: bitwise self-correction flips bits and recomputes
+the labels of later scales, for which the features are needed. Preference pairs travel as tokens, for they are fixed.
 
-Shape legend: B rows, T positions, N drawings in the batch, L image tokens, d bits a token, h w latent grid.
+Shape legend: B rows, T positions, N drawings in the batch, L image tokens, s symbols a token (32 bits, or one index),
+d latent channels, h w latent grid.
 """
 
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from PIL import Image
 from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import unpack
-from vargpt_rl.model.prompt import IGNORED, ChatFormat, Encoded, Pictures
-from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
+from vargpt_rl.model.prompt import IGNORED, Encoded, Markup, Pictures
+from vargpt_rl.model.scales import STRIDE, token_count
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this, as tensor cores like it."""
@@ -63,7 +64,7 @@ class Row:
 Example = Row | DrawExample | TextExample
 
 
-def shown_picture(prompt: Prompt, source: PictureSource, chat: ChatFormat) -> Pictures | None:
+def shown_picture(prompt: Prompt, source: PictureSource, chat: Markup) -> Pictures | None:
     """The picture that a prompt shows, if it shows one, for the vision tower."""
     return chat.pictures([source.load(prompt.shown, prompt.shown_side)]) if prompt.shown is not None else None
 
@@ -74,7 +75,7 @@ def joined(pictures: Iterable[Pictures | None]) -> dict[str, torch.Tensor]:
     return {field: torch.cat([getattr(picture, field) for picture in seen]) for field in Pictures._fields if seen}
 
 
-def _pad_rows(chat: ChatFormat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+def _pad_rows(chat: Markup, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": chat.pad(rows, "right", multiple=MULTIPLE),
         "attention_mask": chat.pad([[1] * len(row) for row in rows], "right", value=0, multiple=MULTIPLE),
@@ -90,7 +91,7 @@ class SftCollator:
     the vision tower's weights together, must all run it.
     """
 
-    def __init__(self, chat: ChatFormat, packs: bool = False, shows: bool = False):
+    def __init__(self, chat: Markup, packs: bool = False, shows: bool = False):
         self.chat, self.packs, self.shows = chat, packs, shows
 
     def _row(self, example: Example) -> Row:
@@ -100,7 +101,7 @@ class SftCollator:
         if isinstance(example, TextExample):
             return Row(self.chat.answered(example.question, example.answer, grid), example.pictures)
         height, width = (side * STRIDE for side in example.features.shape[1:])
-        tokens = token_count(schedule_for(height, width))
+        tokens = token_count(self.chat.config.image_tokenizer_config.schedule_for(height, width))
         text = self.chat.drawn(example.prompt.text, example.prompt.reply, tokens, grid)
         return Row(text, example.pictures, (example.features,))
 
@@ -116,10 +117,10 @@ class SftCollator:
         return alone + [[texts[index] for index in found.indices] for found in packs]
 
     def _blank(self) -> Row:
-        config = self.chat.config
-        side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-        return Row(Encoded(ids, [IGNORED] * 3), self.chat.pictures([Image.new("RGB", (side, side))], side**2))
+        side = self.chat.least_side
+        pictures = self.chat.pictures([Image.new("RGB", (side, side))], side**2)
+        ids = [id for shown in self.chat.shown(pictures.image_grid_thw) for id in self.chat.seen(shown.features)]
+        return Row(Encoded(ids, [IGNORED] * len(ids)), pictures)
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         groups = self._grouped([self._row(example) for example in examples])
@@ -145,17 +146,17 @@ class PairCollator:
     ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO.
     """
 
-    def __init__(self, chat: ChatFormat):
+    def __init__(self, chat: Markup):
         self.chat = chat
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
-        resolution = pairs[0]["resolution"]
-        tokens, depth = token_count(schedule_for(resolution)), self.chat.config.image_tokenizer_config.bits
+        resolution, tokenizer = pairs[0]["resolution"], self.chat.config.image_tokenizer_config
+        tokens = token_count(tokenizer.schedule_for(resolution))
         rows = [self.chat.drawn(pair["prompt"], pair["reply"], tokens).ids for pair in pairs] * 2
         batch = _pad_rows(self.chat, rows)
         batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         packed = [pair[key] for key in ("chosen_bits", "rejected_bits") for pair in pairs]
-        batch["bits"] = torch.from_numpy(np.stack([unpack(bits, tokens, depth) for bits in packed]))
+        batch["bits"] = torch.from_numpy(np.stack([unpack(bits, tokens, *tokenizer.symbols) for bits in packed]))
         batch["resolution"] = torch.tensor(resolution)
         for side in ("chosen", "rejected"):
             logps = [pair[f"reference_{side}_logp"] for pair in pairs]

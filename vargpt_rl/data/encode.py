@@ -44,8 +44,7 @@ from vargpt_rl.data.records.schema import DRAWN, Conversation, placeholders
 from vargpt_rl.data.records.sources import RecordSource, open_records
 from vargpt_rl.data.records.stream import Reading, Records
 from vargpt_rl.inputs import check_model
-from vargpt_rl.model.configuration import VargptConfig
-from vargpt_rl.model.image_tokenizer import ImageTokenizer
+from vargpt_rl.model.families import AnyImageTokenizer, family_of, load_config
 from vargpt_rl.model.scales import schedule_for
 from vargpt_rl.shards import check_tensors, stored_in_folder
 
@@ -144,10 +143,11 @@ def fresh_crops(
                     yield from ((drawn.content, number, pixels) for number, pixels in drawn.crops.items())
 
 
-def load_image_tokenizer(folder: Path) -> ImageTokenizer:
+def load_image_tokenizer(folder: Path) -> AnyImageTokenizer:
     """That of a model directory, float32; nothing else of the model is read. ValueError for what is not right in it."""
     prefix = "image_tokenizer."
-    tokenizer = ImageTokenizer(VargptConfig.from_pretrained(folder).image_tokenizer_config).eval()
+    config = load_config(folder)
+    tokenizer = family_of(config).image_tokenizer(config.image_tokenizer_config).eval()
     stored = {name: one for name, one in stored_in_folder(folder).items() if name.startswith(prefix)}
     check_tensors(stored, {f"{prefix}{name}": tuple(t.shape) for name, t in tokenizer.state_dict().items()}, folder)
     tokenizer.load_state_dict({name.removeprefix(prefix): one.read() for name, one in stored.items()})
@@ -155,7 +155,9 @@ def load_image_tokenizer(folder: Path) -> ImageTokenizer:
 
 
 @torch.inference_mode()
-def features_of(tokenizer: ImageTokenizer, pictures: list[np.ndarray], batch: int, device: torch.device) -> np.ndarray:
+def features_of(
+    tokenizer: AnyImageTokenizer, pictures: list[np.ndarray], batch: int, device: torch.device
+) -> np.ndarray:
     """float16 [B, d, h, w] of at most ``batch`` pictures uint8 [H, W, 3], each the same in whatever company."""
     images_BHW3 = np.stack(pictures + [pictures[-1]] * (batch - len(pictures)))
     images_B3HW = (torch.from_numpy(images_BHW3).to(device).float() / 127.5 - 1).permute(0, 3, 1, 2)
@@ -168,6 +170,7 @@ def encode(command: Encoding) -> Counter[str]:
     """Write the features that are missing; what was read and encoded."""
     folder = Path(check_model(command.checkpoint))
     tokenizer = load_image_tokenizer(folder)
+    tokenizer.schedule_for(command.resolution)  # refuses a size that the model does not draw
     checksum = tokenizer_checksum(tokenizer.state_dict())
     made = (command.out, checksum, command.resolution)
     there: Container[tuple[str, int]] = FeatureCache(*made) if shard_files(command.out) else ()

@@ -19,8 +19,8 @@ from vargpt_rl.generate import batches, check_unchanged, draw_missing, make_fold
 from vargpt_rl.inputs import check_model
 from vargpt_rl.model.answer import answer
 from vargpt_rl.model.conversation import device_and_dtype, load
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.unified import Unified
 
 Look = Callable[[str], Image.Image]
 """The picture that a name stands for; ValueError where it cannot be read."""
@@ -61,7 +61,7 @@ class Subject:
         self.weights = digest(self.path)
 
     @cached_property
-    def _loaded(self) -> tuple[Vargpt, ChatFormat]:
+    def _loaded(self) -> tuple[Unified, Markup]:
         return load(self.path, self.config.device, self.config.dtype)
 
     def release(self) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.unified import Unified
 
 Question = tuple[str, Sequence[Image.Image]]
 """What is asked, and the pictures it is asked about, which come before the words; there may be none."""
 
 
 @torch.inference_mode()
-def answer(model: Vargpt, chat: ChatFormat, questions: Sequence[Question], max_tokens: int) -> list[str]:
+def answer(model: Unified, chat: Markup, questions: Sequence[Question], max_tokens: int) -> list[str]:
     """The likeliest words to each question, at most ``max_tokens`` of them, without surrounding blanks."""
     images = [image for _, shown in questions for image in shown]
     seen = chat.pictures(images) if images else None
@@ -31,7 +31,7 @@ def answer(model: Vargpt, chat: ChatFormat, questions: Sequence[Question], max_t
         mm_token_type_ids=(ids_BT == model.config.image_token_id).int(),
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=chat.im_end,
+        eos_token_id=chat.end,
         pad_token_id=chat.tokenizer.pad_token_id,
         **pictures,
     )[:, ids_BT.shape[1] :]

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.generate import Reading, SamplingConfig, draw_next, to_pictures
 from vargpt_rl.model.hub import model_folder
-from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import REPLY, ChatFormat, Pictures
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.prompt import REPLY, Markup, Pictures
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import Unified
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -47,7 +48,7 @@ class ReplyConfig:
 
 
 class DrawnPicture(NamedTuple):
-    """A drawn picture of a reply: pixels, its bits uint8 [L, d], and the seed they were drawn with."""
+    """A drawn picture of a reply: pixels, its tokens [L, s] (bits [L, d]), and the seed they were drawn with."""
 
     image: Image.Image
     bits_Ld: torch.Tensor
@@ -73,8 +74,8 @@ class Conversation:
 
     def __init__(
         self,
-        model: Vargpt,
-        chat: ChatFormat,
+        model: Unified,
+        chat: Markup,
         size: tuple[int, int] = (512, 512),
         sampling: SamplingConfig | None = None,
         replies: ReplyConfig | None = None,
@@ -82,17 +83,16 @@ class Conversation:
     ):
         self.model, self.chat, self.size = model, chat, size
         self.sampling, self.replies = sampling or SamplingConfig(), replies or ReplyConfig()
-        self.tokens = token_count(schedule_for(*size))
+        self.tokens = token_count(model.image_tokenizer.schedule_for(*size))
         self.limit = model.config.text_config.max_position_embeddings
         self.reading = Reading(model, 1)
         self.ids: list[int] = []
         self.next_seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        self._closing = [chat.im_end, *chat.text("\n")]
-        # Of the special tokens a reply may have im_end and image_gen_start only.
+        # Of the special tokens a reply may have the end and image_gen_start only.
         self._allowed_V = torch.arange(model.config.text_config.vocab_size) < len(chat.tokenizer)
         self._allowed_V[list(chat.tokenizer.get_added_vocab().values())] = False
-        self._allowed_V[chat.im_end] = True
+        self._allowed_V[chat.end] = True
 
     @torch.inference_mode()
     def say(self, text: str, images: Sequence[Image.Image] = (), draw: bool = False) -> Reply:
@@ -110,13 +110,13 @@ class Conversation:
             raise ValueError(f"the conversation is too long: {len(self.ids)} + {needed} of {self.limit} tokens")
         self._read(turn, seen)
         reply = [REPLY, self._draw()] if draw else self._reply()
-        self._read(self._closing)
+        self._read(self.chat.closing)
         return reply
 
     @property
     def room(self) -> int:
         """How many more tokens may be said before the current turn is closed."""
-        return self.limit - len(self.ids) - len(self._closing)
+        return self.limit - len(self.ids) - len(self.chat.closing)
 
     def _reply(self) -> Reply:
         """Words until the model ends its turn, with the pictures it begins among them."""
@@ -125,7 +125,7 @@ class Conversation:
         for _ in range(min(self.replies.max_tokens, self.room)):
             may_draw = pictures < self.replies.max_pictures and self.room >= self.tokens + 2
             token = self._next_token(may_draw)
-            if token == self.chat.im_end or not self.room:
+            if token == self.chat.end or not self.room:
                 break
             self._read([token])
             if token == start:
@@ -150,7 +150,7 @@ class Conversation:
         drawn = draw_next(self.reading, [seed], self.size, self.sampling)
         self.ids += [self.model.config.image_gen_pad_token_id] * self.tokens
         self._read([self.model.config.image_gen_end_token_id])
-        return DrawnPicture(to_pictures(self.model, drawn.summed_Bdhw)[0], drawn.bits_BLd[0].cpu(), seed)
+        return DrawnPicture(to_pictures(self.model, drawn.summed_Bdhw)[0], drawn.labels_BLs[0].cpu(), seed)
 
     def _read(self, ids: list[int], seen: Pictures | None = None) -> None:
         ids_BT = torch.tensor([ids], device=self.model.device)
@@ -159,7 +159,7 @@ class Conversation:
         self.ids += ids
 
 
-def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Vargpt, ChatFormat]:
+def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Unified, Markup]:
     """The model of a directory or a hub name (`model_folder`), ready to draw and to answer, and its chat format.
 
     ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. ValueError for a
@@ -168,10 +168,11 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
     place, kind = device_and_dtype(device, dtype)
     folder = model_folder(checkpoint)
     try:
-        model, report = Vargpt.from_pretrained(folder, dtype=kind, output_loading_info=True)
+        family = family_of(load_config(folder))
+        model, report = family.model.from_pretrained(folder, dtype=kind, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} is one")
-        chat = ChatFormat(str(folder), model.config)
+        chat = family.markup(str(folder), model.config)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error
     return model.to(place).eval(), chat

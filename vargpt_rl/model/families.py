@@ -7,33 +7,45 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.image_tokenizer import ImageTokenizer
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat, Markup
 from vargpt_rl.model.release_config import Release
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.v1.configuration import VargptV1Config
+from vargpt_rl.model.v1.image_tokenizer import V1ImageTokenizer
 from vargpt_rl.model.v1.modeling import VargptV1
 from vargpt_rl.model.v1.prompt import VicunaFormat
 from vargpt_rl.model.v1.release_config import V1Release
 
+AnyImageTokenizer = ImageTokenizer | V1ImageTokenizer
+
 
 class Family(NamedTuple):
-    """What serves a configuration: its model, its markup and the layout of its published checkpoint."""
+    """What serves a configuration: model, image tokenizer, markup, and the layout of the published checkpoint."""
 
     model: type[Unified]
+    image_tokenizer: type[AnyImageTokenizer]
     markup: type[Markup]
     release: type[Release] | type[V1Release]
 
 
 FAMILIES: dict[str, Family] = {
-    VargptConfig.model_type: Family(Vargpt, ChatFormat, Release),
-    VargptV1Config.model_type: Family(VargptV1, VicunaFormat, V1Release),
+    VargptConfig.model_type: Family(Vargpt, ImageTokenizer, ChatFormat, Release),
+    VargptV1Config.model_type: Family(VargptV1, V1ImageTokenizer, VicunaFormat, V1Release),
 }
 
 
+def family_named(model_type: str) -> Family:
+    """By the ``model_type`` of a configuration. ValueError for any other."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"a model of type {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
+
+
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family that a configuration belongs to."""
-    return FAMILIES[config.model_type]
+    """The family that a configuration belongs to. ValueError for one of another model."""
+    return family_named(config.model_type)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:

@@ -6,12 +6,17 @@ because the tiny model's narrow layers do not divide into the release's 32.
 Shape legend: B batch, H W picture, h w latent grid, d bits a token, L image tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vargpt_rl.model.bits import Bits, residual, resize, to_codes
 from vargpt_rl.model.multiscale import Quantised, to_map, to_tokens
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Reconstructed and original pictures float [B, 3, H, W] -> a scalar."""
 
 
 class ResidualBlock(nn.Module):
@@ -149,6 +154,10 @@ class ImageTokenizer(nn.Module, Bits):
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
         """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(summed_Bdhw).clamp(-1, 1)
+
+    def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
+        """Scalar: what ``criterion`` says of the round trip's pictures, before the clamp, and their originals."""
+        return criterion(self.reconstruct(images_B3HW), images_B3HW)
 
     def reconstruct(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Differentiable round trip for training the tokenizer; pictures before the clamp.

@@ -28,6 +28,11 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
 
     config_class = VargptConfig
     image_weight = 3.0
+    stacks = {
+        "model.language_model.layers": ("text_config", "num_hidden_layers"),
+        "model.visual.blocks": ("vision_config", "depth"),
+        "image_decoder.blocks": ("decoder_config", "depth"),
+    }
 
     def __init__(self, config: VargptConfig):
         super().__init__(config)
@@ -84,6 +89,15 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         """[P, H]: the merged patches of all understood pictures."""
         return torch.cat(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
+    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+        vision = self.config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        seen = max(1, round(side / (patch * merge)))
+        channels = vision.in_channels * vision.temporal_patch_size * patch**2
+        pixel_values = torch.zeros(count * (seen * merge) ** 2, channels, device=self.device, dtype=self.dtype)
+        grids = torch.tensor([[1, seen * merge, seen * merge]] * count)
+        return {"pixel_values": pixel_values, "image_grid_thw": grids}, seen**2
+
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
         """int64 [3, B, T]: m-rope positions (temporal, row, column); the same for training and sampling.
 
@@ -108,7 +122,8 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         states_NTC = self.projector_out(hidden_BTH[row_N, :longest])
         return DecoderContext(states_NTC, before_NT & attention_mask_BT[row_N, :longest].bool())
 
-    def guided(self, cfg: float) -> bool:
+    @staticmethod
+    def guided(cfg: float) -> bool:
         """Whether this strength needs the unconditional branch."""
         return cfg != 1
 

@@ -65,6 +65,8 @@ class Markup:
 
     end: int
     between: list[int]
+    least_side: int
+    """Pixels a side of the smallest picture that the vision tower takes."""
 
     def __init__(self, path: str, config: PreTrainedConfig):
         self.config = config
@@ -177,6 +179,7 @@ class ChatFormat(Markup):
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         self.im_start, self.im_end = (self.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
         self.end, self.between = self.im_end, self.text("\n")
+        self.least_side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
     def turn(self, role: str, content: list[int]) -> list[int]:
         """``im_start`` role newline content ``im_end`` newline."""

@@ -79,8 +79,19 @@ class Unified:
     accepts_loss_kwargs = False  # losses are means: the trainer divides them by the accumulation steps
     image_weight: float
     """Weight of the image loss beside the text loss in supervised training."""
+    stacks: dict[str, tuple[str, str]]
+    """Each stack of equal blocks, and where the configuration says how many they are."""
+    unreached: tuple[str, ...] = ()
+    """What the names of parameters begin with that no loss depends on."""
     draws_unconditionally = False
     """Whether pictures are sampled, and scored, under the dropped condition."""
+
+    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+        """``pixel_values`` of zeros and ``image_grid_thw`` of pictures to be shown, and how many features each has.
+
+        ``side``: of a picture in pixels, where the family shows more than one size.
+        """
+        raise NotImplementedError
 
     def teacher_forced(
         self,

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.command import load_command
-from vargpt_rl.data.instruct.captions import Fields, read_captions
+from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
 from vargpt_rl.data.instruct.templates import template_pair
 from vargpt_rl.data.instruct.types import Caption, Pair, Reject, Unusable
@@ -38,15 +38,17 @@ class Method(enum.Enum):
 class Command:
     """``captions`` is a .jsonl, .csv or .parquet file with the columns ``*_field``; the image's may be missing.
 
-    ``limit`` takes the first records only. The keys from ``endpoint`` on are for ``method=llm``: the address and the
-    model, the name of the environment variable that has the key (none is needed where the server wants none), how many
-    requests run at once, how long one may take, and how often one is repeated.
+    ``sample`` takes so many captions at random, by ``seed`` and their ids; ``limit`` the first ones only. The keys from
+    ``endpoint`` on are for ``method=llm``: the address and the model, the name of the environment variable that has the
+    key (none is needed where the server wants none), how many requests run at once, how long one may take, and how
+    often one is repeated.
     """
 
     captions: Path
     out: Path
     method: Method
     seed: int = 0
+    sample: int | None = None
     limit: int | None = None
     id_field: str = "id"
     caption_field: str = "caption"
@@ -60,8 +62,9 @@ class Command:
     retries: int = 5
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit}: expected 1 or more")
+        for key in ("sample", "limit"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: expected 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
         if self.out.exists() and self.captions.exists() and self.out.samefile(self.captions):
@@ -112,7 +115,9 @@ def attempt(caption: Caption | Reject, ask: Callable[[Caption], Pair], method: s
 def execute(command: Command) -> Counter[str]:
     """Write the dialogues and rejects; how many records came to what."""
     fields = Fields(command.id_field, command.caption_field, command.image_field)
-    captions = islice(read_captions(command.captions, fields), command.limit)
+    read = partial(read_captions, command.captions, fields)
+    captions = read() if command.sample is None else drawn_at_random(read, command.sample, command.seed)
+    captions = islice(captions, command.limit)
     if command.method is Method.llm:
         ask, spread = by_llm(command)
     else:

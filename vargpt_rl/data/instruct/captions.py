@@ -6,7 +6,9 @@ A fault of the file is a ValueError that names the setting; a fault of one recor
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from heapq import nsmallest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,22 @@ def read_captions(path: Path, fields: Fields) -> Iterator[Caption | Reject]:
         if columns is not None and name not in columns:
             raise ValueError(f"{setting}={name}: no such column in {path}, expected one of {', '.join(columns)}")
     return (_caption(source, row, fields) for source, row in ROWS[path.suffix](path))
+
+
+def drawn_at_random(
+    read: Callable[[], Iterable[Caption | Reject]], count: int, seed: int
+) -> Iterator[Caption | Reject]:
+    """``count`` of the captions that ``read`` gives, twice, in their order; which ones follows from ids and ``seed``.
+
+    Those of a larger ``count`` include those of a smaller one. Rejects are all given.
+    """
+    ranks = ((_rank(caption.id, seed), caption.id) for caption in read() if isinstance(caption, Caption))
+    chosen = {identity for _, identity in nsmallest(count, ranks)}
+    return (caption for caption in read() if isinstance(caption, Reject) or caption.id in chosen)
+
+
+def _rank(identity: str, seed: int) -> bytes:
+    return blake2b(f"{seed} {identity}".encode(), digest_size=8).digest()
 
 
 def _columns(path: Path) -> list[str] | None:

@@ -28,8 +28,8 @@ from vargpt_rl.data.records.schema import DRAWN, SHOWN, Conversation, pieces, pl
 from vargpt_rl.data.records.sources import RecordSource, open_records
 from vargpt_rl.data.records.stream import Reading
 from vargpt_rl.data.sources import is_held_out
-from vargpt_rl.model.prompt import ChatFormat, Drawn, Encoded, Part, Pictures
-from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.prompt import Drawn, Encoded, Markup, Part, Pictures
+from vargpt_rl.model.scales import token_count
 
 PEEK = 16
 """Rows that are read to see which task a source is of."""
@@ -81,7 +81,7 @@ class Encode:
     Raises BadRecord for a picture that cannot be used or is not in ``cache``, and for rows above ``max_tokens``.
     """
 
-    chat: ChatFormat
+    chat: Markup
     resolution: int
     max_tokens: int
     seen_pixels: int
@@ -106,7 +106,7 @@ class Encode:
 
     def _turns(self, record: Conversation, pictures: Pictures | None) -> Iterator[tuple[str, list[Part]]]:
         shown = iter(self.chat.shown(pictures.image_grid_thw if pictures else None))
-        drawn = Drawn(token_count(schedule_for(self.resolution)))
+        drawn = Drawn(token_count(self.chat.config.image_tokenizer_config.schedule_for(self.resolution)))
         for message in record.messages:
             parts = pieces(message.text)
             yield message.role, [next(shown) if part == SHOWN else drawn if part == DRAWN else part for part in parts]
@@ -176,7 +176,7 @@ class Feed:
 
         return FeatureCache(self.encoded / str(self.resolution), self.tokenizer_checksum, self.resolution)
 
-    def mixture(self, chat: ChatFormat, micro_batch: int, seed: int, rank: int, ranks: int) -> Mixture:
+    def mixture(self, chat: Markup, micro_batch: int, seed: int, rank: int, ranks: int) -> Mixture:
         """A rank's micro-batches. ValueError, with its reason, for a source or a share that cannot be."""
         cache = self.cache()
         encode = Encode(chat, self.resolution, self.max_tokens, self.seen_pixels, cache)

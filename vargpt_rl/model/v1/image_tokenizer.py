@@ -4,6 +4,9 @@ Each scale is the nearest entries of one codebook to what the coarser scales lef
 convolution that neighbouring scales share (VARGPT, section 7.2; specification, section 2). Unlike bits these steps have
 weights, so inputs can be rebuilt where the image tokenizer is at hand only.
 
+It is trained with VAR's losses of the codebook, and one thing that the published code lacks: codes that no picture has
+used for a while begin anew where one would be of use.
+
 Shape legend: B batch, H W picture, h w latent grid, d latent channels, V codes, n tokens of one scale.
 """
 
@@ -12,10 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vargpt_rl.model.image_tokenizer import Decoder, Encoder
+from vargpt_rl.model.image_tokenizer import Criterion, Decoder, Encoder
 from vargpt_rl.model.multiscale import MultiScale, Quantised, to_map, to_tokens
 from vargpt_rl.model.scales import Schedule
 from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig
+
+COMMITMENT = 0.25
+"""Weight of the features' distance to their codes beside the codes' distance to the features (VAR)."""
+PATIENCE = 25
+"""Training steps after which a code that was not used begins anew."""
 
 
 def conv_of_scale(scales: int, convs: int) -> list[int]:
@@ -48,6 +56,7 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         self.from_latent = nn.Conv2d(d, d, 3, padding=1)
         self.codebook = nn.Embedding(config.codes, d)
         self.residual = nn.ModuleList(nn.Conv2d(d, d, 3, padding=1) for _ in range(config.residual_convs))
+        self.register_buffer("idle", torch.zeros(config.codes, dtype=torch.int64), persistent=False)
         self.conv_of_scale = conv_of_scale(len(config.sides), config.residual_convs)
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
@@ -87,3 +96,41 @@ class V1ImageTokenizer(nn.Module, MultiScale):
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
         """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(self.from_latent(summed_Bdhw)).clamp(-1, 1)
+
+    def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
+        """Scalar: what ``criterion`` says of the round trip's pictures, before the clamp, and of their originals; and
+        the mean squared distance, over scales, between the sum so far and the features.
+
+        The gradient of the pictures passes straight through to the features; codes and shared convolutions learn from
+        the distance.
+        """
+        schedule = self.schedule_for(*images_B3HW.shape[-2:])
+        features = self.features(images_B3HW)
+        self._revive(features.detach(), schedule)
+        summed, distance = torch.zeros_like(features), 0.0
+        for k, grid in enumerate(schedule):
+            labels = self.label(features.detach(), summed.detach(), grid)
+            self.idle[labels.unique().long()] = 0
+            summed = summed + self.addend(labels, schedule, k, features.dtype)
+            distance = distance + F.mse_loss(summed, features.detach())
+            distance = distance + COMMITMENT * F.mse_loss(summed.detach(), features)
+        through = features + (summed - features).detach()
+        pictures_B3HW = self.decoder(self.from_latent(through))
+        return criterion(pictures_B3HW, images_B3HW) + distance / len(schedule)
+
+    @torch.no_grad()
+    def _revive(self, features_Bdhw: torch.Tensor, schedule: Schedule) -> None:
+        """Put codes that were idle for long where these pictures have something left over, at random scales."""
+        self.idle += 1
+        tired = (self.idle > PATIENCE).nonzero()[:, 0]
+        if not len(tired):
+            return
+        rest, summed = [], torch.zeros_like(features_Bdhw)
+        for k, grid in enumerate(schedule):
+            left_Bnd = to_tokens(shrink(features_Bdhw - summed, grid))
+            rest.append(left_Bnd.flatten(0, 1))
+            summed = summed + self.addend(self._nearest(left_Bnd), schedule, k, features_Bdhw.dtype)
+        scales = torch.randint(len(rest), (len(tired),)).tolist()
+        fresh = [rest[k][int(torch.randint(len(rest[k]), ()))] for k in scales]
+        self.codebook.weight[tired] = torch.stack(fresh)
+        self.idle[tired] = 0

@@ -32,6 +32,11 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
 
     config_class = VargptV1Config
     image_weight = 1.0
+    stacks = {
+        "model.language_model.layers": ("text_config", "num_hidden_layers"),
+        "model.vision_tower.encoder.layers": ("vision_config", "num_hidden_layers"),
+        "image_decoder.blocks": ("decoder_config", "depth"),
+    }
 
     def __init__(self, config: VargptV1Config):
         super().__init__(config)
@@ -40,6 +45,12 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         self.projector_in = Projector(width, hidden)
         self.projector_out = Projector(hidden, width)
         self.image_decoder = V1VisualDecoder(config.decoder_config, config.image_tokenizer_config)
+        # Pictures are seen through the last but one layer of the vision tower.
+        first = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
+        unused = range(first, config.vision_config.num_hidden_layers)
+        self.unreached = ("model.vision_tower.post_layernorm.",) + tuple(
+            f"model.vision_tower.encoder.layers.{layer}." for layer in unused
+        )
         self.draws_unconditionally = config.decoder_config.draws_unconditionally
         self.post_init()
 
@@ -92,6 +103,13 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         """[P, H]: the patches of all understood pictures."""
         return torch.cat(list(self.get_image_features(pixel_values).pooler_output))
 
+    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+        vision = self.config.vision_config
+        cells = vision.image_size // vision.patch_size
+        pixel_values = torch.zeros(count, 3, *[vision.image_size] * 2, device=self.device, dtype=self.dtype)
+        grids = torch.tensor([[1, cells, cells]] * count)
+        return {"pixel_values": pixel_values, "image_grid_thw": grids}, cells**2
+
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
         """int64 [B, T]; the same for training and sampling, and for text and pictures."""
         return text_positions(attention_mask_BT)
@@ -103,7 +121,8 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> None:
         """The decoder sees nothing of the prompt but the states of the image tokens."""
 
-    def guided(self, cfg: float) -> bool:
+    @staticmethod
+    def guided(cfg: float) -> bool:
         """Whether this strength needs the unconditional branch."""
         return cfg != 0
 

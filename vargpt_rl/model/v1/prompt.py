@@ -29,6 +29,7 @@ class VicunaFormat(Markup):
         super().__init__(path, config)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(path)
         self.end, self.between = self.tokenizer.eos_token_id, []
+        self.least_side = config.vision_config.image_size
 
     def system(self) -> list[int]:
         return [self.tokenizer.bos_token_id, *self.text(SYSTEM)]
