@@ -25,7 +25,8 @@ IMAGE_WEIGHT = 3.0
 class Noise:
     """What makes supervised training robust; all off outside it.
 
-    ``flip``: upper bound of each picture's bit-flip probability, drawn uniformly (bitwise self-correction).
+    ``flip``: upper bound of the bit-flip probability, drawn uniformly for each picture and scale (bitwise
+    self-correction; the published code draws it for each scale of a batch, in hundredths).
     ``condition_drop``: probability that a picture's condition is replaced by the unconditional one.
     ``drop_path``: stochastic depth of the last decoder block.
     """
@@ -38,8 +39,9 @@ class Noise:
 def quantise_noisily(features_Bdhw: torch.Tensor, noise: Noise) -> Quantised:
     """Features -> bits, with inputs that carry the flips of bitwise self-correction."""
     schedule = schedule_for(*(side * STRIDE for side in features_Bdhw.shape[-2:]))
-    flip_N = torch.rand(len(features_Bdhw), device=features_Bdhw.device) * noise.flip if noise.flip else None
-    return quantise(features_Bdhw.float(), schedule, flip_N)
+    rates = (len(features_Bdhw), len(schedule))
+    flip_NK = torch.rand(rates, device=features_Bdhw.device) * noise.flip if noise.flip else None
+    return quantise(features_Bdhw.float(), schedule, flip_NK)
 
 
 def forward_batch(
