@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.actor import ActorHandle
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 from tqdm import tqdm
 
@@ -60,7 +60,8 @@ class RolloutPool:
     """``plan.workers`` rollout workers, all started with ``checkpoint``; returns when they are ready.
 
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
-    replacements, ``events`` says in words what happened. Not to be used by several threads at once.
+    replacements, ``events`` says in words what happened. Workers are of class ``kind`` and are sent those published
+    tensors whose names ``takes`` accepts. Not to be used by several threads at once.
     """
 
     def __init__(
@@ -70,10 +71,13 @@ class RolloutPool:
         checkpoint: str,
         source: PictureSource,
         progress: Progress | None = None,
+        kind: ActorClass = RolloutWorker,
+        takes: Callable[[str], bool] = lambda name: True,
     ):
         self.config = config
         self.plan = plan
         self.progress = progress
+        self.kind, self.takes = kind, takes
         self.version = 0
         self.restarts = 0
         self.events: list[str] = []
@@ -114,6 +118,10 @@ class RolloutPool:
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
         """Answer in words to each (picture key, question)."""
         return self.map("answer", questions, side, max_new_tokens, label="answer")
+
+    def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
+        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        return self.map("reply", texts, max_new_tokens, label="reply")
 
     def map(self, method: str, items: list, *args: Any, label: str, batch_size: int | None = None) -> list:
         """``method(batch, *args)`` of the workers over all items, in batches; exactly one result an item, in order.
@@ -178,7 +186,7 @@ class RolloutPool:
         if version <= self.version:
             raise ValueError(f"version {version} published after version {self.version}: versions only grow")
         start = time.perf_counter()
-        tensors = load_weights(path)
+        tensors = load_weights(path, self.takes)
         expected, size, names = checksum(tensors), size_of(tensors), frozenset(tensors)
         self._published = [old for old in self._published if not old.names <= names]
         weight_set = _WeightSet(version, expected, names, ray.put(tensors))
@@ -224,7 +232,7 @@ class RolloutPool:
         """A new worker; calls to it queue behind its replay of the published sets."""
         plan = self.plan
         options = {**plan.worker_options, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
-        worker = RolloutWorker.options(**options).remote(
+        worker = self.kind.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
         replayed = [worker.receive.remote(old.version, old.checksum, old.tensors) for old in self._published]

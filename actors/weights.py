@@ -6,13 +6,13 @@ bfloat16, so its bits travel as int16, which no parameter of the model has.
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 Weights = dict[str, np.ndarray]
 """Tensor by name; int16 stands for bfloat16."""
@@ -38,7 +38,8 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _to_torch(array: np.ndarray) -> torch.Tensor:
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """The same numbers as a tensor, not copied: only to be read."""
     with warnings.catch_warnings():
         # Arrays out of the object store are read-only; torch warns, but they are only read here.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -46,9 +47,10 @@ def _to_torch(array: np.ndarray) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
-def load_weights(path: Path) -> Weights:
-    """All tensors of a safetensors file."""
-    return {name: _to_numpy(tensor) for name, tensor in load_file(path).items()}
+def load_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
+    """The tensors of a safetensors file whose names are wanted."""
+    with safe_open(path, framework="pt") as file:
+        return {name: _to_numpy(file.get_tensor(name)) for name in file.keys() if wanted(name)}  # noqa: SIM118
 
 
 def size_of(tensors: Weights) -> int:
@@ -71,7 +73,7 @@ def checksum(tensors: Weights) -> str:
 
 def dtypes_of(tensors: Weights) -> dict[str, torch.dtype]:
     """Torch dtype of each tensor of a set."""
-    return {name: _to_torch(array[:0] if array.ndim else array).dtype for name, array in tensors.items()}
+    return {name: to_torch(array[:0] if array.ndim else array).dtype for name, array in tensors.items()}
 
 
 def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
@@ -94,7 +96,7 @@ def apply(model: torch.nn.Module, tensors: Weights) -> None:
     unknown = sorted(tensors.keys() - own.keys())
     if unknown:
         raise KeyError(f"not tensors of the model: {', '.join(unknown)}")
-    given = {name: _to_torch(array) for name, array in tensors.items()}
+    given = {name: to_torch(array) for name, array in tensors.items()}
     misfits = [
         f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the model's {tuple(own[name].shape)} {own[name].dtype}"
         for name, tensor in given.items()

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -31,6 +32,8 @@ from vargpt_rl.model.likelihood import bit_hits, bit_log_probs, picture_log_prob
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.text.requests import Request, TextEngine, answers, replies
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
@@ -71,7 +74,7 @@ class Score:
     hits_by_scale: list[float]
 
 
-def _serving(method):
+def serving(method):
     """A method that needs the current weights: refuses when stale, and runs without gradients."""
 
     @wraps(method)
@@ -84,11 +87,62 @@ def _serving(method):
     return call
 
 
-class Worker:
-    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold.
+class Writer(ABC):
+    """What all workers share: published weights and how they are taken, and text.
 
-    ``checkpoint`` itself is version 0; the worker serves once it holds ``version_required``.
+    The checkpoint it starts from is version 0; it serves once it holds ``version_required``.
     """
+
+    def __init__(self, engine: TextEngine, source: PictureSource, device: str, version_required: int):
+        self.engine, self.source, self.device = engine, source, device
+        self.version, self.checksum = 0, ""
+        self.version_required = version_required
+
+    @abstractmethod
+    def take(self, version: int, tensors: Weights) -> str:
+        """Put a weight set in place; the checksum of what was taken."""
+
+    def status(self) -> dict[str, int | str]:
+        """Version and checksum of the last weight set received, and where the worker runs."""
+        return {
+            "version": self.version,
+            "checksum": self.checksum,
+            "pid": os.getpid(),
+            "device": self.device,
+            "node": platform.node(),
+        }
+
+    def receive(self, version: int, expected_checksum: str, tensors: Weights) -> dict[str, int | str | float]:
+        """Put a weight set in place and verify it.
+
+        ValueError for a version older than the worker's own. RuntimeError when what it holds does not have the
+        expected checksum: it is of no known version then, and the worker is stale until the next good set.
+        """
+        if version < self.version:
+            raise ValueError(f"version {version} is older than the worker's own, {self.version}")
+        start = time.perf_counter()
+        found = self.take(version, tensors)
+        if found != expected_checksum:
+            self.version = -1
+            raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
+        self.version, self.checksum = version, found
+        seconds = time.perf_counter() - start
+        return {"version": version, "checksum": found, "bytes": size_of(tensors), "seconds": seconds}
+
+    @serving
+    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
+        """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
+        requests = [Request(text, self.source.load(key, side)) for key, text in questions]
+        return answers(self.engine, requests, max_new_tokens)
+
+    @serving
+    def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
+        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        return replies(self.engine, texts, max_new_tokens)
+
+
+class Worker(Writer):
+    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold."""
 
     def __init__(
         self,
@@ -103,39 +157,15 @@ class Worker:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = Vargpt.from_pretrained(checkpoint, dtype=dtype).to("cuda" if use_gpu else "cpu").eval()
         self.chat = ChatFormat(checkpoint, self.model.config)
-        self.source = source
-        self.version, self.checksum = 0, ""
-        self.version_required = version_required
+        engine = TransformersEngine(self.model, self.chat)
+        super().__init__(engine, source, str(self.model.device), version_required)
 
-    def status(self) -> dict[str, int | str]:
-        """Version and checksum of the last weight set received, and where the worker runs."""
-        return {
-            "version": self.version,
-            "checksum": self.checksum,
-            "pid": os.getpid(),
-            "device": str(self.model.device),
-            "node": platform.node(),
-        }
-
-    def receive(self, version: int, expected_checksum: str, tensors: Weights) -> dict[str, int | str | float]:
-        """Copy a weight set into the model and verify what the model then holds.
-
-        ValueError for a version older than the worker's own. RuntimeError when the model's tensors do not have the
-        expected checksum: they are of no known version then, and the worker is stale until the next good set.
-        """
-        if version < self.version:
-            raise ValueError(f"version {version} is older than the worker's own, {self.version}")
-        start = time.perf_counter()
+    def take(self, version: int, tensors: Weights) -> str:
+        """Copy into the model's own tensors, and hash these."""
         apply(self.model, tensors)
-        found = checksum_of(self.model, dtypes_of(tensors))
-        if found != expected_checksum:
-            self.version = -1
-            raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
-        self.version, self.checksum = version, found
-        seconds = time.perf_counter() - start
-        return {"version": version, "checksum": found, "bytes": size_of(tensors), "seconds": seconds}
+        return checksum_of(self.model, dtypes_of(tensors))
 
-    @_serving
+    @serving
     def draw(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
@@ -148,7 +178,7 @@ class Worker:
             for (prompt, seed), bits_Ld in zip(jobs, bits_BLd.cpu().numpy(), strict=True)
         ]
 
-    @_serving
+    @serving
     def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
         """Pictures of the source as bits and features; one that cannot be loaded is a ``Failure``."""
         results: dict[int, Encoded | Failure] = {}
@@ -168,7 +198,7 @@ class Worker:
                 results[i] = Encoded(keys[i], pack(bits_Ld), features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
-    @_serving
+    @serving
     def score(self, items: list[Drawn], resolution: int) -> list[Score]:
         """Log-probability of each picture's very bits given its prompt, teacher forced, no condition dropped."""
         schedule = schedule_for(resolution)
@@ -191,7 +221,7 @@ class Worker:
             )
         ]
 
-    @_serving
+    @serving
     def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
         """What ``rewards`` says of each picture; NaN counts as None. ValueError unless it says one thing a picture."""
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
@@ -200,7 +230,7 @@ class Worker:
         values = [value if value is None or isinstance(value, float) else float(value) for value in values]
         return [None if value is None or math.isnan(value) else value for value in values]
 
-    @_serving
+    @serving
     def pictures(self, items: list[tuple[Drawn, str]], resolution: int, folder: str) -> list[Path]:
         """Write each picture as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
         paths = []
@@ -211,26 +241,6 @@ class Worker:
             os.replace(unfinished, path)
             paths.append(path)
         return paths
-
-    @_serving
-    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
-        """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
-        pictures = self.chat.pictures([self.source.load(key, side) for key, _ in questions])
-        grids = pictures.image_grid_thw
-        rows = [self.chat.question(text, grids[i : i + 1]) for i, (_, text) in enumerate(questions)]
-        ids_BT, mask_BT = self._rows(rows, "left")
-        answers_BT = self.model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            pixel_values=pictures.pixel_values.to(self.model.device),
-            image_grid_thw=grids.to(self.model.device),
-            mm_token_type_ids=(ids_BT == self.model.config.image_token_id).int(),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.chat.im_end,
-            pad_token_id=self.chat.tokenizer.pad_token_id,
-        )[:, ids_BT.shape[1] :]
-        return [text.strip() for text in self.chat.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)]
 
     def _rows(self, rows: list[list[int]], side: str, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 ids and attention mask [B, T] on the model's device."""

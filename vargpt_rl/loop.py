@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from actors.pool import RolloutPool
 from actors.resources import plan
 from actors.rollout import Rollouts
+from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
@@ -118,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source)
         learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
-        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
+        text = start_text_engine(config.rollout, placement, inputs.model, inputs.source)
+        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling, text)
         steps = Steps(config, run, inputs, rollouts, learners)
         summary = execute(steps, run, config, pool, inputs)
         run.finish(summary)

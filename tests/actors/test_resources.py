@@ -33,8 +33,35 @@ def test_too_few_gpus_says_both_sums():
         plan({"CPU": 8.0, "GPU": 2.0}, RolloutConfig(workers=2), ranks=1)
 
 
+def test_generated_replies_ask_for_vllm_where_it_is(monkeypatch):
+    def installed(there):
+        monkeypatch.setattr("actors.resources.find_spec", lambda name: object() if there else None)
+
+    installed(False)
+    assert not RolloutConfig(reply="generate").uses_vllm
+    with pytest.raises(ValueError, match="vLLM is not installed"):
+        plan({"CPU": 2.0}, RolloutConfig(text_engine="vllm"), ranks=1)
+    installed(True)
+    assert RolloutConfig(reply="generate").uses_vllm and RolloutConfig(text_engine="vllm").uses_vllm
+    assert not RolloutConfig().uses_vllm
+    assert not RolloutConfig(reply="generate", text_engine="transformers").uses_vllm
+    assert plan({"CPU": 2.0}, RolloutConfig(), ranks=1).text is None
+    assert plan({"CPU": 2.0}, RolloutConfig(reply="generate"), ranks=1).text.worker_options == {"num_cpus": 0.0}
+
+    config = RolloutConfig(reply="generate", workers=1, text_gpus=0.5)
+    assert plan({"CPU": 8.0, "GPU": 3.0}, config, ranks=1).text.worker_options == {"num_cpus": 0.0, "num_gpus": 0.5}
+    with pytest.raises(ValueError, match="and vLLM of 0.5 need 2.5 GPUs, but the cluster has 2; .*rollout.text_gpus"):
+        plan({"CPU": 8.0, "GPU": 2.0}, config, ranks=1)
+
+
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="rollout.workers=0"):
         RolloutConfig(workers=0)
     with pytest.raises(ValueError, match="rollout.batch_size=0"):
         RolloutConfig(batch_size=0)
+    with pytest.raises(ValueError, match="rollout.reply=sing: expected template or generate"):
+        RolloutConfig(reply="sing")
+    with pytest.raises(ValueError, match="rollout.reply_tokens=0"):
+        RolloutConfig(reply_tokens=0)
+    with pytest.raises(ValueError, match="rollout.text_engine=sglang: expected auto, vllm or transformers"):
+        RolloutConfig(text_engine="sglang")
