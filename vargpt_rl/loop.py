@@ -63,11 +63,12 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")
     quarantined = dict(inputs.quarantine.counts)
+    pools = [pool, *filter(None, [steps.rollouts.text])]
     return summary | {
         "seconds": run.seconds,
         "quarantined": quarantined,
-        "restarts": pool.restarts,
-        "events": pool.events,
+        "restarts": sum(each.restarts for each in pools),
+        "events": [event for each in pools for event in each.events],
     }
 
 

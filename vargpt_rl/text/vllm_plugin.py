@@ -43,6 +43,7 @@ class TakesWeights:
         have what the old weights made; whoever calls this resets them.
         """
         self.weights_version = -1
-        self.reload_weights(weights_iterator=iter(tensors.items()))
+        if tensors:
+            self.reload_weights(weights_iterator=iter(tensors.items()))
         self.weights_version = version
         return self.weights_version
