@@ -11,7 +11,7 @@ from configs.schema import DataConfig
 from vargpt_rl.data.pictures import read_picture
 from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.evaluate.checker import check_edit
+from vargpt_rl.evaluate.edits import check_edit
 from vargpt_rl.evaluate.held_out import mean_and_error, shapes_check
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
