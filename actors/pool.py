@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.actor import ActorHandle
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
@@ -69,7 +69,8 @@ class RolloutPool:
     Each is in its one of ``places``, its replacement too; without them, wherever there is room.
 
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
-    replacements, ``events`` says in words what happened. Not to be used by several threads at once.
+    replacements, ``events`` says in words what happened. Workers are of class ``kind`` and are sent those published
+    tensors whose names ``takes`` accepts. Not to be used by several threads at once.
     """
 
     def __init__(
@@ -80,10 +81,13 @@ class RolloutPool:
         source: PictureSource,
         progress: Progress | None = None,
         places: list[Place] | None = None,
+        kind: ActorClass = RolloutWorker,
+        takes: Callable[[str], bool] = lambda name: True,
     ):
         self.config = config
         self.plan = plan
         self.progress = progress
+        self.kind, self.takes = kind, takes
         self.version = 0
         self.restarts = 0
         self.events: list[str] = []
@@ -135,6 +139,10 @@ class RolloutPool:
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
         """Answer in words to each (picture key, question)."""
         return self.map("answer", questions, side, max_new_tokens, label="answer")
+
+    def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
+        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        return self.map("reply", texts, max_new_tokens, label="reply")
 
     def map(self, method: str, items: list, *args: Any, label: str, batch_size: int | None = None) -> list:
         """``method(batch, *args)`` of the workers over all items, in batches; exactly one result an item, in order.
@@ -199,7 +207,7 @@ class RolloutPool:
         if version <= self.version:
             raise ValueError(f"version {version} published after version {self.version}: versions only grow")
         start = time.perf_counter()
-        layout, expected = layout_of(path), checksum(path)
+        layout, expected = layout_of(path, self.takes), checksum(path, self.takes)
         weight_set = _WeightSet(version, expected, layout, Path(path).resolve())
         self._published = [old for old in self._published if not old.layout.shapes.keys() <= layout.shapes.keys()]
         self._published.append(weight_set)
@@ -276,7 +284,7 @@ class RolloutPool:
         options = {**plan.worker_options, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
         if self._places:
             options["scheduling_strategy"] = self._places[place]
-        worker = RolloutWorker.options(**options).remote(
+        worker = self.kind.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
         replayed = [worker.receive.remote(old.version, old.checksum, self._parcel(old)) for old in self._published]

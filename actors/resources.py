@@ -2,11 +2,13 @@
 
 The processes lie in bundles of one GPU each, or without GPUs of equal shares of the CPUs. Split: a bundle holds one
 learner rank, or as many rollout workers as fit. Colocated: it holds a rank and workers, which compute in turns because
-the loop alternates sampling and learning. In no placement do two ranks share a GPU: NCCL refuses that.
+the loop alternates sampling and learning. In no placement do two ranks share a GPU: NCCL refuses that. vLLM, where it
+is used, has GPUs of its own, or without them shares the CPUs.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import ceil
 
 Resources = dict[str, float]
@@ -21,6 +23,9 @@ class RolloutConfig:
 
     ``transport``: how new weights reach the workers (``actors.transport``): shared_fs, object_store, broadcast, or
     auto, the first where a worker sees the run directory and else the second.
+    ``reply``: what stands before a picture, ``template`` (customary words) or ``generate`` (what the model itself says,
+    at most ``reply_tokens``). ``text_engine`` writes replies and answers: ``transformers`` in the workers, or ``vllm``
+    in a process of its own with ``text_gpus``; ``auto`` is vllm for generated replies where it is installed.
     """
 
     workers: int = 2
@@ -29,6 +34,10 @@ class RolloutConfig:
     max_restarts: int = 3  # of the whole pool, in one run
     call_timeout_s: float = 1800.0
     transport: str = "auto"
+    reply: str = "template"
+    reply_tokens: int = 64
+    text_engine: str = "auto"
+    text_gpus: float = 1.0
 
     def __post_init__(self):
         if self.workers < 1:
@@ -41,6 +50,20 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.gpus_per_worker={self.gpus_per_worker:g}: expected a share of one GPU, above 0 and at most 1"
             )
+        if self.reply not in ("template", "generate"):
+            raise ValueError(f"rollout.reply={self.reply}: expected template or generate")
+        if self.reply_tokens < 1:
+            raise ValueError(f"rollout.reply_tokens={self.reply_tokens}: expected 1 or more")
+        if self.text_engine not in ("auto", "vllm", "transformers"):
+            raise ValueError(f"rollout.text_engine={self.text_engine}: expected auto, vllm or transformers")
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether text is vLLM's. ValueError where it is asked for and not installed."""
+        installed = find_spec("vllm") is not None
+        if self.text_engine == "vllm" and not installed:
+            raise ValueError("rollout.text_engine=vllm: vLLM is not installed here; make setup-vllm installs it")
+        return installed and (self.text_engine == "vllm" or (self.text_engine, self.reply) == ("auto", "generate"))
 
 
 @dataclass
@@ -66,6 +89,7 @@ class Plan:
     """Processes and their Ray resources: actor options of a worker, the part of a bundle that a learner rank takes.
 
     ``bundles`` are the resources of each; ``rank_bundles`` and ``worker_bundles`` say which one each process is in.
+    ``text`` is the plan of vLLM's process where there is one, as of a pool of a single worker.
     """
 
     workers: int
@@ -79,6 +103,7 @@ class Plan:
     bundles: list[Resources] = field(default_factory=list)
     rank_bundles: list[int] = field(default_factory=list)
     worker_bundles: list[int] = field(default_factory=list)
+    text: "Plan | None" = None
 
 
 def per_gpu(rollout: RolloutConfig, gpus_per_rank: float, placement: PlacementConfig) -> list[tuple[int, int]]:
@@ -132,29 +157,34 @@ def plan(
     placement, workers = placement or PlacementConfig(), rollout.workers
     cpus = [node.get("CPU", 0.0) for node in nodes if node.get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    taken = ceil(rollout.text_gpus) if gpus and rollout.uses_vllm else 0
     fit = per_gpu(rollout, gpus_per_rank, placement)[0][0] if gpus else 1
     if placement.is_colocated:
         needed = max(ranks, ceil(workers / fit))
-        count = max(needed, min(workers, gpus or workers))
+        count = max(needed, min(workers, gpus - taken if gpus else workers))
         worker_bundles = [i % count for i in range(workers)]
     else:
         needed = count = ranks + ceil(workers / fit)
         worker_bundles = [ranks + i // fit for i in range(workers)]
-    if gpus and needed > gpus:
+    if gpus and needed + taken > gpus:
+        others, lower = (f" and vLLM of {rollout.text_gpus:g}", "rollout.text_gpus, ") if taken else ("", "")
         raise ValueError(
             f"{workers} rollout workers of {rollout.gpus_per_worker:g} GPUs and {ranks} learner ranks of "
-            f"{gpus_per_rank:g} need {needed} GPUs in placement={placement.kind}, but the cluster has {gpus}; lower "
-            "rollout.workers, rollout.gpus_per_worker (a fraction shares a GPU) or learner.ranks"
+            f"{gpus_per_rank:g}{others} need {needed + taken} GPUs in placement={placement.kind}, but the cluster has "
+            f"{gpus}; lower {lower}rollout.workers, rollout.gpus_per_worker (a fraction shares a GPU) or learner.ranks"
         )
     held = Counter([*range(ranks), *worker_bundles])
     each = min(node["CPU"] / node["GPU"] for node in nodes if node.get("GPU")) if gpus else _largest(cpus, count)
     share = _share(each, max(held.values()))
     worker_options, rank_bundle = {"num_cpus": share}, {"CPU": share}
     bundles = [{"CPU": round(held[i] * share, 4)} for i in range(count)]
+    threads = max(1, int(min(min(cpus), sum(cpus) // workers)))
+    text = Plan(1, {"num_cpus": 0.0}, 0, {}, max(1, int(min(cpus))), bool(gpus), bf16) if rollout.uses_vllm else None
     if gpus:
         worker_options["num_gpus"], rank_bundle["GPU"] = rollout.gpus_per_worker, gpus_per_rank
         bundles = [bundle | {"GPU": 1.0} for bundle in bundles]
-    threads = max(1, int(min(min(cpus), sum(cpus) // workers)))
+        if text:
+            text.worker_options["num_gpus"] = rollout.text_gpus
     return Plan(
         workers,
         worker_options,
@@ -167,4 +197,5 @@ def plan(
         bundles,
         list(range(ranks)),
         worker_bundles,
+        text,
     )

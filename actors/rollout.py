@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from actors.pool import RolloutPool
+from actors.weights import SwapReport
 from actors.worker import Drawn, Failure
 from rewards.combined import scorers
 from rewards.preferences import check_books
@@ -45,10 +46,22 @@ def apportion(count: int, shares: list[float], seed: int) -> np.ndarray:
 
 
 class Rollouts:
-    """What a run asks of its workers. ``serve`` decides which weights they hold; everything else uses those."""
+    """What a run asks of its workers. ``serve`` decides which weights they hold; everything else uses those.
 
-    def __init__(self, pool: RolloutPool, source: Source, run: Run, quarantine: Quarantine, sampling: SamplingConfig):
+    ``text`` writes in the place of ``pool``, where there is one.
+    """
+
+    def __init__(
+        self,
+        pool: RolloutPool,
+        source: Source,
+        run: Run,
+        quarantine: Quarantine,
+        sampling: SamplingConfig,
+        text: RolloutPool | None = None,
+    ):
         self.pool, self.source, self.run, self.quarantine, self.sampling = pool, source, run, quarantine, sampling
+        self.text = text
         self.owners: dict[str, Path] = {}  # which weight set each tensor in the workers is from
 
     # Weights
@@ -68,11 +81,10 @@ class Rollouts:
                 # Versions go on from the run's last one, where a resumed run's workers start at 0 again, and from the
                 # pool's, where another run has used it before.
                 version = max(self.run.state["version"], self.pool.version) + 1
-                report = self.pool.publish(path, version)
+                report = self._publish(self.pool, path, version)
+                if self.text:
+                    self._publish(self.text, path, version, "swap/text")
                 self.run.state["version"] = version
-                if not report.verified:
-                    raise RuntimeError(f"{directory}: workers report other weights than version {report.version}")
-                self.run.log("swap", report.version, {key: v for key, v in asdict(report).items() if key != "checksum"})
                 swap = {
                     "version": report.version,
                     "bytes": swap["bytes"] + report.bytes,
@@ -82,6 +94,13 @@ class Rollouts:
         self.owners = wanted
         self.run.save()
         return swap
+
+    def _publish(self, pool: RolloutPool, path: Path, version: int, stage: str = "swap") -> SwapReport:
+        report = pool.publish(path, version)
+        if not report.verified:
+            raise RuntimeError(f"{path}: workers report other weights than version {version}")
+        self.run.log(stage, version, {key: v for key, v in asdict(report).items() if key != "checksum"})
+        return report
 
     def agree(self, probe: Probe, learner: float) -> float:
         """The largest difference in nats between the learner's and the workers' score of the probe.
@@ -146,10 +165,27 @@ class Rollouts:
     # Drawing and pairs
 
     def draw(self, prompts: list[Prompt], seeds: list[int], resolution: int, name: str) -> tuple[list[Sample], float]:
-        """Draw with the weights being served, called ``name`` in the samples; also the seconds it took."""
+        """Draw with the weights being served, called ``name`` in the samples; also the seconds it took.
+
+        Where ``rollout.reply`` is generate, the model first says what it will before a picture.
+        """
         began = time.perf_counter()
+        if self.pool.config.reply == "generate":
+            prompts = self._with_own_replies(prompts)
         samples = self.pool.draw(prompts, seeds, resolution, self.sampling, name)
         return samples, time.perf_counter() - began
+
+    def _with_own_replies(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts with the model's own words; those where it begins no picture are counted and stay as they are."""
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        said = dict(zip(texts, self._writer.reply(texts, self.pool.config.reply_tokens), strict=True))
+        template = sum(said[prompt.text] is None for prompt in prompts)
+        self.run.log("reply", self.pool.version, {"generated": len(prompts) - template, "template": template})
+        return [p if said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
+
+    @property
+    def _writer(self) -> RolloutPool:
+        return self.text or self.pool
 
     def write_pairs(
         self, path: Path, samples: list[Sample], builder: Callable, reward: Callable | None, micro_batch: int
@@ -263,7 +299,7 @@ class Rollouts:
         if count == 0 or not hasattr(self.source, "questions"):
             return {}
         rows = self.source.questions(count, 0, "held_out")
-        answers = self.pool.answer([(key, question) for key, question, _ in rows], side)
+        answers = self._writer.answer([(key, question) for key, question, _ in rows], side)
         right = [float(answer == truth) for answer, (_, _, truth) in zip(answers, rows, strict=True)]
         accuracy, error = mean_and_error(right)
         return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}

@@ -66,6 +66,8 @@ class Shelved:
 
     def chunks(self) -> Iterator[Weights]:
         groups = self.layout.chunks(CHUNK)
+        if not groups:
+            return
         coming = self.shelf.chunk.remote(self.path, groups[0])
         for following in (*groups[1:], None):
             (chunk,) = ray.get(coming)

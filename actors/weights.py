@@ -5,7 +5,7 @@ checksum of what the model then holds. How chunks travel in between is in ``acto
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Layout:
                 room = limit
             groups[-1].append(name)
             room -= self.size(name)
-        return groups
+        return [group for group in groups if group]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,19 @@ class SwapReport:
     verified: bool
 
 
-def layout_of(path: Path) -> Layout:
-    """The layout of a safetensors file, from its header and empty slices."""
+Wanted = Callable[[str], bool]
+"""Whether the tensor of a name is wanted."""
+
+
+def every(name: str) -> bool:
+    """All tensors are wanted."""
+    return True
+
+
+def layout_of(path: Path, wanted: Wanted = every) -> Layout:
+    """The layout of the wanted tensors of a safetensors file, from its header and empty slices."""
     with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        slices = {name: file.get_slice(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a dict)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {name: (part[:0] if shapes[name] else file.get_tensor(name)).dtype for name, part in slices.items()}
     return Layout(shapes, dtypes)
@@ -84,12 +93,20 @@ def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def checksum(path: Path) -> str:
-    """Hexadecimal blake2b over a file's names in order, dtypes, shapes and bytes; one tensor at a time in memory."""
+def checksum_of_set(tensors: Weights) -> str:
+    """``checksum`` of tensors in memory."""
+    return _digest((name, tensors[name]) for name in sorted(tensors))
+
+
+def checksum(path: Path, wanted: Wanted = every) -> str:
+    """Hexadecimal blake2b over the names of a file's wanted tensors in order, their dtypes, shapes and bytes.
+
+    One tensor at a time is in memory.
+    """
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
+            for name in sorted(filter(wanted, file.keys())):
                 yield name, file.get_tensor(name)
 
     return _digest(tensors())

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -24,10 +25,9 @@ import torch
 from PIL import Image
 
 from actors.transport import Parcel
-from actors.weights import apply, check_fits, checksum_of
+from actors.weights import Layout, apply, check_fits, checksum_of
 from vargpt_rl.data.batches import PictureSource, joined, shown_picture
 from vargpt_rl.data.types import Prompt, Sample
-from vargpt_rl.model.answer import answer
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
@@ -35,6 +35,8 @@ from vargpt_rl.model.likelihood import picture_log_probs, scale_means, scale_sum
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
 from vargpt_rl.network import free_port
+from vargpt_rl.text.requests import Request, TextEngine, answers, replies
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
 """Pictures and their prompts -> a number each, None where there is none."""
@@ -72,7 +74,7 @@ class Score:
     hits_by_scale: list[float]
 
 
-def _serving(method):
+def serving(method):
     """A method that needs the current weights: refuses when stale, and runs without gradients."""
 
     @wraps(method)
@@ -85,11 +87,72 @@ def _serving(method):
     return call
 
 
-class Worker:
-    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold.
+class Writer(ABC):
+    """What all workers share: published weights and how they are taken, and text.
 
-    ``checkpoint`` itself is version 0; the worker serves once it holds ``version_required``.
+    The checkpoint it starts from is version 0; it serves once it holds ``version_required``.
     """
+
+    def __init__(self, engine: TextEngine, source: PictureSource, device: str, version_required: int):
+        self.engine, self.source, self.device = engine, source, device
+        self.version, self.checksum = 0, ""
+        self.version_required = version_required
+
+    @abstractmethod
+    def fits(self, layout: Layout) -> None:
+        """KeyError or ValueError for a weight set that cannot be taken."""
+
+    @abstractmethod
+    def take(self, version: int, parcel: Parcel) -> str:
+        """Put a weight set that fits in place; the checksum of what was taken."""
+
+    def status(self) -> dict[str, int | str]:
+        """Version and checksum of the last weight set received, and where the worker runs."""
+        return {
+            "version": self.version,
+            "checksum": self.checksum,
+            "pid": os.getpid(),
+            "device": self.device,
+            "node": platform.node(),
+        }
+
+    def address(self) -> tuple[str, int]:
+        """This node's address in the cluster and a free port, for the other workers to meet at."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def receive(self, version: int, expected_checksum: str, parcel: Parcel) -> dict[str, int | str | float]:
+        """Put a weight set in place and verify it.
+
+        ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
+        changes nothing. RuntimeError when what it holds does not have the expected checksum. When that is so, or the
+        set did not come whole, it is of no known version, and the worker is stale until the next good set.
+        """
+        if version < self.version:
+            raise ValueError(f"version {version} is older than the worker's own, {self.version}")
+        start = time.perf_counter()
+        self.fits(parcel.layout)
+        self.version = -1
+        found = self.take(version, parcel)
+        if found != expected_checksum:
+            raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
+        self.version, self.checksum = version, found
+        seconds = time.perf_counter() - start
+        return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
+
+    @serving
+    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
+        """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
+        requests = [Request(text, self.source.load(key, side)) for key, text in questions]
+        return answers(self.engine, requests, max_new_tokens)
+
+    @serving
+    def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
+        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        return replies(self.engine, texts, max_new_tokens)
+
+
+class Worker(Writer):
+    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold."""
 
     def __init__(
         self,
@@ -106,46 +169,19 @@ class Worker:
         self.chat = markup_for(checkpoint, self.model.config)
         self.image_tokenizer = self.model.image_tokenizer
         self.symbols = self.model.config.image_tokenizer_config.symbols
-        self.source = source
-        self.version, self.checksum = 0, ""
-        self.version_required = version_required
+        engine = TransformersEngine(self.model, self.chat)
+        super().__init__(engine, source, str(self.model.device), version_required)
 
-    def status(self) -> dict[str, int | str]:
-        """Version and checksum of the last weight set received, and where the worker runs."""
-        return {
-            "version": self.version,
-            "checksum": self.checksum,
-            "pid": os.getpid(),
-            "device": str(self.model.device),
-            "node": platform.node(),
-        }
+    def fits(self, layout: Layout) -> None:
+        check_fits(self.model, layout)
 
-    def receive(self, version: int, expected_checksum: str, parcel: Parcel) -> dict[str, int | str | float]:
-        """Copy a weight set into the model and verify what the model then holds.
-
-        ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
-        changes nothing. RuntimeError when the model's tensors do not have the expected checksum. When that is so, or
-        the set did not come whole, they are of no known version, and the worker is stale until the next good set.
-        """
-        if version < self.version:
-            raise ValueError(f"version {version} is older than the worker's own, {self.version}")
-        start = time.perf_counter()
-        check_fits(self.model, parcel.layout)
-        self.version = -1
+    def take(self, version: int, parcel: Parcel) -> str:
+        """Copy into the model's own tensors, and hash these."""
         for chunk in parcel.chunks():
             apply(self.model, chunk)
-        found = checksum_of(self.model, parcel.layout.dtypes)
-        if found != expected_checksum:
-            raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
-        self.version, self.checksum = version, found
-        seconds = time.perf_counter() - start
-        return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
+        return checksum_of(self.model, parcel.layout.dtypes)
 
-    def address(self) -> tuple[str, int]:
-        """This node's address in the cluster and a free port, for the other workers to meet at."""
-        return ray.util.get_node_ip_address(), free_port()
-
-    @_serving
+    @serving
     def draw(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
@@ -161,7 +197,7 @@ class Worker:
             for (prompt, seed), bits in zip(jobs, self._packed(labels_BLs), strict=True)
         ]
 
-    @_serving
+    @serving
     def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
         """Pictures of the source as tokens and features; one that cannot be loaded is a ``Failure``."""
         results: dict[int, Encoded | Failure] = {}
@@ -187,7 +223,7 @@ class Worker:
         """Why pictures of the source cannot be shown, None for each that can."""
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
-    @_serving
+    @serving
     def score(self, items: list[Drawn], resolution: int) -> list[Score]:
         """Log-probability of each picture's very tokens given its prompt, teacher forced, no condition dropped."""
         schedule = self.image_tokenizer.schedule_for(resolution)
@@ -209,7 +245,7 @@ class Worker:
             )
         ]
 
-    @_serving
+    @serving
     def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
         """What ``rewards`` says of each picture; NaN counts as None. ValueError unless it says one thing a picture."""
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
@@ -218,12 +254,12 @@ class Worker:
         values = [value if value is None or isinstance(value, float) else float(value) for value in values]
         return [None if value is None or math.isnan(value) else value for value in values]
 
-    @_serving
+    @serving
     def check(self, items: list[Drawn], resolution: int, check: Check) -> list:
         """What ``check`` says of each picture."""
         return check(self._decode(items, resolution), [prompt for prompt, _ in items])
 
-    @_serving
+    @serving
     def pictures(self, items: list[tuple[Drawn, str]], resolution: int, folder: str) -> list[Path]:
         """Write each picture as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
         paths = []
@@ -234,12 +270,6 @@ class Worker:
             os.replace(unfinished, path)
             paths.append(path)
         return paths
-
-    @_serving
-    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
-        """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
-        shown = [(text, [self.source.load(key, side)]) for key, text in questions]
-        return answer(self.model, self.chat, shown, max_new_tokens)
 
     def _load(self, key: str, side: int) -> Image.Image | Failure:
         try:

@@ -31,7 +31,7 @@ def test_what_does_not_fit_is_said_with_the_sum(checkpoint, capsys):
     assert doctor.main([*small, "gpus=4", "gpu_memory_gib=1"]) == 1
     assert "which has 1.0 GiB: 1 learner rank of" in capsys.readouterr().out
     assert doctor.main([*small, "gpus=2", "gpu_memory_gib=80"]) == 1
-    assert "need 4 GPUs, but the cluster has 2" in capsys.readouterr().out
+    assert "need 4 GPUs in placement=split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

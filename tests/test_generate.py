@@ -207,7 +207,7 @@ def test_a_damaged_record_is_named(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / RECORDS).write_text('{"file": \n')
     assert command("prompt=a star") == 2
-    assert f"out={tmp_path / 'out'}: {RECORDS} is damaged" in capsys.readouterr().err
+    assert f"{tmp_path / 'out' / RECORDS} is damaged" in capsys.readouterr().err
 
 
 def test_a_record_that_was_cut_off_is_none(command, prompts, tmp_path):

@@ -24,6 +24,7 @@ from vargpt_rl.checkpoint import load_weights_into
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.run import Run
 from vargpt_rl.stages import STAGES, UNREACHED, freeze
 
@@ -36,7 +37,7 @@ pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.reci
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
-name=test
+rollout.reply=generate rollout.reply_tokens=4 name=test
 """
 
 
@@ -231,6 +232,13 @@ def test_metrics_have_trls_names_and_say_where_they_are_from(finished):
     assert {"pretrain", "understanding", "sft", "sft_on_winners", "swap", "rollout", "pairs"} <= {
         line["stage"] for line in lines
     }
+
+
+def test_a_model_that_begins_no_picture_is_given_the_customary_words(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    replies = [line for line in lines if line["stage"] == "reply"]
+    assert replies and all(line["generated"] == 0 < line["template"] for line in replies)
+    assert set(pd.read_parquet(finished / "preferences/iter-01.parquet").reply) == {REPLY}
 
 
 def test_pictures_model_and_tracking_are_there(finished):

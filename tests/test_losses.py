@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.tiny import BITS
+from vargpt_rl import losses
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import IMAGE_WEIGHT, Noise, forward_batch, image_loss, quantise_noisily, sft_loss, text_loss
@@ -14,7 +15,7 @@ from vargpt_rl.model.bits import quantise
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat
 from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
-from vargpt_rl.stages import NO_NOISE
+from vargpt_rl.stages import NO_NOISE, STAGES
 
 SCHEDULE = schedule_for(64)
 TOKENS = token_count(SCHEDULE)
@@ -85,14 +86,14 @@ def test_a_batch_of_words_has_no_image_loss(checkpoint, model):
 
 
 def test_without_noise_a_batch_has_one_loss_and_with_it_many(model, batch):
-    def losses(noise: Noise) -> set[float]:
+    def seen(noise: Noise) -> set[float]:
         torch.manual_seed(0)
         with torch.no_grad():
             return {sft_loss(model, batch, noise, 0.0)[0].item() for _ in range(4)}
 
-    assert len(losses(NO_NOISE)) == 1
+    assert len(seen(NO_NOISE)) == 1
     for noise in (Noise(0.3, 0.0, 0.0), Noise(0.0, 0.5, 0.0), Noise(0.0, 0.0, 0.5)):
-        assert len(losses(noise)) > 1, noise
+        assert len(seen(noise)) > 1, noise
 
 
 def test_flips_are_drawn_picture_by_picture_below_the_bound():
@@ -108,6 +109,34 @@ def test_flips_are_drawn_picture_by_picture_below_the_bound():
     # mean 0.15 of 512 bits; pictures differ in their rate, which widens the standard error to about 0.02
     assert flipped.float().mean().item() == pytest.approx(0.15, abs=0.06)
     assert flipped.any(1).float().mean() < 1, "some pictures have few flips"
+
+
+def test_rates_of_flips_are_uniform_below_the_bound_for_each_picture_and_scale(monkeypatch):
+    given = []
+    monkeypatch.setattr(losses, "quantise", lambda features, schedule, flip=None: given.append(flip))
+    torch.manual_seed(0)
+    quantise_noisily(torch.zeros(500, BITS, 4, 4), Noise())
+    quantise_noisily(torch.zeros(500, BITS, 4, 4), NO_NOISE)
+    rates_NK, none = given
+    assert none is None and rates_NK.shape == (500, len(SCHEDULE))
+    assert 0 <= rates_NK.min() < 0.01 and 0.29 < rates_NK.max() <= 0.3
+    # 1500 uniform rates: the mean's standard error is 0.3 / sqrt(12 x 1500) = 0.0022
+    assert rates_NK.mean().item() == pytest.approx(0.15, abs=0.01)
+    assert rates_NK.T.corrcoef().fill_diagonal_(0).abs().max() < 0.2, "scales have rates of their own"
+
+
+@pytest.mark.parametrize(
+    ("stage", "share", "drop_path"), [("sft", 0.1, 0.1), ("pretrain", 0.1, 0.0), ("sft_on_winners", 0.0, 0.0)]
+)
+def test_conditions_and_paths_are_dropped_as_the_stage_says(stage, share, drop_path):
+    given = []
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.zeros(1, 1), "features": torch.zeros(4000, BITS, 1, 1, dtype=torch.float16)}
+    forward_batch(lambda drawing, **inputs: given.append(drawing), batch, STAGES[stage].noise, text_logits=False)
+    assert given[0].unconditional_N.dtype == torch.bool and given[0].unconditional_N.shape == (4000,)
+    # four standard errors of 4000 pictures
+    assert given[0].unconditional_N.float().mean().item() == pytest.approx(share, abs=0.02 if share else 0.0)
+    assert given[0].drop_path == drop_path
 
 
 def gradients_of(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -73,7 +73,10 @@ def test_freezing_again_lets_go_of_what_was_frozen(model):
 
 def test_stages_are_found_by_their_names_and_preferences_meet_no_noise():
     assert all(name == stage.name for name, stage in STAGES.items())
-    assert STAGES["dpo"].noise == Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
+    none = Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
+    assert STAGES["dpo"].noise == STAGES["sft_on_winners"].noise == none, "and neither does the control"
+    assert STAGES["sft"].noise == Noise(flip=0.3, condition_drop=0.1, drop_path=0.1), "the release's"
+    assert {name for name, stage in STAGES.items() if stage.noise.drop_path} == {"sft", "edit"}
     assert STAGES["understanding"].text_weight > 0
 
 

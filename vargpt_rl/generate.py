@@ -10,7 +10,6 @@ is drawn in, up to rounding: a batch of another shape is added up in another ord
 """
 
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from configs.command import run_command
 from configs.schema import TINY
 from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.data.lines import as_lines, read_records
 from vargpt_rl.data.pictures import read_picture
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import prompts_from_file
@@ -159,15 +159,6 @@ def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
     ]
 
 
-def read_records(path: Path) -> list[dict]:
-    """The JSON lines of a record, if there is one. A last line that was cut off while it was written is none."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
-    try:
-        return [json.loads(line) for line in whole.split("\n")] if whole else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"out={path.parent}: {path.name} is damaged: {error}") from error
-
-
 def check_unchanged(out: Path, name: str, wanted: dict, made: dict) -> None:
     """ValueError where something that is in ``out`` was made with other settings than are wanted now."""
     for key, value in wanted.items():
@@ -254,8 +245,7 @@ def draw_missing(
     missing = [line for line in lines if line["file"] not in there]
     if not missing:
         return 0
-    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in drawn_pictures(out / records)]
-    write_atomically(out / records, "".join(kept).encode())
+    write_atomically(out / records, as_lines(drawn_pictures(out / records)).encode())
     loaded = model()
     with (
         (out / records).open("a", encoding="utf-8") as file,
@@ -265,7 +255,7 @@ def draw_missing(
             for line, picture in zip(batch, draw_batch(*loaded, batch, look), strict=True):
                 (out / line["file"]).parent.mkdir(parents=True, exist_ok=True)
                 save_picture(picture, out / line["file"])
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
+            file.write(as_lines(batch))
             file.flush()
             bar.update(len(batch))
     return len(missing)

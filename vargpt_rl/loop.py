@@ -15,6 +15,7 @@ from actors.cluster import connect, nodes, reserve
 from actors.pool import RolloutPool
 from actors.resources import plan
 from actors.rollout import Rollouts
+from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
@@ -76,12 +77,13 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")
     quarantined, best = dict(inputs.quarantine.counts), read_best(run.directory / "best")
+    pools = [pool, *filter(None, [steps.rollouts.text])]
     return summary | {
         "best": best and {"path": "best", **best},
         "seconds": run.seconds,
         "quarantined": quarantined,
-        "restarts": pool.restarts,
-        "events": pool.events,
+        "restarts": sum(each.restarts for each in pools),
+        "events": [event for each in pools for event in each.events],
     }
 
 
@@ -132,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         workers, ranks = reserve(placement, learner.start_timeout_s)
         pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers)
         learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu, ranks)
-        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
+        text = start_text_engine(config.rollout, placement, inputs.model, inputs.source)
+        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling, text)
         steps = Steps(config, run, inputs, rollouts, learners)
         summary = execute(steps, run, config, pool, inputs)
         run.finish(summary)

@@ -28,8 +28,8 @@ IMAGE_WEIGHT = Vargpt.image_weight
 class Noise:
     """What makes supervised training robust; all off outside it.
 
-    ``flip``: upper bound of each picture's bit-flip probability, drawn uniformly (bitwise self-correction); v1 has no
-    bits.
+    ``flip``: upper bound of the bit-flip probability, drawn uniformly for each picture and scale (bitwise
+    self-correction; the published code draws it for each scale of a batch, in hundredths); v1 has no bits.
     ``condition_drop``: probability that a picture's condition is replaced by the unconditional one.
     ``drop_path``: stochastic depth of the last decoder block, in v1 of one in a decoder of 24 blocks.
     """
@@ -44,8 +44,9 @@ def quantise_noisily(features_Bdhw: torch.Tensor, noise: Noise, tokenizer: Multi
     schedule = tokenizer.schedule_for(*(side * STRIDE for side in features_Bdhw.shape[-2:]))
     if not isinstance(tokenizer, Bits):
         return tokenizer.quantise(features_Bdhw.float(), schedule)
-    flip_N = torch.rand(len(features_Bdhw), device=features_Bdhw.device) * noise.flip if noise.flip else None
-    return quantise(features_Bdhw.float(), schedule, flip_N)
+    rates = (len(features_Bdhw), len(schedule))
+    flip_NK = torch.rand(rates, device=features_Bdhw.device) * noise.flip if noise.flip else None
+    return quantise(features_Bdhw.float(), schedule, flip_NK)
 
 
 def noisy_drawing(features_Ndhw: torch.Tensor, noise: Noise, model: Unified) -> Drawing:

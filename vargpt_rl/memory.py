@@ -4,7 +4,7 @@ Weights, gradients and optimizer state follow from the model's own parameters an
 are counted, not guessed: the real losses, their backward pass and the real sampling run under ``vargpt_rl.ledger``.
 ``vargpt_rl.bench.memory`` compares the sums with measured peaks.
 
-Not counted: fragmentation, host memory where GPUs train, and image-tokenizer training, a single small process.
+Not counted: fragmentation, host memory where GPUs train, image-tokenizer training, a single small process, and vLLM.
 """
 
 from collections.abc import Callable, Iterator

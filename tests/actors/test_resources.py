@@ -100,6 +100,12 @@ def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers,
         (lambda: RolloutConfig(batch_size=0), "rollout.batch_size=0"),
         (lambda: RolloutConfig(gpus_per_worker=2), "rollout.gpus_per_worker=2"),
         (lambda: RolloutConfig(gpus_per_worker=0), "rollout.gpus_per_worker=0"),
+        (lambda: RolloutConfig(reply="sing"), "rollout.reply=sing: expected template or generate"),
+        (lambda: RolloutConfig(reply_tokens=0), "rollout.reply_tokens=0"),
+        (
+            lambda: RolloutConfig(text_engine="sglang"),
+            "rollout.text_engine=sglang: expected auto, vllm or transformers",
+        ),
         (lambda: PlacementConfig("both"), "placement.kind=both"),
         (lambda: PlacementConfig(strategy="STRICT"), "placement.strategy=STRICT"),
         (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5), "learner.gpus_per_rank=0.5"),
@@ -109,3 +115,26 @@ def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers,
 def test_nonsense_is_refused(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_generated_replies_ask_for_vllm_where_it_is(monkeypatch):
+    def installed(there):
+        monkeypatch.setattr("actors.resources.find_spec", lambda name: object() if there else None)
+
+    installed(False)
+    assert not RolloutConfig(reply="generate").uses_vllm
+    with pytest.raises(ValueError, match="vLLM is not installed"):
+        plan([{"CPU": 2.0}], RolloutConfig(text_engine="vllm"), ranks=1)
+    installed(True)
+    assert RolloutConfig(reply="generate").uses_vllm and RolloutConfig(text_engine="vllm").uses_vllm
+    assert not RolloutConfig().uses_vllm
+    assert not RolloutConfig(reply="generate", text_engine="transformers").uses_vllm
+    assert plan([{"CPU": 2.0}], RolloutConfig(), ranks=1).text is None
+    assert plan([{"CPU": 2.0}], RolloutConfig(reply="generate"), ranks=1).text.worker_options == {"num_cpus": 0.0}
+
+    config = RolloutConfig(reply="generate", workers=1, text_gpus=0.5)
+    assert plan([{"CPU": 8.0, "GPU": 3.0}], config, ranks=1).text.worker_options == {"num_cpus": 0.0, "num_gpus": 0.5}
+    with pytest.raises(
+        ValueError, match="and vLLM of 0.5 need 3 GPUs .*, but the cluster has 2; lower rollout.text_gpus"
+    ):
+        plan([{"CPU": 8.0, "GPU": 2.0}], config, ranks=1)

@@ -1,6 +1,7 @@
 """The books of the rollout side: which weights are served, what became of each picture, who agrees with whom."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.resources import RolloutConfig
 from actors.rollout import Rollouts, apportion, seeds_for
 from actors.weights import SwapReport
 from actors.worker import Encoded, Failure
@@ -42,6 +44,14 @@ class RecordingPool:
 
     def probe(self, prompt, bits, resolution):
         return self.probed
+
+    def draw(self, prompts, seeds, resolution, sampling, name):
+        return prompts
+
+    def reply(self, texts, max_new_tokens):
+        """Sparse words: every second text gets none."""
+        self.asked = texts, max_new_tokens
+        return [f"Here: {text}" if at % 2 == 0 else None for at, text in enumerate(texts)]
 
 
 @pytest.fixture
@@ -159,6 +169,31 @@ def test_pictures_that_cannot_be_shown_are_counted_and_left_out(rollouts, tmp_pa
     assert rollouts.quarantine.counts == {"unreadable at 56": 1}
     prompts = [json.loads(line) for line in (tmp_path / "corpus/prompts.jsonl").read_text().splitlines()]
     assert [prompt["shown"] for prompt in prompts] == ["good", None]
+
+
+def test_own_replies_are_drawn_with_and_those_that_are_missing_counted(rollouts):
+    prompts = [Prompt(str(i), text, "Customary.") for i, text in enumerate(["a star", "a cross", "a star", "a cross"])]
+    rollouts.pool.config = RolloutConfig()
+    assert rollouts.draw(prompts, [0] * 4, 32, "")[0] == prompts
+    rollouts.pool.config = RolloutConfig(reply="generate", reply_tokens=9)
+    drawn, _ = rollouts.draw(prompts, [0] * 4, 32, "")
+    assert [prompt.reply for prompt in drawn] == ["Here: a star", "Customary."] * 2
+    assert [replace(prompt, reply="Customary.") for prompt in drawn] == prompts
+    assert rollouts.pool.asked == (["a star", "a cross"], 9), "each text once"
+    line = json.loads((rollouts.run.directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["stage"], line["generated"], line["template"]) == ("reply", 2, 2)
+
+
+def test_vllm_writes_in_the_place_of_the_workers_and_takes_what_they_take(rollouts, sets, tmp_path):
+    rollouts.pool.config, rollouts.text = RolloutConfig(reply="generate"), RecordingPool()
+    rollouts.draw([Prompt("a", "a star")], [0], 32, "")
+    assert rollouts.text.asked[0] == ["a star"] and not hasattr(rollouts.pool, "asked")
+    rollouts.serve((sets["language"], sets["sft"]))
+    assert rollouts.text.published == rollouts.pool.published == ["language", "sft"]
+    assert rollouts.text.version == rollouts.pool.version
+    rollouts.text.verified = False
+    with pytest.raises(RuntimeError, match="other weights"):
+        rollouts.serve((sets["language"], sets["dpo"]))
 
 
 def test_seeds_depend_on_their_purpose():

@@ -109,3 +109,8 @@ def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
 def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
     with pytest.raises(RuntimeError, match="(?i)time"):
         taken(Broadcast(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))
+
+
+def test_a_set_of_which_nothing_is_wanted_has_no_chunks(path, shelf):
+    nothing = layout_of(path, lambda name: False)
+    assert nothing.bytes == 0 and taken(SharedFile(nothing, path)) == taken(Shelved(nothing, path, shelf)) == {}

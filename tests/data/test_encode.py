@@ -136,6 +136,18 @@ def test_bad_pictures_are_put_aside_and_counted(sources, checksum, folder, tmp_p
     assert len(contents(tmp_path, checksum, folder)) == 10
 
 
+def test_what_was_mended_is_no_longer_counted_as_bad(sources, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record("generation", 1, ["a.png"])) + "\n")
+    arguments = [*sources(tmp_path / "out", "all"), "max_bad_fraction=1"]
+    arguments = [a for a in arguments if not a.startswith("sources")] + [f"sources.mine.files={tmp_path}/a.jsonl"]
+    assert main(arguments) == 0
+    assert "1  bad: picture is missing" in capsys.readouterr().out
+    (tmp_path / "a.png").write_bytes(png())
+    assert main(arguments) == 0
+    assert "bad:" not in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.model.bits import pack, quantise, replay, resize, to_codes, to_map, to_tokens, unpack
-from vargpt_rl.model.scales import scale_index, schedule_for, token_count
+from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
 
 DEPTH = 8
 sides = st.integers(1, 8).map(lambda n: 16 * n)
@@ -84,7 +85,7 @@ def test_flips_leave_the_first_scale_labels_and_change_all_later_inputs():
     schedule = schedule_for(128)
     given = features(128, 128)
     plain = quantise(given, schedule)
-    flipped = quantise(given, schedule, torch.tensor([0.0, 1.0]))
+    flipped = quantise(given, schedule, torch.tensor([[0.0], [1.0]]).expand(2, len(schedule)))
     assert torch.equal(flipped.bits_BLd[0], plain.bits_BLd[0]), "probability 0 flips nothing"
     assert torch.equal(flipped.inputs_BLd[0], plain.inputs_BLd[0])
     assert torch.equal(flipped.bits_BLd[1, 0], plain.bits_BLd[1, 0]), "labels of the first scale are not flipped"
@@ -96,17 +97,55 @@ def test_flips_leave_the_first_scale_labels_and_change_all_later_inputs():
 def test_labels_after_flips_are_those_of_the_true_remainder():
     # All bits of scale 0 flipped: the remainder at scale 1 is what is left over from the opposite code.
     given = features(32, 32, batch=1)
-    flipped = quantise(given, schedule_for(32), torch.ones(1))
+    flipped = quantise(given, schedule_for(32), torch.ones(1, 2))
     wrong = -to_codes(flipped.bits_BLd[:, :1])
     rest = to_tokens(given) - wrong
     assert torch.equal(flipped.bits_BLd[:, 1:], (rest > 0).to(torch.uint8))
+
+
+@settings(deadline=None, max_examples=40)
+@given(sides, sides, st.integers(0, 99))
+def test_labels_after_flips_are_what_the_flipped_bits_left_over(height, width, seed):
+    schedule, given = schedule_for(height, width), features(height, width, seed=seed)
+    rates_BK = torch.randint(0, 2, (2, len(schedule)), generator=torch.Generator().manual_seed(seed)).float()
+    flipped = quantise(given, schedule, rates_BK)
+    fed_BLd = flipped.bits_BLd ^ rates_BK[:, scale_index(schedule), None].to(torch.uint8)
+    # bitwise: all that is fed on, and so every later label, comes of the flipped bits
+    again = replay(fed_BLd, schedule)
+    assert torch.equal(flipped.inputs_BLd, again.inputs_BLd) and torch.equal(flipped.summed_Bdhw, again.summed_Bdhw)
+    for k, at in enumerate(scale_slices(schedule)):
+        before = fed_BLd.clone()
+        before[:, at.start :] = 0
+        codes_BLd = to_codes(before) * (torch.arange(fed_BLd.shape[1]) < at.start)[:, None]
+        summed = sum(
+            F.interpolate(to_map(codes_BLd[:, part], grid), schedule[-1], mode="bilinear")
+            for part, grid in zip(scale_slices(schedule), schedule, strict=True)
+        )
+        rest_Bnd = to_tokens(F.adaptive_avg_pool2d(given - summed, schedule[k]))
+        sure = rest_Bnd.abs() > 1e-5  # nearer to zero the order of additions decides
+        assert sure.float().mean() > 0.99
+        assert torch.equal((rest_Bnd > 0)[sure], flipped.bits_BLd[:, at].bool()[sure])
+
+
+def test_flips_have_a_rate_for_each_picture_and_scale():
+    schedule, given = schedule_for(256), features(256, 256)
+    rates_BK = torch.zeros(2, len(schedule))
+    rates_BK[0, -1], rates_BK[1, -2] = 0.3, 1.0
+    plain = quantise(given, schedule)
+    flipped = quantise(given, schedule, rates_BK, torch.Generator().manual_seed(0))
+    differs_BL = (flipped.inputs_BLd != plain.inputs_BLd).any(-1)
+    assert not differs_BL[0].any(), "after the last scale nothing is fed on"
+    assert torch.equal(differs_BL[1], scale_index(schedule)[1:] == len(schedule) - 1)
+    # The last scale is added as it is: five standard errors of its 2048 bits.
+    assert (flipped.summed_Bdhw != plain.summed_Bdhw)[0].float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
 def test_flips_follow_the_generator_and_the_probability():
     schedule, given = schedule_for(256), torch.zeros(1, 32, 16, 16)
 
     def fed(seed: int) -> torch.Tensor:
-        return quantise(given, schedule, torch.tensor([0.25]), torch.Generator().manual_seed(seed)).summed_Bdhw
+        rates = torch.full((1, len(schedule)), 0.25)
+        return quantise(given, schedule, rates, torch.Generator().manual_seed(seed)).summed_Bdhw
 
     assert torch.equal(fed(1), fed(1))
     assert not torch.equal(fed(1), fed(2))

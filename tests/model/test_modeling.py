@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.tiny import BITS
 from vargpt_rl.model.bits import replay
-from vargpt_rl.model.decoder import DecoderBlock
+from vargpt_rl.model.decoder import DecoderBlock, drop_branch
 from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
@@ -165,6 +165,24 @@ def test_drop_path_is_off_unless_asked_for_even_in_training(model, chat, bits):
     model.eval()
     assert torch.equal(a, b)
     assert (dropped - a).abs().max() > 1e-3
+
+
+def test_drop_path_grows_with_depth_and_drops_whole_branches_of_pictures(model, chat, bits):
+    ids, rates = torch.tensor([chat.drawn("a red circle", "", TOKENS).ids]), []
+    blocks = model.image_decoder.blocks
+    hooks = [block.register_forward_pre_hook(lambda module, args: rates.append(args[5])) for block in blocks]
+    with torch.no_grad():
+        model(ids, drawing=drawing(bits[:1])._replace(drop_path=0.3))
+    for hook in hooks:
+        hook.remove()
+    assert rates == [0.3 * i / (len(hooks) - 1) for i in range(len(hooks))]
+    torch.manual_seed(0)
+    branch_NLC = torch.ones(4000, 2, 3)
+    kept_N = drop_branch(branch_NLC, 0.1).flatten(1).unique(dim=1)
+    assert kept_N.shape == (4000, 1), "all or nothing"
+    assert kept_N.unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
+    assert kept_N.mean().item() == pytest.approx(1.0, abs=0.03), "on average as it was, six standard errors"
+    assert drop_branch(branch_NLC, 0.0) is branch_NLC
 
 
 def test_gradient_checkpointing_gives_equal_gradients(checkpoint, chat, bits):

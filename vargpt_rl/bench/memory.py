@@ -128,12 +128,17 @@ def measure_torch(case: Case) -> int:
         optimizer.step()
         real_loss(case, model, model, case.resolution).backward()
         optimizer.step()
+    return peak(profiler)
+
+
+def peak(profiler: profile) -> int:
+    """The most bytes that torch's allocator had handed out at once, on top of those before ``profiler`` watched."""
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
+    live = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        most = max(most, live)
+    return most
 
 
 class Living(TorchDispatchMode):

@@ -6,6 +6,7 @@ on where it stopped. With ``num_shards=N shard=k`` N processes draw or answer a 
 scores. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
 """
 
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -21,6 +22,7 @@ from vargpt_rl.evaluate.scorers import clip_score, hps
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.evaluate.subject import Subject
+from vargpt_rl.evaluate.understanding import Understanding
 
 BENCHMARKS = {
     Benchmark.shapes: Shapes,
@@ -31,6 +33,7 @@ BENCHMARKS = {
     Benchmark.hps: hps,
     Benchmark.fid: FrechetDistance,
     Benchmark.questions: Questions,
+    Benchmark.lmms: Understanding,
 }
 
 
@@ -47,13 +50,18 @@ def evaluate(config: EvaluateConfig) -> None:
         return
     rows: dict[str, Scores] = {subject.name: benchmark.score(subject) for subject in subjects}
     about = {s.name: {"checkpoint": s.name, "weights": s.weights, "folder": str(s.out.resolve())} for s in subjects}
-    settings = asdict(config) | {"benchmark": config.benchmark.value}
+    settings = {key: value for key, value in asdict(config).items() if value not in (None, [])}
+    settings["benchmark"] = config.benchmark.value
     print(write_report(config.folder.parent, config.benchmark.value, settings, benchmark.columns, rows, about))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    return run_command(EvaluateConfig, evaluate, arguments)
+    try:
+        return run_command(EvaluateConfig, evaluate, arguments)
+    except subprocess.CalledProcessError as error:
+        print(f"error: lmms-eval ended with exit code {error.returncode}, see above", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

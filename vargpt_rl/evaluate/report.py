@@ -37,8 +37,15 @@ class Column:
 
 @cache
 def reported(benchmark: str) -> dict:
-    """The papers' rows for a benchmark: "source", "note" and "rows" (metrics by method); empty where there are none."""
-    return yaml.safe_load(REPORTED.read_text(encoding="utf-8")).get(benchmark, {})
+    """The papers' rows for a benchmark: "source", "note" and "rows", which has metrics by method and may be empty."""
+    return yaml.safe_load(REPORTED.read_text(encoding="utf-8")).get(benchmark, {"source": "", "note": "", "rows": {}})
+
+
+def comparable(benchmark: str, measured: list[str]) -> dict:
+    """The papers' rows that have one of these metrics."""
+    published = reported(benchmark)
+    rows = {name: metrics for name, metrics in published["rows"].items() if set(metrics) & set(measured)}
+    return {**published, "rows": rows}
 
 
 def table(columns: list[Column], rows: dict[str, Scores], published: dict) -> str:
@@ -46,7 +53,7 @@ def table(columns: list[Column], rows: dict[str, Scores], published: dict) -> st
     lines = [["", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
     for name, scores in rows.items():
         lines.append([name, *(_cell(column, scores.metrics, scores.errors) for column in columns)])
-    for name, metrics in published.get("rows", {}).items():
+    for name, metrics in published["rows"].items():
         lines.append([f"{name} (reported)", *(_cell(column, metrics, {}) for column in columns)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -62,10 +69,12 @@ def write_report(
     folder: Path, benchmark: str, settings: dict, columns: list[Column], rows: dict[str, Scores], subjects: dict
 ) -> str:
     """Write ``folder``/benchmark.json and .md; the Markdown. ``subjects`` says of each row's checkpoint what it is."""
-    published = reported(benchmark)
-    used = [column for column in columns if any(column.metric in scores.metrics for scores in rows.values())]
+    measured = list(dict.fromkeys(metric for scores in rows.values() for metric in scores.metrics))
+    used = [column for column in columns if column.metric in measured]
+    used += [Column(metric, metric) for metric in measured if metric not in {column.metric for column in columns}]
+    published = comparable(benchmark, measured)
     notes = list(dict.fromkeys(note for scores in rows.values() for note in scores.notes))
-    if published:
+    if published["rows"]:
         notes.append(f"Rows marked as reported are not measured here: {published['source']}. {published['note']}")
     text = f"# {benchmark}\n\n{table(used, rows, published)}" + "".join(f"\n{note}\n" for note in notes)
     content = {

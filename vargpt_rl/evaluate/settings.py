@@ -29,7 +29,7 @@ TAKES = {
     Benchmark.hps: (("prompts", "weights"), ("base",)),
     Benchmark.fid: (("prompts", "weights", "reference"), ()),
     Benchmark.questions: (("questions", "images"), ("max_tokens",)),
-    Benchmark.lmms: ((), ("tasks", "python")),
+    Benchmark.lmms: ((), ("tasks", "include", "python")),
 }
 """The keys that a benchmark needs, and those that it takes beside them and the ones for all."""
 SPECIFIC = tuple(dict.fromkeys(key for needed, taken in TAKES.values() for key in (*needed, *taken)))
@@ -48,8 +48,8 @@ class EvaluateConfig(DrawingSettings):
     drawn in place of a prompt. ``weights``: clip a CLIP model's directory or hub name, hps the published checkpoint,
     fid the Inception network in TorchScript. ``base``: the CLIP model that HPSv2 was trained from. ``reference``: a
     folder of pictures or an .npz with "mu" and "sigma". ``questions``: JSON lines, their pictures in ``images``,
-    answered in ``max_tokens`` at most. ``tasks`` and ``python``: names of lmms-eval's tasks, the interpreter that has
-    lmms-eval.
+    answered in ``max_tokens`` at most. ``tasks``, ``include`` and ``python``: names of lmms-eval's tasks, a
+    folder of further ones, the interpreter that has lmms-eval.
     """
 
     benchmark: Benchmark
@@ -69,6 +69,7 @@ class EvaluateConfig(DrawingSettings):
     images: str | None = None
     max_tokens: int = 16
     tasks: list[str] = field(default_factory=list)
+    include: str | None = None
     python: str | None = None
 
     def __post_init__(self):

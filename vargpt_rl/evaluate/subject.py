@@ -1,7 +1,6 @@
 """A checkpoint under evaluation: what it has drawn and answered, and its model where there is more to do."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -13,9 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.data.lines import as_lines, read_records
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.generate import batches, check_unchanged, draw_missing, make_folder, picture_line, read_records
+from vargpt_rl.generate import batches, check_unchanged, draw_missing, make_folder, picture_line
 from vargpt_rl.inputs import check_model
 from vargpt_rl.model.answer import answer
 from vargpt_rl.model.conversation import device_and_dtype, load
@@ -114,17 +114,16 @@ class Subject:
         self, missing: list[dict], look: Look, max_tokens: int, quarantine: Quarantine | None
     ) -> dict[str, dict]:
         path = self.out / self._records("answers")
-        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_records(path)]
-        write_atomically(path, "".join(kept).encode())
+        write_atomically(path, as_lines(read_records(path)).encode())
         answered = {}
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="question") as bar:
             for batch in batches(missing, self.config.batch_size):
                 shown = self._shown(batch, look, quarantine)
                 questions = [(line["question"], [image]) for line, image in shown]
                 words = answer(*self._loaded, questions, max_tokens) if questions else []
-                for (line, _), said in zip(shown, words, strict=True):
-                    answered[line["key"]] = line | {"answer": said}
-                    file.write(json.dumps(answered[line["key"]], ensure_ascii=False) + "\n")
+                new = [line | {"answer": said} for (line, _), said in zip(shown, words, strict=True)]
+                answered |= {line["key"]: line for line in new}
+                file.write(as_lines(new))
                 file.flush()
                 bar.update(len(batch))
         return answered

@@ -53,19 +53,21 @@ BITS = Bits()
 
 
 def quantise(
-    features_Bdhw: torch.Tensor, schedule: Schedule, flip_B: torch.Tensor | None = None, generator=None
+    features_Bdhw: torch.Tensor, schedule: Schedule, flip_BK: torch.Tensor | None = None, generator=None
 ) -> Quantised:
     """Encode features as bits, scale by scale (specification, section 2).
 
-    ``flip_B``: per picture, the probability that a bit is flipped before it is fed on (bitwise self-correction,
-    Infinity section 3.4). Labels stay those of the true remainder, so later scales learn to repair the flips.
+    ``flip_BK``: per picture and scale, the probability that a bit is flipped before it is fed on (bitwise
+    self-correction, Infinity section 3.4). Labels stay those of the true remainder, so later scales learn to repair
+    the flips.
     """
-    if flip_B is None:
+    if flip_BK is None:
         return BITS.quantise(features_Bdhw, schedule)
+    rates = iter(flip_BK.unbind(1))
 
     def flipped(bits_Bnd: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(bits_Bnd.shape, generator=generator, device=bits_Bnd.device)
-        return bits_Bnd ^ (noise < flip_B[:, None, None]).to(torch.uint8)
+        return bits_Bnd ^ (noise < next(rates)[:, None, None]).to(torch.uint8)
 
     return BITS.quantise(features_Bdhw, schedule, flipped)
 

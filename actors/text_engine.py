@@ -1,0 +1,56 @@
+"""vLLM as the writer of a run: a pool of one worker that answers and replies, and takes new weights as the others do.
+
+It holds the language half of the model only; of each published set it is sent what belongs to that.
+"""
+
+from dataclasses import replace
+
+import ray
+import torch
+
+from actors.pool import Progress, RolloutPool
+from actors.resources import Plan, RolloutConfig
+from actors.transport import Parcel
+from actors.weights import Layout, checksum_of_set
+from actors.worker import PictureSource, Writer
+from vargpt_rl.text.layout import check_set, is_text
+from vargpt_rl.text.vllm_engine import VllmEngine
+
+BATCH = 256
+"""Requests handed over at once: vLLM batches by itself, and better the more it sees."""
+
+
+class TextWorker(Writer):
+    """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        source: PictureSource,
+        threads: int,
+        use_gpu: bool = False,
+        bf16: bool = False,
+        version_required: int = 0,
+    ):
+        torch.set_num_threads(threads)
+        engine = VllmEngine(checkpoint, torch.bfloat16 if bf16 else torch.float32)
+        super().__init__(engine, source, "cuda" if use_gpu else "cpu", version_required)
+
+    def fits(self, layout: Layout) -> None:
+        check_set(layout.shapes, self.engine.shapes)
+
+    def take(self, version: int, parcel: Parcel) -> str:
+        """Swap into vLLM. It packs and fuses what it holds, so the checksum is of what came, once that is in place."""
+        tensors = {name: tensor for chunk in parcel.chunks() for name, tensor in chunk.items()}
+        self.engine.swap(version, tensors)
+        return checksum_of_set(tensors)
+
+
+def start_text_engine(
+    config: RolloutConfig, plan: Plan, checkpoint: str, source: PictureSource, progress: Progress | None = None
+) -> RolloutPool | None:
+    """vLLM's pool, ready; None where the rollout workers write themselves."""
+    if plan.text is None:
+        return None
+    settings = replace(config, batch_size=BATCH)
+    return RolloutPool(settings, plan.text, checkpoint, source, progress, kind=ray.remote(TextWorker), takes=is_text)

@@ -1,0 +1,125 @@
+"""vLLM as the writer of a run, with the embedded model, against transformers in this process."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.resources import RolloutConfig, plan
+from actors.rollout import Rollouts
+from actors.text_engine import start_text_engine
+from actors.transport import SharedFile
+from actors.weights import checksum, layout_of
+from actors.worker import Worker
+from tests.vllm import needs_vllm
+from vargpt_rl.data.sources import ShapesConfig, ShapesSource
+from vargpt_rl.inputs import EMBEDDED
+from vargpt_rl.model.prompt import REPLY
+from vargpt_rl.run import Run
+from vargpt_rl.text.layout import is_text
+
+SIDE = 224
+SOURCE = ShapesSource(ShapesConfig())
+ASKED = [(key, question) for key, question, _ in SOURCE.questions(48, 0, "held_out")]
+TEXTS = [prompt.text for prompt in SOURCE.prompts("held_out", 24, 0)]
+
+
+@pytest.fixture(scope="module")
+def text():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    config = RolloutConfig(text_engine="vllm")
+    yield start_text_engine(config, plan([ray.cluster_resources()], config, ranks=1), str(EMBEDDED), SOURCE)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return Worker(str(EMBEDDED), SOURCE, threads=2)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """The embedded model's weights with noise: of the vision tower, of what understanding trains, of what draws.
+
+    The noise is so loud that some answers and nearly all replies are others.
+    """
+    whole, generator = load_file(EMBEDDED / "model.safetensors"), torch.Generator().manual_seed(0)
+    noises = {
+        "vision": (0.3, "model.visual."),
+        "understanding": (0.8, "model.language_model.", "lm_head.", "model.visual.merger."),
+        "decoder": (0.3, "image_decoder.", "projector_"),
+        "half a layer": (0.3, "model.language_model.layers.0.self_attn.q_proj."),
+    }
+    folder = tmp_path_factory.mktemp("sets")
+    for name, (noise, *starts) in noises.items():
+        chosen = {key: tensor.float() for key, tensor in whole.items() if key.startswith(tuple(starts))}
+        noisy = {
+            key: tensor + noise * tensor.std(unbiased=False) * torch.randn(tensor.shape, generator=generator)
+            for key, tensor in chosen.items()
+        }
+        save_file(noisy, folder / f"{name}.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in noises}
+
+
+def everything(writer) -> tuple[list[str], list[str | None]]:
+    """What a pool or a worker says: answers about pictures, and replies before pictures."""
+    return writer.answer(ASKED, SIDE, 8), writer.reply(TEXTS, 24)
+
+
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(text, worker, sets):
+    answers, replies = everything(worker)
+    assert everything(text) == (answers, replies)
+    assert replies == [REPLY] * len(TEXTS) and len(set(answers)) > 5
+    assert text.reply(TEXTS, 3) == worker.reply(TEXTS, 3) == [None] * len(TEXTS), "too short for a reply"
+
+    # The same requests are asked again after each swap: whatever a cache kept of the old weights would show.
+    said = [(answers, replies)]
+    for version, name in enumerate(("vision", "understanding", "decoder"), start=1):
+        report = text.publish(sets[name], version)
+        worker.receive(version, checksum(sets[name]), SharedFile(layout_of(sets[name]), sets[name]))
+        assert report.verified and text.status()[0]["version"] == version
+        assert report.checksum == checksum(sets[name], is_text)
+        said.append(everything(text))
+        assert said[-1] == everything(worker), name
+    (start, seen, understood, drawn), _ = zip(*said, strict=True)
+    assert start != seen != understood, "both sets change what is said of pictures"
+    assert said[0][1] == said[1][1] != said[2][1], "and the language model's what is said before them"
+    assert None in said[2][1] and len(set(said[2][1])) > 5
+    assert understood == drawn and report.bytes == 0, "what draws does not concern it"
+
+
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_a_set_that_does_not_fit_changes_nothing(text, sets):
+    before, half = everything(text), sets["half a layer"]
+    with pytest.raises(ValueError, match=r"k_proj.bias is missing: the set has other tensors of layer .*qkv_proj"):
+        ray.get(text._workers[0].receive.remote(text.version + 1, checksum(half), SharedFile(layout_of(half), half)))
+    assert everything(text) == before and text.status()[0]["version"] == text.version
+
+
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
+    before, pid = everything(text), text.status()[0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert everything(text) == before
+    assert text.restarts == 1 and text.status()[0]["pid"] != pid
+
+
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_questions_of_the_evaluation_go_to_it(text, worker, tmp_path):
+    """The same accuracy as that of the workers, with the weights that are being served."""
+    asked = []
+    counting = SimpleNamespace(answer=lambda *args: asked.append(args) or text.answer(*args))
+    alone = SimpleNamespace(answer=lambda questions, side: worker.answer(questions, side, 8))
+    run = Run(tmp_path / "run", {})
+    theirs = Rollouts(alone, SOURCE, run, None, None).answer_questions(64, SIDE)
+    assert Rollouts(None, SOURCE, run, None, None, counting).answer_questions(64, SIDE) == theirs
+    assert len(asked) == 1 and theirs["n"] == 64

@@ -1,0 +1,147 @@
+"""SFT with cached features against running the image tokenizer in the step: ``python -m vargpt_rl.bench.encode``.
+
+Pictures of the shapes world are encoded by the real command (their rate includes starting it up), then steps of SFT on
+the embedded model, with the micro-batches of the demo, take turns: features read from the cache, or made of the decoded
+crops by the image tokenizer. Both give the loss the same features. Times are the best of several, in one process.
+
+Shape legend: B rows, d bits a token, h w latent grid.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from configs.load import load_config
+from vargpt_rl.data.batches import DrawExample, SftCollator
+from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
+from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
+from vargpt_rl.data.records.pictures import content_sha256, on_disk
+from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.shapes import render, sample_scene
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.inputs import EMBEDDED
+from vargpt_rl.losses import sft_loss
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import REPLY, ChatFormat
+from vargpt_rl.stages import STAGES, freeze
+
+RESOLUTIONS = (128, 256)
+PICTURES, CROPS, ROUNDS = 256, 2, 9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step both ways, the largest difference of their features, and what encoding took."""
+
+    cached: float
+    tokenized: float
+    difference: float
+    bytes_a_crop: float
+    crops_a_second: float
+
+
+def write_records(folder: Path, count: int, side: int) -> list[str]:
+    """``count`` pictures and their records, ``records.jsonl``; the captions."""
+    rng, captions, lines = np.random.default_rng(0), [], []
+    for number in range(count):
+        scene = sample_scene(rng)
+        render(scene, side, "commercial", rng).save(folder / f"{number}.png")
+        turns = [("user", scene.caption), ("assistant", f"{REPLY}<image_gen>")]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        lines.append({"id": str(number), "task": "generation", "messages": messages, "images": [f"{number}.png"]})
+        captions.append(scene.caption)
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return captions
+
+
+def stepper(model: Vargpt, chat: ChatFormat) -> Callable[[list[str], np.ndarray], None]:
+    """A step of SFT on captions and their features float16 [B, d, h, w]."""
+    stage, collate = STAGES["sft"], SftCollator(chat)
+    freeze(model.train(), stage)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step(captions: list[str], features_Bdhw: np.ndarray) -> None:
+        prompts = [Prompt("", caption, REPLY) for caption in captions]
+        batch = collate([DrawExample(*pair) for pair in zip(prompts, features_Bdhw, strict=True)])
+        sft_loss(model, batch, stage.noise, stage.text_weight)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(resolution: int, micro_batch: int, pictures: int = PICTURES, rounds: int = ROUNDS) -> Measured:
+    """Encode ``pictures`` and train on them, ``rounds`` steps each way and one before that is not counted."""
+    model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
+    chat = ChatFormat(str(EMBEDDED), model.config)
+    step = stepper(model, chat)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        captions = write_records(folder, pictures, 2 * resolution)
+        source = RecordSource([str(folder / "records.jsonl")])
+        began = time.perf_counter()
+        counts = encode(Encoding(folder / "cache", {"shapes": source}, resolution=resolution, crops=CROPS))
+        rate = counts[ENCODED] / (time.perf_counter() - began)
+        size = sum(path.stat().st_size for path in shard_files(folder / "cache")) / counts[ENCODED]
+        cache = FeatureCache(folder / "cache", tokenizer_checksum(model.image_tokenizer.state_dict()), resolution)
+
+        cached, tokenized, difference = [], [], 0.0
+        for number in range(rounds + 1):
+            chosen = [(number * micro_batch + i) % pictures for i in range(micro_batch)]
+            files = [on_disk(folder, f"{i}.png") for i in chosen]
+            names = [content_sha256(file) for file in files]
+            crops = [crops_of(file, digest, resolution, [1])[1] for file, digest in zip(files, names, strict=True)]
+            texts = [captions[i] for i in chosen]
+
+            began = time.perf_counter()
+            read_Bdhw = np.stack([cache.get(digest, 1) for digest in names])
+            step(texts, read_Bdhw)
+            between = time.perf_counter()
+            made_Bdhw = features_of(model.image_tokenizer, crops, micro_batch, torch.device("cpu"))
+            step(texts, made_Bdhw)
+            ended = time.perf_counter()
+
+            cached.append(between - began)
+            tokenized.append(ended - between)
+            difference = max(difference, float(np.abs(read_Bdhw.astype(np.float32) - made_Bdhw).max()))
+    return Measured(min(cached[1:]), min(tokenized[1:]), difference, size, rate)
+
+
+def main() -> int:
+    """Print a row a resolution; the exit code."""
+    table = Table(title="a step of SFT, features cached or made in it", title_justify="left", box=SIMPLE_HEAD)
+    for column in (
+        "px",
+        "micro-batch",
+        "cached, s",
+        "made, s",
+        "ratio",
+        "differ by",
+        "bytes a crop",
+        "encoded a second",
+    ):
+        table.add_column(column, justify="right")
+    for resolution in RESOLUTIONS:
+        micro_batch = load_config([]).at_resolution(resolution).sft.recipe.micro_batch
+        found = measure(resolution, micro_batch)
+        figures = (f"{found.cached:.3f}", f"{found.tokenized:.3f}", f"{found.tokenized / found.cached:.2f}")
+        rest = (f"{found.difference:.4f}", f"{found.bytes_a_crop:.0f}", f"{found.crops_a_second:.1f}")
+        table.add_row(str(resolution), str(micro_batch), *figures, *rest)
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

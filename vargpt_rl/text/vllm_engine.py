@@ -1,0 +1,107 @@
+"""Text by vLLM: the language half of a checkpoint, batched as requests come and go, with weights swapped in place.
+
+An engine takes its process over (process group, threads, seed): one in a process, and nothing else that computes.
+Memory: the weights and a key-value cache for so many tokens and no more, so that a GPU can be shared.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.shards import stored_in_folder
+from vargpt_rl.text.layout import check_set, is_text
+from vargpt_rl.text.requests import Request
+from vargpt_rl.text.vllm_plugin import ARCHITECTURE, NAME, TakesWeights
+
+MAX_TOKENS = 4096
+"""Of a request with its picture and answer; a picture of 1024 px is 1369."""
+CACHE_TOKENS = 8 * MAX_TOKENS
+"""Of the key-value cache; one of the 7B model in bfloat16 is 1.75 GiB."""
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that tensors reach the worker as they are
+    "VLLM_PLUGINS": NAME,
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes compute on the same cores
+    "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than all that it samples here
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def is_installed() -> bool:
+    """Whether this environment has vLLM."""
+    return find_spec("vllm") is not None
+
+
+class VllmEngine:
+    """The model in ``folder``: a VARGPT or any other Qwen2-VL checkpoint."""
+
+    def __init__(self, folder: str, dtype: torch.dtype):
+        os.environ.update(ENVIRONMENT)
+        from vllm import LLM
+
+        self.chat = ChatFormat(folder, AutoConfig.from_pretrained(folder))
+        self.version = 0
+        self.shapes = {name: at.shape for name, at in stored_in_folder(Path(folder)).items() if is_text(name)}
+        self.llm = LLM(
+            folder,
+            dtype=dtype,
+            hf_overrides={"architectures": [ARCHITECTURE]},
+            worker_extension_cls=f"{TakesWeights.__module__}.{TakesWeights.__qualname__}",
+            kv_cache_memory_bytes=CACHE_TOKENS * _token_bytes(self.chat.config.text_config, dtype),
+            max_model_len=min(MAX_TOKENS, self.chat.config.text_config.max_position_embeddings),
+            block_size=32,
+            enforce_eager=True,
+            limit_mm_per_prompt={"image": 1},
+            skip_mm_profiling=True,
+            mm_processor_cache_gb=1,
+        )
+
+    def write(self, requests: Sequence[Request], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
+        outputs = self._generate(requests, max_tokens=max_tokens, stop_token_ids=list(stops), ignore_eos=True)
+        return [list(output.token_ids) for output in outputs]
+
+    def log_probs(self, requests: Sequence[Request], tokens: Sequence[int]) -> list[list[float]]:
+        outputs = self._generate(requests, max_tokens=1, logprob_token_ids=list(tokens))
+        return [[output.logprobs[0][token].logprob for token in tokens] for output in outputs]
+
+    def swap(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace tensors of the language half, named as in the checkpoint, and forget what the old ones made.
+
+        ValueError, and nothing is changed, where the set does not fit. RuntimeError where the engine does not hold
+        ``version`` afterwards, or could not forget: what it says from then on cannot be trusted.
+        """
+        check_set({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
+        held = self.llm.collective_rpc("take_weights", args=(version, tensors))
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        forgot = self.llm.reset_prefix_cache()
+        if set(held) != {version} or not forgot:
+            raise RuntimeError(f"weights of version {version}: the engine holds {held}, prefix cache reset: {forgot}")
+
+    def _generate(self, requests: Sequence[Request], **params: object) -> list:
+        """The only completion of each request, greedy."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, detokenize=False, **params)
+        prompts = [self._prompt(request) for request in requests]
+        return [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
+    def _prompt(self, request: Request) -> dict[str, object]:
+        """Token ids with one ``image_pad`` in the place of the picture: vLLM repeats it as the picture needs."""
+        if request.image is None:
+            return {"prompt_token_ids": self.chat.question(request.text)}
+        merge = self.chat.config.vision_config.spatial_merge_size
+        ids = self.chat.question(request.text, torch.tensor([[1, merge, merge]]))
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": request.image.convert("RGB")}}
+
+
+def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of a token take."""
+    head = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize

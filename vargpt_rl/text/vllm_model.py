@@ -1,0 +1,73 @@
+"""The model class that vLLM runs: its Qwen2-VL, fed from a checkpoint that has a visual decoder too.
+
+Pictures are prepared by the Pillow processor of `vargpt_rl.model.prompt`, on every machine, so that both engines see
+the same pixels; vLLM's own way needs torchvision and a video processor. Only pictures are taken, no videos.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import torch
+from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VLDummyInputsBuilder,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLMultiModalProcessor,
+    Qwen2VLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vargpt_rl.text.layout import is_text
+
+
+class PictureProcessor:
+    """What vLLM needs of a processor where there are only pictures: pixels and grids, and names of placeholders."""
+
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+
+    def __init__(self, folder: str):
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+    def __call__(self, images: list, **ignored: object) -> BatchFeature:
+        return self.image_processor(images=images, return_tensors="pt")
+
+
+class PicturesOnly(Qwen2VLProcessingInfo):
+    @cached_property
+    def _processor(self) -> PictureProcessor:
+        return PictureProcessor(self.ctx.model_config.model)
+
+    def get_hf_processor(self, **kwargs: object) -> PictureProcessor:
+        return self._processor
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        return {}
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": self.get_max_image_tokens()}
+
+
+class DummyPictures(Qwen2VLDummyInputsBuilder):
+    """For vLLM's measurements at its start."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return PictureProcessor.image_token * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping) -> dict:
+        width, height = self.info.get_image_size_with_most_features()
+        count = mm_counts.get("image", 0)
+        return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen2VLMultiModalProcessor, info=PicturesOnly, dummy_inputs=DummyPictures)
+class VargptText(Qwen2VLForConditionalGeneration):
+    """The language model and the vision tower; what else a checkpoint holds is left where it is."""
+
+    supports_mm_device_do_normalize = False  # pixels come normalised
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor) for name, tensor in weights if is_text(name))
