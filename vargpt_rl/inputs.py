@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
+
 from configs.schema import TINY, TINY_V1, LoopConfig
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
@@ -94,6 +96,8 @@ def gather(config: LoopConfig) -> Inputs:
     else:
         model = check_model(config.checkpoint)
     check_resolutions(model, config.resolutions)
+    if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
+        raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
     reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.prompt import Markup
 
 
 class Request(NamedTuple):
@@ -22,7 +22,7 @@ class Request(NamedTuple):
 class TextEngine(Protocol):
     """A language model with its chat format."""
 
-    chat: ChatFormat
+    chat: Markup
 
     def write(self, requests: Sequence[Request], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         """Greedy continuation of each request: at most ``max_tokens`` ids, the last of them a stop if one came."""

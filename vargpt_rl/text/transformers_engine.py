@@ -6,16 +6,16 @@ Shape legend: B requests, T positions, V vocabulary.
 from collections.abc import Sequence
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import GenerationMixin
 
-from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.prompt import Markup
 from vargpt_rl.text.requests import Request
 
 
 class TransformersEngine:
-    """Any Qwen2-VL, ``Vargpt`` among them. All requests of a call are one batch."""
+    """A VARGPT of either family, or the language-and-vision model that it is. All requests of a call are one batch."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration, chat: ChatFormat):
+    def __init__(self, model: GenerationMixin, chat: Markup):
         self.model, self.chat = model, chat
 
     @torch.inference_mode()
