@@ -1,6 +1,8 @@
 """Encoding training records once: what is in the cache afterwards, and what is said about the rest."""
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.data.records.reading import png
+from tests.streams import COUNT, feed_of, write_sources
 from tests.tiny import tiny_checkpoint
 from vargpt_rl.data import encode
 from vargpt_rl.data.encode import crops_of, drawn_pictures, features_of, load_image_tokenizer, main
@@ -191,6 +194,27 @@ def test_a_model_without_an_image_tokenizer_is_refused(checkpoint, tmp_path):
     save_file({key: tensor for key, tensor in tensors.items() if key != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"^{tmp_path}: {lost} is missing"):
         load_image_tokenizer(tmp_path)
+
+
+def test_training_takes_what_was_encoded(checkpoint, chat, checksum, tmp_path):
+    """All the way: records are encoded by the command, and the stream of a stage takes the features from the cache."""
+    sources = write_sources(tmp_path / "data")
+    given = [f"checkpoint={checkpoint}", f"out={tmp_path / 'encoded' / '64'}", "resolution=64", "crops=2"]
+    for name in ("lines", "tars"):
+        given += [f"sources.{name}.files={sources[name].files[0]}", f"sources.{name}.format={sources[name].format}"]
+    assert main([*given, f"sources.lines.images={sources['lines'].images}", "workers=0"]) == 0
+    feed = feed_of(tmp_path, sources, encoded=tmp_path / "encoded", tokenizer_checksum=checksum)
+    known = {content.tobytes() for path in shard_files(tmp_path / "encoded" / "64") for content in load_features(path)}
+    assert len(known) == 2 * (COUNT + COUNT), "pictures 0 to 23 and 100 to 123, drawn twice or once"
+    loader = feed.loader(feed.mixture(chat, 4, 0, 0, 1), 0)
+    seen = [features.numpy().tobytes() for batch in islice(loader, 20) for features in batch["features"]]
+    assert len(set(seen)) > 30 and set(seen) <= known
+    with pytest.raises(ValueError, match="expected those of another at 64 px"):
+        replace(feed, tokenizer_checksum="another").cache()
+
+
+def load_features(path: Path) -> np.ndarray:
+    return load_file(path)["features"].numpy()
 
 
 def test_crops_follow_from_content_and_number_alone():
