@@ -17,7 +17,7 @@ Place = PlacementGroupSchedulingStrategy
 
 
 def stop(number: int, _frame) -> None:
-    """End this process on a signal as an exception would, once."""
+    """End this process on a signal as an exception would, once. SystemExit, which from calls of Ray comes with 1."""
     for each in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
     print(f"{signal.Signals(number).name}: stopping; the same command goes on", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ Every step is recorded when it is done; the same command goes on after the last 
 2 a setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or SIGUSR2 (EX_TEMPFAIL: try again).
 """
 
+import os
 import sys
 
 import ray
@@ -102,10 +103,10 @@ def prepare(arguments: list[str]) -> tuple[LoopConfig, dict, Inputs, Run]:
     return config, settings, gather(config), Run(config.directory, settings)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the loop; the exit code."""
+def start(arguments: list[str]) -> int:
+    """Run the loop; the exit code. SystemExit if a signal ends it, see ``actors.cluster.stop``."""
     try:
-        config, settings, inputs, run = prepare(sys.argv[1:] if arguments is None else arguments)
+        config, settings, inputs, run = prepare(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -146,6 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
         run.close(failed)
         ray.shutdown()
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the loop; the exit code."""
+    try:
+        return start(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit:  # of ``stop``; in a call of Ray its status is lost
+        return os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""The loop on a job's Ray cluster, once all its nodes are there: ``python -m slurm.drive [key=value ...]``.
+
+Exit codes are the loop's. 1 also if nodes or GPUs are missing at the deadline, or if a stopped loop has not got further
+since its start: in the same time it would never end.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+from actors.cluster import stop
+from slurm.node import wait_for
+from vargpt_rl import loop
+from vargpt_rl.checkpoint import MARKER
+from vargpt_rl.run import STATE
+
+
+def missing(found: list[dict], names: list[str], gpus: int) -> list[str]:
+    """What each node lacks, of ``ray.nodes()``."""
+    nodes = {node["Labels"].get("slurm-node"): node for node in found if node["Alive"]}
+    lacking = []
+    for name in names:
+        if name not in nodes:
+            lacking.append(f"{name} has no Ray")
+        elif (has := nodes[name]["Resources"].get("GPU", 0)) < gpus:
+            lacking.append(f"{name} has {has:g} of {gpus} GPUs")
+    return lacking
+
+
+def gather(address: str, names: list[str], gpus: int, seconds: float) -> None:
+    """Wait until the cluster is whole. TimeoutError that names what is missing if it is not in time."""
+    end = time.monotonic() + seconds
+    wait_for(address, seconds)
+    ray.init(address=address, log_to_driver=False)
+    signal.signal(signal.SIGTERM, stop)  # Ray has set its own
+    while lacking := missing(ray.nodes(), names, gpus):
+        if time.monotonic() > end:
+            raise TimeoutError(f"after {seconds:g} s {', '.join(lacking)}")
+        time.sleep(1)
+    ray.shutdown()
+
+
+def finished(directory: Path) -> tuple[set[str], float]:
+    """What a run has so far: its finished steps, and the time of its last checkpoint."""
+    state = directory / STATE
+    steps = set(json.loads(state.read_text())["steps"]) if state.exists() else set()
+    markers = (directory / "checkpoints").rglob(MARKER)
+    return steps, max((marker.stat().st_mtime for marker in markers), default=0.0)
+
+
+def main() -> int:
+    """Wait, then run the loop; the exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, stop)
+    directory = Path(os.environ["VARGPT_RL_LOGS"]).parents[1]
+    before, address = finished(directory), os.environ["VARGPT_RL_HEAD"]
+    names, gpus = os.environ["VARGPT_RL_NODES"].split(), int(os.environ["VARGPT_RL_GPUS"])
+    try:
+        gather(address, names, gpus, float(os.environ["VARGPT_RL_READY_S"]))
+        os.environ["RAY_ADDRESS"] = address
+        status = loop.main(sys.argv[1:])
+    except TimeoutError as error:
+        print(f"error: {error}; see {os.environ['VARGPT_RL_LOGS']}", file=sys.stderr)
+        return 1
+    except SystemExit:  # of ``stop``, before the loop
+        status = os.EX_TEMPFAIL
+    if status == os.EX_TEMPFAIL and finished(directory) == before:
+        print("error: no step was finished since the start: it takes a longer time limit", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
