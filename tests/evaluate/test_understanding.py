@@ -34,7 +34,7 @@ for task in job["tasks"]:
     if task == "broken":
         sys.exit("no such task")
     results = json.loads(pathlib.Path("{results}").read_text())[task]
-    kept = {{"about": job["about"][task], "results": {{task: results}}, "n-samples": {{}}}}
+    kept = {{"about": job["about"][task], "results": {{task: results}}, "n-samples": {{task: {{"effective": 7}}}}}}
     pathlib.Path(job["out"], task + ".json").write_text(json.dumps(kept))
 """
 RESULTS = {
@@ -70,6 +70,7 @@ def test_scores_are_given_as_in_the_papers_and_tasks_are_run_once(command, stand
     ours = {"pope_adv": 50.0, "mme": 1234.5, "gqa": 25.0, "mmbench": 66.0, "docvqa_val anls": 0.75}
     assert row["metrics"] == ours
     assert row["errors"] == {"pope_adv": 12.5, "gqa": 1.0}
+    assert row["counts"]["pope_adv"] == 7
     (job,) = jobs()
     assert (job["limit"], job["weights"], job["checkpoint"]) == (7, row["weights"], row["checkpoint"])
     table = (tmp_path / "out/lmms.md").read_text()
