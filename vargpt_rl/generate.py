@@ -205,7 +205,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def draw_batch(
-    model: Unified, chat: Markup, lines: list[dict], look: Callable[[str], Image.Image]
+    model: Unified, chat: Markup, lines: list[dict], look: Callable[[str], Image.Image] | None
 ) -> list[Image.Image]:
     """The pictures of some lines of the plan, all of one size and sampling, all or none with an ``image`` to edit."""
     shown = chat.pictures([look(line["image"]) for line in lines]) if lines[0]["image"] else None
@@ -230,7 +230,7 @@ def draw_missing(
     out: Path,
     model: Callable[[], tuple[Unified, Markup]],
     batch_size: int,
-    look: Callable[[str], Image.Image] = lambda path: read_picture(Path(path)),
+    look: Callable[[str], Image.Image] | None = None,
     part: slice = slice(None),
     records: str = RECORDS,
 ) -> int:

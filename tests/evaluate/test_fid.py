@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import linalg
 
+from vargpt_rl.evaluate import scorers
 from vargpt_rl.evaluate.fid import SIDE, Statistics, distance, features, load_network, resized
 
 D = 6
@@ -100,8 +101,9 @@ def test_features_come_from_pixels_between_minus_one_and_one(weights):
 
 
 def test_the_command_compares_with_a_folder_and_with_statistics(
-    command, prompts, painted, folder, result, weights, reference, tmp_path
+    command, prompts, painted, folder, result, weights, reference, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(scorers, "BATCH", 5)
     arguments = ["benchmark=fid", prompts, f"weights={weights}"]
     assert command(*arguments, f"reference={reference}") == 0
     network = load_network(str(weights), torch.device("cpu"))

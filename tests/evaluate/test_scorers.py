@@ -8,6 +8,7 @@ from PIL import Image
 from rewards.clip import ClipScore
 from rewards.hps import HPSv2
 from tests.rewards.tiny_models import clip_model, clip_settings, open_clip_state
+from vargpt_rl.evaluate import scorers
 
 PROMPTS = ("a red circle", "two blue squares", "a star at night")
 
@@ -33,8 +34,9 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("benchmark", ["clip", "hps"])
 def test_the_score_is_a_hundred_times_the_mean_of_the_reward(
-    command, prompts, painted, folder, result, models, benchmark
+    command, prompts, painted, folder, result, models, monkeypatch, benchmark
 ):
+    monkeypatch.setattr(scorers, "BATCH", 2)
     if benchmark == "clip":
         options, reward = [f"weights={models / 'clip'}"], ClipScore(str(models / "clip"))
     else:

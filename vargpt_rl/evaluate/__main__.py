@@ -23,6 +23,7 @@ from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.evaluate.subject import Subject
 from vargpt_rl.evaluate.understanding import Understanding
+from vargpt_rl.generate import make_folder
 
 BENCHMARKS = {
     Benchmark.shapes: Shapes,
@@ -39,6 +40,7 @@ BENCHMARKS = {
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure every checkpoint. ValueError naming the key or file of whatever is wrong, before a model is loaded."""
+    make_folder(str(config.folder))
     quarantine_of(config).path.unlink(missing_ok=True)
     benchmark = BENCHMARKS[config.benchmark](config)
     subjects = [Subject(config, name) for name in config.checkpoints]

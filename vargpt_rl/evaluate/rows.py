@@ -43,8 +43,7 @@ def sift(path: Path, check: Check, quarantine: Quarantine) -> tuple[list[tuple[i
 
 def quarantine_of(config: EvaluateConfig) -> Quarantine:
     """Where this process puts bad rows down; every run of the command begins anew."""
-    part = "" if config.num_shards == 1 else f"-{config.shard}-of-{config.num_shards}"
-    return Quarantine(config.folder / f"quarantine{part}.jsonl")
+    return Quarantine(config.folder / config.own("quarantine"))
 
 
 def text(row: dict, key: str) -> str:

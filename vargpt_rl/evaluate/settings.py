@@ -107,3 +107,7 @@ class EvaluateConfig(DrawingSettings):
     def part(self) -> slice:
         """What this process draws or answers of the whole."""
         return slice(self.shard, None, self.num_shards)
+
+    def own(self, name: str) -> str:
+        """The name of a JSON lines file that only this process writes."""
+        return f"{name}.jsonl" if self.num_shards == 1 else f"{name}-{self.shard}-of-{self.num_shards}.jsonl"

@@ -76,9 +76,7 @@ class Shapes:
             {name: mean for name, (mean, _) in results.items()},
             {name: error for name, (_, error) in results.items()},
             {name: len(values) for name, values in groups.items()},
-            notes=[
-                "Shares of what is right, with the standard error over the items; the spread between seeds is more."
-            ],
+            notes=["Shares of what is right, with their standard error, which does not cover the spread of seeds."],
         )
 
 

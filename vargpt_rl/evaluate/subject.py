@@ -80,8 +80,8 @@ class Subject:
             | {"weights": self.weights, "dtype": self.dtype}
             for w in wanted
         ]
-        options = {"part": self.config.part, "records": self._records(records)} | ({"look": look} if look else {})
-        draw_missing(lines, self.out, lambda: self._loaded, self.config.batch_size, **options)
+        config = self.config
+        draw_missing(lines, self.out, lambda: self._loaded, config.batch_size, look, config.part, config.own(records))
 
     def paths(self, wanted: Sequence[Wanted]) -> list[Path]:
         """Where the pictures are. ValueError where one is missing."""
@@ -113,7 +113,7 @@ class Subject:
     def _answer_missing(
         self, missing: list[dict], look: Look, max_tokens: int, quarantine: Quarantine | None
     ) -> dict[str, dict]:
-        path = self.out / self._records("answers")
+        path = self.out / self.config.own("answers")
         write_atomically(path, as_lines(read_records(path)).encode())
         answered = {}
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="question") as bar:
@@ -138,10 +138,6 @@ class Subject:
                     raise
                 quarantine.add(line["key"], line["image"], str(fault))
         return shown
-
-    def _records(self, name: str) -> str:
-        part = "" if self.config.num_shards == 1 else f"-{self.config.shard}-of-{self.config.num_shards}"
-        return f"{name}{part}.jsonl"
 
 
 def digest(folder: Path) -> str:

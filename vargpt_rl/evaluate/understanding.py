@@ -115,6 +115,7 @@ class Understanding:
             if found is None:
                 raise ValueError(f"{subject.out / task}.json: lmms-eval wrote no results")
             scores.details[task] = found["results"]
+            scores.counts |= {name: samples["effective"] for name, samples in found["n-samples"].items()}
             figures = numbers(found["results"].get(task, {}))
             own = TASKS.get(SAME.get(task, task))
             if own is None:
