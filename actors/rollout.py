@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from actors.pool import RolloutPool
 from actors.worker import Drawn, Failure
 from rewards.combined import scorers
-from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.checkpoint import check_checkpoint, write_atomically
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import Source
@@ -25,6 +25,8 @@ from vargpt_rl.evaluate.held_out import mean_and_error, preference_scores, shape
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.run import Run
 
+PROMPTS = "prompts.jsonl"
+"""The file of a corpus that is written last."""
 PROBE_TOLERANCE = 1e-3
 """Nats by which learner and worker may differ on one picture in fp32: the order of additions, over all its bits."""
 
@@ -87,6 +89,8 @@ class Rollouts:
 
     def encode_corpus(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
         """Encode training pictures into ``folder`` (see ``learners.sft.Drawings``); the first one is the probe."""
+        if (folder / PROMPTS).exists():
+            return self._encoded(records, resolution, folder)
         kept, features, probe = [], [], None
         for record, result in zip(records, self.pool.encode([r.picture for r in records], resolution), strict=True):
             if isinstance(result, Failure):
@@ -100,8 +104,17 @@ class Rollouts:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"features": np.stack(features)}, folder / "features.safetensors")
         lines = [json.dumps(asdict(record.prompt)) for record in kept]
-        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        write_atomically(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         return {"pictures": len(kept), "failed": len(records) - len(kept)}, probe
+
+    def _encoded(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
+        """What `encode_corpus` returns, of a corpus that it finished before the run was cut off."""
+        ids = [json.loads(line)["id"] for line in (folder / PROMPTS).read_text().splitlines()]
+        first = next(record for record in records if record.prompt.id == ids[0])
+        (result,) = self.pool.encode([first.picture], resolution)
+        if isinstance(result, Failure):
+            raise ValueError(f"{first.picture}: could be read before, but not any more: {result.reason}")
+        return {"pictures": len(ids), "failed": len(records) - len(ids)}, Probe(first.prompt, result.bits, resolution)
 
     def encode_winners(self, prompts: list[Prompt], resolution: int) -> dict[str, Winner]:
         """The stronger system's pictures as bits, by prompt id; a prompt without one, or unreadable, is left out."""

@@ -5,6 +5,7 @@ balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has
 """
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 
+from learners.resume import Resumable
 from vargpt_rl.data.batches import DrawExample, Example, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import sft_loss
@@ -84,7 +86,7 @@ def _endless(rng: np.random.Generator, count: int):
         yield from rng.permutation(count).tolist()
 
 
-class SftTrainer(Trainer):
+class SftTrainer(Resumable, Trainer):
     """Stage losses; every metric is the mean since the last log, over ranks.
 
     Batches are those of ``loader``, a rank's own, where there is one, else of ``train_dataset``, shared over ranks.
@@ -102,6 +104,15 @@ class SftTrainer(Trainer):
         self.stage, self.loader = stage, loader
         self.image_tokenizer = image_tokenizer and image_tokenizer.eval().to(self.args.device)
         self.measured: dict[str, list[float]] = defaultdict(list)
+        self.waited, self.since = 0.0, None
+
+    def get_batch_samples(self, *args):
+        """The batches of a step; ``data_wait`` is the share of a step's time that goes by until they are there."""
+        began = time.perf_counter()
+        self.since = self.since or began
+        samples = super().get_batch_samples(*args)
+        self.waited += time.perf_counter() - began
+        return samples
 
     def get_train_dataloader(self):
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -127,6 +138,9 @@ class SftTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.measured:
+            now = time.perf_counter()
+            self.measured["data_wait"].append(self.waited / (now - self.since))
+            self.waited, self.since = 0.0, now
             keys = sorted(self.measured)
             means = torch.tensor([np.mean(self.measured[key]) for key in keys], device=self.accelerator.device)
             means = self.accelerator.gather(means[None]).mean(0)
