@@ -20,7 +20,7 @@ from actors.weights import SwapReport
 from actors.worker import Drawn, Failure
 from rewards.combined import scorers
 from rewards.preferences import check_books
-from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.checkpoint import check_checkpoint, write_atomically
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import Source
@@ -30,6 +30,8 @@ from vargpt_rl.evaluate.held_out import Fidelity, mean_and_error, preference_sco
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.run import Run
 
+PROMPTS = "prompts.jsonl"
+"""The file of a corpus that is written last."""
 PROBE_TOLERANCE = 1e-3
 """Nats by which learner and worker may differ on one picture in fp32: the order of additions, over all its bits."""
 
@@ -120,6 +122,8 @@ class Rollouts:
 
         Pictures that prompts show stay keys, which the learners load; those that cannot be loaded are found out here.
         """
+        if (folder / PROMPTS).exists():
+            return self._encoded(records, resolution, folder)
         kept, features, probe = [], [], None
         results = self.pool.encode([record.picture for record in records], resolution)
         faults = self._faults([record.prompt for record in records])
@@ -136,7 +140,7 @@ class Rollouts:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"features": np.stack(features)}, folder / "features.safetensors")
         lines = [json.dumps(asdict(record.prompt)) for record in kept]
-        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        write_atomically(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         return {"pictures": len(kept), "failed": len(records) - len(kept)}, probe
 
     def _faults(self, prompts: list[Prompt]) -> dict[str, Failure]:
@@ -147,6 +151,15 @@ class Rollouts:
             keys = [key for key, of_side in shown if of_side == side]
             found |= {fault.key: fault for fault in self.pool.faults(keys, side) if fault is not None}
         return found
+
+    def _encoded(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
+        """What `encode_corpus` returns, of a corpus that it finished before the run was cut off."""
+        ids = [json.loads(line)["id"] for line in (folder / PROMPTS).read_text().splitlines()]
+        first = next(record for record in records if record.prompt.id == ids[0])
+        (result,) = self.pool.encode([first.picture], resolution)
+        if isinstance(result, Failure):
+            raise ValueError(f"{first.picture}: could be read before, but not any more: {result.reason}")
+        return {"pictures": len(ids), "failed": len(records) - len(ids)}, Probe(first.prompt, result.bits, resolution)
 
     def encode_winners(self, prompts: list[Prompt], resolution: int) -> dict[str, Winner]:
         """The stronger system's pictures as bits, by prompt id; a prompt without one, or unreadable, is left out."""

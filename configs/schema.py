@@ -305,11 +305,12 @@ class LoopConfig:
     def _check_records(self) -> None:
         """ValueError for what data=records lacks."""
         self.data.records()
-        if "tokenizer" in self.stages:
-            raise ValueError(
-                "stages: tokenizer needs a set of pictures, which data=records, a stream, has not; leave it out and "
-                "start from a checkpoint that knows such pictures"
-            )
+        for stage in self.stages:
+            if stage not in ("pretrain", "understanding", "align"):
+                raise ValueError(
+                    f"stages: {stage} needs pictures that can be chosen, which data=records, a stream, has not; leave "
+                    f"it out and start from a checkpoint that needs none"
+                )
         for resolution in self.resolutions:
             tokens = token_count(schedule_for(resolution))
             if self.data.max_tokens <= tokens:

@@ -59,9 +59,17 @@ class DpoConfig:
 
 @dataclass
 class LearnerConfig:
-    """``ranks`` processes share each stage's batch; ``gpus_per_rank`` counts where there are GPUs."""
+    """``ranks`` processes share each stage's batch; ``gpus_per_rank`` counts where there are GPUs.
+
+    ``save_every``: after so many steps a stage can be resumed from there; null never, and it starts again.
+    """
 
     ranks: int = 2
     gpus_per_rank: float = 1.0
     bf16: bool = False
     start_timeout_s: float = 300.0
+    save_every: int | None = 200
+
+    def __post_init__(self):
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"learner.save_every={self.save_every}: expected 1 or more, or null")

@@ -43,7 +43,7 @@ class LearnerGroup:
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=places[i],
             )
-            .remote(i, config.ranks, threads, use_gpu, config.bf16)
+            .remote(i, config.ranks, threads, use_gpu, config.bf16, config.save_every)
             for i in range(config.ranks)
         ]
         host, port = ray.get(self.ranks[0].address.remote(), timeout=config.start_timeout_s)

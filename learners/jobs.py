@@ -8,6 +8,11 @@ from vargpt_rl.data.records.feed import Feed
 from vargpt_rl.data.types import Probe
 
 
+def training_checkpoints(output: Path) -> Path:
+    """Where a job keeps what it would go on from, until whoever gave it has its result."""
+    return output / "trainer"
+
+
 @dataclass(frozen=True)
 class Start:
     """The weights a stage starts from: a model directory, then weight sets in order."""

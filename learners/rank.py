@@ -23,7 +23,8 @@ from trl import DPOConfig
 from learners.config import Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import picture_batches, train_image_tokenizer
-from learners.jobs import DpoJob, SftJob, Start, TokenizerJob
+from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, training_checkpoints
+from learners.resume import SaveEvery, last_checkpoint
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
@@ -68,9 +69,9 @@ def interface(address: str) -> str:
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
-    def __init__(self, rank: int, ranks: int, threads: int, use_gpu: bool, bf16: bool):
+    def __init__(self, rank: int, ranks: int, threads: int, use_gpu: bool, bf16: bool, save_every: int | None = None):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
-        self.rank, self.ranks, self.use_gpu, self.bf16 = rank, ranks, use_gpu, bf16
+        self.rank, self.ranks, self.use_gpu, self.bf16, self.save_every = rank, ranks, use_gpu, bf16, save_every
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
@@ -96,9 +97,11 @@ class Rank:
 
     def _run(self, trainer, chat: Markup, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
-        began = time.time()
-        trainer.train()
-        seconds = time.time() - began
+        if self.save_every:
+            trainer.add_callback(SaveEvery(self.save_every))
+        checkpoint = last_checkpoint(training_checkpoints(output))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.time() - trainer.began
         save_trained(trainer, trained, output / "final")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {
@@ -133,7 +136,8 @@ class Rank:
         return picture_log_probs(symbol_log_probs(logits, labels)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
-        return training_arguments(recipe, self.ranks, seed, output / "trainer", self.use_gpu, self.bf16)
+        folder = training_checkpoints(output)
+        return training_arguments(recipe, self.ranks, seed, folder, self.use_gpu, self.bf16)
 
     def _corpus(self, job: SftJob, chat: Markup) -> dict:
         """Drawings that were encoded beforehand, and questions."""

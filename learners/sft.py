@@ -5,6 +5,7 @@ balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has
 """
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from learners.modalities import EVERY, ModalityGradients
+from learners.resume import Resumable
 from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses import modality_losses, sft_loss
@@ -92,7 +94,7 @@ def _endless(rng: np.random.Generator, count: int):
         yield from rng.permutation(count).tolist()
 
 
-class SftTrainer(Trainer):
+class SftTrainer(Resumable, Trainer):
     """Stage losses; every metric is the mean since the last log, over ranks, and ``tokens/...`` the sum.
 
     Where there are two losses, their gradient norms are logged now and then; where there is one, ``grad_norm`` is its.
@@ -113,6 +115,15 @@ class SftTrainer(Trainer):
         self.image_tokenizer = image_tokenizer and image_tokenizer.eval().to(self.args.device)
         self.measured: dict[str, list[float]] = defaultdict(list)
         self.gradients: ModalityGradients | None = None
+        self.waited, self.since = 0.0, None
+
+    def get_batch_samples(self, *args):
+        """The batches of a step; ``data_wait`` is the share of a step's time that goes by until they are there."""
+        began = time.perf_counter()
+        self.since = self.since or began
+        samples = super().get_batch_samples(*args)
+        self.waited += time.perf_counter() - began
+        return samples
 
     def get_train_dataloader(self):
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -149,6 +160,9 @@ class SftTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.measured:
+            now = time.perf_counter()
+            self.measured["data_wait"].append(self.waited / (now - self.since))
+            self.waited, self.since = 0.0, now
             keys = sorted(self.measured)
             totals = torch.tensor([sum(self.measured[key]) for key in keys], device=self.accelerator.device)
             totals = self.accelerator.gather(totals[None]).sum(0).tolist()

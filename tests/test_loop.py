@@ -37,7 +37,7 @@ pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.reci
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
-rollout.reply=generate rollout.reply_tokens=4 name=test
+rollout.reply=generate rollout.reply_tokens=4 learner.save_every=1 name=test
 """
 
 
@@ -82,15 +82,20 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
-    """A run whose driver was killed in the middle of its first DPO, and which the same command then completed."""
+    """A run whose driver was killed in the middle of its first SFT, then of its first DPO, and which the same command
+    then completed.
+    """
     directory = folder / "test"
-    log = directory / "checkpoints/iter-00-dpo/log.jsonl"
-    with (folder / "first.log").open("w") as output:
-        driver = subprocess.Popen(command(folder), cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
-        wait_for(lambda: driver.poll() is not None or (log.exists() and log.read_text()))
-        assert driver.poll() is None, (folder / "first.log").read_text()[-3000:]
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+    for stage in ("sft", "dpo"):
+        with (folder / f"{stage}.log").open("w") as output:
+            driver = subprocess.Popen(command(folder), cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+            saved = directory / f"checkpoints/iter-00-{stage}/trainer"
+            try:
+                wait_for(lambda: driver.poll() is not None or list(saved.glob("checkpoint-*")))  # noqa: B023
+                assert driver.poll() is None, (folder / f"{stage}.log").read_text()[-3000:]
+            finally:
+                os.killpg(driver.pid, signal.SIGKILL)
+                driver.wait()
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -213,6 +218,16 @@ def test_any_stages_in_order_train_one_after_the_other_and_are_measured(loop_con
     assert ("edits before" in done) == ("edit" in stages) == ("edit_grid" in done)
     answered = done.count("understands") + done.count("measure understanding")
     assert answered == 2 * ("align" in stages) + ("understanding" in stages and "align" not in stages)
+
+
+def test_a_killed_stage_goes_on_inside(finished):
+    for stage, steps in (("sft", 4), ("dpo", 3)):
+        lines = (finished / f"checkpoints/iter-00-{stage}/log.jsonl").read_text().splitlines()
+        trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        assert trained and trained == list(range(trained[0], steps + 1)) and trained[0] > 1, "by its last start"
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["iterations"][0]["dpo"]["steps"] == 3
+    assert not list(finished.glob("checkpoints/*/trainer")), "nothing is kept of what is done"
 
 
 def test_every_pair_is_in_its_table_once(finished):

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 WEIGHTS, MARKER = "weights.safetensors", "COMPLETE"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's contents, or a folder's entries, written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,7 +40,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -49,13 +50,13 @@ def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
     temporary.mkdir(parents=True)
     weights = temporary / WEIGHTS
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-    _sync(weights)
+    sync(weights)
     marker = {"bytes": weights.stat().st_size, "blake2b": _digest(weights)}
     write_atomically(temporary / MARKER, json.dumps(marker).encode())
     if directory.exists():
         shutil.rmtree(directory)
     os.replace(temporary, directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     return directory
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from actors.rollout import Rollouts, apportion, seeds_for
 from configs.schema import LoopConfig
 from learners.config import Recipe
-from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
+from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob, training_checkpoints
 from rewards.preferences import external_winner
 from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import read_table
@@ -63,8 +63,13 @@ class Steps:
         return self.run.directory / "checkpoints" / key
 
     def adopt(self, key: str) -> None:
-        """Take the final weights of a training step into the policy."""
+        """Take the final weights of a training step, whose result is recorded, into the policy."""
         self.weights = (*self.weights, self.checkpoint(key) / "final")
+        self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Remove what a training step whose result is recorded would have been resumed from."""
+        shutil.rmtree(training_checkpoints(self.checkpoint(key)), ignore_errors=True)
 
     # Training
 

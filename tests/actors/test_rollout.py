@@ -117,6 +117,13 @@ def test_unreadable_pictures_are_counted_and_left_out(rollouts, tmp_path):
     assert counts == {"pictures": 2, "failed": 1} and probe.prompt.id == "0"
     assert rollouts.quarantine.counts == {"broken": 1}
     assert len((tmp_path / "corpus/prompts.jsonl").read_text().splitlines()) == 2
+    features = (tmp_path / "corpus/features.safetensors").read_bytes()
+    again = rollouts.encode_corpus(records, 32, tmp_path / "corpus")
+    assert again == (counts, probe), "a run that goes on has it already"
+    assert (tmp_path / "corpus/features.safetensors").read_bytes() == features
+    gone = [record for record in records if record.picture != "good"] + [Record("0", records[0].prompt, "bad")]
+    with pytest.raises(ValueError, match="bad: could be read before, but not any more: broken"):
+        rollouts.encode_corpus(gone, 32, tmp_path / "corpus")
     with pytest.raises(ValueError, match="none of 1 training pictures"):
         rollouts.encode_corpus(records[1:2], 32, tmp_path / "other")
 

@@ -1,0 +1,126 @@
+"""Training checkpoints: a stage that was cut off goes on from the last one, as if it had never stopped.
+
+A checkpoint is a folder ``checkpoint-NNNNNN`` with DeepSpeed's files (trained weights and optimizer, a file a rank;
+frozen weights are those that the stage starts from), the trainer's state, the learning-rate schedule, and for each
+rank its generators' states and its place in the data. It is made under a temporary name, synced, given its
+``COMPLETE`` marker (the files and their sizes) and renamed. Nothing in it is unpickled but tensors and what is listed
+in ``HARMLESS``.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from vargpt_rl.checkpoint import MARKER, sync, write_atomically
+
+KEPT = 2
+"""Checkpoints that are kept: the last one, and the one before it should that be damaged."""
+HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
+"""Classes in DeepSpeed's files that hold plain values."""
+
+
+class SafeReader(TorchCheckpointEngine):
+    """Reads DeepSpeed's files without running code from them."""
+
+    def load(self, path: str, map_location=None):
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class SaveEvery(TrainerCallback):
+    """Ask for a checkpoint after every so many steps, the last one aside: the stage's weights are saved then."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step % self.steps == 0 and state.global_step < state.max_steps
+
+
+def complete(folder: Path) -> bool:
+    """Whether a checkpoint has all its files, in their sizes."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        return False
+    sizes = json.loads(marker.read_text())
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``, if there is one."""
+    return max(filter(complete, folder.glob("checkpoint-*")), default=None)
+
+
+class Resumable:
+    """For a ``transformers.Trainer`` under DeepSpeed: checkpoints as above. Comes before the trainer among the bases.
+
+    ``loader`` is this rank's own stateful loader, where there is one; else the trainer skips what was trained on.
+    ``survivors`` names attributes of this rank, numbers, that are kept. ``began``: when training did, without the time
+    between starts.
+    """
+
+    loader = None
+    survivors: tuple[str, ...] = ()
+    began = 0.0
+
+    def _rank_file(self, folder: Path) -> Path:
+        return folder / f"rank-{self.args.process_index}.json"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step:06d}"
+        unfinished, main = folder.with_name(f".{folder.name}"), self.is_world_process_zero()
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.deepspeed.save_checkpoint(str(unfinished), exclude_frozen_parameters=True)
+        self._save_rng_state(str(unfinished))
+        data = None if self.loader is None else self.loader.state_dict()
+        kept = {name: getattr(self, name) for name in self.survivors}
+        own = {"kept": kept, "seconds": time.time() - self.began, "data": data}
+        self._rank_file(unfinished).write_text(json.dumps(own))
+        if main:
+            torch.save(self.lr_scheduler.state_dict(), unfinished / SCHEDULER_NAME)
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        for path in (unfinished, *unfinished.rglob("*")):  # on every rank: they may run on machines of their own
+            sync(path)
+        self.accelerator.wait_for_everyone()
+        if main:
+            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
+            write_atomically(unfinished / MARKER, json.dumps(sizes).encode())
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, damaged
+            os.replace(unfinished, folder)
+            sync(folder.parent)
+            for old in sorted(folder.parent.glob("checkpoint-*"))[:-KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """The trainer's own, but for the reading of checkpoints, which would want frozen weights as well."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.began = time.time()
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            self.deepspeed.checkpoint_engine = SafeReader()
+            if self.deepspeed.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
+                raise RuntimeError(f"{folder}: DeepSpeed finds no checkpoint in it")
+            self._load_optimizer_and_scheduler(str(folder))  # the schedule: DeepSpeed has the optimizer
+            own = json.loads(self._rank_file(folder).read_text())
+            for name, value in own["kept"].items():
+                setattr(self, name, value)
+            self.began -= own["seconds"]
+            if self.loader is not None:
+                self.loader.load_state_dict(own["data"])
+        return prepared

@@ -1,0 +1,151 @@
+"""A stage that is cut off and goes on in fresh processes ends in the very weights of one that was not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from learners.config import DpoConfig, LearnerConfig, Recipe
+from learners.group import LearnerGroup
+from learners.jobs import DpoJob, SftJob, Start, training_checkpoints
+from learners.resume import MARKER, SafeReader, complete, last_checkpoint
+from tests.streams import feed_of, write_sources
+from tests.tiny import BITS
+from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.data.preferences import write_table
+from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.model.bits import pack, replay
+from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
+from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.scales import schedule_for, token_count
+
+SIDE = 64
+SCHEDULE = schedule_for(SIDE)
+TOKENS = token_count(SCHEDULE)
+PROMPT = Prompt("p", "a red circle", "Here:")
+STEPS, CUT = 5, 3
+# Warm-up and decay, so that the schedule matters, and two micro-batches a step on each of two ranks.
+RECIPE = dict(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.25)
+CASES = [("corpus", 3), ("records", 2), ("dpo", 2)]
+"""What is trained on, and DeepSpeed's ZeRO stage."""
+
+
+@pytest.fixture(scope="module")
+def data(checkpoint, tmp_path_factory) -> Path:
+    """A corpus, and a table of pairs that is cut in the middle of its second epoch: two steps are one."""
+    folder, rng = tmp_path_factory.mktemp("resume"), np.random.default_rng(0)
+    (folder / "corpus").mkdir()
+    features = rng.standard_normal((12, BITS, SIDE // 16, SIDE // 16)).astype(np.float16)
+    save_file({"features": features}, folder / "corpus/features.safetensors")
+    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
+    (folder / "corpus/prompts.jsonl").write_text("\n".join(rows))
+    model = Vargpt.from_pretrained(checkpoint).eval()
+    write_table(
+        folder / "pairs.parquet", [pair(model, ChatFormat(str(checkpoint), model.config), i) for i in range(12)]
+    )
+    return folder
+
+
+def pair(model: Vargpt, chat: ChatFormat, number: int) -> dict:
+    """Random bits, scored by the starting weights."""
+    bits = torch.from_numpy(np.random.default_rng(number).integers(0, 2, (2, TOKENS, BITS)).astype(np.uint8))
+    ids = torch.tensor([chat.drawn(PROMPT.text, PROMPT.reply, TOKENS).ids] * 2)
+    with torch.no_grad():
+        logits = model(ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
+    by_scale = scale_sums(bit_log_probs(logits, bits), SCHEDULE)
+    row = dict(pair_id=f"pair-{number}", prompt_id=f"prompt-{number}", prompt=PROMPT.text, reply=PROMPT.reply)
+    row |= dict(resolution=SIDE, rejected_seed=number, rejected_version=1, sampling="{}", reference_version=1)
+    for i, side in enumerate(("chosen", "rejected")):
+        row |= {f"{side}_bits": pack(bits[i].numpy()), f"{side}_source": "test", f"{side}_reward": None}
+        row |= {f"reference_{side}_logp": by_scale[i].sum().item(), f"reference_{side}_by_scale": by_scale[i].tolist()}
+    return row
+
+
+def run(group: LearnerGroup, start: Start, data: Path, case: tuple[str, int], output: Path) -> tuple[dict, list[dict]]:
+    kind, zero = case
+    probe = Probe(PROMPT, pack(np.random.default_rng(1).integers(0, 2, (TOKENS, BITS))), SIDE)
+    recipe, lines = Recipe(**RECIPE, zero=zero), []
+    if kind == "dpo":
+        result = group.dpo(DpoJob(start, data / "pairs.parquet", recipe, DpoConfig(), output, 0, probe), lines.append)
+    elif kind == "corpus":
+        result = group.sft(SftJob("sft", start, data / "corpus", recipe, output, 0, probe), lines.append)
+    else:
+        feed = feed_of(output, write_sources(output / "data"), workers=1, packs=True)
+        job = SftJob("understanding", start, None, recipe, output, 0, probe, feed=feed)
+        result = group.sft(job, lines.append)
+    return result, [line for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint, data, tmp_path_factory) -> dict:
+    """Of each case, folders, results and logs: of all steps at once, and of the last ones in fresh processes."""
+    folder, start, found = tmp_path_factory.mktemp("runs"), Start(str(checkpoint)), {}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    for moment in ("whole", "resumed"):
+        group = LearnerGroup(LearnerConfig(ranks=2, save_every=CUT), {"CPU": 0.5}, threads=1, use_gpu=False)
+        for case in CASES:
+            output = folder / moment / "-".join(map(str, case))
+            if moment == "resumed":  # all that a stage which is cut off after the checkpoint leaves behind
+                shutil.copytree(training_checkpoints(found["whole", case][0]), training_checkpoints(output))
+            found[moment, case] = (output, *run(group, start, data, case, output))
+        group.close()
+    ray.shutdown()
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(runs, case):
+    (folder, whole, lines), (again, resumed, rest) = (runs[moment, case] for moment in ("whole", "resumed"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and [line["step"] for line in rest] == [4, 5]
+    for one, other in zip(lines[CUT:], rest, strict=True):
+        same = {key for key in one if key not in ("epoch", "data_wait")}
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+    expected, found = (load_file(check_checkpoint(path / "final")) for path in (folder, again))
+    assert expected.keys() == found.keys() and len(found) > 3
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    same = ("loss_first", "loss_last", "steps", "probe", "step0_max_abs_logratio", "margin_last")
+    assert {key: resumed.get(key) for key in same} == {key: whole.get(key) for key in same}
+    assert len({line["loss"] for line in lines}) == STEPS, "there is something to be equal"
+
+
+def test_checkpoints_are_few_whole_and_hold_no_frozen_weights(runs, checkpoint):
+    folder = runs["whole", ("dpo", 2)][0]
+    (kept,) = training_checkpoints(folder).glob("checkpoint-*")
+    assert kept.name == "checkpoint-000003" and complete(kept)
+    tag = kept / (kept / "latest").read_text()
+    module = SafeReader().load(str(tag / "mp_rank_00_model_states.pt"))["module"]
+    assert set(module) == set(load_file(folder / "final/weights.safetensors"))
+    assert not list(training_checkpoints(folder).glob(".*")), "nothing unfinished is left"
+
+
+def test_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step:06d}"
+        folder.mkdir()
+        (folder / "state").write_text("x" * step)
+        (folder / MARKER).write_text(json.dumps({"state": step}))
+    assert last_checkpoint(tmp_path).name == "checkpoint-000004"
+    (tmp_path / "checkpoint-000004/state").write_text("x")
+    assert last_checkpoint(tmp_path).name == "checkpoint-000002"
+    (tmp_path / "checkpoint-000002" / MARKER).unlink()
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Bad:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"module": Bad()}, tmp_path / "bad.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        SafeReader().load(str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "ran").exists()
