@@ -165,6 +165,8 @@ def test_edits_take_the_pictures_that_are_shown_too(config):
     assert activations(small, stage, edits, False) > plain
     inputs = batch(small.model, 2, 2, 32, seen_side=56, edits=True)
     assert (inputs["input_ids"] == config.image_token_id).sum() == 2 * 4 and len(inputs["image_grid_thw"]) == 2
+    prompt = (inputs["input_ids"] != config.image_gen_pad_token_id).int().argmin(1)
+    assert prompt.tolist() == [memory.TEXT_TOKENS + 4] * 2, "the picture comes on top of the text"
     drawing = [memory.rollout(small, 0, 32, 2, SAMPLING, side) for side in (0, 224)]
     assert drawing[1].caches > drawing[0].caches, "64 tokens more in each row's cache"
 

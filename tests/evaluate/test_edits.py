@@ -11,7 +11,7 @@ from vargpt_rl.data import shapes
 from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.edits import SHIFT, EditCheck, Verdict, check_edit, kind_of
+from vargpt_rl.evaluate.edits import EditCheck, Verdict, check_edit, kind_of
 
 seeds = st.integers(0, 2**32 - 1)
 KINDS = {"add", "remove", "shape", "colour", "size"}
@@ -22,7 +22,7 @@ def other(rng: np.random.Generator, values, old: str) -> str:
 
 
 def moved(thing, rng):
-    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(1.3 * SHIFT, 3 * SHIFT)
+    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.16, 0.36)
     return replace(thing, x=thing.x + far * np.cos(angle), y=thing.y + far * np.sin(angle))
 
 
