@@ -172,7 +172,7 @@ def test_another_seed_is_other_captions(artist):
             "expected either checkpoint=... or checkpoints",
         ),
         (["benchmark=shapes", "checkpoints=[a,a]"], "checkpoints=['a', 'a']: one is there twice"),
-        (["benchmark=shapes", "checkpoints=a"], "checkpoints=a: expected a list, [A,B]"),
+        (["benchmark=shapes", "checkpoints=a"], "checkpoint=a: no such directory"),
         (["benchmark=shapes", "out={}/file"], "out={}/file/shapes: Not a directory"),
     ],
 )

@@ -61,9 +61,10 @@ def pair(model: Vargpt, chat: ChatFormat, number: int) -> dict:
         logits = model(ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
     by_scale = scale_sums(bit_log_probs(logits, bits), SCHEDULE)
     row = dict(pair_id=f"pair-{number}", prompt_id=f"prompt-{number}", prompt=PROMPT.text, reply=PROMPT.reply)
-    row |= dict(resolution=SIDE, rejected_seed=number, rejected_version=1, sampling="{}", reference_version=1)
+    row |= dict(resolution=SIDE, sampling="{}", reference_version=1)
     for i, side in enumerate(("chosen", "rejected")):
         row |= {f"{side}_bits": pack(bits[i].numpy()), f"{side}_source": "test", f"{side}_reward": None}
+        row |= {f"{side}_seed": number, f"{side}_version": 1}
         row |= {f"reference_{side}_logp": by_scale[i].sum().item(), f"reference_{side}_by_scale": by_scale[i].tolist()}
     return row
 
