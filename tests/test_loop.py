@@ -176,6 +176,7 @@ class Recorder:
 
     def __init__(self):
         self.asked, self.weights, self.resolution, self.name = [], (), 0, ""
+        self.rollouts = SimpleNamespace(text=None)
 
     def begin(self, iteration, resolution, name=""):
         self.resolution, self.name = resolution, name or f"iter-{iteration or 0:02d}"
