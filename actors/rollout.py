@@ -189,12 +189,18 @@ class Rollouts:
         return samples, time.perf_counter() - began
 
     def _with_own_replies(self, prompts: list[Prompt]) -> list[Prompt]:
-        """The prompts with the model's own words; those where it begins no picture are counted and stay as they are."""
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        """The prompts with the model's own words; those where it begins no picture are counted and stay as they are.
+
+        So do edits, whose words are not asked for: an instruction without its picture means little.
+        """
+        plain = [prompt for prompt in prompts if prompt.shown is None]
+        if not plain:
+            return prompts
+        texts = list(dict.fromkeys(prompt.text for prompt in plain))
         said = dict(zip(texts, self._writer.reply(texts, self.pool.config.reply_tokens), strict=True))
-        template = sum(said[prompt.text] is None for prompt in prompts)
-        self.run.log("reply", self.pool.version, {"generated": len(prompts) - template, "template": template})
-        return [p if said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
+        template = sum(said[prompt.text] is None for prompt in plain)
+        self.run.log("reply", self.pool.version, {"generated": len(plain) - template, "template": template})
+        return [p if p.shown is not None or said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
 
     @property
     def _writer(self) -> RolloutPool:

