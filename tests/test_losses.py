@@ -1,5 +1,7 @@
 """The supervised losses against plain cross entropies."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,16 @@ from tests.tiny import BITS
 from vargpt_rl import losses
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.losses import IMAGE_WEIGHT, Noise, forward_batch, image_loss, quantise_noisily, sft_loss, text_loss
+from vargpt_rl.losses import (
+    IMAGE_WEIGHT,
+    Noise,
+    forward_batch,
+    image_loss,
+    noisy_drawing,
+    quantise_noisily,
+    sft_loss,
+    text_loss,
+)
 from vargpt_rl.model.bits import quantise
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat
@@ -129,14 +140,13 @@ def test_rates_of_flips_are_uniform_below_the_bound_for_each_picture_and_scale(m
     ("stage", "share", "drop_path"), [("sft", 0.1, 0.1), ("pretrain", 0.1, 0.0), ("sft_on_winners", 0.0, 0.0)]
 )
 def test_conditions_and_paths_are_dropped_as_the_stage_says(stage, share, drop_path):
-    given = []
     torch.manual_seed(0)
-    batch = {"input_ids": torch.zeros(1, 1), "features": torch.zeros(4000, BITS, 1, 1, dtype=torch.float16)}
-    forward_batch(lambda drawing, **inputs: given.append(drawing), batch, STAGES[stage].noise, text_logits=False)
-    assert given[0].unconditional_N.dtype == torch.bool and given[0].unconditional_N.shape == (4000,)
+    features_Ndhw = torch.zeros(4000, BITS, 1, 1, dtype=torch.float16)
+    drawing = noisy_drawing(features_Ndhw, STAGES[stage].noise, SimpleNamespace(image_tokenizer=losses.BITS))
+    assert drawing.unconditional_N.dtype == torch.bool and drawing.unconditional_N.shape == (4000,)
     # four standard errors of 4000 pictures
-    assert given[0].unconditional_N.float().mean().item() == pytest.approx(share, abs=0.02 if share else 0.0)
-    assert given[0].drop_path == drop_path
+    assert drawing.unconditional_N.float().mean().item() == pytest.approx(share, abs=0.02 if share else 0.0)
+    assert drawing.drop_path == drop_path
 
 
 def gradients_of(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
