@@ -1,3 +1,4 @@
+import os
 import pickle
 import sys
 
@@ -65,6 +66,25 @@ def test_a_wrong_path_is_named(plugin, path, said):
     with pytest.raises(ValueError, match=said) as raised:
         load_plugin(path)
     assert repr(path) in str(raised.value)
+
+
+def test_a_file_that_others_can_change_is_not_run(plugin, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.chmod(0o666)
+    with pytest.raises(ValueError, match=f"'mine.py:ones': {file} can be written by every user here"):
+        load_plugin("mine.py:ones")
+    file.chmod(0o664)
+    tmp_path.chmod(0o1777)  # as /tmp
+    load_plugin("mine.py:ones")
+    if os.getuid() == 0:  # only root gives files away
+        os.chown(file, 12345, -1)
+        with pytest.raises(ValueError, match="every user"):
+            load_plugin("mine.py:ones")
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError, match="every user"):
+        load_plugin("mine.py:ones")
+    tmp_path.chmod(0o755)
+    load_plugin("mine.py:ones")
 
 
 def test_errors_of_the_plugin_itself_are_its_own(plugin, monkeypatch, tmp_path):

@@ -1,12 +1,15 @@
 """Finds and builds what a config names by path: rewards, preference builders, data sources.
 
-A path is "package.module:Name" or "file.py:name", the file relative to the working directory.
+A path is "package.module:Name" or "file.py:name", the file relative to the working directory. A file that others can
+change is not run.
 """
 
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import stat
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +49,7 @@ def _load_file(path: str, where: str) -> ModuleType:
     file = Path(where).resolve()
     if not file.is_file():
         raise ValueError(f"plugin {path!r}: there is no file {file}")
+    _check_own(path, file)
     name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -57,6 +61,15 @@ def _load_file(path: str, where: str) -> ModuleType:
     finally:
         del sys.modules[name]
     return module
+
+
+def _check_own(path: str, file: Path) -> None:
+    """ValueError where any user of the machine can write the file, or lay another in its place."""
+    own, folder = file.stat(), file.parent.stat()
+    shared = bool(folder.st_mode & stat.S_IWOTH)  # as /tmp is, where only owners can replace their files
+    trusted = folder.st_mode & stat.S_ISVTX and own.st_uid in (0, os.getuid())
+    if own.st_mode & stat.S_IWOTH or (shared and not trusted):
+        raise ValueError(f"plugin {path!r}: {file} can be written by every user here; expected it not to (chmod o-w)")
 
 
 def make_plugin(path: str, options: dict[str, object]) -> Callable:

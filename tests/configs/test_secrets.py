@@ -63,7 +63,9 @@ def test_the_values_are_those_of_nested_lists_too():
         check_secrets({"a": [{"token": "x"}]}, "")
 
 
-@pytest.mark.parametrize("code", ["export HF_TOKEN=abc", 'WANDB_API_KEY="abc" x', f"echo {SECRET}", "--export=MY_SECRET=a"])
+@pytest.mark.parametrize(
+    "code", ["export HF_TOKEN=abc", 'WANDB_API_KEY="abc" x', f"echo {SECRET}", "--export=MY_SECRET=a"]
+)
 def test_a_jobs_shell_code_has_none(code):
     with pytest.raises(ValueError) as raised:
         Job(setup=code)
