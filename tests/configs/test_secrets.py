@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs.command import load_command
 from configs.load import load_config
 from configs.secrets import check_secrets, check_shell
 from vargpt_rl.launch import Job
@@ -55,6 +56,13 @@ def test_a_secret_is_refused_and_not_repeated(override, key):
 )
 def test_other_settings_are_not(override):
     load_config([override])
+
+
+@pytest.mark.parametrize("argument", ["python=" + SECRET, "api_key=abc", "no.password=abc"])
+def test_the_small_programs_refuse_them_too(argument):
+    with pytest.raises(ValueError, match="expected it in the environment alone") as raised:
+        load_command(Job, [argument])
+    assert SECRET not in str(raised.value) and "abc" not in str(raised.value)
 
 
 def test_the_values_are_those_of_nested_lists_too():

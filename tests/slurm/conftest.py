@@ -1,6 +1,7 @@
 """A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd, in a folder and on ports of their own.
 
 They run as the user of the tests, who need not be root. They are stopped at the end, and die with this process.
+Timeouts are for a busy machine.
 """
 
 import ctypes
@@ -45,7 +46,10 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,sched_min_interval=100000,batch_sched_delay=0
 MpiDefault=none
 ReturnToService=1
-KillWait=20
+KillWait=120
+UnkillableStepTimeout=300
+MessageTimeout=60
+BatchStartTimeout=120
 MinJobAge=3600
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:1
