@@ -1,6 +1,6 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
 # make test        install with the development tools and run the tests
-# make test-slurm  the tests on a real Slurm of two nodes (Debian: apt-get install slurm-wlm munge), in make test too
+# make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
 # make setup       install only; quick when pyproject.toml has not changed
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
 # make lint        check style and format
@@ -30,7 +30,7 @@ test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slurm: setup-dev
-	$(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
+	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -106,6 +106,8 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm():
+    if "TEST_SLURM" not in os.environ:
+        pytest.skip("jobs on a real Slurm take minutes: make test-slurm runs them")
     lacking = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
     if lacking:
         pytest.skip(f"Slurm is not installed (no {', '.join(lacking)}): the packages are slurm-wlm and munge")

@@ -74,7 +74,7 @@ class Job:
         state = self.directory / "state.json"
         return list(json.loads(state.read_text())["steps"]) if state.exists() else []
 
-    def wait(self, condition, seconds: float = 600) -> None:
+    def wait(self, condition, seconds: float = 1200) -> None:
         """Until the condition holds; a job that ends before has failed the test."""
 
         def situation() -> str:
@@ -84,7 +84,8 @@ class Job:
         assert condition(), situation()
 
     def start_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes."""
+        """Slurm lets a requeued job wait for two minutes, from when it has let go of the nodes."""
+        self.wait(lambda: self.shown("JobState") == "PENDING")
         self.update("StartTime=now", "TimeLimit=60")
 
     def end_in_five_minutes(self) -> None:
@@ -114,7 +115,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_run_is_cut_by_its_time_limit_requeued_loses_a_node_and_completes(slurm, folder, monkeypatch, tmp_path):
     for name, value in SECRETS.items():
         monkeypatch.setitem(slurm.environ, name, value)
@@ -179,6 +180,7 @@ def keeps_to_itself(job: Job, home: Path) -> str:
     return secret
 
 
+@pytest.mark.timeout(1800)
 def test_a_wrong_setting_ends_the_job_with_2_before_ray_is_started(slurm, folder):
     job = Job(slurm, folder, "wrong", "dpo.bta=1", [])
     assert job.exit_code() == "2"
@@ -187,9 +189,9 @@ def test_a_wrong_setting_ends_the_job_with_2_before_ray_is_started(slurm, folder
 
 
 @in_a_checkout
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_launched_job_names_the_missing_node_and_gpus_at_the_deadline(slurm, folder, monkeypatch):
-    monkeypatch.setitem(slurm.environ, "VARGPT_RL_READY_S", "60")
+    monkeypatch.setitem(slurm.environ, "VARGPT_RL_READY_S", "90")
     monkeypatch.setitem(slurm.environ, "PYTHONPATH", str(ROOT))
     python = folder / "python"  # on the second node Ray never starts
     hangs = '[[ ${SLURMD_NODENAME-} == node2 && "$*" == *slurm.node* ]] && exec sleep 600'
@@ -202,11 +204,11 @@ def test_a_launched_job_names_the_missing_node_and_gpus_at_the_deadline(slurm, f
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
     assert job.exit_code() == "1"
-    assert "error: after 60 s node1 has 0 of 1 GPUs, node2 has no Ray" in job.said()
+    assert "error: after 90 s node1 has 0 of 1 GPUs, node2 has no Ray" in job.said()
     job.leaves_nothing()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_node_whose_ray_dies_ends_the_job_with_1(slurm, folder):
     job = Job(slurm, folder, "dies", f"{SMALL} pretrain.recipe.steps=5000", ["--nodes=2"])
     log = job.directory / "checkpoints/pretrain/log.jsonl"
