@@ -68,6 +68,7 @@ class HPSv3:
             raise ValueError(f"weights={weights}: no such file")
         self.weights, self.device = weights, device
 
+    @torch.inference_mode()  # the package would keep what gradients need
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
         check_lengths(images, prompts)
         if not images:
