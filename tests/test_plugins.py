@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vargpt_rl.plugins import load_plugin, make_callable
+from vargpt_rl.plugins import BUILDER, load_plugin, make_callable, make_plugin
 
 PLUGIN = """
 from __future__ import annotations
@@ -23,6 +23,20 @@ def ones(images, prompts):
 
 def several(images, prompts, *, value, offset=0.0):
     return [value + offset] * len(images)
+
+class Silent:
+    def score(self, images, prompts):
+        return [0.0] * len(images)
+
+class OfPictures:
+    def __call__(self, images):
+        return [0.0] * len(images)
+
+def of_three(images, prompts, seeds):
+    return [0.0] * len(images)
+
+def of_any(*arguments):
+    return [0.0] * len(arguments[0])
 
 NUMBER = 3
 """
@@ -104,3 +118,22 @@ def test_options_must_fit(plugin):
             make_callable(load_plugin("mine.py:several"), wrong)
     with pytest.raises(ValueError, match="3 cannot be called"):
         make_callable(load_plugin("mine.py:NUMBER"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Silent", r"Silent cannot be called: give the class a method __call__\(self, images, prompts\)"),
+        ("OfPictures", r"OfPictures.__call__\(self, images\): too many.*called with \(self, images, prompts\)"),
+        ("of_three", r"of_three\(images, prompts, seeds\): missing.*'seeds'; it is called with \(images, prompts\)"),
+    ],
+)
+def test_what_cannot_be_called_with_pictures_and_prompts_is_refused_unmade(plugin, name, said):
+    with pytest.raises(ValueError, match=said):
+        make_plugin(f"mine.py:{name}", {})
+
+
+def test_a_builder_is_called_with_something_else(plugin):
+    assert make_plugin("mine.py:of_any", {}, BUILDER)([None], {}, [], {}) == [0.0]
+    with pytest.raises(ValueError, match=r"ones\(images, prompts\).*called with \(samples, winners, "):
+        make_plugin("mine.py:ones", {}, BUILDER)
