@@ -199,13 +199,14 @@ def test_a_launched_job_names_the_missing_node_and_gpus_at_the_deadline(slurm, f
     python.chmod(0o755)
     asked = ["nodes=2", "gpus_per_node=1", "partition=main", f"python={python}"]
     job = Job(slurm, folder, "gpus", SMALL, asked, launch=True)
+    assert job.exit_code() == "1"
+    assert "error: after 90 s node1 has 0 of 1 GPUs, node2 has no Ray" in job.said()
+    job.leaves_nothing()
+    # Only now, for jobs of one name wait for each other.
     script = job.directory / "slurm/loop.sbatch"
     slurm("sbatch", "--test-only", str(script))
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
-    assert job.exit_code() == "1"
-    assert "error: after 90 s node1 has 0 of 1 GPUs, node2 has no Ray" in job.said()
-    job.leaves_nothing()
 
 
 @pytest.mark.timeout(1800)
