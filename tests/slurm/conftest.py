@@ -80,7 +80,7 @@ class Slurm:
         self.environ = {key: value for key, value in self.environ.items() if not key.startswith("RAY_")}
 
     def __call__(self, *command: str, **options) -> str:
-        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=180, **options)
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=900, **options)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
