@@ -24,7 +24,7 @@ from vargpt_rl.data.types import Prompt
 from vargpt_rl.fresh import make_fresh_v1
 from vargpt_rl.model.families import family_named, load_config, markup_for
 from vargpt_rl.model.hub import model_folder
-from vargpt_rl.plugins import make_plugin
+from vargpt_rl.plugins import BUILDER, make_plugin
 
 EMBEDDED = Path(__file__).parent / "tiny"
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
@@ -90,7 +90,7 @@ def make_reward(config: RewardConfig) -> Callable | None:
 
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
     """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
-    builder = make_plugin(path, options)
+    builder = make_plugin(path, options, BUILDER)
     rewards = ([], {}) if rewarded else (None, None)
     try:
         builder([], {}, *rewards)
