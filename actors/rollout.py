@@ -270,17 +270,28 @@ class Rollouts:
 
     # Evaluation
 
-    def score_drawings(self, samples: list[Sample], reward: Callable | None) -> dict:
-        """Held-out score of drawn pictures: the exact check in the shapes world, elsewhere the mean reward if any."""
+    def score_drawings(self, samples: list[Sample], reward: Callable | None, judge: Callable | None = None) -> dict:
+        """Held-out score of drawn pictures: the exact check in the shapes world, and what ``judge`` says beside it.
+
+        Elsewhere it is the mean of ``judge``, or without one of the training reward, if there is that.
+        """
         items: list[Drawn] = [(sample.prompt, sample.bits) for sample in samples]
+        resolution = samples[0].resolution
         if self.source.name == "shapes":
-            correct = self.pool.reward(items, samples[0].resolution, shapes_check)
-            return task_scores([sample.prompt.text for sample in samples], correct)
-        if reward is None:
+            correct = self.pool.reward(items, resolution, shapes_check)
+            scores = task_scores([sample.prompt.text for sample in samples], correct)
+            if judge:
+                scores["judge"], scores["judge_stderr"], scores["judge_n"] = self._mean(items, resolution, judge)
+            return scores
+        if not (judge or reward):
             return {"n": len(samples)}
-        values = [v for v in self._judge(items, samples[0].resolution, reward)[0] if v is not None]
-        mean, error = mean_and_error(values)
-        return {"overall": mean, "overall_stderr": error, "n": len(values), "unscored": len(samples) - len(values)}
+        mean, error, count = self._mean(items, resolution, judge or reward)
+        return {"overall": mean, "overall_stderr": error, "n": count, "unscored": len(samples) - count}
+
+    def _mean(self, items: list[Drawn], resolution: int, reward: Callable) -> tuple[float, float, int]:
+        """Mean of a reward over the pictures that it scores, its standard error, and how many these are."""
+        values = [value for value in self._judge(items, resolution, reward)[0] if value is not None]
+        return *mean_and_error(values), len(values)
 
     def reconstructions(self, prompts: list[Prompt], resolution: int) -> dict[str, float]:
         """What the image tokenizer keeps of the stronger system's pictures of held-out prompts.

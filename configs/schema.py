@@ -191,12 +191,17 @@ class DpoStage(DpoConfig):
 
 @dataclass
 class EvaluationConfig:
-    """Held-out prompts drawn after each stage, questions asked, edits drawn, and pictures in the sample grid."""
+    """Held-out prompts drawn after each stage, questions asked, edits drawn, and pictures in the sample grid.
+
+    ``reward`` judges the drawings and has no part in training; without one, the shapes world has its exact check, and
+    other data the training reward alone.
+    """
 
     prompts: int = 120
     questions: int = 120
     edits: int = 60
     grid: int = 8
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass
@@ -286,6 +291,10 @@ class LoopConfig:
                     raise ValueError(f"stages: {stage} needs {needed}, which data=captioned has not; leave it out")
         if self.data.kind == "records":
             self._check_records()
+        if self.reward.path and self.evaluation.reward == self.reward:
+            raise ValueError(
+                f"evaluation.reward.path={self.reward.path}: that is the training reward, expected another"
+            )
         try:
             TRAINED["sft"].without(self.sft.frozen)
         except ValueError as error:

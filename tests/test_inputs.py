@@ -121,3 +121,28 @@ def test_a_cache_is_checked_for_each_resolution(settings, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="for sft at 64 px: .*64: features of another image tokenizer"):
         gather(settings(f"data.encoded={tmp_path}"))
     assert {(folder.name, resolution) for folder, _, resolution in opened} == {("32", 32)}
+
+
+GATED = ["preference.builder=rewards.preferences:reward_gated", "reward.path=rewards.shapes:shapes_reward"]
+SHARP = "reward.path=rewards.technical:sharpness"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], False),
+        (GATED[1:], False),
+        (GATED, True),
+        ([GATED[0], SHARP], False),
+        ([*GATED, f"evaluation.{SHARP}"], False),
+    ],
+)
+def test_a_score_that_is_the_training_reward_is_told_of(overrides, told, tmp_path, capsys):
+    found = gather(load_config([f"runs={tmp_path}", *overrides]))
+    assert (found.judge is not None) == any("evaluation" in override for override in overrides)
+    assert ("scored by the very reward that makes the pairs" in capsys.readouterr().err) == told
+
+
+def test_a_judge_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'nowhere.py:judge': there is no file"):
+        gather(load_config([f"runs={tmp_path}", "evaluation.reward.path=nowhere.py:judge"]))

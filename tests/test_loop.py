@@ -37,7 +37,7 @@ pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.reci
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
-rollout.reply=generate rollout.reply_tokens=4 learner.save_every=1 name=test
+rollout.reply=generate rollout.reply_tokens=4 rollout.text_engine=transformers learner.save_every=1 name=test
 """
 
 

@@ -1,13 +1,14 @@
 """What a run is given besides settings: a starting model, data, plug-ins. All checked before any worker starts."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
-from configs.schema import TINY, TINY_V1, LoopConfig
+from configs.schema import TINY, TINY_V1, LoopConfig, PreferenceConfig, RewardConfig
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.feed import EDITS, Feed, task_of
@@ -26,14 +27,17 @@ from vargpt_rl.model.hub import model_folder
 from vargpt_rl.plugins import BUILDER, make_plugin
 
 EMBEDDED = Path(__file__).parent / "tiny"
+SHAPES_CHECK = "rewards.shapes:shapes_reward"
+"""The reward that is the shapes world's own measure."""
 
 
 @dataclass(frozen=True)
 class Inputs:
     """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing.
 
-    ``lines`` is how many records the data has, if they can be bad, and ``max_bad_fraction`` how many of them may be.
-    ``feed``: what supervised stages stream, or None where ``source`` has records to choose from.
+    ``judge``: what held-out drawings are scored by and pairs are not, if there is one. ``lines`` is how many records
+    the data has, if they can be bad, and ``max_bad_fraction`` how many of them may be. ``feed``: what supervised stages
+    stream, or None where ``source`` has records to choose from.
     """
 
     model: str
@@ -45,6 +49,7 @@ class Inputs:
     lines: int
     max_bad_fraction: float
     feed: Feed | None = None
+    judge: Callable | None = None
 
     def check_quarantine(self) -> None:
         """ValueError, with the counts by reason, when too many records are lost."""
@@ -78,6 +83,11 @@ def check_resolutions(model: str, resolutions: list[int]) -> None:
         raise ValueError(f"resolutions={list(resolutions)}: {error}") from error
 
 
+def make_reward(config: RewardConfig) -> Callable | None:
+    """The reward that the settings name, if any. ValueError where it cannot be made."""
+    return make_plugin(config.path, dict(config.options)) if config.path else None
+
+
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
     """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
     builder = make_plugin(path, options, BUILDER)
@@ -98,7 +108,7 @@ def gather(config: LoopConfig) -> Inputs:
     check_resolutions(model, config.resolutions)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
-    reward = config.reward.path and make_plugin(config.reward.path, dict(config.reward.options))
+    reward, judge = make_reward(config.reward), make_reward(config.evaluation.reward)
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
@@ -119,9 +129,20 @@ def gather(config: LoopConfig) -> Inputs:
             quarantine,
         )
     lines = getattr(source, "lines", 0)
-    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, config.data.max_bad_fraction, feed)
+    bad = config.data.max_bad_fraction
+    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, bad, feed, judge)
     inputs.check_quarantine()
+    if is_judged_by_its_reward(config):
+        print("note: held-out pictures are scored by the very reward that makes the pairs; evaluation.reward.path=... "
+              "names another", file=sys.stderr)  # fmt: skip
     return inputs
+
+
+def is_judged_by_its_reward(config: LoopConfig) -> bool:
+    """Whether the held-out score of drawings is what chooses the pairs, and so no independent measure."""
+    score = SHAPES_CHECK if config.data.kind == "shapes" else config.reward.path
+    chooses = config.preference.builder != PreferenceConfig.builder  # which takes all, whatever their rewards
+    return bool(chooses and config.reward.path == score and score and not config.evaluation.reward.path)
 
 
 def make_feed(config: LoopConfig, model: str) -> Feed:

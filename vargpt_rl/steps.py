@@ -285,7 +285,7 @@ class Steps:
         self.rollouts.serve(weights)
         prompts, seeds = self._held_out(self.config.evaluation.prompts)
         samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, f"{self.name}-{moment}")
-        result = self.rollouts.score_drawings(samples, self.inputs.reward)
+        result = self.rollouts.score_drawings(samples, self.inputs.reward, self.inputs.judge)
         if moment == "after_sft":
             table, size = self.table("held-out"), self.config.rollout.batch_size
             result["pairs"] = self.rollouts.write_pairs(table, samples, external_winner, None, size)["built"]
@@ -354,12 +354,12 @@ class Steps:
 
     def draws(self) -> dict:
         """Drawings of held-out prompts; empty where nothing can score them."""
-        if self.inputs.source.name != "shapes" and self.inputs.reward is None:
+        if self.inputs.source.name != "shapes" and not (self.inputs.reward or self.inputs.judge):
             return {}
         self.rollouts.serve(self.weights)
         prompts, seeds = self._held_out(self.config.evaluation.prompts)
         samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, self.name)
-        return self.rollouts.score_drawings(samples, self.inputs.reward)
+        return self.rollouts.score_drawings(samples, self.inputs.reward, self.inputs.judge)
 
     def understands(self) -> dict:
         """Answers to held-out questions."""

@@ -1,6 +1,7 @@
 """The books of the rollout side: which weights are served, what became of each picture, who agrees with whom."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from actors.resources import RolloutConfig
 from actors.rollout import Rollouts, apportion, seeds_for
@@ -19,7 +21,7 @@ from tests.data.test_preferences import row as table_row
 from vargpt_rl.checkpoint import save_checkpoint
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.data.types import Probe, Prompt, Record
+from vargpt_rl.data.types import Probe, Prompt, Record, Sample
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.run import Run
 
@@ -189,6 +191,51 @@ def test_own_replies_are_drawn_with_and_those_that_are_missing_counted(rollouts)
     assert rollouts.pool.asked == (["a star", "a cross"], 9), "each text once"
     line = json.loads((rollouts.run.directory / "metrics.jsonl").read_text().splitlines()[-1])
     assert (line["stage"], line["generated"], line["template"]) == ("reply", 2, 2)
+
+
+@contextmanager
+def in_this_process(reward):
+    """Stands in for the processes of rewards."""
+    values = []
+
+    def live(images, prompts):
+        values[:] = reward(images, prompts)
+        return values
+
+    live.report = lambda: {
+        "reward": {"scored": len(values), "mean": 0.5, "seconds": 0.1, "restarts": 0, "unscored": {}, "errors": []}
+    }
+    yield live
+
+
+def test_held_out_drawings_are_judged_by_what_training_does_not_see(rollouts, monkeypatch):
+    monkeypatch.setattr("actors.rollout.scorers", in_this_process)
+    white = [Image.new("RGB", (64, 64), "white")]
+    rollouts.pool.reward = lambda items, resolution, reward: reward(white * len(items), [p.text for p, _ in items])
+    captions = ["a red circle", "a blue square", "a small circle"]
+    samples = [Sample(Prompt(text, text), b"", 64, 0, {}, 0, "") for text in captions]
+
+    def trained_on(images, prompts):
+        return [1.0] * len(images)
+
+    def judge(images, prompts):
+        return [None if "small" in prompt else float("red" in prompt) for prompt in prompts]
+
+    rollouts.source.name = "shapes"
+    assert rollouts.score_drawings(samples, trained_on)["overall"] == 0.0, "the exact check: there is nothing to see"
+    assert "judge" not in rollouts.score_drawings(samples, trained_on)
+    scores = rollouts.score_drawings(samples, trained_on, judge)
+    assert (scores["overall"], scores["judge"], scores["judge_n"]) == (0.0, 0.5, 2)
+    assert scores["judge_stderr"] == pytest.approx(0.5)
+    rollouts.source.name = "captioned"
+    judged = {"overall": 0.5, "overall_stderr": pytest.approx(0.5), "n": 2, "unscored": 1}
+    assert rollouts.score_drawings(samples, trained_on, judge) == judged
+    assert rollouts.score_drawings(samples, None, judge) == judged
+    alone = {"overall": 1.0, "overall_stderr": 0.0, "n": 3, "unscored": 0}
+    assert rollouts.score_drawings(samples, trained_on) == alone
+    assert rollouts.score_drawings(samples, None) == {"n": 3}
+    with pytest.raises(ValueError, match="none of 1 pictures was scored"):
+        rollouts.score_drawings(samples[2:], None, judge)
 
 
 def test_vllm_writes_in_the_place_of_the_workers_and_takes_what_they_take(rollouts, sets, tmp_path):

@@ -71,7 +71,6 @@ def everything(writer) -> tuple[list[str], list[str | None]]:
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
 def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(text, worker, sets):
     answers, replies = everything(worker)
     assert everything(text) == (answers, replies)
@@ -95,7 +94,6 @@ def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
 def test_a_set_that_does_not_fit_changes_nothing(text, sets):
     before, half = everything(text), sets["half a layer"]
     with pytest.raises(ValueError, match=r"k_proj.bias is missing: the set has other tensors of layer .*qkv_proj"):
@@ -104,7 +102,6 @@ def test_a_set_that_does_not_fit_changes_nothing(text, sets):
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
 def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
     before, pid = everything(text), text.status()[0]["pid"]
     os.kill(pid, signal.SIGKILL)
@@ -113,7 +110,6 @@ def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
 def test_questions_of_the_evaluation_go_to_it(text, worker, tmp_path):
     """The same accuracy as that of the workers, with the weights that are being served."""
     asked = []

@@ -68,6 +68,15 @@ def test_batches_are_told_in_words():
     assert recipe.arithmetic(2) == "100 steps of 16 = 4 (micro) x 2 (accumulation) x 2 (ranks)"
 
 
+def test_held_out_pictures_are_judged_by_another_reward_than_the_one_that_trains():
+    path, same = "rewards.technical:sharpness", "rewards.technical:sharpness: that is the training reward"
+    with pytest.raises(ValueError, match=same):
+        load_config([f"reward.path={path}", f"evaluation.reward.path={path}"])
+    config = load_config([f"reward.path={path}", "evaluation.reward.path=rewards.technical:block_free"])
+    assert config.evaluation.reward.path == "rewards.technical:block_free" and config.reward.path == path
+    assert load_config([f"evaluation.reward.path={path}"]).reward.path is None
+
+
 RECORDS = ["data=records", "preference.prompts=p.jsonl", "preference.winners=w"]
 
 
@@ -107,6 +116,7 @@ def test_what_is_wrong_with_records_is_named(overrides, named):
     ("override", "named"),
     [
         ("dpo.bta=1", "bta"),
+        ("evaluation.reward.pth=a:b", "pth"),
         ("dpo.beta=high", "dpo.beta"),
         ("dpo.beta=0", "dpo.beta=0"),
         ("stages=[align,pretrain]", "in the order"),

@@ -84,11 +84,10 @@ def test_it_can_tell_what_is_there(expected):
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
 def test_vllm_in_its_own_process_is_transformers(folder, shown, expected):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        term = {"path": "rewards.judge:VlmJudge", "timeout_s": 400.0, "options": {"model": folder, **WORDS}}
+        term = {"path": "rewards.judge:VlmJudge", "timeout_s": 600.0, "options": {"model": folder, **WORDS}}
         with scorers(WeightedSum({"judge": term | {"python": sys.executable}})) as live:
             values = live(*shown)
             assert values == pytest.approx(expected, abs=1e-5), live.report()
