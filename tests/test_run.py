@@ -107,3 +107,25 @@ def test_time_between_runs_does_not_count(tmp_path):
     run.began -= 100
     run.save()
     assert 100 <= Run(tmp_path / "run", {}).seconds < 105
+
+
+def test_a_torn_last_line_of_metrics_goes(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.log("sft", 1, {"loss": 0.5})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"time": 17')
+    Run(tmp_path / "run", {}).log("sft", 2, {"loss": 0.25})
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_going_back_forgets_a_step_and_all_after_it_and_says_why(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for version, name in enumerate(["one", "two", "three"]):
+        run.served = {"version": version, "weights": [name]}
+        run.step(name, lambda: {})
+    run.rewind("two", "its file is damaged")
+    for each in (run, Run(tmp_path / "run", {})):
+        assert list(each.state["steps"]) == list(each.state["served"]) == ["one"]
+        assert each.served == {"version": 0, "weights": ["one"]}
+        assert each.events == ["two is done again: its file is damaged"]

@@ -4,6 +4,7 @@ A step is a named piece of the loop whose result is a small JSON object; its fil
 step is never repeated: the same command goes on after the last one.
 """
 
+import copy
 import json
 import os
 import time
@@ -15,8 +16,11 @@ import wandb
 import yaml
 
 from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.data.lines import trim
+from vargpt_rl.failpoints import point
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+NEW = {"steps": {}, "served": {}, "events": [], "seconds": 0.0}
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
@@ -45,10 +49,22 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
         path = directory / STATE
-        self.state = json.loads(path.read_text()) if path.exists() else {"steps": {}, "version": 0, "seconds": 0.0}
+        self.state = json.loads(path.read_text()) if path.exists() else copy.deepcopy(NEW)
         self.began = time.time() - self.state["seconds"]
+        trim(directory / METRICS)
         self.tracker = None
         self.where: dict[str, object] = {}
+        self.served = self._recorded
+
+    @property
+    def _recorded(self) -> dict:
+        """What the workers held after the last recorded step: weight sets, and the version of the last published."""
+        return self.state["served"].get(next(reversed(self.state["steps"]), None), {"version": 0, "weights": []})
+
+    @property
+    def events(self) -> list[str]:
+        """What went wrong and was put right, in words, over all starts of the run; whoever sees it adds to it."""
+        return self.state["events"]
 
     @property
     def summary(self) -> dict | None:
@@ -73,9 +89,19 @@ class Run:
         if name not in self.state["steps"]:
             result = work()
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
-            self.state["steps"][name] = result
+            point(name)
+            self.state["steps"][name], self.state["served"][name] = result, self.served
             self.save()
         return self.state["steps"][name]
+
+    def rewind(self, name: str, why: str) -> None:
+        """Forget a step, whose files cannot be used, and all after it: they are done again."""
+        steps = list(self.state["steps"])
+        for step in steps[steps.index(name) :]:
+            del self.state["steps"][step], self.state["served"][step]
+        self.served = self._recorded
+        self.events.append(f"{name} is done again: {why}")
+        self.save()
 
     def save(self) -> None:
         """Record the state."""
