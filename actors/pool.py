@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from actors.cluster import Place
+from actors.cluster import LOST, Note, Place, unnoted
 from actors.resources import Plan, RolloutConfig
 from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, SwapReport, checksum, layout_of
@@ -30,9 +30,6 @@ from vargpt_rl.model.generate import SamplingConfig
 Progress = Callable[[str, int, int], None]
 """Called with (label, items done, items in all)."""
 
-
-_LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
-"""How Ray says that a worker, or the node that held its answer, is gone."""
 
 BROADCAST_TIMEOUT_S = 60.0
 """How long a worker waits for the others in a broadcast."""
@@ -69,8 +66,8 @@ class RolloutPool:
     Each is in its one of ``places``, its replacement too; without them, wherever there is room.
 
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
-    replacements, ``events`` says in words what happened. Workers are of class ``kind`` and are sent those published
-    tensors whose names ``takes`` accepts. Not to be used by several threads at once.
+    replacements, ``events`` says in words what happened, and ``note`` is told. Workers are of class ``kind`` and are
+    sent those published tensors whose names ``takes`` accepts. Not to be used by several threads at once.
     """
 
     def __init__(
@@ -83,11 +80,12 @@ class RolloutPool:
         places: list[Place] | None = None,
         kind: ActorClass = RolloutWorker,
         takes: Callable[[str], bool] = lambda name: True,
+        note: Note = unnoted,
     ):
         self.config = config
         self.plan = plan
         self.progress = progress
-        self.kind, self.takes = kind, takes
+        self.kind, self.takes, self.note = kind, takes, note
         self.version = 0
         self.restarts = 0
         self.events: list[str] = []
@@ -189,7 +187,7 @@ class RolloutPool:
             call = running.pop(ref)
             try:
                 settled.append((call, ray.get(ref)))
-            except _LOST:
+            except LOST:
                 settled.append((call, None))
         now = time.monotonic()
         for start in [start for start in self._starting.values() if now - start.since >= limit]:
@@ -244,8 +242,8 @@ class RolloutPool:
                 for rank, worker in enumerate(self._workers)
             ]
             return ray.get(refs, timeout=limit)
-        except (*_LOST, GetTimeoutError, RayTaskError) as error:
-            self.events.append(f"broadcast of version {version} failed, sent to each: {str(error).splitlines()[-1]}")
+        except (*LOST, GetTimeoutError, RayTaskError) as error:
+            self._tell(f"broadcast of version {version} failed, sent to each: {str(error).splitlines()[-1]}")
             return None
 
     def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
@@ -273,7 +271,7 @@ class RolloutPool:
                 try:
                     answers.append(ray.get(ref, timeout=self.config.call_timeout_s))
                     break
-                except (*_LOST, GetTimeoutError):
+                except (*LOST, GetTimeoutError):
                     worker = self._replace(worker, method)
                     ref = getattr(worker, method).remote(*args)
         return answers
@@ -296,8 +294,12 @@ class RolloutPool:
         start = self._starting.pop(ref)
         try:
             ray.get([*start.replayed, ref])
-        except _LOST:
+        except LOST:
             self._replace(start.worker, "starting")
+
+    def _tell(self, event: str, restart: bool = False) -> None:
+        self.events.append(event)
+        self.note(event, restart)
 
     def _replace(self, worker: ActorHandle, during: str) -> ActorHandle:
         """Make sure that a lost worker is gone and start another in its place. RuntimeError after too many."""
@@ -306,7 +308,7 @@ class RolloutPool:
         self.restarts += 1
         place = self._workers.index(worker)
         limit = self.config.max_restarts
-        self.events.append(f"worker {place} lost during {during}: restart {self.restarts} of {limit}")
+        self._tell(f"worker {place} lost during {during}: restart {self.restarts} of {limit}", restart=True)
         if self.restarts > limit:
             raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
         self._workers[place] = self._start(place)

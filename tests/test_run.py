@@ -128,4 +128,4 @@ def test_going_back_forgets_a_step_and_all_after_it_and_says_why(tmp_path):
     for each in (run, Run(tmp_path / "run", {})):
         assert list(each.state["steps"]) == list(each.state["served"]) == ["one"]
         assert each.served == {"version": 0, "weights": ["one"]}
-        assert each.events == ["two is done again: its file is damaged"]
+        assert each.state["events"] == ["two is done again: its file is damaged"]

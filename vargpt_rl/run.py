@@ -20,7 +20,7 @@ from vargpt_rl.data.lines import trim
 from vargpt_rl.failpoints import point
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
-NEW = {"steps": {}, "served": {}, "events": [], "seconds": 0.0}
+NEW = {"steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
@@ -62,11 +62,6 @@ class Run:
         return self.state["served"].get(next(reversed(self.state["steps"]), None), {"version": 0, "weights": []})
 
     @property
-    def events(self) -> list[str]:
-        """What went wrong and was put right, in words, over all starts of the run; whoever sees it adds to it."""
-        return self.state["events"]
-
-    @property
     def summary(self) -> dict | None:
         """The summary of a finished run."""
         path = self.directory / SUMMARY
@@ -100,7 +95,13 @@ class Run:
         for step in steps[steps.index(name) :]:
             del self.state["steps"][step], self.state["served"][step]
         self.served = self._recorded
-        self.events.append(f"{name} is done again: {why}")
+        self.note(f"{name} is done again: {why}")
+
+    def note(self, event: str, restart: bool = False) -> None:
+        """Record what went wrong and was put right, and whether processes were started again for it."""
+        print(f"note: {event}", flush=True)
+        self.state["events"].append(event)
+        self.state["restarts"] += restart
         self.save()
 
     def save(self) -> None:

@@ -296,7 +296,7 @@ class Steps:
         if moment != wanted:
             return
         if metric not in result:
-            self.rollouts.pool.events.append(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+            self.run.note(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
             return
         note = {"metric": f"{moment}.{metric}", "value": result[metric]}
         note |= {"iteration": self.iteration, "resolution": self.resolution}
