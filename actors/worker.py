@@ -28,6 +28,7 @@ from actors.transport import Parcel
 from actors.weights import Layout, apply, check_fits, checksum_of
 from vargpt_rl.data.batches import PictureSource, joined, shown_picture
 from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
@@ -179,6 +180,7 @@ class Worker(Writer):
         """Copy into the model's own tensors, and hash these."""
         for chunk in parcel.chunks():
             apply(self.model, chunk)
+            point("worker/swap")
         return checksum_of(self.model, parcel.layout.dtypes)
 
     @serving
@@ -191,6 +193,7 @@ class Worker(Writer):
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
         size = (resolution, resolution)
+        point("worker/draw")
         labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
         return [
             Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)

@@ -57,7 +57,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def prune(folder: Path, last: int, every: int | None) -> None:
     """Remove all but the ``last`` newest and those after each ``every`` steps; the folder too if that leaves none."""
     found = sorted(folder.glob("checkpoint-*"))
-    for old in found[: len(found) - last]:
+    for old in found[: max(0, len(found) - last)]:
         if not (every and int(old.name.split("-")[1]) % every == 0):
             shutil.rmtree(old)
     if not last and not list(folder.glob("checkpoint-*")):

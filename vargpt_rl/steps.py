@@ -16,6 +16,7 @@ from tqdm import tqdm
 from actors.rollout import PROMPTS as ENCODED
 from actors.rollout import Rollouts, apportion, seeds_for
 from configs.schema import LoopConfig
+from learners.checkpoints import prune
 from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob, training_checkpoints
 from rewards.preferences import external_winner
@@ -70,8 +71,8 @@ class Steps:
         self.forget(key)
 
     def forget(self, key: str) -> None:
-        """Remove what a training step whose result is recorded would have been resumed from."""
-        shutil.rmtree(training_checkpoints(self.checkpoint(key)), ignore_errors=True)
+        """Remove what a training step whose result is recorded would have been resumed from, but what is to be kept."""
+        prune(training_checkpoints(self.checkpoint(key)), 0, self.config.learner.keep_every)
 
     # Training
 
