@@ -118,7 +118,7 @@ class RolloutPool:
         self._starting: dict[ray.ObjectRef, _Start] = {}
         self._running: dict[ray.ObjectRef, _Call] = {}  # also of earlier jobs: what stragglers are still at
         self._dead: set[ActorHandle] = set()
-        self._job, self._late_after = 0, inf
+        self._job, self._late_after = 0, 0.0
         self._workers = [self._start(place) for place in range(plan.workers)]
         ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
         self._starting.clear()
@@ -196,7 +196,7 @@ class RolloutPool:
                         bar.update(len(outcome))
                         if self.progress:
                             self.progress(label, sum(map(len, results.values())), len(items))
-        self._late_after = inf
+        self._late_after = 0.0  # what now still runs, nobody waits for
         return [result for batch in range(len(batches)) for result in results[batch]]
 
     def _idle(self) -> list[ActorHandle]:

@@ -82,6 +82,7 @@ def serving(method):
     def call(self, *args):
         if self.version < self.version_required:
             raise RuntimeError(f"stale worker: holds version {self.version}, needs {self.version_required}")
+        point(f"worker/{method.__name__}")
         with torch.inference_mode():
             return method(self, *args)
 
@@ -193,7 +194,6 @@ class Worker(Writer):
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
         size = (resolution, resolution)
-        point("worker/draw")
         labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
         return [
             Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)

@@ -39,11 +39,15 @@ def digest(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` at once: never seen half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        point(f"{path.name}/written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full, it is not to stay so
     sync(path.parent)
 
 
@@ -64,17 +68,13 @@ def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
     temporary, name = directory.with_name(f".{directory.name}"), f"{directory.parent.name}/{directory.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    check_room(temporary, sum(tensor.nbytes for tensor in tensors.values()))
-    weights = temporary / WEIGHTS
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-    except SafetensorError as error:
-        raise OSError(f"{weights}: {error}") from error
-    sync(weights)
+        check_room(temporary, sum(tensor.nbytes for tensor in tensors.values()))
+        _write(temporary, tensors)
+    except OSError:
+        shutil.rmtree(temporary)  # the disk is full: it is not to stay so
+        raise
     point(f"{name}/written")
-    marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
-    write_atomically(temporary / MARKER, json.dumps(marker).encode())
-    point(f"{name}/marked")
     if directory.exists():
         shutil.rmtree(directory)
     point(f"{name}/removed")
@@ -82,6 +82,18 @@ def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
     sync(directory.parent)
     point(f"{name}/there")
     return directory
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    weights = folder / WEIGHTS
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    except SafetensorError as error:
+        raise OSError(f"{weights}: {error}") from error
+    sync(weights)
+    point(f"{folder.parent.name}/{folder.name[1:]}/unmarked")
+    marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
+    write_atomically(folder / MARKER, json.dumps(marker).encode())
 
 
 def check_checkpoint(directory: Path) -> Path:

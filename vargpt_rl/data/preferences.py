@@ -81,12 +81,15 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
             if not np.isfinite(row[name]).all():
                 raise ValueError(f"{path}: pair {row['pair_id']!r}: {name} is {row[name]}, expected finite numbers")
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file, write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
-    point(f"{path.name}/written")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        point(f"{path.name}/written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full, it is not to stay so
     sync(path.parent)
 
 
