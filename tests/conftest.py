@@ -12,10 +12,11 @@ from vargpt_rl.model.prompt import ChatFormat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MB. Skips where none may be mounted."""
+    """A file system of 32 MB. Skips where none may be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
     yield folder

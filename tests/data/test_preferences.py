@@ -190,3 +190,23 @@ def test_a_damaged_file_is_no_crash(data):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
         assert main(["describe", str(path)]) in (0, 2)
+
+
+def test_a_full_disk_leaves_the_old_table_and_no_half_of_a_new_one(small_disk):
+    path = small_disk / "table.parquet"
+    write_table(path, [row("a")])
+    noise = np.random.default_rng(0).bytes(40_000_000)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(path, [row("b", chosen_bits=noise)])
+    assert list(read_table(path).pair_id) == ["a"] and list(small_disk.iterdir()) == [path]
+
+
+def test_a_changed_byte_in_a_column_is_noticed(tmp_path):
+    path = tmp_path / "table.parquet"
+    write_table(path, [row("a", prompt="a red circle and two blue squares", chosen_bits=bytes(range(200)))])
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes(range(190, 200)))
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="table.parquet: not a Parquet file, or damaged: .*CRC"):
+        read_table(path)
