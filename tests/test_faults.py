@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
-stages=[align] iterations=1 resolutions=[32] learner.ranks=2 learner.save_every=1 rollout.workers=1 rollout.batch_size=4
+stages=[align] iterations=1 resolutions=[32] learner.ranks=1 learner.save_every=1 rollout.workers=1 rollout.batch_size=4
 sft.records=8 sft.recipe.steps=3 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled
@@ -138,14 +138,16 @@ def test_the_driver_is_killed_at_every_step(folder, undisturbed):
     assert same(folder / "driver", undisturbed) == [f"going on after {step}" for step in STEPS[:-1]]
 
 
-def test_learner_ranks_are_killed_in_sft_in_dpo_and_while_saving(folder, undisturbed):
+def test_learner_ranks_are_killed_in_sft_in_dpo_and_while_saving(folder):
     faults = ["iter-00-sft/rank-1/step-2", "iter-00-sft/final/written", "iter-00-dpo/rank-0/step-2"]
     faults += ["iter-00-dpo/rank-1/save", "iter-00-dpo/checkpoint/marked", "iter-00-dpo/checkpoint/there"]
     limit = f"learner.max_restarts={len(faults)}"
-    ran = Ran(folder, "ranks", limit, faults=dict.fromkeys(faults, "kill"))
+    whole = Ran(folder, "two-ranks", "learner.ranks=2")
+    assert whole.code == 0, whole.said[-3000:]
+    ran = Ran(folder, "ranks", "learner.ranks=2", limit, faults=dict.fromkeys(faults, "kill"))
     assert (ran.code, ran.left, ran.orphans) == (0, [], []), ran.said[-3000:]
     lost = ["sft", "sft", "dpo", "dpo", "dpo", "dpo"]
-    assert same(folder / "ranks", undisturbed) == [
+    assert same(folder / "ranks", folder / "two-ranks") == [
         f"learner rank lost during {stage}: restart {i} of {len(faults)}" for i, stage in enumerate(lost, start=1)
     ]
 
