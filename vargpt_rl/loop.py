@@ -66,7 +66,7 @@ def train(stage: str, steps: Steps, run: Run, config: LoopConfig) -> dict:
     return {"resolution": steps.resolution, **result, **before, "eval": measured}
 
 
-def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, inputs: Inputs) -> dict:
+def execute(steps: Steps, run: Run, config: LoopConfig, inputs: Inputs) -> dict:
     """All stages in order, then the model's export; the summary."""
     summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
     for stage in config.stages:
@@ -142,7 +142,7 @@ def start(arguments: list[str]) -> int:
         text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, **note)
         rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling, text)
         steps = Steps(config, run, inputs, rollouts, learners)
-        summary = execute(steps, run, config, pool, inputs)
+        summary = execute(steps, run, config, inputs)
         run.finish(summary)
         show(summary, run.directory)
         failed = False
