@@ -49,7 +49,7 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
         path = directory / STATE
-        self.state = json.loads(path.read_text()) if path.exists() else copy.deepcopy(NEW)
+        self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})
         self.began = time.time() - self.state["seconds"]
         trim(directory / METRICS)
         self.tracker = None
