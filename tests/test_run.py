@@ -6,9 +6,11 @@ import math
 import pandas as pd
 import pytest
 import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 
-from vargpt_rl.run import Run, differences
+from configs.load import load_config
+from vargpt_rl.run import FREE, Run, differences
 
 
 def test_a_finished_step_is_not_repeated(tmp_path):
@@ -34,6 +36,25 @@ def test_other_settings_are_refused_by_name(tmp_path):
     Run(tmp_path / "run", {"a": {"b": 1, "c": 2}})
     with pytest.raises(ValueError, match=r"a\.b: 1 -> 5"):
         Run(tmp_path / "run", {"a": {"b": 5, "c": 2}})
+
+
+def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tmp_path):
+    before = {"rollout": {"workers": 2, "reply": "template"}, "learner": {"max_restarts": 3}}
+    after = {"rollout": {"workers": 1, "reply": "template"}, "learner": {"max_restarts": 9}}
+    Run(tmp_path / "run", before)
+    run = Run(tmp_path / "run", after)
+    said = "going on with other settings: learner.max_restarts: 3 -> 9; rollout.workers: 2 -> 1"
+    assert run.state["events"] == [said]
+    assert Run(tmp_path / "run", after).state["events"] == [said], "once"
+    with pytest.raises(ValueError, match=r"\(rollout.reply: template -> generate\)"):
+        Run(tmp_path / "run", before | {"rollout": {"workers": 2, "reply": "generate"}})
+
+
+def test_every_setting_that_may_change_is_one():
+    settings = OmegaConf.to_container(OmegaConf.structured(load_config([])), enum_to_str=True)
+    for key in (each.removesuffix(": ") for each in FREE):
+        section, _, name = key.partition(".")
+        assert name in settings[section], key
 
 
 def test_differences_name_added_and_removed_keys():

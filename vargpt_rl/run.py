@@ -20,6 +20,17 @@ from vargpt_rl.data.lines import trim
 from vargpt_rl.failpoints import point
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+FREE = tuple(
+    f"{key}: "
+    for key in (
+        *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
+        *(f"learner.{key}" for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s")),
+        *(f"tracking.{key}" for key in ("wandb", "project", "table_rows")),
+        *(f"placement.{key}" for key in ("kind", "strategy")),
+        "learner.gpus_per_rank",
+    )
+)
+"""Settings that may change under a run: they say where and how it runs, not what comes out."""
 NEW = {"steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
 
 
@@ -34,16 +45,19 @@ def differences(old: object, new: object, prefix: str = "") -> list[str]:
 
 
 class Run:
-    """Opens the directory, new or begun. ValueError if it was begun with other settings, naming each."""
+    """Opens the directory, new or begun.
+
+    ValueError if it was begun with other settings than these, naming each, but for those that are ``FREE``.
+    """
 
     def __init__(self, directory: Path, config: dict):
         self.directory = directory
-        saved = directory / CONFIG
+        saved, changed = directory / CONFIG, []
         if saved.exists():
             changed = differences(yaml.safe_load(saved.read_text()), config)
-            if changed:
+            if fixed := [line for line in changed if not line.startswith(FREE)]:
                 raise ValueError(
-                    f"{directory} was begun with other settings ({'; '.join(changed)}): go on with those, "
+                    f"{directory} was begun with other settings ({'; '.join(fixed)}): go on with those, "
                     f"or give this run another name=..."
                 )
         directory.mkdir(parents=True, exist_ok=True)
@@ -55,6 +69,8 @@ class Run:
         self.tracker = None
         self.where: dict[str, object] = {}
         self.served = self._recorded
+        if changed:
+            self.note(f"going on with other settings: {'; '.join(changed)}")
 
     @property
     def _recorded(self) -> dict:

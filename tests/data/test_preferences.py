@@ -1,4 +1,8 @@
 import math
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
+from vargpt_rl.failpoints import VARIABLE
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(pair_id: str = "a", **changes) -> dict[str, object]:
@@ -210,3 +217,16 @@ def test_a_changed_byte_in_a_column_is_noticed(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="table.parquet: not a Parquet file, or damaged: .*CRC"):
         read_table(path)
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_table(tmp_path):
+    path, faults = tmp_path / "table.parquet", tmp_path / "faults/table.parquet/written"
+    write_table(path, [row("a")])
+    faults.parent.mkdir(parents=True)
+    faults.write_text("kill")
+    code = "from tests.data.test_preferences import *; write_table(sys.argv[1], [row('b'), row('c')])"
+    for ended, ids in ((-signal.SIGKILL, ["a"]), (0, ["b", "c"])):
+        environment = os.environ | {VARIABLE: str(tmp_path / "faults")}
+        assert subprocess.run([sys.executable, "-c", code, path], env=environment, cwd=ROOT).returncode == ended
+        assert list(read_table(path).pair_id) == ids
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["faults", "table.parquet"]
