@@ -22,8 +22,8 @@ from learners.jobs import DpoJob, SftJob, TokenizerJob, training_checkpoints
 OnLog = Callable[[dict], None]
 
 SETTLE_S = 30.0
-"""How long, after one rank's error, the others may take to end too. A lost rank's peers fail within a second, but Ray may
-need half a minute to notice that a whole node is gone."""
+"""How long, after one rank's error, the others may take to end too. A lost rank's peers fail within a second, but Ray
+may need half a minute to notice that a whole node is gone."""
 
 
 class LearnerGroup:
