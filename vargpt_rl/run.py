@@ -109,7 +109,8 @@ class Run:
         """Forget a step, whose files cannot be used, and all after it: they are done again."""
         steps = list(self.state["steps"])
         for step in steps[steps.index(name) :]:
-            del self.state["steps"][step], self.state["served"][step]
+            del self.state["steps"][step]
+            self.state["served"].pop(step, None)
         self.served = self._recorded
         self.note(f"{name} is done again: {why}")
 
