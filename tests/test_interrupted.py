@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("points", [STEPS, WRITES], ids=["steps", "writes"])
+@pytest.mark.parametrize("points", [STEPS, pytest.param(WRITES, marks=pytest.mark.faults)], ids=["steps", "writes"])
 def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(folder, points):
     name = f"killed-{len(points)}-{points[0].split('/')[0]}"
     go(folder, name, *points, "end")
@@ -59,6 +59,7 @@ def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(folder, points
     assert events and all(event.startswith("going on after ") for event in events)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     run = folder / "damaged"
