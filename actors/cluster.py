@@ -6,9 +6,11 @@ import secrets
 import signal
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import ray
 from ray._private import ray_constants
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -16,6 +18,19 @@ from actors.resources import Plan, Resources
 
 Place = PlacementGroupSchedulingStrategy
 """Where an actor goes: a bundle of the group."""
+
+LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""How Ray says that an actor, or the node that held its answer, is gone."""
+
+
+class Note(Protocol):
+    """Is told in words what went wrong and was put right, and whether processes were started again for it."""
+
+    def __call__(self, event: str, restart: bool = False) -> None: ...
+
+
+def unnoted(event: str, restart: bool = False) -> None:
+    """Tell nobody."""
 
 
 def stop(number: int, _frame) -> None:

@@ -1,6 +1,7 @@
 """The pool of rollout workers: splits work over them, survives their deaths, and publishes new weights to all.
 
-A batch that dies with its worker is given to another one; a replacement is started and replays the published weight
+A batch that dies with its worker is given to another one, and so is, when there is nothing else to do, a batch that
+takes far longer than the others: the first result counts. A replacement is started and replays the published weight
 sets before it serves. Errors of the work itself (a bad reward, a bad size) are not retried: they reach the caller as
 they were raised.
 """
@@ -9,16 +10,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import StrEnum, auto
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from actors.cluster import Place
+from actors.cluster import LOST, Note, Place, unnoted
 from actors.resources import Plan, RolloutConfig
 from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, SwapReport, checksum, layout_of
@@ -31,8 +35,12 @@ Progress = Callable[[str, int, int], None]
 """Called with (label, items done, items in all)."""
 
 
-_LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
-"""How Ray says that a worker, or the node that held its answer, is gone."""
+LATE, LATE_S = 4.0, 10.0
+"""A batch that takes so many times the median of those that are done, and so many seconds, is given to an idle worker
+too."""
+
+REPEATABLE = ("draw", "encode", "score", "answer", "reply", "faults")
+"""Methods of which two workers may do the same batch at once: they leave nothing behind."""
 
 BROADCAST_TIMEOUT_S = 60.0
 """How long a worker waits for the others in a broadcast."""
@@ -47,10 +55,18 @@ class _WeightSet(NamedTuple):
     path: Path
 
 
+class State(StrEnum):
+    """What the pool knows of a worker. Suspect: at work on a batch for far longer than the others were on theirs, or
+    still after another worker had its result. Stale: up again, but without the published weights so far."""
+
+    HEALTHY, SUSPECT, DEAD, RESTARTING, STALE = auto(), auto(), auto(), auto(), auto()
+
+
 class _Call(NamedTuple):
-    """A batch in the hands of a worker: which of the batches, and since when (monotonic seconds)."""
+    """A batch in the hands of a worker: which batch of which call of ``map``, and since when (monotonic seconds)."""
 
     worker: ActorHandle
+    job: int
     batch: int
     since: float
 
@@ -59,6 +75,7 @@ class _Start(NamedTuple):
     """A worker that is loading its model, then replaying the published sets (a call each), since when."""
 
     worker: ActorHandle
+    loaded: ray.ObjectRef
     replayed: list[ray.ObjectRef]
     since: float
 
@@ -69,8 +86,8 @@ class RolloutPool:
     Each is in its one of ``places``, its replacement too; without them, wherever there is room.
 
     ``progress`` is told after every batch; without it, a bar on stderr shows the same. ``restarts`` counts
-    replacements, ``events`` says in words what happened. Workers are of class ``kind`` and are sent those published
-    tensors whose names ``takes`` accepts. Not to be used by several threads at once.
+    replacements, ``events`` says in words what happened, and ``note`` is told. Workers are of class ``kind`` and are
+    sent those published tensors whose names ``takes`` accepts. Not to be used by several threads at once.
     """
 
     def __init__(
@@ -83,13 +100,14 @@ class RolloutPool:
         places: list[Place] | None = None,
         kind: ActorClass = RolloutWorker,
         takes: Callable[[str], bool] = lambda name: True,
+        note: Note = unnoted,
     ):
         self.config = config
         self.plan = plan
         self.progress = progress
-        self.kind, self.takes = kind, takes
+        self.kind, self.takes, self.note = kind, takes, note
         self.version = 0
-        self.restarts = 0
+        self.restarts = self.repeated = 0
         self.events: list[str] = []
         self._checkpoint = str(checkpoint)
         self._places = places
@@ -98,6 +116,9 @@ class RolloutPool:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._shelf = Shelf.options(scheduling_strategy=here).remote()
         self._starting: dict[ray.ObjectRef, _Start] = {}
+        self._running: dict[ray.ObjectRef, _Call] = {}  # also of earlier jobs: what stragglers are still at
+        self._dead: set[ActorHandle] = set()
+        self._job, self._late_after = 0, 0.0
         self._workers = [self._start(place) for place in range(plan.workers)]
         ray.get([worker.status.remote() for worker in self._workers], timeout=config.call_timeout_s)
         self._starting.clear()
@@ -151,51 +172,76 @@ class RolloutPool:
         """
         size = batch_size or self.config.batch_size
         batches = [items[at : at + size] for at in range(0, len(items), size)]
-        waiting = deque(range(len(batches)))
-        running: dict[ray.ObjectRef, _Call] = {}
-        results: dict[int, list] = {}
+        waiting, results, seconds = deque(range(len(batches))), {}, []
+        self._job += 1
         with tqdm(total=len(items), desc=label, file=sys.stderr, disable=self.progress is not None) as bar:
             while len(results) < len(batches):
-                for worker in self._idle(running):
-                    if waiting:
-                        batch = waiting.popleft()
+                self._late_after = max(LATE_S, LATE * median(seconds)) if seconds and method in REPEATABLE else inf
+                for worker in self._idle():
+                    batch = waiting.popleft() if waiting else self._late_batch()
+                    if batch is not None:
                         ref = getattr(worker, method).remote(batches[batch], *args)
-                        running[ref] = _Call(worker, batch, time.monotonic())
-                for call, outcome in self._settle(running):
+                        self._running[ref] = _Call(worker, self._job, batch, time.monotonic())
+                for call, outcome in self._settle():
+                    needed = call.job == self._job and call.batch not in results
                     if outcome is None:
-                        waiting.appendleft(call.batch)
+                        if needed and not self._copies(call.batch):
+                            waiting.appendleft(call.batch)
                         self._replace(call.worker, label)
-                        continue
-                    results[call.batch] = outcome
-                    bar.update(len(outcome))
-                    if self.progress:
-                        self.progress(label, sum(map(len, results.values())), len(items))
+                    elif needed and isinstance(outcome, Exception):
+                        raise outcome
+                    elif needed:
+                        seconds.append(time.monotonic() - call.since)
+                        results[call.batch] = outcome
+                        bar.update(len(outcome))
+                        if self.progress:
+                            self.progress(label, sum(map(len, results.values())), len(items))
+        self._late_after = 0.0  # what now still runs, nobody waits for
         return [result for batch in range(len(batches)) for result in results[batch]]
 
-    def _idle(self, running: dict[ray.ObjectRef, _Call]) -> list[ActorHandle]:
-        busy = {call.worker for call in running.values()} | {start.worker for start in self._starting.values()}
+    def _idle(self) -> list[ActorHandle]:
+        busy = {begun.worker for begun in (*self._running.values(), *self._starting.values())}
         return [worker for worker in self._workers if worker not in busy]
 
-    def _settle(self, running: dict[ray.ObjectRef, _Call]) -> list[tuple[_Call, list | None]]:
-        """Wait for news; take what is over off ``running``: calls with their results, None where the worker is lost."""
-        limit = self.config.call_timeout_s
-        since = [begun.since for begun in (*running.values(), *self._starting.values())]
-        ready, _ = ray.wait([*running, *self._starting], timeout=max(0.0, min(since) + limit - time.monotonic()))
-        settled: list[tuple[_Call, list | None]] = []
+    def _copies(self, batch: int) -> list[_Call]:
+        """The calls that are at work on a batch."""
+        return [call for call in self._running.values() if (call.job, call.batch) == (self._job, batch)]
+
+    def _late_batch(self) -> int | None:
+        """A batch that only a straggler has, to be given to another worker too; the first result counts."""
+        now = time.monotonic()
+        for call in self._running.values():
+            late = call.job == self._job and now - call.since >= self._late_after
+            if late and len(self._copies(call.batch)) == 1:
+                self.repeated += 1
+                return call.batch
+        return None
+
+    def _settle(self) -> list[tuple[_Call, list | Exception | None]]:
+        """Wait for news; what is over, off the books: calls with their results or errors, None for a lost worker."""
+        limit, now = self.config.call_timeout_s, time.monotonic()
+        ends = [begun.since + limit for begun in (*self._running.values(), *self._starting.values())]
+        if self._idle():
+            late = [call.since + self._late_after for call in self._running.values()]
+            ends += [end for end in late if end > now]
+        ready, _ = ray.wait([*self._running, *self._starting], timeout=max(0.0, min(ends) - now))
+        settled: list[tuple[_Call, list | Exception | None]] = []
         for ref in ready:
             if ref in self._starting:
                 self._started(ref)
                 continue
-            call = running.pop(ref)
+            call = self._running.pop(ref)
             try:
                 settled.append((call, ray.get(ref)))
-            except _LOST:
+            except LOST:
                 settled.append((call, None))
+            except Exception as error:
+                settled.append((call, error))
         now = time.monotonic()
         for start in [start for start in self._starting.values() if now - start.since >= limit]:
             self._replace(start.worker, "starting")
-        late = [ref for ref, call in running.items() if now - call.since >= limit]
-        return settled + [(running.pop(ref), None) for ref in late]
+        late = [ref for ref, call in self._running.items() if now - call.since >= limit]
+        return settled + [(self._running.pop(ref), None) for ref in late]
 
     # Weights
 
@@ -244,8 +290,8 @@ class RolloutPool:
                 for rank, worker in enumerate(self._workers)
             ]
             return ray.get(refs, timeout=limit)
-        except (*_LOST, GetTimeoutError, RayTaskError) as error:
-            self.events.append(f"broadcast of version {version} failed, sent to each: {str(error).splitlines()[-1]}")
+        except (*LOST, GetTimeoutError, RayTaskError) as error:
+            self._tell(f"broadcast of version {version} failed, sent to each: {str(error).splitlines()[-1]}")
             return None
 
     def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
@@ -255,8 +301,22 @@ class RolloutPool:
     # Workers
 
     def status(self) -> list[dict[str, int | str]]:
-        """Version, checksum, process and place of every worker."""
-        return self._every("status")
+        """Version, checksum, process, place and health of every worker, as soon as all have answered."""
+        answers = self._every("status")
+        return [answer | {"health": state} for answer, state in zip(answers, self.health(), strict=True)]
+
+    def health(self) -> list[State]:
+        """The state of every worker as far as it is known, at once."""
+        now, states = time.monotonic(), dict.fromkeys(self._workers, State.HEALTHY)
+        over = {ref for ref in (*self._running, *self._starting) if ray.wait([ref], timeout=0)[0]}
+        for ref, call in self._running.items():
+            if ref not in over and (call.job != self._job or now - call.since >= self._late_after):
+                states[call.worker] = State.SUSPECT
+        for ref, start in self._starting.items():
+            loaded = ray.wait([start.loaded], timeout=0)[0]
+            if ref not in over:
+                states[start.worker] = State.STALE if loaded and start.replayed else State.RESTARTING
+        return [State.DEAD if worker in self._dead else state for worker, state in states.items()]
 
     def close(self) -> None:
         """End the workers."""
@@ -271,12 +331,18 @@ class RolloutPool:
         for worker, ref in calls:
             while True:
                 try:
-                    answers.append(ray.get(ref, timeout=self.config.call_timeout_s))
+                    answers.append(ray.get(ref, timeout=self._patience(worker)))
                     break
-                except (*_LOST, GetTimeoutError):
+                except (*LOST, GetTimeoutError):
                     worker = self._replace(worker, method)
                     ref = getattr(worker, method).remote(*args)
         return answers
+
+    def _patience(self, worker: ActorHandle) -> float:
+        """How long a worker may take for its answer; what it is still at counts."""
+        now = time.monotonic()
+        since = min((call.since for call in self._running.values() if call.worker == worker), default=now)
+        return max(0.0, since + self.config.call_timeout_s - now)
 
     def _start(self, place: int) -> ActorHandle:
         """A new worker; calls to it queue behind its replay of the published sets."""
@@ -287,8 +353,9 @@ class RolloutPool:
         worker = self.kind.options(**options).remote(
             self._checkpoint, self._source, plan.threads_per_worker, plan.use_gpu, plan.bf16, self.version
         )
+        loaded = worker.status.remote()
         replayed = [worker.receive.remote(old.version, old.checksum, self._parcel(old)) for old in self._published]
-        self._starting[worker.status.remote()] = _Start(worker, replayed, time.monotonic())
+        self._starting[worker.status.remote()] = _Start(worker, loaded, replayed, time.monotonic())
         return worker
 
     def _started(self, ref: ray.ObjectRef) -> None:
@@ -296,18 +363,24 @@ class RolloutPool:
         start = self._starting.pop(ref)
         try:
             ray.get([*start.replayed, ref])
-        except _LOST:
+        except LOST:
             self._replace(start.worker, "starting")
+
+    def _tell(self, event: str, restart: bool = False) -> None:
+        self.events.append(event)
+        self.note(event, restart)
 
     def _replace(self, worker: ActorHandle, during: str) -> ActorHandle:
         """Make sure that a lost worker is gone and start another in its place. RuntimeError after too many."""
         ray.kill(worker)
         self._starting = {ref: start for ref, start in self._starting.items() if start.worker != worker}
+        self._running = {ref: call for ref, call in self._running.items() if call.worker != worker}
         self.restarts += 1
         place = self._workers.index(worker)
         limit = self.config.max_restarts
-        self.events.append(f"worker {place} lost during {during}: restart {self.restarts} of {limit}")
+        self._tell(f"worker {place} lost during {during}: restart {self.restarts} of {limit}", restart=True)
         if self.restarts > limit:
+            self._dead.add(worker)
             raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
         self._workers[place] = self._start(place)
         return self._workers[place]

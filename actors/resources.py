@@ -31,7 +31,7 @@ class RolloutConfig:
     workers: int = 2
     gpus_per_worker: float = 1.0
     batch_size: int = 16
-    max_restarts: int = 3  # of the whole pool, in one run
+    max_restarts: int = 3  # of the whole pool, in one start of a run
     call_timeout_s: float = 1800.0
     transport: str = "auto"
     reply: str = "template"

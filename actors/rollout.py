@@ -4,9 +4,10 @@ Everything here is done by the pool's workers; this module says what and keeps t
 """
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from actors.weights import SwapReport
 from actors.worker import Drawn, Failure
 from rewards.combined import scorers
 from rewards.preferences import check_books
-from vargpt_rl.checkpoint import check_checkpoint, write_atomically
+from vargpt_rl.checkpoint import WEIGHTS, check_checkpoint, sync, write_atomically
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import Source
@@ -47,6 +48,15 @@ def apportion(count: int, shares: list[float], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0)))
 
 
+def _owners(weights: Sequence[Path]) -> dict[str, Path]:
+    """Which of these weight sets each tensor is from: the last that has it. ValueError for a damaged set."""
+    owners: dict[str, Path] = {}
+    for directory in weights:
+        with safe_open(check_checkpoint(directory), framework="np") as file:
+            owners |= dict.fromkeys(file.keys(), directory)
+    return owners
+
+
 class Rollouts:
     """What a run asks of its workers. ``serve`` decides which weights they hold; everything else uses those.
 
@@ -69,24 +79,29 @@ class Rollouts:
     # Weights
 
     def serve(self, weights: tuple[Path, ...]) -> dict:
-        """Swap the workers to the model that these weight sets add up to; what it took. Only what differs travels."""
-        files = {directory: check_checkpoint(directory) for directory in weights}
-        wanted: dict[str, Path] = {}
-        for directory, path in files.items():
-            with safe_open(path, framework="np") as file:
-                wanted |= dict.fromkeys(file.keys(), directory)
+        """Swap the workers to the model that these weight sets add up to; what it took. Only what differs travels.
+
+        The workers of a run that goes on are first given what the last ones held, under the same versions: a step then
+        has the same versions whether or not the run was cut off before it.
+        """
+        version, paths = self.run.served["version"], self.run.served["weights"]
+        held = [Path(os.path.normpath(self.run.directory / path)) for path in paths]
+        if held and not self.owners:
+            self._swap(held, version - len(set(_owners(held).values())))
+        return self._swap(weights, self.run.served["version"])
+
+    def _swap(self, weights: Sequence[Path], version: int) -> dict:
+        """``serve``, with the versions after ``version``, or after the pool's, where another run has used it before."""
+        wanted = _owners(weights)
         if stale := self.owners.keys() - wanted.keys():
             raise RuntimeError(f"workers hold {len(stale)} tensors that {weights} do not set, among them {min(stale)}")
-        swap = {"version": self.run.state["version"], "bytes": 0, "seconds": 0.0, "verified": True}
-        for directory, path in files.items():
+        swap = {"version": version, "bytes": 0, "seconds": 0.0, "verified": True}
+        for directory in weights:
             if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
-                # Versions go on from the run's last one, where a resumed run's workers start at 0 again, and from the
-                # pool's, where another run has used it before.
-                version = max(self.run.state["version"], self.pool.version) + 1
-                report = self._publish(self.pool, path, version)
+                version = max(version, self.pool.version) + 1
+                report = self._publish(self.pool, directory / WEIGHTS, version)
                 if self.text:
-                    self._publish(self.text, path, version, "swap/text")
-                self.run.state["version"] = version
+                    self._publish(self.text, directory / WEIGHTS, version, "swap/text")
                 swap = {
                     "version": report.version,
                     "bytes": swap["bytes"] + report.bytes,
@@ -94,7 +109,10 @@ class Rollouts:
                     "verified": True,
                 }
         self.owners = wanted
-        self.run.save()
+        self.run.served = {
+            "version": version,
+            "weights": [os.path.relpath(directory, self.run.directory) for directory in weights],
+        }
         return swap
 
     def _publish(self, pool: RolloutPool, path: Path, version: int, stage: str = "swap") -> SwapReport:
@@ -139,6 +157,7 @@ class Rollouts:
             raise ValueError(f"none of {len(records)} training pictures could be read; see {self.quarantine.path}")
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"features": np.stack(features)}, folder / "features.safetensors")
+        sync(folder / "features.safetensors")
         lines = [json.dumps(asdict(record.prompt)) for record in kept]
         write_atomically(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         return {"pictures": len(kept), "failed": len(records) - len(kept)}, probe

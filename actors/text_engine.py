@@ -8,6 +8,7 @@ from dataclasses import replace
 import ray
 import torch
 
+from actors.cluster import Note, unnoted
 from actors.pool import Progress, RolloutPool
 from actors.resources import Plan, RolloutConfig
 from actors.transport import Parcel
@@ -47,10 +48,16 @@ class TextWorker(Writer):
 
 
 def start_text_engine(
-    config: RolloutConfig, plan: Plan, checkpoint: str, source: PictureSource, progress: Progress | None = None
+    config: RolloutConfig,
+    plan: Plan,
+    checkpoint: str,
+    source: PictureSource,
+    progress: Progress | None = None,
+    note: Note = unnoted,
 ) -> RolloutPool | None:
     """vLLM's pool, ready; None where the rollout workers write themselves."""
     if plan.text is None:
         return None
     settings = replace(config, batch_size=BATCH)
-    return RolloutPool(settings, plan.text, checkpoint, source, progress, kind=ray.remote(TextWorker), takes=is_text)
+    kind = ray.remote(TextWorker)
+    return RolloutPool(settings, plan.text, checkpoint, source, progress, kind=kind, takes=is_text, note=note)

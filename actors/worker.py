@@ -28,6 +28,7 @@ from actors.transport import Parcel
 from actors.weights import Layout, apply, check_fits, checksum_of
 from vargpt_rl.data.batches import PictureSource, joined, shown_picture
 from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
@@ -81,6 +82,7 @@ def serving(method):
     def call(self, *args):
         if self.version < self.version_required:
             raise RuntimeError(f"stale worker: holds version {self.version}, needs {self.version_required}")
+        point(f"worker/{method.__name__}")
         with torch.inference_mode():
             return method(self, *args)
 
@@ -179,6 +181,7 @@ class Worker(Writer):
         """Copy into the model's own tensors, and hash these."""
         for chunk in parcel.chunks():
             apply(self.model, chunk)
+            point("worker/swap")
         return checksum_of(self.model, parcel.layout.dtypes)
 
     @serving

@@ -61,7 +61,9 @@ class DpoConfig:
 class LearnerConfig:
     """``ranks`` processes share each stage's batch; ``gpus_per_rank`` counts where there are GPUs.
 
-    ``save_every``: after so many steps a stage can be resumed from there; null never, and it starts again.
+    ``save_every``: after so many steps a stage can be resumed from there; null never, and it starts again. Of these
+    checkpoints the ``keep_last`` last stay until the stage is done, and those after each ``keep_every`` steps for good.
+    Ranks that are lost are started again, and go on from there, ``max_restarts`` times in one start of a run.
     """
 
     ranks: int = 2
@@ -69,7 +71,18 @@ class LearnerConfig:
     bf16: bool = False
     start_timeout_s: float = 300.0
     save_every: int | None = 200
+    keep_last: int = 2
+    keep_every: int | None = None
+    max_restarts: int = 3
 
     def __post_init__(self):
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"learner.save_every={self.save_every}: expected 1 or more, or null")
+        if self.keep_last < 1:
+            raise ValueError(f"learner.keep_last={self.keep_last}: expected 1 or more")
+        if self.keep_every is not None and (not self.save_every or self.keep_every % self.save_every):
+            raise ValueError(
+                f"learner.keep_every={self.keep_every}: expected null or a multiple of save_every={self.save_every}"
+            )
+        if self.max_restarts < 0:
+            raise ValueError(f"learner.max_restarts={self.max_restarts}: expected 0 or more")

@@ -1,25 +1,36 @@
 """A learner group: ranks as Ray actors in one placement group, driven as one.
 
-Every job goes to all ranks; the driver follows the main rank's log while it waits. A rank that dies takes the job with
-it: the group is torn down and the job's error says so, with nothing half written (see ``vargpt_rl.checkpoint``).
+Every job goes to all ranks; the driver follows the main rank's log while it waits. A rank that dies takes the others
+with it, which wait for it in a collective call: all are started again, and the job goes on from its last training
+checkpoint. Errors of the job itself are not retried: they reach the caller as they were raised.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.cluster import Place
+from actors.cluster import LOST, Note, Place, unnoted
+from learners.checkpoints import last_checkpoint
 from learners.config import LearnerConfig
-from learners.jobs import DpoJob, SftJob, TokenizerJob
+from learners.jobs import DpoJob, SftJob, TokenizerJob, training_checkpoints
 
 OnLog = Callable[[dict], None]
 
+SETTLE_S = 30.0
+"""How long, after one rank's error, the others may take to end too. A lost rank's peers fail within a second, but Ray
+may need half a minute to notice that a whole node is gone."""
+
 
 class LearnerGroup:
-    """Ranks that train together, in ``places`` or, without them, wherever there is room for a bundle each."""
+    """Ranks that train together, in ``places`` or, without them, wherever there is room for a bundle each.
+
+    ``restarts`` counts how often they were started again, ``note`` is told why, and of checkpoints that were refused.
+    """
 
     def __init__(
         self,
@@ -28,26 +39,29 @@ class LearnerGroup:
         threads: int,
         use_gpu: bool,
         places: list[Place] | None = None,
+        note: Note = unnoted,
     ):
-        from learners.rank import Rank  # here, for the driver needs DeepSpeed only once its settings are known good
-
+        self.config, self.bundle, self.threads, self.use_gpu, self.note = config, bundle, threads, use_gpu, note
         self.group = None if places else placement_group([bundle] * config.ranks, strategy="PACK")
         if self.group and not self.group.wait(config.start_timeout_s):
             remove_placement_group(self.group)
             raise RuntimeError(f"no room for {config.ranks} learner ranks of {bundle} in {config.start_timeout_s} s")
-        places = places or [Place(self.group, i) for i in range(config.ranks)]
+        self.places = places or [Place(self.group, i) for i in range(config.ranks)]
+        self.restarts, self.ranks, self.pids = 0, [], []
+        self._start()
+
+    def _start(self) -> None:
+        from learners.rank import Rank  # here, for the driver needs DeepSpeed only once its settings are known good
+
+        cpus, gpus, limit = self.bundle.get("CPU", 0), self.bundle.get("GPU", 0), self.config.start_timeout_s
         self.ranks = [
             ray.remote(Rank)
-            .options(
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=places[i],
-            )
-            .remote(i, config.ranks, threads, use_gpu, config.bf16, config.save_every)
-            for i in range(config.ranks)
+            .options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place)
+            .remote(i, self.config, self.threads, self.use_gpu)
+            for i, place in enumerate(self.places)
         ]
-        host, port = ray.get(self.ranks[0].address.remote(), timeout=config.start_timeout_s)
-        self.pids = ray.get([rank.join.remote(host, port) for rank in self.ranks], timeout=config.start_timeout_s)
+        host, port = ray.get(self.ranks[0].address.remote(), timeout=limit)
+        self.pids = ray.get([rank.join.remote(host, port) for rank in self.ranks], timeout=limit)
 
     def sft(self, job: SftJob, on_log: OnLog) -> dict:
         """Run a supervised job on all ranks; the main rank's result."""
@@ -59,29 +73,72 @@ class LearnerGroup:
 
     def tokenizer(self, job: TokenizerJob, on_log: OnLog) -> dict:
         """Train the image tokenizer, on the main rank alone."""
-        return self._run("tokenizer", job, on_log, self.ranks[:1])
+        return self._run("tokenizer", job, on_log)
 
-    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog, ranks: list | None = None) -> dict:
+    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> dict:
+        """The main rank's result. RuntimeError after more than ``max_restarts`` losses of a rank."""
+        limit = self.config.max_restarts
+        while True:
+            try:
+                if not self.ranks:
+                    self._start()
+                return self._attempt(method, self._resumed(job), on_log)
+            except LOST as error:
+                self._stop()
+                self.restarts += 1
+                self.note(f"learner rank lost during {method}: restart {self.restarts} of {limit}", restart=True)
+                if self.restarts > limit:
+                    self.close()
+                    raise RuntimeError(f"a learner rank was lost more than {limit} times, now in {method}") from error
+            except Exception:
+                self.close()
+                raise
+
+    def _resumed(self, job: SftJob | DpoJob | TokenizerJob) -> SftJob | DpoJob | TokenizerJob:
+        """The job, from where an earlier attempt at it left off."""
+        if isinstance(job, TokenizerJob):
+            return job
+        checkpoint, refused = last_checkpoint(training_checkpoints(job.output))
+        for reason in refused:
+            self.note(f"{reason}; going on from {checkpoint.name if checkpoint else 'the start of the stage'}")
+        return replace(job, resume=checkpoint)
+
+    def _attempt(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> dict:
+        """Raises what a rank raised; where one was lost, that, although its peers may have failed before."""
         log = _Follower(job.output / "log.jsonl", on_log)
-        waiting = [getattr(rank, method).remote(job) for rank in ranks or self.ranks]
+        ranks = self.ranks[:1] if isinstance(job, TokenizerJob) else self.ranks
+        waiting = [getattr(rank, method).remote(job) for rank in ranks]
         results = list(waiting)
         while waiting:
             done, waiting = ray.wait(waiting, timeout=0.5)
             log.poll()
-            for reference in done:
-                try:
-                    ray.get(reference)
-                except Exception:
-                    self.close()  # the other ranks wait for the lost one in a collective call
-                    raise
+            if any(map(_error, done)):
+                ray.wait(results, num_returns=len(results), timeout=SETTLE_S)
+                errors = list(filter(None, map(_error, results)))
+                raise next((error for error in errors if isinstance(error, LOST)), errors[0])
         return ray.get(results[0])
+
+    def _stop(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
 
     def close(self) -> None:
         """Stop all ranks and give their place back, where it is their own."""
-        for rank in self.ranks:
-            ray.kill(rank)
+        self._stop()
         if self.group:
             remove_placement_group(self.group)
+
+
+def _error(reference: ray.ObjectRef) -> Exception | None:
+    """What a call raised; None where it did not, or is not over."""
+    try:
+        ray.get(reference, timeout=0)
+    except GetTimeoutError:
+        return None
+    except Exception as error:
+        return error
+    return None
 
 
 class _Follower:

@@ -36,7 +36,8 @@ class QuestionSet:
 class SftJob:
     """A supervised stage on the drawings encoded in ``corpus``, or on what ``feed`` streams.
 
-    Intermediate weights are saved after ``save_steps``. ``source`` loads the pictures that prompts show; ``frozen`` are
+    Intermediate weights are saved after ``save_steps``. ``resume``: the training checkpoint that it goes on from, which
+    the group looks for. ``source`` loads the pictures that prompts show; ``frozen`` are
     parts of the stage that stay as they are.
     """
 
@@ -52,6 +53,7 @@ class SftJob:
     feed: Feed | None = None
     source: object = None
     frozen: tuple[str, ...] = ()
+    resume: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class DpoJob:
     output: Path
     seed: int
     probe: Probe
+    resume: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,18 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig
 
-from learners.config import Recipe
+from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import picture_batches, train_image_tokenizer
 from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, training_checkpoints
-from learners.resume import SaveEvery, last_checkpoint
+from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
 from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe
+from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
 from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
@@ -58,6 +59,16 @@ class WriteLog(TrainerCallback):
             self.write({"step": state.global_step, **logs})
 
 
+class FailAt(TrainerCallback):
+    """The fail points ``name``/step-N, one after each step."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        point(f"{self.name}/step-{state.global_step}")
+
+
 def interface(address: str) -> str:
     """The network interface that has this address. ValueError if none has."""
     for name, addresses in psutil.net_if_addrs().items():
@@ -69,9 +80,10 @@ def interface(address: str) -> str:
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
-    def __init__(self, rank: int, ranks: int, threads: int, use_gpu: bool, bf16: bool, save_every: int | None = None):
+    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool):
+        ranks = config.ranks
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
-        self.rank, self.ranks, self.use_gpu, self.bf16, self.save_every = rank, ranks, use_gpu, bf16, save_every
+        self.rank, self.ranks, self.use_gpu, self.bf16, self.config = rank, ranks, use_gpu, config.bf16, config
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
@@ -95,12 +107,14 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: Markup, trained: list[str], probe: Probe, output: Path, source=None) -> dict:
+    def _run(self, trainer, chat: Markup, trained: list[str], job: SftJob | DpoJob, source=None) -> dict:
+        output, probe = job.output, job.probe
         trainer.add_callback(WriteLog(output / "log.jsonl"))
-        if self.save_every:
-            trainer.add_callback(SaveEvery(self.save_every))
-        checkpoint = last_checkpoint(training_checkpoints(output))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
+        if self.config.save_every:
+            trainer.keep = self.config.keep_last, self.config.keep_every
+            trainer.add_callback(SaveEvery(self.config.save_every))
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         seconds = time.time() - trainer.began
         save_trained(trainer, trained, output / "final")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -174,7 +188,7 @@ class Rank:
             **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
-        return self._run(trainer, chat, trained, job.probe, job.output, job.source) | {"frozen": frozen}
+        return self._run(trainer, chat, trained, job, job.source) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage; adds the last margin and accuracy and the largest log-ratio seen at step 0."""
@@ -199,7 +213,7 @@ class Rank:
             train_dataset=Dataset.from_pandas(read_table(job.table), preserve_index=False),
             processing_class=chat.tokenizer,
         )
-        result = self._run(trainer, chat, trained, job.probe, job.output)
+        result = self._run(trainer, chat, trained, job)
         last = next(entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry)
         worst = torch.tensor([trainer.step0_max_abs_logratio], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``checkpoint-NNNNNN`` with DeepSpeed's files (trained weights and optimizer, a file a rank;
 frozen weights are those that the stage starts from), the trainer's state, the learning-rate schedule, and for each
-rank its generators' states and its place in the data. It is made under a temporary name, synced, given its
-``COMPLETE`` marker (the files and their sizes) and renamed. Nothing in it is unpickled but tensors and what is listed
-in ``HARMLESS``.
+rank its generators' states and its place in the data. It is made under a temporary name, synced, given its marker
+(``learners.checkpoints``) and renamed; older ones go afterwards. Nothing in it is unpickled but tensors and what is
+listed in ``HARMLESS``.
 """
 
 import json
@@ -21,10 +21,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from vargpt_rl.checkpoint import MARKER, sync, write_atomically
+from learners.checkpoints import mark, prune
+from vargpt_rl.checkpoint import check_room, sync
+from vargpt_rl.failpoints import point
 
-KEPT = 2
-"""Checkpoints that are kept: the last one, and the one before it should that be damaged."""
 HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 """Classes in DeepSpeed's files that hold plain values."""
 
@@ -47,24 +47,17 @@ class SaveEvery(TrainerCallback):
         control.should_save = state.global_step % self.steps == 0 and state.global_step < state.max_steps
 
 
-def complete(folder: Path) -> bool:
-    """Whether a checkpoint has all its files, in their sizes."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return False
-    sizes = json.loads(marker.read_text())
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``, if there is one."""
-    return max(filter(complete, folder.glob("checkpoint-*")), default=None)
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Size of a checkpoint, nearly: of each trained weight itself, its fp32 copy and AdamW's two moments."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(getattr(each, "ds_numel", each.numel()) * (each.element_size() + 12) for each in trained)
 
 
 class Resumable:
     """For a ``transformers.Trainer`` under DeepSpeed: checkpoints as above. Comes before the trainer among the bases.
 
     ``loader`` is this rank's own stateful loader, where there is one; else the trainer skips what was trained on.
+    ``keep``: how many of the last checkpoints stay, and after how many steps each stays besides.
     ``survivors`` names attributes of this rank, numbers, that are kept. ``began``: when training did, without the time
     between starts.
     """
@@ -72,6 +65,7 @@ class Resumable:
     loader = None
     survivors: tuple[str, ...] = ()
     began = 0.0
+    keep: tuple[int, int | None] = (2, None)
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / f"rank-{self.args.process_index}.json"
@@ -82,6 +76,9 @@ class Resumable:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            check_room(unfinished, checkpoint_bytes(self.model))
+        stage = folder.parents[1].name
+        point(f"{stage}/rank-{self.args.process_index}/save")
         self.accelerator.wait_for_everyone()
         self.deepspeed.save_checkpoint(str(unfinished), exclude_frozen_parameters=True)
         self._save_rng_state(str(unfinished))
@@ -97,14 +94,13 @@ class Resumable:
             sync(path)
         self.accelerator.wait_for_everyone()
         if main:
-            files = [path for path in unfinished.rglob("*") if path.is_file()]
-            sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
-            write_atomically(unfinished / MARKER, json.dumps(sizes).encode())
+            mark(unfinished)
+            point(f"{stage}/checkpoint/marked")
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, damaged
             os.replace(unfinished, folder)
             sync(folder.parent)
-            for old in sorted(folder.parent.glob("checkpoint-*"))[:-KEPT]:
-                shutil.rmtree(old)
+            point(f"{stage}/checkpoint/there")
+            prune(folder.parent, *self.keep)
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):

@@ -1,11 +1,26 @@
 """What most tests of the model, its workers and its learners start from; see `tests.tiny`."""
 
+import subprocess
+
 import pytest
 
 from tests.tiny import tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.model.families import load_config, load_model, markup_for
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 MB. Skips where none may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """Weight sets on disk: whole or not there."""
 
+import os
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vargpt_rl import checkpoint
 from vargpt_rl.checkpoint import MARKER, WEIGHTS, check_checkpoint, load_weights_into, save_checkpoint, write_atomically
+from vargpt_rl.failpoints import VARIABLE
 
 
 def model() -> torch.nn.Module:
@@ -59,6 +63,43 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(saved, tensors, monkeypatch,
     save_checkpoint(saved, {"0.weight": tensors["0.weight"] * 3})
     assert load_file(check_checkpoint(saved))["0.weight"].unique().tolist() == [3.0]
     assert list(saved.parent.iterdir()) == [saved], "the next save clears away what was left"
+
+
+@pytest.mark.parametrize("moment", ["unmarked", "COMPLETE", "written", "removed", "there"])
+def test_a_save_that_is_killed_at_any_step_leaves_one_whole_checkpoint_or_none(tmp_path, tensors, monkeypatch, moment):
+    old = save_checkpoint(tmp_path / "stage/final", tensors)
+    new = {name: tensor * 3 for name, tensor in tensors.items()}
+    file = tmp_path / "faults" / ("COMPLETE/written" if moment == "COMPLETE" else f"stage/final/{moment}")
+    file.parent.mkdir(parents=True)
+    file.write_text("kill")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "faults"))
+    if (child := os.fork()) == 0:
+        save_checkpoint(old, new)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not file.exists()
+    if moment == "removed":
+        assert not old.exists(), "the one moment with none under its name; the new one is whole beside it"
+        assert load_file(check_checkpoint(old.with_name(".final")))["1.bias"].tolist() == [6.0, 6.0]
+    else:
+        found = load_file(check_checkpoint(old))["1.bias"].tolist()
+        assert found == ([6.0, 6.0] if moment == "there" else [2.0, 2.0])
+    save_checkpoint(old, new)
+    assert load_file(check_checkpoint(old))["1.bias"].tolist() == [6.0, 6.0]
+    assert os.listdir(old.parent) == ["final"], "nothing is left of the one that was killed"
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_disk_is_named_and_costs_nothing(small_disk, tensors, monkeypatch, checked):
+    """With and without the look for room beforehand: another process may take it in the meantime."""
+    old = save_checkpoint(small_disk / "stage/final", tensors)
+    if not checked:
+        monkeypatch.setattr(checkpoint, "check_room", lambda folder, needed: None)
+    with pytest.raises(OSError, match="needs 40,000,000 bytes: the disk has [0-9,]+" if checked else "No space left"):
+        save_checkpoint(old, {"large": torch.zeros(10_000_000)})
+    assert check_checkpoint(old) and os.listdir(old.parent) == ["final"], "no half of the new one fills the disk"
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(old / MARKER, bytes(40_000_000))
+    assert check_checkpoint(old) and set(os.listdir(old)) == {MARKER, WEIGHTS}
 
 
 @pytest.mark.parametrize("missing", [MARKER, WEIGHTS])

@@ -107,6 +107,7 @@ def finished(folder) -> Path:
 def test_a_killed_driver_goes_on_and_completes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "complete"
+    assert summary["events"] == [f"going on after iter-00/{step}" for step in ("before", "control")]
     assert [iteration["resolution"] for iteration in summary["iterations"]] == [32, 48]
     for iteration in summary["iterations"]:
         assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 8
@@ -176,7 +177,6 @@ class Recorder:
 
     def __init__(self):
         self.asked, self.weights, self.resolution, self.name = [], (), 0, ""
-        self.rollouts = SimpleNamespace(text=None)
 
     def begin(self, iteration, resolution, name=""):
         self.resolution, self.name = resolution, name or f"iter-{iteration or 0:02d}"
@@ -202,11 +202,8 @@ def test_any_stages_in_order_train_one_after_the_other_and_are_measured(loop_con
     monkeypatch.setattr(loop, "export_model", lambda start, weights, target: exported.append(weights))
     exported, steps, run = [], Recorder(), Run(tmp_path / "run", {})
     config = replace(loop_config, stages=list(stages))
-    inputs, pool = (
-        SimpleNamespace(model="", quarantine=Quarantine(tmp_path / "q")),
-        SimpleNamespace(restarts=0, events=[]),
-    )
-    summary = loop.execute(steps, run, config, pool, inputs)
+    inputs = SimpleNamespace(model="", quarantine=Quarantine(tmp_path / "q"))
+    summary = loop.execute(steps, run, config, inputs)
     keys = [key for s in stages for key in (TRAINED if s == "align" else [s])]
     assert exported == [tuple(keys)]
     assert list(summary["stages"]) == [stage for stage in stages if stage != "align"]
@@ -279,7 +276,7 @@ def test_the_best_policy_is_kept_beside_the_last(finished):
         "iteration": first,
         "resolution": [32, 48][first],
     }
-    assert summary["best"] == {"path": "best", **note} and not summary["events"]
+    assert summary["best"] == {"path": "best", **note}
     names = {path.name for path in (finished / "model").iterdir()}
     assert {path.name for path in (finished / "best").iterdir()} == names | {"best.json"}
     assert Vargpt.from_pretrained(finished / "best").config.model_type == "vargpt"

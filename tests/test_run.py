@@ -7,9 +7,11 @@ import subprocess
 import pandas as pd
 import pytest
 import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 
-from vargpt_rl.run import Run, differences
+from configs.load import load_config
+from vargpt_rl.run import FREE, Run, differences
 
 
 def test_a_finished_step_is_not_repeated(tmp_path):
@@ -35,6 +37,25 @@ def test_other_settings_are_refused_by_name(tmp_path):
     Run(tmp_path / "run", {"a": {"b": 1, "c": 2}})
     with pytest.raises(ValueError, match=r"a\.b: 1 -> 5"):
         Run(tmp_path / "run", {"a": {"b": 5, "c": 2}})
+
+
+def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tmp_path):
+    before = {"rollout": {"workers": 2, "reply": "template"}, "learner": {"max_restarts": 3}}
+    after = {"rollout": {"workers": 1, "reply": "template"}, "learner": {"max_restarts": 9}}
+    Run(tmp_path / "run", before)
+    run = Run(tmp_path / "run", after)
+    said = "going on with other settings: learner.max_restarts: 3 -> 9; rollout.workers: 2 -> 1"
+    assert run.state["events"] == [said]
+    assert Run(tmp_path / "run", after).state["events"] == [said], "once"
+    with pytest.raises(ValueError, match=r"\(rollout.reply: template -> generate\)"):
+        Run(tmp_path / "run", before | {"rollout": {"workers": 2, "reply": "generate"}})
+
+
+def test_every_setting_that_may_change_is_one():
+    settings = OmegaConf.to_container(OmegaConf.structured(load_config([])), enum_to_str=True)
+    for key in (each.removesuffix(": ") for each in FREE):
+        section, _, name = key.partition(".")
+        assert name in settings[section], key
 
 
 def test_differences_name_added_and_removed_keys():
@@ -126,3 +147,25 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run_nor_in_wandbs(tmp_pa
     assert any(path.suffix == ".wandb" for path in written) and any(path.name == "debug.log" for path in written)
     for path, text in written.items():
         assert not [value for value in [*secrets.values(), "pass-not-seen"] if value.encode() in text], path
+
+
+def test_a_torn_last_line_of_metrics_goes(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.log("sft", 1, {"loss": 0.5})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"time": 17')
+    Run(tmp_path / "run", {}).log("sft", 2, {"loss": 0.25})
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_going_back_forgets_a_step_and_all_after_it_and_says_why(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for version, name in enumerate(["one", "two", "three"]):
+        run.served = {"version": version, "weights": [name]}
+        run.step(name, lambda: {})
+    run.rewind("two", "its file is damaged")
+    for each in (run, Run(tmp_path / "run", {})):
+        assert list(each.state["steps"]) == list(each.state["served"]) == ["one"]
+        assert each.served == {"version": 0, "weights": ["one"]}
+        assert each.state["events"] == ["two is done again: its file is damaged"]

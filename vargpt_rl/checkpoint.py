@@ -4,6 +4,7 @@ A checkpoint is a directory with ``weights.safetensors`` and, written last, ``CO
 weights). It is made under a temporary name, synced, and renamed, so a directory without its marker never counts.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,8 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vargpt_rl.failpoints import point
 
 WEIGHTS, MARKER = "weights.safetensors", "COMPLETE"
 
@@ -27,7 +30,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Hexadecimal blake2b of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -35,29 +39,61 @@ def _digest(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` at once: never seen half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        point(f"{path.name}/written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full, it is not to stay so
     sync(path.parent)
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """OSError (ENOSPC) that says so unless the disk of ``folder``, which exists, has room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"no room for a checkpoint, which needs {needed:,} bytes: the disk has {free:,}", str(folder)
+        )
+
+
 def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write a weight set; an older one of the same name is replaced only once this one is complete."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    """Write a weight set; an older one of the same name is replaced only once this one is complete.
+
+    OSError where there is no room for it.
+    """
+    temporary, name = directory.with_name(f".{directory.name}"), f"{directory.parent.name}/{directory.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = temporary / WEIGHTS
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-    sync(weights)
-    marker = {"bytes": weights.stat().st_size, "blake2b": _digest(weights)}
-    write_atomically(temporary / MARKER, json.dumps(marker).encode())
+    try:
+        check_room(temporary, sum(tensor.nbytes for tensor in tensors.values()))
+        _write(temporary, tensors)
+    except OSError:
+        shutil.rmtree(temporary)  # the disk is full: it is not to stay so
+        raise
+    point(f"{name}/written")
     if directory.exists():
         shutil.rmtree(directory)
+    point(f"{name}/removed")
     os.replace(temporary, directory)
     sync(directory.parent)
+    point(f"{name}/there")
     return directory
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    weights = folder / WEIGHTS
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    except SafetensorError as error:
+        raise OSError(f"{weights}: {error}") from error
+    sync(weights)
+    point(f"{folder.parent.name}/{folder.name[1:]}/unmarked")
+    marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
+    write_atomically(folder / MARKER, json.dumps(marker).encode())
 
 
 def check_checkpoint(directory: Path) -> Path:
@@ -66,7 +102,7 @@ def check_checkpoint(directory: Path) -> Path:
     if not marker.exists() or not weights.exists():
         raise ValueError(f"checkpoint {directory}: incomplete, expected {WEIGHTS} and {MARKER}")
     expected = json.loads(marker.read_text())
-    if weights.stat().st_size != expected["bytes"] or _digest(weights) != expected["blake2b"]:
+    if weights.stat().st_size != expected["bytes"] or digest(weights) != expected["blake2b"]:
         raise ValueError(f"checkpoint {directory}: {WEIGHTS} is not what was written (size or blake2b differs)")
     return weights
 

@@ -20,6 +20,7 @@ from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
+from vargpt_rl.damage import check_steps
 from vargpt_rl.export import export_model, read_best
 from vargpt_rl.inputs import Inputs, gather
 from vargpt_rl.memory import Devices, check_fits, gpu_memory, model_config
@@ -65,7 +66,7 @@ def train(stage: str, steps: Steps, run: Run, config: LoopConfig) -> dict:
     return {"resolution": steps.resolution, **result, **before, "eval": measured}
 
 
-def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, inputs: Inputs) -> dict:
+def execute(steps: Steps, run: Run, config: LoopConfig, inputs: Inputs) -> dict:
     """All stages in order, then the model's export; the summary."""
     summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
     for stage in config.stages:
@@ -79,13 +80,12 @@ def execute(steps: Steps, run: Run, config: LoopConfig, pool: RolloutPool, input
         summary["understanding"]["after"] = run.step("understands/after", steps.understands)
     export_model(inputs.model, steps.weights, run.directory / "model")
     quarantined, best = dict(inputs.quarantine.counts), read_best(run.directory / "best")
-    pools = [pool, *filter(None, [steps.rollouts.text])]
     return summary | {
         "best": best and {"path": "best", **best},
         "seconds": run.seconds,
         "quarantined": quarantined,
-        "restarts": sum(each.restarts for each in pools),
-        "events": [event for each in pools for event in each.events],
+        "restarts": run.state["restarts"],
+        "events": run.state["events"],
     }
 
 
@@ -115,8 +115,9 @@ def start(arguments: list[str]) -> int:
         print("this run is complete; another name=... starts a new one")
         show(run.summary, run.directory)
         return 0
+    check_steps(run)
     if run.state["steps"]:
-        print(f"going on after {list(run.state['steps'])[-1]}")
+        run.note(f"going on after {list(run.state['steps'])[-1]}")
     learner = config.learner
     try:
         connect()
@@ -134,12 +135,14 @@ def start(arguments: list[str]) -> int:
     failed = True
     try:
         workers, ranks = reserve(placement, learner.start_timeout_s)
-        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers)
-        learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu, ranks)
-        text = start_text_engine(config.rollout, placement, inputs.model, inputs.source)
+        note = {"note": run.note}
+        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers, **note)
+        kind = placement.rank_bundle, placement.threads_per_worker, placement.use_gpu
+        learners = LearnerGroup(learner, *kind, ranks, **note)
+        text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, **note)
         rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling, text)
         steps = Steps(config, run, inputs, rollouts, learners)
-        summary = execute(steps, run, config, pool, inputs)
+        summary = execute(steps, run, config, inputs)
         run.finish(summary)
         show(summary, run.directory)
         failed = False

@@ -4,6 +4,7 @@ A step is a named piece of the loop whose result is a small JSON object; its fil
 step is never repeated: the same command goes on after the last one.
 """
 
+import copy
 import json
 import os
 import time
@@ -15,8 +16,22 @@ import wandb
 import yaml
 
 from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.data.lines import trim
+from vargpt_rl.failpoints import point
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+FREE = tuple(
+    f"{key}: "
+    for key in (
+        *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
+        *(f"learner.{key}" for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s")),
+        *(f"tracking.{key}" for key in ("wandb", "project", "table_rows")),
+        *(f"placement.{key}" for key in ("kind", "strategy")),
+        "learner.gpus_per_rank",
+    )
+)
+"""Settings that may change under a run: they say where and how it runs, not what comes out."""
+NEW = {"steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
@@ -30,25 +45,37 @@ def differences(old: object, new: object, prefix: str = "") -> list[str]:
 
 
 class Run:
-    """Opens the directory, new or begun. ValueError if it was begun with other settings, naming each."""
+    """Opens the directory, new or begun.
+
+    ValueError if it was begun with other settings than these, naming each, but for those that are ``FREE``.
+    """
 
     def __init__(self, directory: Path, config: dict):
         self.directory = directory
-        saved = directory / CONFIG
+        saved, changed = directory / CONFIG, []
         if saved.exists():
             changed = differences(yaml.safe_load(saved.read_text()), config)
-            if changed:
+            if fixed := [line for line in changed if not line.startswith(FREE)]:
                 raise ValueError(
-                    f"{directory} was begun with other settings ({'; '.join(changed)}): go on with those, "
+                    f"{directory} was begun with other settings ({'; '.join(fixed)}): go on with those, "
                     f"or give this run another name=..."
                 )
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
         path = directory / STATE
-        self.state = json.loads(path.read_text()) if path.exists() else {"steps": {}, "version": 0, "seconds": 0.0}
+        self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})
         self.began = time.time() - self.state["seconds"]
+        trim(directory / METRICS)
         self.tracker = None
         self.where: dict[str, object] = {}
+        self.served = self._recorded
+        if changed:
+            self.note(f"going on with other settings: {'; '.join(changed)}")
+
+    @property
+    def _recorded(self) -> dict:
+        """What the workers held after the last recorded step: weight sets, and the version of the last published."""
+        return self.state["served"].get(next(reversed(self.state["steps"]), None), {"version": 0, "weights": []})
 
     @property
     def summary(self) -> dict | None:
@@ -73,9 +100,26 @@ class Run:
         if name not in self.state["steps"]:
             result = work()
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
-            self.state["steps"][name] = result
+            point(name)
+            self.state["steps"][name], self.state["served"][name] = result, self.served
             self.save()
         return self.state["steps"][name]
+
+    def rewind(self, name: str, why: str) -> None:
+        """Forget a step, whose files cannot be used, and all after it: they are done again."""
+        steps = list(self.state["steps"])
+        for step in steps[steps.index(name) :]:
+            del self.state["steps"][step]
+            self.state["served"].pop(step, None)
+        self.served = self._recorded
+        self.note(f"{name} is done again: {why}")
+
+    def note(self, event: str, restart: bool = False) -> None:
+        """Record what went wrong and was put right, and whether processes were started again for it."""
+        print(f"note: {event}", flush=True)
+        self.state["events"].append(event)
+        self.state["restarts"] += restart
+        self.save()
 
     def save(self) -> None:
         """Record the state."""

@@ -4,6 +4,7 @@ Each method returns a small JSON object for the run's record. ``weights`` is the
 starting model, in order. Ray and DeepSpeed are behind ``rollouts`` and ``learners``.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from actors.rollout import PROMPTS as ENCODED
 from actors.rollout import Rollouts, apportion, seeds_for
 from configs.schema import LoopConfig
+from learners.checkpoints import prune
 from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob, training_checkpoints
 from rewards.preferences import external_winner
@@ -68,8 +71,8 @@ class Steps:
         self.forget(key)
 
     def forget(self, key: str) -> None:
-        """Remove what a training step whose result is recorded would have been resumed from."""
-        shutil.rmtree(training_checkpoints(self.checkpoint(key)), ignore_errors=True)
+        """Remove what a training step whose result is recorded would have been resumed from, but what is to be kept."""
+        prune(training_checkpoints(self.checkpoint(key)), 0, self.config.learner.keep_every)
 
     # Training
 
@@ -132,7 +135,9 @@ class Steps:
             if feed is not None:
                 counts["bad_records"] = self.inputs.quarantine.gather(feed.quarantine)
             self._log_quarantine()
-        shutil.rmtree(corpus, ignore_errors=feed is not None)
+        if feed is None:
+            (corpus / ENCODED).unlink()  # first: without it, what is left of the rest does not count
+            shutil.rmtree(corpus)
         return result | {"corpus": counts, "swap": self._swap(key, probe, result.pop("probe"))}
 
     def _log_quarantine(self) -> None:
@@ -301,7 +306,7 @@ class Steps:
         if moment != wanted:
             return
         if metric not in result:
-            self.rollouts.pool.events.append(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+            self.run.note(f"{self.name}: no best/, {moment} has no {metric}; it has {list(result)}")
             return
         note = {"metric": f"{moment}.{metric}", "value": result[metric]}
         note |= {"iteration": self.iteration, "resolution": self.resolution}
@@ -320,23 +325,30 @@ class Steps:
         for i, key in enumerate(keys):
             self.inputs.source.load(key, self.resolution).save(self._samples / f"{label}-{i:02d}.png")
 
-    def _grid(self, labels: tuple[str, ...], captions: list[str]) -> dict:
-        """Compose the rows that were collected under these labels."""
-        rows = {label.replace("_", " "): sorted(self._samples.glob(f"{label}-*.png")) for label in labels}
+    def _grid(self, labels: tuple[str, ...], captions: list[str], sources: dict[str, list[str]]) -> dict:
+        """Compose the rows that were collected under these labels, and those of the source's pictures."""
         path = self._samples.with_suffix(".png")
+        result = {"path": str(path.relative_to(self.run.directory))}
+        if not self._samples.exists():
+            return result  # the run was cut off after composing it
+        for label, keys in sources.items():
+            self._source_row(label, keys)
+        rows = {label.replace("_", " "): sorted(self._samples.glob(f"{label}-*.png")) for label in labels}
         sample_grid({label: pictures[: len(captions)] for label, pictures in rows.items() if pictures}, captions, path)
         self.run.log_pictures(path)
-        shutil.rmtree(self._samples)
-        return {"path": str(path.relative_to(self.run.directory))}
+        unneeded = self._samples.with_name(f".{self._samples.name}")
+        shutil.rmtree(unneeded, ignore_errors=True)
+        os.replace(self._samples, unneeded)  # all rows at once
+        shutil.rmtree(unneeded)
+        return result
 
     def sample_grid(self) -> dict:
         """Compose the iteration's grid: the rows drawn so far and the winners."""
         prompts, _ = self._held_out(self.config.evaluation.grid)
         winners = [key for prompt in prompts if (key := self.inputs.source.winner_key(prompt))]
-        if len(winners) == len(prompts):
-            self._source_row("winner", winners)
         labels = ("before", "after_sft", "control", "after_dpo", "winner")
-        return self._grid(labels, [prompt.text for prompt in prompts])
+        sources = {"winner": winners} if len(winners) == len(prompts) else {}
+        return self._grid(labels, [prompt.text for prompt in prompts], sources)
 
     # What the policy so far can do, on held-out data
 
@@ -388,6 +400,5 @@ class Steps:
         if not hasattr(self.inputs.source, "edits"):
             return {}
         prompts = self._held_out_edits(min(self.config.evaluation.grid, self.config.evaluation.edits))
-        self._source_row("shown", [prompt.shown for prompt in prompts])
-        self._source_row("target", [prompt.id for prompt in prompts])
-        return self._grid(("shown", "before", "after", "target"), [prompt.text for prompt in prompts])
+        sources = {"shown": [prompt.shown for prompt in prompts], "target": [prompt.id for prompt in prompts]}
+        return self._grid(("shown", "before", "after", "target"), [prompt.text for prompt in prompts], sources)

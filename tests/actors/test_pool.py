@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import ray
 from safetensors.torch import load_file, save_file
 
 import actors.pool
-from actors.pool import RolloutPool
+from actors.pool import RolloutPool, State
 from actors.resources import RolloutConfig, plan
+from actors.transport import SharedFile
 from actors.weights import checksum
 from actors.worker import Failure
 from tests.tiny import Patches, tiny_checkpoint
@@ -152,3 +154,81 @@ def test_every_way_brings_the_weights_and_a_lost_worker_does_not_stop_it(start, 
     assert {(status["version"], status["checksum"]) for status in pool.status()} == {(2, checksum(whole))}
     if transport == "broadcast":
         assert pool.events[0].startswith("broadcast of version 2 failed, sent to each: ")
+
+
+def slow_patches(folder: Path) -> Patches:
+    """A source with which ``"slow"`` takes for as long as there is a file ``slow``, in the process that was first."""
+
+    class SlowPatches(Patches):
+        def load(self, key, side):
+            if key == "slow":
+                key = "black"
+                try:
+                    (folder / "first").mkdir()
+                except FileExistsError:
+                    return super().load(key, side)
+                while (folder / "slow").exists():
+                    time.sleep(0.05)
+            return super().load(key, side)
+
+    return SlowPatches()
+
+
+def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(cluster, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(actors.pool, "LATE_S", 0.5)
+    states, config = [], RolloutConfig(workers=2, batch_size=1, call_timeout_s=120.0)
+
+    def look(label, done, total):
+        states.append(pool.health())
+
+    (tmp_path / "slow").touch()
+    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), look)
+    try:
+        keys = ["slow", *["red"] * 5]
+        assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys
+        assert pool.repeated == 1 and pool.restarts == 0
+        assert pool.health() == [State.SUSPECT, State.HEALTHY], "the first worker is still at it"
+        assert len(pool.encode(["blue"] * 3, SIDE)) == 3, "the other one works on"
+        (tmp_path / "slow").unlink()
+        assert [status["health"] for status in pool.status()] == [State.HEALTHY] * 2
+        assert len(pool.encode(["green"] * 4, SIDE)) == 4
+        assert pool.health() == [State.HEALTHY] * 2, "it came back, and its second result is dropped"
+        assert len(states) == 6 + 3 + 4 and pool.restarts == 0
+        assert all(len(seen) == 2 for seen in states)
+    finally:
+        pool.close()
+
+
+@dataclass(frozen=True)
+class Delayed(SharedFile):
+    """A weight set that comes once there is a file ``go``."""
+
+    go: Path
+
+    def chunks(self):
+        while not self.go.exists():
+            time.sleep(0.05)
+        yield from super().chunks()
+
+
+def test_a_replacement_is_restarting_then_stale_and_serves_nothing_before_it_has_the_weights(
+    start, tmp_path, checkpoint, monkeypatch
+):
+    whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
+    pool = start()
+    pool.publish(whole, 1)
+    undisturbed = pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt")
+    monkeypatch.setattr(pool, "_parcel", lambda old: Delayed(old.layout, old.path, tmp_path / "go"))
+    os.kill(pool.status()[0]["pid"], signal.SIGKILL)
+    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+    seen, end = [pool.health()[0]], time.monotonic() + 200
+    assert seen[0] in (State.RESTARTING, State.STALE) and pool.restarts == 1
+    while seen[-1] != State.STALE:
+        assert time.monotonic() < end, "the replacement does not come up"
+        time.sleep(0.1)
+        seen.append(pool.health()[0])
+    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+    assert pool.health() == [State.STALE, State.HEALTHY], "all was drawn by the other one"
+    (tmp_path / "go").touch()
+    assert {(status["version"], status["health"]) for status in pool.status()} == {(1, State.HEALTHY)}
+    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed

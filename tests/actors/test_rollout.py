@@ -100,9 +100,16 @@ def test_an_unverified_swap_stops_the_run(rollouts, sets):
 
 
 def test_versions_go_on_after_a_restart(rollouts, sets):
-    rollouts.serve((sets["language"], sets["sft"]))
-    again = Rollouts(RecordingPool(), rollouts.source, Run(rollouts.run.directory, {}), rollouts.quarantine, None)
-    assert again.serve((sets["language"],))["version"] == 3
+    steps = [("language", "sft"), ("language", "control"), ("language", "sft", "dpo")]
+    done = []
+    for i, names in enumerate(steps):
+        serve = lambda: rollouts.serve([sets[name] for name in names])  # noqa: B023, E731
+        done.append(rollouts.run.step(str(i), serve) if i < 2 else serve())
+    pool, run = RecordingPool(), Run(rollouts.run.directory, {})
+    again = Rollouts(pool, rollouts.source, run, rollouts.quarantine, None)
+    assert again.serve([sets[name] for name in steps[2]]) == done[2], "the same as without the restart"
+    assert [swap["version"] for swap in done] == [2, 3, 4]
+    assert (pool.published, pool.version) == (["language", "control", "dpo"], 4)
 
 
 def test_workers_that_disagree_with_the_learner_stop_the_run(rollouts):

@@ -1,4 +1,8 @@
 import math
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
+from vargpt_rl.failpoints import VARIABLE
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(pair_id: str = "a", **changes) -> dict[str, object]:
@@ -190,3 +197,36 @@ def test_a_damaged_file_is_no_crash(data):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
         assert main(["describe", str(path)]) in (0, 2)
+
+
+def test_a_full_disk_leaves_the_old_table_and_no_half_of_a_new_one(small_disk):
+    path = small_disk / "table.parquet"
+    write_table(path, [row("a")])
+    noise = np.random.default_rng(0).bytes(40_000_000)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(path, [row("b", chosen_bits=noise)])
+    assert list(read_table(path).pair_id) == ["a"] and list(small_disk.iterdir()) == [path]
+
+
+def test_a_changed_byte_in_a_column_is_noticed(tmp_path):
+    path = tmp_path / "table.parquet"
+    write_table(path, [row("a", prompt="a red circle and two blue squares", chosen_bits=bytes(range(200)))])
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes(range(190, 200)))
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="table.parquet: not a Parquet file, or damaged: .*CRC"):
+        read_table(path)
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_table(tmp_path):
+    path, faults = tmp_path / "table.parquet", tmp_path / "faults/table.parquet/written"
+    write_table(path, [row("a")])
+    faults.parent.mkdir(parents=True)
+    faults.write_text("kill")
+    code = "from tests.data.test_preferences import *; write_table(sys.argv[1], [row('b'), row('c')])"
+    for ended, ids in ((-signal.SIGKILL, ["a"]), (0, ["b", "c"])):
+        environment = os.environ | {VARIABLE: str(tmp_path / "faults")}
+        assert subprocess.run([sys.executable, "-c", code, path], env=environment, cwd=ROOT).returncode == ended
+        assert list(read_table(path).pair_id) == ids
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["faults", "table.parquet"]

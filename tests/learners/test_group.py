@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -260,6 +262,40 @@ def test_the_image_tokenizer_is_trained_on_one_rank(group, start, tmp_path):
     before = load_file(f"{start.model}/model.safetensors")
     assert after.keys() == {name for name in before if name.startswith("image_tokenizer.")}
     assert not any(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
+    cluster, group, start, corpus, probe, tmp_path
+):
+    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job = SftJob("sft", start, corpus, recipe, tmp_path / "whole", 0, probe)
+    undisturbed, noted = group.sft(job, lambda line: None), []
+    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1)
+    other = LearnerGroup(
+        config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
+    )
+
+    def kill_after(step: int, *ranks: int):
+        victims = set(ranks)
+
+        def on_log(line):
+            if line["step"] == step and victims:
+                os.kill(other.pids[victims.pop()], signal.SIGKILL)
+
+        return on_log
+
+    found = other.sft(replace(job, output=tmp_path / "cut"), kill_after(2, 1))
+    assert {key: found[key] for key in found if key != "seconds"} == {
+        key: undisturbed[key] for key in undisturbed if key != "seconds"
+    }
+    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert noted == [("learner rank lost during sft: restart 1 of 1", True)] and other.restarts == 1
+    lines = map(json.loads, (tmp_path / "cut/log.jsonl").read_text().splitlines())
+    assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
+    with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
+        other.sft(replace(job, output=tmp_path / "again"), kill_after(1, 0))
+    assert not (tmp_path / "again/final").exists()
 
 
 def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, start, probe, pairs, tmp_path):

@@ -1,6 +1,7 @@
 """Records that are appended to a file line by line while work goes on, and read when it is taken up again."""
 
 import json
+import os
 from pathlib import Path
 
 
@@ -14,6 +15,13 @@ def read_records(path: Path) -> list[dict]:
         return [json.loads(line) for line in whole.split("\n")] if whole else []
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def trim(path: Path) -> None:
+    """Cut a last line off that was not written to its end, so that the next one does not run into it."""
+    if path.exists():
+        before, newline, _ = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(before + newline))
 
 
 def as_lines(records: list[dict]) -> str:

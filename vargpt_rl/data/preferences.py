@@ -17,7 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vargpt_rl.checkpoint import sync
 from vargpt_rl.data.pair_statistics import describe
+from vargpt_rl.failpoints import point
 
 # Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over a picture's bits or by
 # scale over those of each; a reward is null where none was asked for; seed (32 bits) and policy version are null where
@@ -79,11 +81,16 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
             if not np.isfinite(row[name]).all():
                 raise ValueError(f"{path}: pair {row['pair_id']!r}: {name} is {row[name]}, expected finite numbers")
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        point(f"{path.name}/written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full, it is not to stay so
+    sync(path.parent)
 
 
 def _column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
@@ -102,10 +109,12 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises ValueError, naming the file and the column, where one is missing, of the wrong type or has empty values.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file, or damaged: {error}") from error
     for field in COLUMNS:
         if field.name not in table.column_names:
             raise ValueError(f"{path}: column {field.name} is missing")

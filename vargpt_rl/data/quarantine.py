@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from vargpt_rl.data.lines import trim
+
 LONGEST_RECORD = 500  # characters kept of a record
 
 
@@ -23,6 +25,7 @@ class Quarantine:
         self.lost = 0
         # A resumed run reads its data again: what it finds again is neither written nor counted twice.
         self._seen: set[str] = set()
+        trim(self.path)
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             self._count(line)
 

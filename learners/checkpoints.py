@@ -1,0 +1,64 @@
+"""Training checkpoints on disk: their markers, which of them stay, and which one a stage goes on from.
+
+A checkpoint is a folder ``checkpoint-NNNNNN`` whose marker ``COMPLETE`` (JSON) has the size and the blake2b of each
+file. It appears whole, under its name (``learners.resume`` makes it). Imports no DeepSpeed: the driver reads these.
+"""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vargpt_rl.checkpoint import MARKER, digest, write_atomically
+
+
+def _described(files: list[Path]) -> list[dict[str, int | str]]:
+    """Size and blake2b of each; hashing lets other threads run, so files of several ranks take the time of one."""
+    with ThreadPoolExecutor() as threads:
+        return [
+            {"bytes": path.stat().st_size, "blake2b": hashed}
+            for path, hashed in zip(files, threads.map(digest, files), strict=True)
+        ]
+
+
+def mark(folder: Path) -> None:
+    """Write the marker of all files in ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    write_atomically(folder / MARKER, json.dumps(dict(zip(names, _described(files), strict=True))).encode())
+
+
+def check(folder: Path) -> None:
+    """ValueError, naming it, for a checkpoint that is incomplete, or whose bytes are not those that were written."""
+    if not (folder / MARKER).is_file():
+        raise ValueError(f"training checkpoint {folder}: incomplete, expected {MARKER}")
+    expected = json.loads((folder / MARKER).read_text())
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"training checkpoint {folder}: {missing[0]} is missing")
+    for name, found in zip(expected, _described([folder / name for name in expected]), strict=True):
+        if found != expected[name]:
+            raise ValueError(f"training checkpoint {folder}: {name} is not what was written (size or blake2b differs)")
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest good checkpoint in ``folder``, if there is one, and what is wrong with those after it."""
+    refused = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), reverse=True):
+        try:
+            check(checkpoint)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            return checkpoint, refused
+    return None, refused
+
+
+def prune(folder: Path, last: int, every: int | None) -> None:
+    """Remove all but the ``last`` newest and those after each ``every`` steps; the folder too if that leaves none."""
+    found = sorted(folder.glob("checkpoint-*"))
+    for old in found[: max(0, len(found) - last)]:
+        if not (every and int(old.name.split("-")[1]) % every == 0):
+            shutil.rmtree(old)
+    if not last and not list(folder.glob("checkpoint-*")):
+        shutil.rmtree(folder, ignore_errors=True)

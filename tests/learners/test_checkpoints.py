@@ -1,0 +1,80 @@
+"""Training checkpoints on disk: hashes tell the good from the damaged, and old ones go by rule."""
+
+from pathlib import Path
+
+import pytest
+
+from learners.checkpoints import check, last_checkpoint, mark, prune
+from learners.config import LearnerConfig
+from vargpt_rl.checkpoint import MARKER
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Checkpoints after 2, 4, 6, 8 and 10 steps, each with a file of its own and one in a sub-folder."""
+    for step in range(2, 12, 2):
+        checkpoint = tmp_path / f"checkpoint-{step:06d}"
+        (checkpoint / "global_step").mkdir(parents=True)
+        (checkpoint / "state").write_text(f"state {step}")
+        (checkpoint / "global_step/optimizer.pt").write_bytes(bytes(range(step)))
+        mark(checkpoint)
+    return tmp_path
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("checkpoint-")) for path in sorted(folder.glob("checkpoint-*"))]
+
+
+@pytest.mark.parametrize("damage", ["byte", "length", "missing", "marker"])
+def test_a_damaged_one_is_refused_by_name_and_the_one_before_it_taken(folder, damage):
+    assert last_checkpoint(folder) == (folder / "checkpoint-000010", [])
+    file = folder / "checkpoint-000010/global_step/optimizer.pt"
+    changed = bytearray(file.read_bytes())
+    changed[3] ^= 1
+    if damage == "byte":
+        file.write_bytes(changed)
+    elif damage == "length":
+        file.write_bytes(changed[:-1])
+    else:
+        (file if damage == "missing" else folder / "checkpoint-000010" / MARKER).unlink()
+    found, (reason,) = last_checkpoint(folder)
+    assert found == folder / "checkpoint-000008"
+    assert reason.startswith(f"training checkpoint {folder}/checkpoint-000010: ")
+    assert {"missing": "optimizer.pt is missing", "marker": "incomplete"}.get(
+        damage, "size or blake2b differs"
+    ) in reason
+    with pytest.raises(ValueError, match="checkpoint-000010"):
+        check(folder / "checkpoint-000010")
+
+
+def test_where_none_is_good_the_stage_starts_anew(folder, tmp_path):
+    for path in folder.glob("checkpoint-*/state"):
+        path.write_text("torn")
+    found, refused = last_checkpoint(folder)
+    assert found is None and len(refused) == 5
+    assert last_checkpoint(tmp_path / "nothing") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "left"),
+    [(2, None, [8, 10]), (1, 4, [4, 8, 10]), (0, 4, [4, 8]), (9, None, [2, 4, 6, 8, 10]), (0, None, [])],
+)
+def test_the_last_stay_and_those_after_every_so_many_steps(folder, last, every, left):
+    prune(folder, last, every)
+    assert steps(folder) == left
+    assert folder.exists() == bool(left)
+    prune(folder, last, every)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"keep_last": 0}, "learner.keep_last=0"),
+        ({"keep_every": 300}, "learner.keep_every=300: expected null or a multiple of save_every=200"),
+        ({"keep_every": 300, "save_every": None}, "learner.keep_every=300"),
+        ({"max_restarts": -1}, "learner.max_restarts=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        LearnerConfig(**settings)
