@@ -5,7 +5,7 @@ it: the group is torn down and the job's error says so, with nothing half writte
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import ray
@@ -16,6 +16,30 @@ from learners.config import LearnerConfig
 from learners.jobs import DpoJob, SftJob, TokenizerJob
 
 OnLog = Callable[[dict], None]
+Work = Generator[list[ray.ObjectRef], None, dict]
+"""A job under way: it looks after the ranks, offers what is worth waiting for, and in the end has the result."""
+
+
+class Training:
+    """A job that runs beside other work of the driver's, which looks at it from time to time."""
+
+    def __init__(self, work: Work):
+        self.work, self.value = work, None
+        self.look()
+
+    def look(self) -> list[ray.ObjectRef]:
+        """Follow its log, and raise its errors; what it waits for, nothing when it is done."""
+        try:
+            return next(self.work)
+        except StopIteration as end:
+            self.value = self.value or end.value
+            return []
+
+    def result(self) -> dict:
+        """Wait for its end; the main rank's result."""
+        while waiting := self.look():
+            ray.wait(waiting, timeout=0.5)
+        return self.value
 
 
 class LearnerGroup:
@@ -51,22 +75,27 @@ class LearnerGroup:
 
     def sft(self, job: SftJob, on_log: OnLog) -> dict:
         """Run a supervised job on all ranks; the main rank's result."""
-        return self._run("sft", job, on_log)
+        return Training(self._run("sft", job, on_log)).result()
 
     def dpo(self, job: DpoJob, on_log: OnLog) -> dict:
         """Run a preference job on all ranks; the main rank's result."""
-        return self._run("dpo", job, on_log)
+        return self.start_dpo(job, on_log).result()
+
+    def start_dpo(self, job: DpoJob, on_log: OnLog) -> Training:
+        """The same, without waiting for it."""
+        return Training(self._run("dpo", job, on_log))
 
     def tokenizer(self, job: TokenizerJob, on_log: OnLog) -> dict:
         """Train the image tokenizer, on the main rank alone."""
-        return self._run("tokenizer", job, on_log, self.ranks[:1])
+        return Training(self._run("tokenizer", job, on_log, self.ranks[:1])).result()
 
-    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog, ranks: list | None = None) -> dict:
+    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog, ranks: list | None = None) -> Work:
         log = _Follower(job.output / "log.jsonl", on_log)
         waiting = [getattr(rank, method).remote(job) for rank in ranks or self.ranks]
         results = list(waiting)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=0.5)
+            yield waiting
+            done, waiting = ray.wait(waiting, timeout=0)
             log.poll()
             for reference in done:
                 try:

@@ -56,7 +56,7 @@ class SftJob:
 
 @dataclass(frozen=True)
 class DpoJob:
-    """A preference stage on a table of pairs."""
+    """A preference stage on a table of pairs, or on the ``parts`` of it that come one after another."""
 
     start: Start
     table: Path
@@ -65,6 +65,7 @@ class DpoJob:
     output: Path
     seed: int
     probe: Probe
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def finished(folder) -> Path:
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on after iter-00/control" in again.stdout
+    assert "going on after iter-00/pairs" in again.stdout
     return directory
 
 
