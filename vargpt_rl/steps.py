@@ -223,7 +223,7 @@ class Steps:
 
         With ``dpo.min_pairs`` in rounds; DPO starts when so many pairs are there, beside the rest of the rounds.
         """
-        losers, enough = self._losers(), self.config.dpo.min_pairs
+        losers, enough = self.losers(), self.config.dpo.min_pairs
         for built in losers.make(self.inputs.builder, self.inputs.reward, self.config.dpo.recipe.micro_batch):
             self.inputs.check_quarantine()
             if self.training:
@@ -240,7 +240,7 @@ class Steps:
         self._show_pairs()
         return {"rollout": rollout, "pairs": losers.counts}
 
-    def _losers(self) -> Losers:
+    def losers(self) -> Losers:
         """What is to be drawn: so many samples of each prompt, by the SFT checkpoints in their shares."""
         settings, earlier = self.config.preference, self.weights[:-1]
         steps = [self.weights[-1].with_name(f"step-{step:06d}") for step in self._save_steps()]

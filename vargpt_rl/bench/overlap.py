@@ -9,7 +9,7 @@ go. The two cases: the final policy draws all, and an earlier checkpoint draws h
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from omegaconf import OmegaConf
@@ -17,14 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster import connect, nodes, reserve
-from actors.pool import RolloutPool
-from actors.resources import plan
-from actors.rollout import Rollouts
 from configs.command import run_command
-from learners.group import LearnerGroup
+from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.data.preferences import read_table
-from vargpt_rl.loop import prepare
 from vargpt_rl.steps import Steps
 
 CASES = {
@@ -41,28 +36,6 @@ class Settings:
     min_pairs: int = 16
     steps: int = 18
     resolution: int = 128
-
-
-def start(settings: Settings, folder: str) -> Steps:
-    """Processes of the loop, one of each kind, and SFT weights to begin with."""
-    config, _, inputs, run = prepare(
-        [
-            *(f"runs={folder}", "name=overlap", "stages=[align]", "iterations=1", "tracking.wandb=disabled"),
-            *(f"resolutions=[{settings.resolution}]", f"preference.count={settings.prompts}"),
-            *("rollout.workers=1", "learner.ranks=1", f"dpo.recipe.steps={settings.steps}"),
-            *("sft.records=16", "sft.recipe.steps=2", "sft.recipe.batch=8", "sft.recipe.micro_batch=8"),
-        ]
-    )
-    connect()
-    placement = replace(plan(nodes(), config.rollout, 1, placement=config.placement), threads_per_worker=1)
-    workers, ranks = reserve(placement, config.learner.start_timeout_s)
-    pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers)
-    learners = LearnerGroup(config.learner, placement.rank_bundle, 1, placement.use_gpu, ranks)
-    steps = Steps(config, run, inputs, Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling), learners)
-    steps.begin(0, settings.resolution)
-    steps.sft()
-    steps.adopt("iter-00-sft")
-    return steps
 
 
 def iterate(steps: Steps, name: str, changes: list[str]) -> tuple[float, float, dict]:
@@ -84,7 +57,8 @@ def bench(settings: Settings) -> None:
     for column in ("", "pairs", "DPO", "one after the other", "with overlap", "of the larger", "of the sum", "waited"):
         table.add_column(column, justify="right" if column else "left")
     with tempfile.TemporaryDirectory() as folder:
-        steps = start(settings, folder)
+        sizes = f"preference.count={settings.prompts}", f"dpo.recipe.steps={settings.steps}"
+        steps = start(folder, settings.resolution, *sizes)
         iterate(steps, "warm-up", ["preference.count=16", "dpo.recipe.steps=2"])
         for number, (case, checkpoints) in enumerate(CASES.items()):
             names = f"case-{number}-apart", f"case-{number}-beside"
