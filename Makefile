@@ -1,5 +1,6 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
 # make test        install with the development tools and run the tests
+# make test-slurm  the tests on a real Slurm of two nodes (Debian: apt-get install slurm-wlm munge), in make test too
 # make setup       install only; quick when pyproject.toml has not changed
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
 # make lint        check style and format
@@ -19,7 +20,7 @@ UNNEEDED := torchvision torchaudio torchcodec triton
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup setup-dev setup-vllm lint clean
+.PHONY: demo test test-slurm setup setup-dev setup-vllm lint clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -27,6 +28,9 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: setup-dev
+	$(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

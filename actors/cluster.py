@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -33,6 +35,9 @@ def connect() -> None:
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
     if "RAY_ADDRESS" not in os.environ:
+        # By default Ray listens on every network, with a token in the home directory that others may read.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {"address": "local", "include_dashboard": False}
     # Ray puts the working directory first on its workers' path: there it must not hide the code that runs here.
     code, package = Path(__file__).parents[1], Path(__file__).parent.name

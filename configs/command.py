@@ -1,7 +1,8 @@
 """``key=value`` command lines of the small programs: a dataclass says which keys there are, of what type, and defaults.
 
 Values are taken as written (a folder called ``2024_01`` is no number). Settings inside a named group are dotted,
-``sources.NAME.format=jsonl``; a list is ``[a,b]`` or its only item. A fault is an error of one line that names the key.
+``sources.NAME.format=jsonl``; a list is ``[a,b]`` or its only item. A fault is an error of one line that names the key;
+secrets are refused as the loop refuses them.
 """
 
 import sys
@@ -11,6 +12,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from configs.secrets import check_secrets
 
 Command = TypeVar("Command")
 
@@ -43,6 +46,7 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
     settings, given = OmegaConf.structured(kind), set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        check_secrets(value, key)  # before an error repeats one
         names = key.split(".") if equals else [""]
         try:
             nested: Any = _value(_type_of(kind, names), value)

@@ -318,7 +318,7 @@ class LoopConfig:
         """ValueError for what data=records lacks."""
         self.data.records()
         for stage in self.stages:
-            if stage not in ("pretrain", "understanding", "align"):
+            if stage == "tokenizer":
                 raise ValueError(
                     f"stages: {stage} needs pictures that can be chosen, which data=records, a stream, has not; leave "
                     f"it out and start from a checkpoint that needs none"

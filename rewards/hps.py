@@ -1,7 +1,11 @@
-"""HPSv2, a CLIP ViT-H/14 trained on human choices, from the published open_clip checkpoint."""
+"""Human preference scores: HPSv2, a CLIP ViT-H/14, from the published open_clip checkpoint; HPSv3, a Qwen2-VL-7B with a
+head, by the package of its authors, which needs torchvision and more: best in an environment of its own (a term's
+``python``).
+"""
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,6 +55,39 @@ class HPSv2:
         mean, std = (torch.tensor(values)[:, None, None] for values in (clip.pixels.image_mean, clip.pixels.image_std))
         pixels = torch.stack([(_fit(image, side) - mean) / std for image in images])
         return (clip.features(pixels) * clip.texts(prompts)).sum(-1).tolist()
+
+
+class HPSv3:
+    """HPSv3: the mean of its score's normal distribution, about 0 to 15. Needs the package ``hpsv3``.
+
+    ``weights`` is the published checkpoint (``HPSv3.safetensors``); without it the package fetches it from the hub.
+    """
+
+    def __init__(self, weights: str | None = None, device: str = "cuda"):
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"weights={weights}: no such file")
+        self.weights, self.device = weights, device
+
+    @torch.inference_mode()  # the package would keep what gradients need
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
+        check_lengths(images, prompts)
+        if not images:
+            return []
+        pictures = [image.convert("RGB") for image in images]
+        # By name: the order of the two has changed between releases.
+        scores_B2 = _load_v3(self.weights, self.device).reward(image_paths=pictures, prompts=list(prompts))
+        return scores_B2[:, 0].tolist()
+
+
+@cache
+def _load_v3(weights: str | None, device: str):
+    try:
+        from hpsv3 import HPSv3RewardInferencer
+    except ImportError as error:
+        raise ImportError(
+            "HPSv3 needs `pip install hpsv3`, best in an environment of its own that the term's `python` names"
+        ) from error
+    return HPSv3RewardInferencer(checkpoint_path=weights, device=device)
 
 
 @cache

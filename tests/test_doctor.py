@@ -52,3 +52,32 @@ def test_faults_are_one_line_that_names_the_key(checkpoint, argument, named, cap
     assert doctor.main([*start, "resolutions=[32]", argument]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "named"),
+    [
+        ("ray", "2.51.1", ["CVE-2025-62593", "CVE-2026-27482"]),
+        ("ray", "2.52.0", ["CVE-2026-27482"]),
+        ("ray", "2.53.0", ["CVE-2026-27482"]),
+        ("ray", "2.54.0", []),
+        ("torch", "2.5.1+cu124", ["CVE-2025-32434", "CVE-2026-24747"]),
+        ("torch", "2.6.0", ["CVE-2026-24747"]),
+        ("torch", "2.9.1+cpu", ["CVE-2026-24747"]),
+        ("torch", "2.10.0+cpu", []),
+        ("torch", "2.10.0rc1", ["CVE-2026-24747"]),
+        ("trl", "0.1", []),
+    ],
+)
+def test_versions_that_are_known_to_be_open_are_warned_of(package, number, named):
+    said = doctor.warnings({package: number})
+    assert [next(word for word in line.split() if word.startswith("CVE")).rstrip(":") for line in said] == named
+    assert all(line.startswith(f"warning: {package} {number} has ") for line in said)
+
+
+def test_the_warnings_are_printed_and_those_installed_here_have_none(monkeypatch):
+    assert not [line for line in doctor.about([]) if line.startswith("warning")]
+    monkeypatch.setattr(doctor, "version", {"ray": "2.40.0", "torch": "2.13.0"}.get)
+    monkeypatch.setattr(doctor, "PACKAGES", ("ray", "torch"))
+    first, *warned = doctor.about([])[:3]
+    assert "ray 2.40.0, torch 2.13.0" in first and all("ray 2.40.0" in line for line in warned)

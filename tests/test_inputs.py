@@ -10,7 +10,10 @@ from PIL import Image
 
 from configs.load import load_config
 from tests.streams import write_sources
+from vargpt_rl.data.records.feed import EDITS
 from vargpt_rl.inputs import gather
+from vargpt_rl.model.families import load_config as load_config_of
+from vargpt_rl.model.families import markup_for
 from vargpt_rl.model.modeling import Vargpt
 
 
@@ -62,6 +65,22 @@ def test_a_run_of_records_has_a_feed_and_prompts(settings):
 def test_a_run_without_iterations_needs_no_prompts(settings):
     found = gather(settings("stages=[understanding]", "preference.prompts=null", "data.held_out_fraction=0"))
     assert found.source.prompts("held_out", 9, 0) == [] and found.feed is not None
+
+
+def test_edits_are_streamed_too(settings, folder, sources, tmp_path):
+    rows = [
+        {"instruction": "Make it blue.", "input_images": [f"{n}.png"], "output_image": f"{n + 1}.png"} for n in range(9)
+    ]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"files:[{tmp_path}/edits.jsonl],layout:editing,images:{sources['lines'].images}"
+    given = [f"+data.sources.edits={{{source}}}", "data.seen_pixels=3136"]
+    found = gather(settings("stages=[understanding,edit]", *given, "edit.recipe.micro_batch=4"))
+    assert found.feed.tasks["edits"] == "editing"
+    feed, chat = found.feed.at(64, wanted=EDITS), markup_for(found.model, load_config_of(found.model))
+    batch = next(iter(feed.mixture(chat, micro_batch=4, seed=0, rank=0, ranks=1)))
+    assert len(batch["crops"]) == 4 and len(batch["image_grid_thw"]) == 4
+    with pytest.raises(ValueError, match="for edit at 64 px: 4 generation samples in each batch: no source"):
+        gather(settings("stages=[understanding,edit]"))
 
 
 @pytest.mark.parametrize(

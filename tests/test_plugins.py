@@ -1,9 +1,10 @@
+import os
 import pickle
 import sys
 
 import pytest
 
-from vargpt_rl.plugins import load_plugin, make_callable
+from vargpt_rl.plugins import BUILDER, load_plugin, make_callable, make_plugin
 
 PLUGIN = """
 from __future__ import annotations
@@ -22,6 +23,20 @@ def ones(images, prompts):
 
 def several(images, prompts, *, value, offset=0.0):
     return [value + offset] * len(images)
+
+class Silent:
+    def score(self, images, prompts):
+        return [0.0] * len(images)
+
+class OfPictures:
+    def __call__(self, images):
+        return [0.0] * len(images)
+
+def of_three(images, prompts, seeds):
+    return [0.0] * len(images)
+
+def of_any(*arguments):
+    return [0.0] * len(arguments[0])
 
 NUMBER = 3
 """
@@ -67,6 +82,25 @@ def test_a_wrong_path_is_named(plugin, path, said):
     assert repr(path) in str(raised.value)
 
 
+def test_a_file_that_others_can_change_is_not_run(plugin, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.chmod(0o666)
+    with pytest.raises(ValueError, match=f"'mine.py:ones': {file} can be written by every user here"):
+        load_plugin("mine.py:ones")
+    file.chmod(0o664)
+    tmp_path.chmod(0o1777)  # as /tmp
+    load_plugin("mine.py:ones")
+    if os.getuid() == 0:  # only root gives files away
+        os.chown(file, 12345, -1)
+        with pytest.raises(ValueError, match="every user"):
+            load_plugin("mine.py:ones")
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError, match="every user"):
+        load_plugin("mine.py:ones")
+    tmp_path.chmod(0o755)
+    load_plugin("mine.py:ones")
+
+
 def test_errors_of_the_plugin_itself_are_its_own(plugin, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     for path in ("broken.py:ones", "broken:ones"):
@@ -84,3 +118,22 @@ def test_options_must_fit(plugin):
             make_callable(load_plugin("mine.py:several"), wrong)
     with pytest.raises(ValueError, match="3 cannot be called"):
         make_callable(load_plugin("mine.py:NUMBER"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Silent", r"Silent cannot be called: give the class a method __call__\(self, images, prompts\)"),
+        ("OfPictures", r"OfPictures.__call__\(self, images\): too many.*called with \(self, images, prompts\)"),
+        ("of_three", r"of_three\(images, prompts, seeds\): missing.*'seeds'; it is called with \(images, prompts\)"),
+    ],
+)
+def test_what_cannot_be_called_with_pictures_and_prompts_is_refused_unmade(plugin, name, said):
+    with pytest.raises(ValueError, match=said):
+        make_plugin(f"mine.py:{name}", {})
+
+
+def test_a_builder_is_called_with_something_else(plugin):
+    assert make_plugin("mine.py:of_any", {}, BUILDER)([None], {}, [], {}) == [0.0]
+    with pytest.raises(ValueError, match=r"ones\(images, prompts\).*called with \(samples, winners, "):
+        make_plugin("mine.py:ones", {}, BUILDER)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 
 import pandas as pd
 import pytest
@@ -107,3 +108,21 @@ def test_time_between_runs_does_not_count(tmp_path):
     run.began -= 100
     run.save()
     assert 100 <= Run(tmp_path / "run", {}).seconds < 105
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_a_run_nor_in_wandbs(tmp_path, monkeypatch):
+    secrets = {"WANDB_API_KEY": "5ec4e7" * 6 + "abcd", "HF_TOKEN": "hf_" + "NotSeen" * 5, "REWARD_TOKEN": "not-seen"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    for command in (["init", "-q"], ["remote", "add", "origin", "https://me:pass-not-seen@localhost/code"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path / "run", {"a": 1})
+    run.track("offline", "test", {"a": 1})
+    run.log("sft", 1, {"loss": 0.5})
+    run.finish({})
+    run.close(failed=False)
+    written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in written) and any(path.name == "debug.log" for path in written)
+    for path, text in written.items():
+        assert not [value for value in [*secrets.values(), "pass-not-seen"] if value.encode() in text], path

@@ -1,4 +1,5 @@
-"""What is installed, which devices there are, and how much of their memory a run needs, before it is started.
+"""What is installed, with warnings about versions known to be open to attack, which devices there are, and how much of
+their memory a run needs, before it is started.
 
     python -m vargpt_rl.doctor [experiment=vargpt_v1_1] [stage=dpo] [gpus=8] [gpu_memory_gib=80] [key=value ...]
 
@@ -10,10 +11,12 @@ those of v1 for ``checkpoint=release_v1``. Exit codes: 0 the run fits, 1 it does
 import os
 import platform
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +42,13 @@ from vargpt_rl.memory import (
 )
 
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "ray", "vllm")
+ADVISORIES = (
+    ("torch", "2.6", "CVE-2025-32434: torch.load runs code of a file despite weights_only=True"),
+    ("torch", "2.10", "CVE-2026-24747: torch.load can corrupt memory despite weights_only=True"),
+    ("ray", "2.52", "CVE-2025-62593: a web page can run code through the dashboard"),
+    ("ray", "2.54", "CVE-2026-27482: whoever reaches the dashboard can end jobs"),
+)
+"""Package, first version without it, what it is."""
 
 
 @dataclass
@@ -78,16 +88,32 @@ def planned(question: Question, found: list[tuple[str, int]]) -> Devices:
     return Devices(gpus, int(each), machine_memory())
 
 
-def about(found: list[tuple[str, int]]) -> list[str]:
-    """Versions and devices, a line each."""
-    versions = [f"python {platform.python_version()}"]
+def warnings(installed: dict[str, str]) -> list[str]:
+    """A line for each advisory that concerns an installed version; builds (``+cpu``) and pre-releases count as such."""
+    return [
+        f"warning: {package} {installed[package]} has {what}; update to {fixed} or newer"
+        for package, fixed, what in ADVISORIES
+        if package in installed and Version(installed[package]) < Version(fixed)
+    ]
+
+
+def installed_versions() -> dict[str, str]:
+    """Of ``PACKAGES``, those that are installed."""
+    found = {}
     for package in PACKAGES:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} not installed")
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def about(found: list[tuple[str, int]]) -> list[str]:
+    """Versions, warnings and devices, a line each."""
+    installed = installed_versions()
+    versions = [f"{package} {installed.get(package, 'not installed')}" for package in PACKAGES]
     gpus = [f"GPU {i}: {name}, {size / GIB:.1f} GiB" for i, (name, size) in enumerate(found)] or ["no GPU"]
-    return [", ".join(versions), *gpus, f"{os.cpu_count()} CPU cores, {machine_memory() / GIB:.1f} GiB of memory"]
+    machine = f"{os.cpu_count()} CPU cores, {machine_memory() / GIB:.1f} GiB of memory"
+    python = f"python {platform.python_version()}"
+    return [", ".join([python, *versions]), *warnings(installed), *gpus, machine]
 
 
 def _cells(need: Training | Rollout, names: list[str]) -> list[str]:

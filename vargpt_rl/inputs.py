@@ -23,7 +23,7 @@ from vargpt_rl.data.types import Prompt
 from vargpt_rl.fresh import make_fresh_v1
 from vargpt_rl.model.families import family_named, load_config, markup_for
 from vargpt_rl.model.hub import model_folder
-from vargpt_rl.plugins import load_plugin, make_callable, make_plugin
+from vargpt_rl.plugins import BUILDER, make_plugin
 
 EMBEDDED = Path(__file__).parent / "tiny"
 
@@ -80,7 +80,7 @@ def check_resolutions(model: str, resolutions: list[int]) -> None:
 
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
     """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
-    builder = make_plugin(path, options)
+    builder = make_plugin(path, options, BUILDER)
     rewards = ([], {}) if rewarded else (None, None)
     try:
         builder([], {}, *rewards)
@@ -98,7 +98,7 @@ def gather(config: LoopConfig) -> Inputs:
     check_resolutions(model, config.resolutions)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
-    reward = config.reward.path and make_callable(load_plugin(config.reward.path), dict(config.reward.options))
+    reward = config.reward.path and make_plugin(config.reward.path, dict(config.reward.options))
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None

@@ -21,6 +21,7 @@ from pathlib import Path
 from actors.resources import plan
 from configs.command import load_command
 from configs.schema import LoopConfig
+from configs.secrets import check_shell
 from vargpt_rl.checkpoint import write_atomically
 from vargpt_rl.loop import prepare
 from vargpt_rl.memory import GIB, Devices, check_fits, model_config
@@ -66,6 +67,8 @@ class Job:
             value = getattr(self, key)
             if value is not None and not PLAIN.fullmatch(value):
                 raise ValueError(f"{key}={value}: expected a word without spaces or quotes")
+        for key in ("options", "setup", "container"):
+            check_shell(key, getattr(self, key) or "")
 
     def sbatch(self, name: str, log: Path) -> list[str]:
         """The options of sbatch. Jobs of one name run one after the other, so that no two write to one run."""

@@ -1,17 +1,24 @@
 """Finds and builds what a config names by path: rewards, preference builders, data sources.
 
-A path is "package.module:Name" or "file.py:name", the file relative to the working directory.
+A path is "package.module:Name" or "file.py:name", the file relative to the working directory. A file that others can
+change is not run.
 """
 
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+REWARD = ("images", "prompts")
+BUILDER = ("samples", "winners", "sample_rewards", "winner_rewards")
+"""What a reward is called with, and what a preference builder."""
 
 
 def load_plugin(path: str) -> object:
@@ -46,6 +53,7 @@ def _load_file(path: str, where: str) -> ModuleType:
     file = Path(where).resolve()
     if not file.is_file():
         raise ValueError(f"plugin {path!r}: there is no file {file}")
+    _check_own(path, file)
     name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -59,23 +67,32 @@ def _load_file(path: str, where: str) -> ModuleType:
     return module
 
 
-def make_plugin(path: str, options: dict[str, object]) -> Callable:
+def _check_own(path: str, file: Path) -> None:
+    """ValueError where any user of the machine can write the file, or lay another in its place."""
+    own, folder = file.stat(), file.parent.stat()
+    shared = bool(folder.st_mode & stat.S_IWOTH)  # as /tmp is, where only owners can replace their files
+    trusted = folder.st_mode & stat.S_ISVTX and own.st_uid in (0, os.getuid())
+    if own.st_mode & stat.S_IWOTH or (shared and not trusted):
+        raise ValueError(f"plugin {path!r}: {file} can be written by every user here; expected it not to (chmod o-w)")
+
+
+def make_plugin(path: str, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
     """The callable that ``path`` names, with ``options``. ValueError as below."""
-    return make_callable(load_plugin(path), options)
+    return make_callable(load_plugin(path), options, arguments)
 
 
-def make_callable(obj: object, options: dict[str, object]) -> Callable:
+def make_callable(obj: object, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
     """A class instantiated with ``options``, or a function with them as its keyword-only arguments.
 
-    Raises ValueError for options that do not fit and for what cannot be called.
+    Raises ValueError for options that do not fit, and for what cannot be called with as many ``arguments``.
     """
-    check_callable(obj, options)
+    check_callable(obj, options, arguments)
     if inspect.isclass(obj):
         return obj(**options)
     return partial(obj, **options) if options else obj
 
 
-def check_callable(obj: object, options: dict[str, object]) -> None:
+def check_callable(obj: object, options: dict[str, object], arguments: Sequence[str] = REWARD) -> None:
     """Raises ValueError where `make_callable` would, without making anything."""
     name = getattr(obj, "__qualname__", repr(obj))
     if inspect.isclass(obj):
@@ -84,8 +101,12 @@ def check_callable(obj: object, options: dict[str, object]) -> None:
             signature.bind(**options)
         except TypeError as error:
             raise ValueError(f"{name}{signature}: {error}; the options given are {options}") from error
-        if not any("__call__" in vars(kind) for kind in obj.__mro__):
-            raise ValueError(f"{name} cannot be called: give the class a method __call__(self, images, prompts)")
+        call = next((vars(kind)["__call__"] for kind in obj.__mro__ if "__call__" in vars(kind)), None)
+        if call is None:
+            raise ValueError(
+                f"{name} cannot be called: give the class a method __call__({', '.join(['self', *arguments])})"
+            )
+        _check_arguments(f"{name}.__call__", call, ["self", *arguments], {})
     elif not callable(obj):
         raise ValueError(f"{name} cannot be called")
     else:
@@ -96,3 +117,12 @@ def check_callable(obj: object, options: dict[str, object]) -> None:
             raise ValueError(
                 f"{name} takes {f'the options {names}' if names else 'no options'}, but was given {options}"
             )
+        _check_arguments(name, obj, arguments, options)
+
+
+def _check_arguments(name: str, call: Callable, arguments: Sequence[str], options: dict[str, object]) -> None:
+    signature = inspect.signature(call)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"{name}{signature}: {error}; it is called with ({', '.join(arguments)})") from error

@@ -129,11 +129,20 @@ class Steps:
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
         source, output = self.inputs.source, self.checkpoint(key)
         job = SftJob(stage, start, corpus, recipe, output, seed, probe, questions, save_steps, feed, source, frozen)
-        result = self.learners.sft(job, self._follow(stage, recipe, self.config.learner.ranks))
+        try:
+            result = self.learners.sft(job, self._follow(stage, recipe, self.config.learner.ranks))
+        finally:  # too many bad records end the stage, and then above all it is told which
+            if feed is not None:
+                counts["bad_records"] = self.inputs.quarantine.gather(feed.quarantine)
+            self._log_quarantine()
         shutil.rmtree(corpus, ignore_errors=feed is not None)
-        if feed is not None:
-            counts = {"bad_records": self.inputs.quarantine.gather(feed.quarantine)}
         return result | {"corpus": counts, "swap": self._swap(key, probe, result.pop("probe"))}
+
+    def _log_quarantine(self) -> None:
+        """All records that the run has set aside so far, by reason; ``lost`` are those that could not be used."""
+        quarantine = self.inputs.quarantine
+        if quarantine.counts:
+            self.run.log("quarantine", self.iteration, {"lost": quarantine.lost, **quarantine.counts})
 
     def _probe(self) -> Probe:
         """Random tokens: a picture as good as any other to compare weights by."""

@@ -1,4 +1,4 @@
-"""A real Ray cluster: what is reserved, which code its workers run, and how a signal ends its driver."""
+"""A real Ray cluster: what is reserved, which code its workers run, who is let in, how a signal ends its driver."""
 
 import os
 import signal
@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
 from actors.cluster import nodes, reserve
 from actors.resources import PlacementConfig, RolloutConfig, plan
+from tests.access import listening, nodes_shown
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """
+import os
 import time
 import ray
 from actors import cluster
@@ -25,7 +28,7 @@ def wait():
     time.sleep(300)
 assert ray.get(ray.remote(where).remote()) == cluster.__file__
 try:
-    print("ready", flush=True)
+    print("ready", ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"], flush=True)
     ray.get(ray.remote(wait).remote())
 except SystemExit:
     print("stopped", flush=True)
@@ -69,15 +72,24 @@ def test_what_the_cluster_cannot_hold_ends_in_time_and_says_what_it_has(cluster)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_workers_run_the_drivers_code_and_a_signal_ends_the_driver_in_order(tmp_path, number):
+def test_a_local_cluster_runs_the_drivers_code_lets_nobody_in_and_ends_in_order(tmp_path, number):
     shadow = tmp_path / "actors"
     shadow.mkdir()
     (shadow / "__init__.py").write_text("")
     (shadow / "cluster.py").write_text("raise RuntimeError('the code of the working directory')")
     command = [sys.executable, "-P", "-c", DRIVER]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as driver:
-        assert driver.stdout.readline() == "ready\n", driver.stderr.read()
+        ready, *told = driver.stdout.readline().split() or [""]
+        assert ready == "ready", driver.stderr.read()
+        address, token = told
+        assert nodes_shown(address, token, tmp_path) == 1
+        assert nodes_shown(address, None, tmp_path) is None and nodes_shown(address, "0" * 64, tmp_path) is None
+        addresses = listening(psutil.Process(driver.pid).children(recursive=True))
+        assert int(address.rpartition(":")[2]) in addresses
+        assert set.union(*addresses.values()) == {"127.0.0.1"}, addresses
+        assert not (tmp_path / ".ray").exists()
         driver.send_signal(number)
         output, errors = driver.communicate(timeout=60)
     assert (driver.returncode, output) == (0, "stopped\n"), errors

@@ -1,6 +1,7 @@
 """Ablations: what starts anew, which work is shared between variants, and the table."""
 
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from safetensors.torch import load_file
 
 from configs.load import load_config
 from vargpt_rl.bench import ablations
-from vargpt_rl.bench.ablations import FULL, SETTINGS, VARIANTS, Variant, markdown, run_variant, settings_of, start_anew
+from vargpt_rl.bench.ablations import (
+    FULL,
+    SETTINGS,
+    VARIANTS,
+    Variant,
+    markdown,
+    run_all,
+    run_variant,
+    settings_of,
+    start_anew,
+)
 from vargpt_rl.checkpoint import check_checkpoint
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.run import Run
@@ -120,6 +131,20 @@ def test_the_table_is_markdown():
         "| --- | ---: | ---: | ---: |",
         "| full recipe | 240 | 0.500 ± 0.040 | 0.250 ± 0.020 |",
     ]
+
+
+def test_all_variants_share_one_set_of_workers_and_a_table_is_kept(monkeypatch, tmp_path):
+    placements, log = [], []
+    monkeypatch.setattr(ablations, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(ablations, "RolloutPool", lambda config, placement, *rest: placements.append(placement))
+    monkeypatch.setattr(ablations, "LearnerGroup", lambda *given: None)
+    monkeypatch.setattr(ablations, "Rollouts", lambda *given: None)
+    monkeypatch.setattr(ablations, "start_anew", lambda *given: tmp_path / "start")
+    monkeypatch.setattr(ablations, "Steps", lambda own, run, *rest: Recorder(run.directory.name, own, log))
+    configs = {variant: settings_of(variant, tmp_path, ["rollout.workers=1"]) for variant in VARIANTS[:2]}
+    table = run_all(configs, SimpleNamespace(model="", source=None, quarantine=None), tmp_path)
+    assert [placement.workers for placement in placements] == [1]
+    assert table.count("\n") == 4 and (tmp_path / "ablations.md").read_text() == table
 
 
 @pytest.mark.parametrize("argument", ["sft.stpes=1", "data.kind=other", "checkpoint=nowhere"])

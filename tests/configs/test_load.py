@@ -57,6 +57,12 @@ def test_the_papers_experiment_is_its_table():
         assert at.evaluation.prompts == 120, "nothing of the demo's is left"
 
 
+def test_every_stage_of_the_papers_experiment_can_learn_from_records():
+    given = [*RECORDS, "+data.sources.drawings.files=[x.jsonl]", "+data.sources.edits={files:[y.jsonl],layout:editing}"]
+    config = load_config(["experiment=vargpt_v1_1", "checkpoint=x", *given])
+    assert config.stages == ["pretrain", "understanding", "align", "edit"] and list(config.data.records())
+
+
 def test_batches_are_told_in_words():
     recipe = Recipe(steps=100, batch=16, micro_batch=4)
     assert recipe.arithmetic(2) == "100 steps of 16 = 4 (micro) x 2 (accumulation) x 2 (ranks)"

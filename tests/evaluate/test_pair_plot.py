@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tests.data.test_pair_statistics import ROWS
+from tests.data.test_pair_statistics import ORIGIN, ROWS
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.evaluate.pair_plot import plot_pairs
 
@@ -16,12 +16,16 @@ def test_the_picture_of_a_table(tmp_path, monkeypatch, rewarded):
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
     )
-    write_table(tmp_path / "t.parquet", [row | ({} if rewarded else {"chosen_reward": None}) for row in ROWS])
+    rows = [row | ({} if rewarded else {"chosen_reward": None}) for row in ROWS]
+    write_table(tmp_path / "t.parquet", rows, ORIGIN if rewarded else None)
     plot_pairs(read_table(tmp_path / "t.parquet"), tmp_path / "pairs.png")
     with Image.open(tmp_path / "pairs.png") as picture:
         assert picture.size == (1000, 650) and len(picture.convert("L").getcolors()) > 10
     reward, reference, scales, sources = figures[0].axes
-    assert figures[0].get_suptitle() == "4 pairs of 2 prompts at 256 px"
+    title, counts = figures[0].get_suptitle().splitlines()
+    assert title == "4 pairs of 2 prompts at 256 px"
+    assert counts.startswith("repeated: prompt 3, chosen picture 2, rejected picture 1, ")
+    assert counts.endswith("; prompts without winner: 1") == rewarded
     assert [patch.get_data().values.sum() for patch in reward.patches] == ([2] if rewarded else [])
     assert [text.get_text() for text in reward.texts] == ([] if rewarded else ["no rewards"])
     assert reference.patches[0].get_data().values.sum() == 4

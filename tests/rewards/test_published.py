@@ -1,15 +1,17 @@
 """HPSv2 and ImageReward from checkpoints in their published layouts, with small random tensors.
 
 The numbers are what the published code (hpsv2 1.2.0 with open_clip 3.3.0; image-reward 1.5) makes of the same tensors,
-pictures and token ids.
+pictures and token ids. HPSv3 is its authors' package, for which something with the same interface stands in here.
 """
+
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rewards.hps import HPSv2
+from rewards.hps import HPSv2, HPSv3
 from rewards.image_reward import ImageReward
 from rewards.testing import PROMPTS, check_reward, pictures
 from tests.rewards.tiny_models import blip_settings, clip_settings, image_reward_state, open_clip_state
@@ -49,3 +51,34 @@ def test_checkpoints_of_another_model_are_refused(tmp_path):
     torch.save(state, tmp_path / "half.pt")
     with pytest.raises(RuntimeError, match=r"visual_projection\.weight"):
         HPSv2(str(tmp_path / "half.pt"), str(tmp_path))(pictures()[:1], PROMPTS[:1])
+
+
+PACKAGE = """
+import torch
+
+class HPSv3RewardInferencer:
+    def __init__(self, config_path=None, checkpoint_path=None, device="cuda", differentiable=False):
+        self.settings = checkpoint_path, device
+
+    def reward(self, prompts, image_paths):
+        assert all(image.mode == "RGB" for image in image_paths) and self.settings == (None, "cpu")
+        rows = [[image.getpixel((0, 0))[0] / 10, 1.0] for image, prompt in zip(image_paths, prompts, strict=True)]
+        return torch.tensor(rows)  # mean and spread
+"""
+
+
+def test_hpsv3_gives_the_means_of_its_package(tmp_path, monkeypatch):
+    (tmp_path / "hpsv3.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hpsv3", raising=False)
+    images = [Image.new("RGBA", (8, 8), (shade, 0, 0, 255)) for shade in (20, 100)]
+    assert HPSv3(device="cpu")(images, ["a", "b"]) == pytest.approx([2, 10])
+    check_reward("rewards.hps:HPSv3", device="cpu")
+
+
+def test_hpsv3_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hpsv3", None)
+    with pytest.raises(ValueError, match="missing.safetensors: no such file"):
+        HPSv3(str(tmp_path / "missing.safetensors"))
+    with pytest.raises(ImportError, match="pip install hpsv3"):
+        HPSv3(device="mps")([Image.new("RGB", (8, 8))], ["a"])

@@ -1,6 +1,7 @@
 """A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd, in a folder and on ports of their own.
 
 They run as the user of the tests, who need not be root. They are stopped at the end, and die with this process.
+Timeouts are for a busy machine.
 """
 
 import ctypes
@@ -45,7 +46,10 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,sched_min_interval=100000,batch_sched_delay=0
 MpiDefault=none
 ReturnToService=1
-KillWait=20
+KillWait=120
+UnkillableStepTimeout=300
+MessageTimeout=60
+BatchStartTimeout=120
 MinJobAge=3600
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:1
@@ -76,7 +80,7 @@ class Slurm:
         self.environ = {key: value for key, value in self.environ.items() if not key.startswith("RAY_")}
 
     def __call__(self, *command: str, **options) -> str:
-        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=180, **options)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -84,15 +88,18 @@ class Slurm:
         """What Slurm knows of a job, by its names for it."""
         return dict(word.split("=", 1) for word in self("scontrol", "-o", "show", "job", number).split() if "=" in word)
 
-    def processes(self, number: str) -> list[psutil.Process]:
-        """Those of a job of this cluster, found by their environment: also those that have left its process tree."""
+    def processes(self, number: str | None = None) -> list[psutil.Process]:
+        """Those of a job of this cluster, or of all, found by their environment: also those that have left its process
+        tree.
+        """
         found = []
         for process in psutil.process_iter():
             try:
                 environ = process.environ()
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
-            if (environ.get("SLURM_CONF"), environ.get("SLURM_JOB_ID")) == (self.environ["SLURM_CONF"], number):
+            job = environ.get("SLURM_JOB_ID")
+            if environ.get("SLURM_CONF") == self.environ["SLURM_CONF"] and job and number in (None, job):
                 found.append(process)
         return found
 
@@ -130,15 +137,19 @@ def slurm():
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         named = [f"--{option}={folder}/munge.{suffix}" for option, suffix in files.items()]
         start("munged", "--foreground", f"--key-file={key}", *named)
-        wait_for((folder / "munge.socket").exists, 20, said)
+        wait_for((folder / "munge.socket").exists, 60, said)
         start("slurmctld", "-D", "-i")
         for name in NODES:
             (folder / name).mkdir()
             start("slurmd", "-D", "-N", name)
         state = ("scontrol", "-o", "show", "nodes")
-        wait_for(lambda: cluster(*state).count("State=IDLE ") == len(NODES), 60, said)
+        wait_for(lambda: cluster(*state).count("State=IDLE ") == len(NODES), 180, said)
         yield cluster
+        cluster("scancel", "--user", getpass.getuser())  # what a failed test has left
+        wait_for(lambda: not cluster.processes(), 120, lambda: f"left: {cluster.processes()}")
     finally:
+        for process in cluster.processes():
+            process.kill()
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in reversed(daemons):

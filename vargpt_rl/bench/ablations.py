@@ -20,6 +20,7 @@ import ray
 import torch
 from omegaconf import OmegaConf
 
+from actors.cluster import connect, nodes
 from actors.pool import RolloutPool
 from actors.resources import plan
 from actors.rollout import Rollouts
@@ -28,7 +29,6 @@ from configs.schema import LoopConfig
 from learners.group import LearnerGroup
 from vargpt_rl.checkpoint import save_checkpoint, write_atomically
 from vargpt_rl.inputs import Inputs, gather
-from vargpt_rl.loop import connect
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.run import Run
 from vargpt_rl.stages import PROJECTORS, VISION_PROJECTOR
@@ -125,7 +125,7 @@ def run_all(configs: dict[Variant, LoopConfig], inputs: Inputs, directory: Path)
     """Every variant, with the same workers and ranks; the table, which is written anew after each."""
     config = next(iter(configs.values()))
     learner, rollout = config.learner, config.rollout
-    placement = plan(ray.cluster_resources(), rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
+    placement = plan(nodes(), rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
     pool = RolloutPool(rollout, placement, inputs.model, inputs.source)
     learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
     start = start_anew(inputs.model, directory / "start", config.seed)

@@ -1,4 +1,4 @@
-"""A picture of a preference table: margins of rewards and of the reference policy, by scale too, and sources."""
+"""A picture of a preference table: margins of rewards and of the reference policy, by scale too, sources and counts."""
 
 from pathlib import Path
 
@@ -6,13 +6,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vargpt_rl.data.pair_statistics import histogram, margins, scale_margins, sources
+from vargpt_rl.data.pair_statistics import histogram, margins, repeats, scale_margins, sources
 
 
 def plot_pairs(table: pd.DataFrame, path: Path) -> None:
     """Write a PNG about a table of one resolution with at least one pair."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    figure.suptitle(f"{len(table)} pairs of {table.prompt_id.nunique()} prompts at {table.resolution.iloc[0]} px")
+    title = f"{len(table)} pairs of {table.prompt_id.nunique()} prompts at {table.resolution.iloc[0]} px"
+    figure.suptitle(f"{title}\n{_counts(table)}", fontsize="medium")
     (reward, reference), (scales, shares) = figure.subplots(2, 2)
     by_kind = margins(table)
     _histogram(reward, by_kind.get("reward"), "reward margin", "no rewards")
@@ -26,6 +27,15 @@ def plot_pairs(table: pd.DataFrame, path: Path) -> None:
     shares.margins(x=0.15)  # room for the last label
     shares.set(xlabel="pairs", title="where pictures come from")
     figure.savefig(path, dpi=100)
+
+
+def _counts(table: pd.DataFrame) -> str:
+    """What is repeated and, where the table says so, how many prompts have no winner."""
+    repeated = ", ".join(f"{name} {count}" for name, count in repeats(table).items() if count)
+    counts = [f"repeated: {repeated or 'nothing'}"]
+    if "origin" in table.attrs:
+        counts.append(f"prompts without winner: {table.attrs['origin']['prompts_without_winner']}")
+    return "; ".join(counts)
 
 
 def _histogram(axes: Axes, values: pd.Series | None, title: str, otherwise: str) -> None:

@@ -88,7 +88,8 @@ def laion(row: Row, root: Path) -> Conversation:
 
 
 def midjourney(row: Row) -> Request:
-    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without a picture are no conversation.
+    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without a picture are no conversation;
+    ``vargpt_rl.data.prompts`` writes them down.
 
     Layout: public readers of the data set, which use no other column.
     """

@@ -1,0 +1,60 @@
+"""Refuses settings that look like secrets.
+
+Settings are written down, in config.yaml, the job's script and wandb's files, and shown in errors. So a secret among
+them is refused before any of this, without being repeated. Programs that need one read it from the environment.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+NAME = re.compile(
+    r"(?:.*[_.-])?(?:api_?key|access_?key|private_?key|secret|password|passwd|passphrase|token|credentials?"
+    r"|authorization)",
+    re.IGNORECASE,
+)
+"""Of settings and of environment variables that hold a secret; ``api_key_env`` and ``max_tokens`` do not."""
+KNOWN = re.compile(r"\b(?:hf_\w{30,}|sk-[\w-]{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16})")
+"""Tokens that say themselves what they are: of Hugging Face, OpenAI, GitHub and AWS."""
+LENGTH = 8
+"""Characters below which the value of an environment variable is too common a word to search for."""
+SHELL = re.compile(r"\b(\w+)=['\"]?(?=[^$'\"\s])")
+"""An assignment of something else than a variable."""
+
+
+def _reason(key: str, value: str) -> str | None:
+    name = key.rpartition(".")[2]
+    if NAME.fullmatch(name) and value not in ("", "null"):
+        return f"a key named {name} is for a secret"
+    if KNOWN.search(value):
+        return "its value is an access token"
+    try:
+        if urlsplit(value).password:
+            return "its value is a URL with a password"
+    except ValueError:  # not a URL
+        pass
+    for variable, secret in os.environ.items():
+        if NAME.fullmatch(variable) and len(secret) >= LENGTH and secret in value:
+            return f"its value has that of the environment variable {variable}"
+    return None
+
+
+def check_secrets(settings: object, key: str) -> None:
+    """ValueError, naming the key and not the value, for the first of the settings that looks like a secret."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            check_secrets(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            check_secrets(value, key)
+    elif isinstance(settings, str) and (reason := _reason(key, settings)):
+        raise ValueError(f"{key}: {reason}, and settings are written down: expected it in the environment alone")
+
+
+def check_shell(key: str, code: str) -> None:
+    """The same for shell code: ValueError for a secret in it, and for one that is assigned to a variable."""
+    check_secrets(code, key)
+    for name in SHELL.findall(code):
+        if NAME.fullmatch(name):
+            raise ValueError(f"{key} sets {name}, and is written down: expected a file of yours that it sources")

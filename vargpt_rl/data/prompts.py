@@ -1,0 +1,62 @@
+"""A file of prompts for the iterations, made of Midjourney's:
+
+    python -m vargpt_rl.data.prompts files=[FILE,...] out=FILE.jsonl
+
+Reads midjourney-prompts Parquet files row by row and writes a line ``{"id", "prompt", "commands"}`` for each prompt,
+commands such as ``--ar 16:9`` split off, as `preference.prompts` and ``vargpt_rl.generate`` read them. An id follows
+from the whole prompt, so that the stronger system's pictures can be named after it. Rows that cannot be used are in
+``<out>.quarantine``. Exit codes: 0 done, 2 an argument or input is wrong, or more than ``max_bad_fraction`` is bad.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.command import run_command
+from vargpt_rl.data.records.formats import FORMATS
+from vargpt_rl.data.records.layouts import midjourney
+from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.records.stream import Reading, Records
+
+
+@dataclass
+class Command:
+    """``files`` may be globs; ``limit``: at most so many different prompts."""
+
+    files: list[str]
+    out: Path
+    limit: int | None = None
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}: expected 1 or more")
+
+
+def execute(command: Command) -> None:
+    """Write the prompts, each once; ``out`` appears when it is whole."""
+    reading = Reading(seed=None, max_bad_fraction=command.max_bad_fraction)
+    quarantine, unfinished = (command.out.with_name(command.out.name + end) for end in (".quarantine", ".unfinished"))
+    paths = RecordSource(command.files, "parquet").paths()
+    written: set[str] = set()
+    with unfinished.open("w", encoding="utf-8") as file:
+        for request in Records(paths, FORMATS["parquet"], [midjourney], quarantine, reading):
+            if len(written) == command.limit:
+                break
+            if request.prompt.id not in written:
+                written.add(request.prompt.id)
+                line = {"id": request.prompt.id, "prompt": request.prompt.text, "commands": request.commands}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(unfinished, command.out)
+    print(f"{len(written)} prompts in {command.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    return run_command(Command, execute, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
