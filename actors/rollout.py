@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -226,19 +227,26 @@ class Rollouts:
         return self.text or self.pool
 
     def write_pairs(
-        self, path: Path, samples: list[Sample], builder: Callable, reward: Callable | None, micro_batch: int
+        self,
+        path: Path,
+        samples: list[Sample],
+        builder: Callable,
+        reward: Callable | None,
+        micro_batch: int,
+        part: bool = False,
     ) -> dict:
         """Build pairs of samples and winners, score both sides with the weights being served, and write the table.
 
         Rows are written in a random order and scored in the very micro-batches that the learner trains on first, so
-        that at step 0 both sides run the same kernels on the same shapes and agree to the last bit, or nearly.
+        that at step 0 both sides run the same kernels on the same shapes and agree to the last bit, or nearly. Without
+        a pair it is a ValueError, unless this is ``part`` of a table only.
         """
         prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
         winners = self.encode_winners(prompts, samples[0].resolution)
         rewards, report = self._rewards(samples, winners, reward)
         pairs, dropped = builder(samples, winners, *rewards)
         check_books(samples, pairs, dropped)
-        if not pairs:
+        if not (pairs or part):
             raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
         resolution = samples[0].resolution
         pairs = [pairs[i] for i in np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))]
@@ -263,6 +271,10 @@ class Rollouts:
         counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
         return counts | ({"rewards": report} if report else {})
 
+    def judging(self, reward: Callable | None) -> AbstractContextManager[Callable | None]:
+        """The reward, whose processes then run for as long as the context does; None without a reward."""
+        return nullcontext() if reward is None else scorers(reward)
+
     def _rewards(self, samples: list[Sample], winners: dict[str, Winner], reward: Callable | None) -> tuple:
         """The rewards of samples, and of winners by prompt id, with the report of `_judge`; None without a reward."""
         if reward is None:
@@ -272,7 +284,7 @@ class Rollouts:
         return (values[: len(samples)], dict(zip(winners, values[len(samples) :], strict=True))), report
 
     def _judge(self, items: list[Drawn], resolution: int, reward: Callable) -> tuple[list[float | None], dict]:
-        """What the reward says of each picture, and what became of them, by term; its processes run for this alone.
+        """What the reward says of each picture, and what became of them, by term.
 
         ValueError where no picture at all is scored.
         """

@@ -183,9 +183,13 @@ class DpoStage(DpoConfig):
 
     The rate is low on purpose: with external winners, ten times as much drives pair accuracy to 1 while pictures get
     worse. An SFT anchor (``loss_type=[sigmoid,sft]``) is the other remedy.
+
+    ``min_pairs``: DPO starts when so many pairs are there, while the workers make the rest, in rounds of as many
+    prompts; null when all are there. Only where they do not share GPUs with the ranks.
     """
 
     control: bool = True
+    min_pairs: int | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=60, batch=16, micro_batch=4, lr=2e-5))
 
 
@@ -299,6 +303,14 @@ class LoopConfig:
             TRAINED["sft"].without(self.sft.frozen)
         except ValueError as error:
             raise ValueError(f"sft.frozen={self.sft.frozen}: {error}") from error
+        if self.dpo.min_pairs is not None:
+            if self.dpo.min_pairs < self.dpo.recipe.batch:
+                raise ValueError(
+                    f"dpo.min_pairs={self.dpo.min_pairs}: expected at least dpo.recipe.batch={self.dpo.recipe.batch}, "
+                    "or null"
+                )
+            if self.placement.is_colocated:
+                raise ValueError("dpo.min_pairs is for placement=split: in colocated, workers and ranks take turns")
         for stage in ("pretrain", "understanding", "sft", "dpo", "edit"):
             recipe = getattr(self, stage).recipe
             try:

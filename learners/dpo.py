@@ -13,13 +13,13 @@ or one index), K scales.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch.utils.data import Sampler
 from trl import DPOTrainer
 
+from learners.pairs import PairOrder, PairTable
 from learners.resume import Resumable
 from vargpt_rl.model.likelihood import scale_means, scale_sums, symbol_entropy, symbol_hits, symbol_log_probs
 from vargpt_rl.model.modeling import Vargpt
@@ -91,41 +91,23 @@ class V1ImagePolicy(_ScoresPairs, VargptV1):
 POLICIES = {Vargpt: ImagePolicy, VargptV1: V1ImagePolicy}
 
 
-class TableOrder(Sampler[int]):
-    """The table's own order in the first epoch, a random one in each later epoch; ``epoch`` says which it is.
-
-    The table is in random order already, and the workers scored it in micro-batches of that order: at step 0 policy and
-    reference then run on equal shapes, and their log-probabilities are equal, not only close.
-    """
-
-    def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
-        self.rows, self.seed, self.epoch = rows, seed, epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        if self.epoch() == 0:
-            return iter(range(self.rows))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(torch.randperm(self.rows, generator=generator).tolist())
-
-
 class ImageDpoTrainer(Resumable, DPOTrainer):
-    """TRL's trainer on precomputed image tokens and references."""
+    """TRL's trainer on precomputed image tokens and references. ``record``: see `PairOrder`."""
 
     survivors = ("step0_max_abs_logratio", "_total_train_tokens")
 
-    def __init__(self, norm: str, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, norm: str, pairs: PairTable, record: Path | None = None, **kwargs):
+        super().__init__(train_dataset=pairs.rows, **kwargs)
+        self.train_dataset, self.record = pairs, record
         del self.model.forward  # TRL replaces it by its fused text head; ours returns log-probabilities itself
         self.norm = norm
         self.measured: dict[str, list[float]] = defaultdict(list)
         self.step0_max_abs_logratio = 0.0
 
-    def _get_train_sampler(self, *args) -> "TableOrder":
-        # Also right when training goes on in the middle of an epoch, where no sampler is told which it is.
-        return TableOrder(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0))
+    def _get_train_sampler(self, *args) -> PairOrder:
+        arguments, record = self.args, self.record if self.is_world_process_zero() else None
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return PairOrder(self.train_dataset, arguments.max_steps, batch, arguments.seed, record)
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Keep the references in float64: with DeepSpeed, the trainer casts all floats to the model's dtype."""

@@ -6,7 +6,7 @@ checkpoint. Errors of the job itself are not retried: they reach the caller as t
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +20,34 @@ from learners.config import LearnerConfig
 from learners.jobs import DpoJob, SftJob, TokenizerJob, training_checkpoints
 
 OnLog = Callable[[dict], None]
+Work = Generator[list[ray.ObjectRef], None, dict]
+"""A job under way: it looks after the ranks, offers what is worth waiting for, and in the end has the result."""
 
 SETTLE_S = 30.0
 """How long, after one rank's error, the others may take to end too. A lost rank's peers fail within a second, but Ray
 may need half a minute to notice that a whole node is gone."""
+
+
+class Training:
+    """A job that runs beside other work of the driver's, which looks at it from time to time."""
+
+    def __init__(self, work: Work):
+        self.work, self.value = work, None
+        self.look()
+
+    def look(self) -> list[ray.ObjectRef]:
+        """Follow its log, and raise its errors; what it waits for, nothing when it is done."""
+        try:
+            return next(self.work)
+        except StopIteration as end:
+            self.value = self.value or end.value
+            return []
+
+    def result(self) -> dict:
+        """Wait for its end; the main rank's result."""
+        while waiting := self.look():
+            ray.wait(waiting, timeout=0.5)
+        return self.value
 
 
 class LearnerGroup:
@@ -65,24 +89,28 @@ class LearnerGroup:
 
     def sft(self, job: SftJob, on_log: OnLog) -> dict:
         """Run a supervised job on all ranks; the main rank's result."""
-        return self._run("sft", job, on_log)
+        return Training(self._run("sft", job, on_log)).result()
 
     def dpo(self, job: DpoJob, on_log: OnLog) -> dict:
         """Run a preference job on all ranks; the main rank's result."""
-        return self._run("dpo", job, on_log)
+        return self.start_dpo(job, on_log).result()
+
+    def start_dpo(self, job: DpoJob, on_log: OnLog) -> Training:
+        """The same, without waiting for it."""
+        return Training(self._run("dpo", job, on_log))
 
     def tokenizer(self, job: TokenizerJob, on_log: OnLog) -> dict:
         """Train the image tokenizer, on the main rank alone."""
-        return self._run("tokenizer", job, on_log)
+        return Training(self._run("tokenizer", job, on_log)).result()
 
-    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> dict:
+    def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> Work:
         """The main rank's result. RuntimeError after more than ``max_restarts`` losses of a rank."""
         limit = self.config.max_restarts
         while True:
             try:
                 if not self.ranks:
                     self._start()
-                return self._attempt(method, self._resumed(job), on_log)
+                return (yield from self._attempt(method, self._resumed(job), on_log))
             except LOST as error:
                 self._stop()
                 self.restarts += 1
@@ -103,14 +131,15 @@ class LearnerGroup:
             self.note(f"{reason}; going on from {checkpoint.name if checkpoint else 'the start of the stage'}")
         return replace(job, resume=checkpoint)
 
-    def _attempt(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> dict:
+    def _attempt(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> Work:
         """Raises what a rank raised; where one was lost, that, although its peers may have failed before."""
         log = _Follower(job.output / "log.jsonl", on_log)
         ranks = self.ranks[:1] if isinstance(job, TokenizerJob) else self.ranks
         waiting = [getattr(rank, method).remote(job) for rank in ranks]
         results = list(waiting)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=0.5)
+            yield waiting
+            done, waiting = ray.wait(waiting, timeout=0)
             log.poll()
             if any(map(_error, done)):
                 ray.wait(results, num_returns=len(results), timeout=SETTLE_S)

@@ -58,7 +58,7 @@ class SftJob:
 
 @dataclass(frozen=True)
 class DpoJob:
-    """A preference stage on a table of pairs."""
+    """A preference stage on a table of pairs, or on the ``parts`` of it that come one after another."""
 
     start: Start
     table: Path
@@ -68,6 +68,7 @@ class DpoJob:
     seed: int
     probe: Probe
     resume: Path | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig
@@ -24,12 +23,12 @@ from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import picture_batches, train_image_tokenizer
 from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, training_checkpoints
+from learners.pairs import PairTable
 from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
 from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
-from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe
 from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import unpack
@@ -191,7 +190,8 @@ class Rank:
         return self._run(trainer, chat, trained, job, job.source) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
-        """Train a preference stage; adds the last margin and accuracy and the largest log-ratio seen at step 0."""
+        """Train a preference stage; adds the last margin and accuracy, the largest log-ratio seen at step 0, and the
+        seconds that it waited for pairs."""
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
         trained = freeze(model, STAGES["dpo"])
@@ -205,12 +205,14 @@ class Rank:
             precompute_ref_log_probs=True,
             max_length=None,
         )
+        pairs = PairTable(job.table, job.parts)
         trainer = ImageDpoTrainer(
             norm=job.dpo.logp_norm,
+            pairs=pairs,
+            record=job.output / "order.jsonl",
             model=model,
             args=arguments,
             data_collator=PairCollator(chat),
-            train_dataset=Dataset.from_pandas(read_table(job.table), preserve_index=False),
             processing_class=chat.tokenizer,
         )
         result = self._run(trainer, chat, trained, job)
@@ -221,6 +223,7 @@ class Rank:
             "margin_last": last["rewards/margins"],
             "accuracy_last": last["rewards/accuracies"],
             "step0_max_abs_logratio": worst.item(),
+            "waited": pairs.waited,
         }
 
     def tokenizer(self, job: TokenizerJob) -> dict:

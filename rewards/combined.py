@@ -100,8 +100,14 @@ class Running:
 
 
 @contextmanager
-def scorers(reward: Reward) -> Iterator[Running]:
-    """Run the rewards of a `WeightedSum` in processes of their own; any other reward is a single required term."""
+def scorers(reward: Reward | Running) -> Iterator[Running]:
+    """Run the rewards of a `WeightedSum` in processes of their own; any other reward is a single required term.
+
+    Rewards that run already are left running.
+    """
+    if isinstance(reward, Running):
+        yield reward
+        return
     if isinstance(reward, WeightedSum):
         terms, makes = reward.terms, reward.makes
     else:

@@ -99,7 +99,7 @@ def finished(folder) -> Path:
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on after iter-00/control" in again.stdout
+    assert "going on after iter-00/pairs" in again.stdout
     return directory
 
 
@@ -170,6 +170,32 @@ def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
     assert summary["stages"]["edit"]["swap"]["verified"]
     table = [line for line in alone.stdout.splitlines() if line.startswith("│ edit")]
     assert len(table) == 1 and table[0].count("±") == 2, "before and after"
+
+
+@pytest.mark.timeout(600)
+def test_dpo_overlaps_the_making_of_its_pairs(folder):
+    """Cut off when the first of two parts is there."""
+    settings = ["name=overlap", "stages=[align]", "iterations=1", "resolutions=[32]", "dpo.min_pairs=4"]
+    settings += ["dpo.control=false", "rollout.workers=1", "learner.ranks=1", "rollout.reply=template"]
+    directory = folder / "overlap"
+    first = directory / "preferences/iter-00/part-00000.parquet"
+    driver = subprocess.Popen(command(folder, *settings), cwd=ROOT, start_new_session=True)
+    try:
+        wait_for(lambda: driver.poll() is not None or first.exists(), 280)
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    again = run(folder, *settings)
+    assert again.returncode == 0, again.stderr[-3000:]
+    (iteration,) = json.loads((directory / "summary.json").read_text())["iterations"]
+    assert iteration["pairs"]["parts"] == [4, 4] and iteration["pairs"]["built"] == 8
+    assert iteration["dpo"]["step0_max_abs_logratio"] <= 1e-4 and iteration["dpo"]["steps"] == 3
+    table = pd.read_parquet(directory / "preferences/iter-00.parquet")
+    assert len(table) == 8 and table.pair_id.is_unique and not first.parent.exists()
+    steps = [json.loads(line) for line in (directory / "checkpoints/iter-00-dpo/order.jsonl").read_text().splitlines()]
+    assert set(steps[0]["pairs"]) == set(table.pair_id[:4])
+    assert {name for step in steps for name in step["pairs"]} == set(table.pair_id)
 
 
 class Recorder:

@@ -40,9 +40,9 @@ def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
         steps.adopt(f"{name}-sft")
         after_sft = run.step(f"{name}/after_sft", lambda: steps.evaluate("after_sft", steps.weights))
         sampled = run.step(f"{name}/pairs", steps.pairs)
+        dpo = run.step(f"{name}/dpo", steps.dpo)
         control = run.step(f"{name}/control", steps.control) if config.dpo.control else {"eval": None}
         steps.forget(f"{name}-control")
-        dpo = run.step(f"{name}/dpo", steps.dpo)
         steps.adopt(f"{name}-dpo")
         after_dpo = run.step(f"{name}/after_dpo", lambda: steps.evaluate("after_dpo", steps.weights))
         run.step(f"{name}/grid", steps.sample_grid)

@@ -21,13 +21,14 @@ from learners.config import Recipe
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob, training_checkpoints
 from rewards.preferences import external_winner
 from vargpt_rl.data.pair_statistics import statistics
-from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.preferences import part_path, read_table
 from vargpt_rl.data.records.feed import EDITS, Feed
 from vargpt_rl.data.types import Probe, Prompt, Record
 from vargpt_rl.evaluate.grid import sample_grid
 from vargpt_rl.evaluate.pair_plot import plot_pairs
 from vargpt_rl.export import keep_best
 from vargpt_rl.inputs import Inputs
+from vargpt_rl.losers import Losers
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_config
 from vargpt_rl.model.prompt import REPLY
@@ -40,7 +41,8 @@ CORPUS, PROMPTS, LOSERS, HELD_OUT, SOURCES = range(5)
 
 @dataclass
 class Steps:
-    """One run's state between steps. ``learners`` is a ``learners.group.LearnerGroup``."""
+    """One run's state between steps. ``learners`` is a ``learners.group.LearnerGroup``, ``training`` its DPO where
+    that has begun beside the making of its pairs."""
 
     settings: LoopConfig
     run: Run
@@ -52,6 +54,7 @@ class Steps:
     resolution: int = 0
     config: LoopConfig | None = None
     name: str = ""
+    training: object | None = None
 
     def begin(self, iteration: int | None, resolution: int, name: str = "") -> None:
         """Work at this resolution from now on, with the settings that are in force there; ``name`` is a stage's."""
@@ -200,14 +203,18 @@ class Steps:
 
     def dpo(self) -> dict:
         """DPO on this iteration's pairs, from the final SFT weights, which are the reference."""
-        settings, table, key = self.config.dpo, self.table(), f"{self.name}-dpo"
-        row = read_table(table).iloc[0]
-        probe = Probe(Prompt(row.prompt_id, row.prompt, row.reply), row.chosen_bits, self.resolution)
-        start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
-        job = DpoJob(start, table, settings.recipe, settings, self.checkpoint(key), seed, probe)
         self.rollouts.serve(self.weights)
-        result = self.learners.dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
-        return result | {"swap": self._swap(key, probe, result.pop("probe"))}
+        training, self.training = self.training or self._start_dpo(), None
+        result = training.result()
+        shutil.rmtree(part_path(self.table(), 0).parent, ignore_errors=True)
+        return result | {"swap": self._swap(f"{self.name}-dpo", self._probe(), result.pop("probe"))}
+
+    def _start_dpo(self, parts: int = 1) -> object:
+        """Set the learners to DPO on the table, or on the parts that it is to have."""
+        settings, output = self.config.dpo, self.checkpoint(f"{self.name}-dpo")
+        start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
+        job = DpoJob(start, self.table(), settings.recipe, settings, output, seed, self._probe(), parts)
+        return self.learners.start_dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
 
     def control(self) -> dict:
         """SFT on the winners of this iteration's pairs: same start, same winners, steps and learning rate as DPO."""
@@ -226,43 +233,46 @@ class Steps:
         return self.run.directory / "preferences" / ("-".join(filter(None, [self.name, split])) + ".parquet")
 
     def pairs(self) -> dict:
-        """Draw losers from the SFT checkpoints, then build pairs and score them with the final SFT weights."""
-        final = self.weights[-1]
-        sources = [final.with_name(f"step-{step:06d}") for step in self._save_steps()] + [final]
-        shares = list(self.config.sft.sources().values())
-        prompts = self.inputs.prompts or self.inputs.source.prompts(
-            "train", self.config.preference.count, seeds_for(1, self.config.seed, self.iteration, PROMPTS)[0]
-        )
-        prompts = [p for p in prompts[: self.config.preference.count] for _ in range(self.config.preference.samples)]
-        seeds = seeds_for(len(prompts), self.config.seed, self.iteration, LOSERS)
-        whose = apportion(len(prompts), shares, seeds_for(1, self.config.seed, self.iteration, SOURCES)[0])
-        samples, seconds = [], 0.0
-        for i, directory in enumerate(sources):
-            share = np.flatnonzero(whose == i).tolist()
-            if not share:
-                continue
-            self.rollouts.serve((*self.weights[:-1], directory))
-            name = f"{directory.parent.name}/{directory.name}"
-            drawn, spent = self.rollouts.draw(
-                [prompts[j] for j in share], [seeds[j] for j in share], self.resolution, name
-            )
-            samples, seconds = samples + drawn, seconds + spent
-        self.rollouts.serve(self.weights)
-        counts = self.rollouts.write_pairs(
-            self.table(), samples, self.inputs.builder, self.inputs.reward, self.config.dpo.recipe.micro_batch
-        )
-        self.inputs.check_quarantine()
-        if len(samples) != len(prompts):
-            raise RuntimeError(f"{len(prompts)} drawings were asked for, {len(samples)} came back")
+        """Draw losers from the SFT checkpoints, then build pairs and score them with the final SFT weights.
+
+        With ``dpo.min_pairs`` in rounds; DPO starts when so many pairs are there, beside the rest of the rounds.
+        """
+        losers, enough = self.losers(), self.config.dpo.min_pairs
+        for built in losers.make(self.inputs.builder, self.inputs.reward, self.config.dpo.recipe.micro_batch):
+            self.inputs.check_quarantine()
+            if self.training:
+                self.training.look()
+            elif enough and built >= enough:
+                self.training = self._start_dpo(len(losers.rounds))
         rollout = {
-            "images": len(samples),
-            "seconds": seconds,
-            "images_per_second": len(samples) / seconds,
-            "checkpoints": sorted({sample.checkpoint for sample in samples}),
+            "images": losers.drawn,
+            "seconds": losers.seconds,
+            "images_per_second": losers.drawn / losers.seconds if losers.drawn else None,
+            "checkpoints": sorted({"/".join(losers.sources[i][-1].parts[-2:]) for i in losers.whose}),
         }
         self.run.log("rollout", self.iteration, {k: v for k, v in rollout.items() if k != "checkpoints"})
         self._show_pairs()
-        return {"rollout": rollout, "pairs": counts}
+        return {"rollout": rollout, "pairs": losers.counts}
+
+    def losers(self) -> Losers:
+        """What is to be drawn: so many samples of each prompt, by the SFT checkpoints in their shares."""
+        settings, earlier = self.config.preference, self.weights[:-1]
+        steps = [self.weights[-1].with_name(f"step-{step:06d}") for step in self._save_steps()]
+        prompts = self.inputs.prompts or self.inputs.source.prompts(
+            "train", settings.count, seeds_for(1, self.config.seed, self.iteration, PROMPTS)[0]
+        )
+        prompts = [prompt for prompt in prompts[: settings.count] for _ in range(settings.samples)]
+        shares, seed = list(self.config.sft.sources().values()), (self.config.seed, self.iteration)
+        return Losers(
+            rollouts=self.rollouts,
+            table=self.table(),
+            prompts=prompts,
+            seeds=seeds_for(len(prompts), *seed, LOSERS),
+            sources=[(*earlier, directory) for directory in (*steps, self.weights[-1])],
+            whose=apportion(len(prompts), shares, seeds_for(1, *seed, SOURCES)[0]),
+            resolution=self.resolution,
+            size=(self.config.dpo.min_pairs or settings.count) * settings.samples,
+        )
 
     def _show_pairs(self) -> None:
         """What this iteration's table has: as metrics, as a picture beside the sample grid, some pairs in wandb."""

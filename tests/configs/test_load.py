@@ -119,6 +119,7 @@ def test_what_is_wrong_with_records_is_named(overrides, named):
         ("evaluation.reward.pth=a:b", "pth"),
         ("dpo.beta=high", "dpo.beta"),
         ("dpo.beta=0", "dpo.beta=0"),
+        ("dpo.min_pairs=15", "dpo.min_pairs=15"),
         ("stages=[align,pretrain]", "in the order"),
         ("stages=[]", "stages="),
         ("iterations=1", "iterations=1"),
@@ -151,6 +152,12 @@ def test_bad_settings_are_named(override, named):
     with pytest.raises(ValueError) as error:
         load_config([override]).directory  # noqa: B018 (the name is checked when the folder is asked for)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_shares_gpus_does_not_overlap():
+    assert load_config(["dpo.min_pairs=16", "placement=split"]).dpo.min_pairs == 16
+    with pytest.raises(ValueError, match="dpo.min_pairs is for placement=split"):
+        load_config(["dpo.min_pairs=16", "placement=colocated"])
 
 
 @pytest.mark.parametrize(

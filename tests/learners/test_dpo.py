@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def trainer(checkpoint, chat, tmp_path):
             model=model,
             args=arguments,
             data_collator=PairCollator(chat),
-            train_dataset=Dataset.from_list([{"resolution": SIDE}]),
+            pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
             processing_class=chat.tokenizer,
         )
 

@@ -19,7 +19,7 @@ from learners.resume import SafeReader, checkpoint_bytes
 from tests.streams import feed_of, write_sources
 from tests.tiny import BITS
 from vargpt_rl.checkpoint import check_checkpoint
-from vargpt_rl.data.preferences import write_table
+from vargpt_rl.data.preferences import join_parts, part_path, write_table
 from vargpt_rl.data.types import Probe, Prompt
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
@@ -35,8 +35,8 @@ PROMPT = Prompt("p", "a red circle", "Here:")
 STEPS, CUT = 5, 3
 # Warm-up and decay, so that the schedule matters, and two micro-batches a step on each of two ranks.
 RECIPE = dict(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.25)
-CASES = [("corpus", 3), ("records", 2), ("dpo", 2)]
-"""What is trained on, and DeepSpeed's ZeRO stage."""
+CASES = [("corpus", 3), ("records", 2), ("dpo", 2), ("parts", 2)]
+"""What is trained on, and DeepSpeed's ZeRO stage. The second of two parts comes when a step is done."""
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,13 @@ def data(checkpoint, tmp_path_factory) -> Path:
     rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
     (folder / "corpus/prompts.jsonl").write_text("\n".join(rows))
     model = Vargpt.from_pretrained(checkpoint).eval()
-    write_table(
-        folder / "pairs.parquet", [pair(model, ChatFormat(str(checkpoint), model.config), i) for i in range(12)]
-    )
+    rows = [pair(model, ChatFormat(str(checkpoint), model.config), i) for i in range(12)]
+    write_table(folder / "pairs.parquet", rows)
+    for number in range(2):
+        path = part_path(folder / "parts.parquet", number)
+        path.parent.mkdir(exist_ok=True)
+        origin = {"samples": 6, "prompts": 6, "prompts_without_winner": 0, "dropped_by_reason": {}}
+        write_table(path, rows[6 * number : 6 * number + 6], origin)
     return folder
 
 
@@ -77,6 +81,9 @@ def run(group: LearnerGroup, start: Start, data: Path, case: tuple[str, int], ou
     recipe, lines = Recipe(**RECIPE, zero=zero), []
     if kind == "dpo":
         result = group.dpo(DpoJob(start, data / "pairs.parquet", recipe, DpoConfig(), output, 0, probe), lines.append)
+    elif kind == "parts":
+        job = DpoJob(start, data / "parts.parquet", recipe, DpoConfig(), output, 0, probe, parts=2)
+        result = in_parts(group, job, lines)
     elif kind == "corpus":
         result = group.sft(SftJob("sft", start, data / "corpus", recipe, output, 0, probe), lines.append)
     else:
@@ -84,6 +91,22 @@ def run(group: LearnerGroup, start: Start, data: Path, case: tuple[str, int], ou
         job = SftJob("understanding", start, None, recipe, output, 0, probe, feed=feed)
         result = group.sft(job, lines.append)
     return result, [line for line in lines if "loss" in line]
+
+
+def in_parts(group: LearnerGroup, job: DpoJob, lines: list[dict]) -> dict:
+    """DPO that starts with a part; where the whole table is there, from a run before, with that."""
+    if job.table.exists():
+        return group.dpo(job, lines.append)
+    parts = [part_path(job.table, number) for number in range(2)]
+    late = parts[1].rename(parts[1].with_suffix(".late"))
+    training = group.start_dpo(job, lines.append)
+    while not lines:  # the loader is a step ahead, so the second waits already
+        ray.wait(training.look(), timeout=0.1)
+    late.rename(parts[1])
+    result = training.result()
+    assert result["waited"] > 0
+    join_parts(job.table, parts)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +141,15 @@ def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(runs, case):
     same = ("loss_first", "loss_last", "steps", "probe", "step0_max_abs_logratio", "margin_last")
     assert {key: resumed.get(key) for key in same} == {key: whole.get(key) for key in same}
     assert len({line["loss"] for line in lines}) == STEPS, "there is something to be equal"
+
+
+def test_the_order_of_pairs_is_recorded(runs):
+    for case in (("dpo", 2), ("parts", 2)):
+        orders = [(runs[moment, case][0] / "order.jsonl").read_text() for moment in ("whole", "resumed")]
+        assert orders[0] == orders[1]
+        steps = [json.loads(line)["pairs"] for line in orders[0].splitlines()]
+        assert [len(pairs) for pairs in steps] == [8] * STEPS
+    assert set(steps[0] + steps[1]) == {f"pair-{i}" for i in range(6)} and len(set(steps[2])) > 6
 
 
 def test_checkpoints_are_few_whole_and_hold_no_frozen_weights(runs, checkpoint):

@@ -1,8 +1,9 @@
-"""Speed and memory of weight distribution: ``python -m vargpt_rl.bench.weights [sizes=[0.2,1]] [receivers=[1,2,4]]``.
+"""Speed and memory of weight distribution: ``python -m vargpt_rl.bench.weights [sizes=[0.2,1,4]] [receivers=[1,2,4]]``.
 
 For each way (see ``actors.transport``), size in GB and number of receivers: GB/s at each receiver, as a ratio to a
 plain copy of the same bytes in the same run, and by how much a receiver's own memory rose. Receivers hold fp32 tensors
 and take a set of them in place, without the checksum that workers make afterwards, whose speed is given beside them.
+A case whose receivers do not fit into the memory that is free is left out, and named.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,20 +22,22 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from actors.transport import Broadcast, Parcel, SharedFile, Shelf, Shelved
+from actors.transport import CHUNK, Broadcast, Parcel, SharedFile, Shelf, Shelved
 from actors.weights import Layout, apply, layout_of
 from configs.command import run_command
 from vargpt_rl.network import free_port
 
 TENSOR = 64 * 2**20
 """Bytes of a tensor of the sets: that of a wide layer."""
+ROOM = 3 * CHUNK
+"""Bytes that a receiver needs beside its tensors: two chunks, and what a process has."""
 
 
 @dataclass
 class Settings:
     """``sizes`` in GB; ``folder`` for the files, which needs room for the largest."""
 
-    sizes: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    sizes: list[float] = field(default_factory=lambda: [0.2, 1.0, 4.0])
     receivers: list[int] = field(default_factory=lambda: [1, 2, 4])
     folder: str | None = None
 
@@ -102,6 +106,8 @@ def parcels(way: str, layout: Layout, path: Path, shelf, count: int) -> list[Par
 def bench(settings: Settings) -> int:
     """Print a row a case."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    console = Console()
+    console.width = max(console.width, 100)
     table = Table(title="weights on their way to workers", title_justify="left", box=SIMPLE_HEAD)
     for column in ("way", "GB", "receivers", "GB/s each", "plain copy GB/s", "ratio", "memory rose MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
@@ -113,6 +119,11 @@ def bench(settings: Settings) -> int:
             save_file({f"t{i:04d}": torch.full((TENSOR // 4096, 1024), float(i + 2)) for i in range(count)}, path)
             layout = layout_of(path)
             for number in settings.receivers:
+                needed, free = number * (layout.bytes + ROOM), psutil.virtual_memory().available
+                if needed > free:
+                    sizes = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+                    console.print(f"left out: {gigabytes:g} GB to {number} receivers, who need {sizes}")
+                    continue
                 receivers = [Receiver.remote(layout) for _ in range(number)]
                 ray.get([receiver.first.remote() for receiver in receivers])
                 for way in ("shared file", "object store", "broadcast"):
@@ -128,8 +139,6 @@ def bench(settings: Settings) -> int:
                 for receiver in receivers:
                     ray.kill(receiver)
             os.remove(path)
-    console = Console()
-    console.width = max(console.width, 100)
     console.print(table)
     console.print(f"checksum: {hashing() / 1e9:.2f} GB/s", highlight=False)
     ray.shutdown()

@@ -57,6 +57,7 @@ INTEGERS = {pa.int64(): pd.Int64Dtype()}
 ORIGIN = "origin"
 """Key, in the file's metadata and in ``attrs``, of what a table was made of: `ORIGIN_COUNTS`."""
 ORIGIN_COUNTS = {"samples", "prompts", "prompts_without_winner", "dropped_by_reason"}
+"""A table that was made in parts also has ``parts``, the rows of each."""
 
 
 def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, object] | None = None) -> None:
@@ -129,12 +130,44 @@ def read_table(path: Path) -> pd.DataFrame:
     frame = table.select(COLUMNS.names).to_pandas(types_mapper=INTEGERS.get)
     if text := (table.schema.metadata or {}).get(ORIGIN.encode()):
         origin = json.loads(text)
-        if not isinstance(origin, dict) or origin.keys() != ORIGIN_COUNTS:
+        if not isinstance(origin, dict) or origin.keys() - {"parts"} != ORIGIN_COUNTS:
             raise ValueError(
                 f"{path}: metadata {ORIGIN} is {text.decode()}, expected {', '.join(sorted(ORIGIN_COUNTS))}"
             )
         frame.attrs[ORIGIN] = origin
     return frame
+
+
+def part_path(table: Path, number: int) -> Path:
+    """Where a part of a table is that is made in parts."""
+    return table.with_suffix("") / f"part-{number:05d}.parquet"
+
+
+def count_rows(table: Path) -> int:
+    """How many pairs a table has."""
+    return pq.read_metadata(table).num_rows
+
+
+def join_parts(table: Path, parts: list[Path]) -> dict[str, object]:
+    """Writes the table that these are parts of, which stay; its origin: the sums of theirs, and the rows of each.
+
+    Raises ValueError where no part has a row.
+    """
+    rows, sizes, dropped = [], [], Counter()
+    origin = dict.fromkeys(("samples", "prompts", "prompts_without_winner"), 0)
+    for path in parts:
+        with pq.ParquetFile(path) as file:
+            part = file.read()
+        made_of = json.loads(part.schema.metadata[ORIGIN.encode()])
+        origin = {key: value + made_of[key] for key, value in origin.items()}
+        dropped.update(made_of["dropped_by_reason"])
+        rows += part.to_pylist()
+        sizes.append(part.num_rows)
+    if not rows:
+        raise ValueError(f"no pair could be built of {origin['samples']} samples; dropped: {dict(dropped)}")
+    origin |= {"dropped_by_reason": dict(dropped), "parts": sizes}
+    write_table(table, rows, origin)
+    return origin
 
 
 def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:

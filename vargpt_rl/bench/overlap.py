@@ -1,0 +1,80 @@
+"""What is won when DPO starts while its pairs are still being made: ``python -m vargpt_rl.bench.overlap [steps=...]``.
+
+The loop's own steps on the embedded model, with one worker and one learner rank of one thread each, so that each has a
+core as it would have a GPU. For each case the pairs are made and trained on one after the other, then beside each
+other, with the same drawings; the time with overlap is compared to the larger of the two parts, below which it cannot
+go. The two cases: the final policy draws all, and an earlier checkpoint draws half, before DPO can start.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import ray
+from omegaconf import OmegaConf
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from configs.command import run_command
+from vargpt_rl.bench.tiny_loop import start
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.steps import Steps
+
+CASES = {
+    "the final policy draws all": "sft.checkpoints=[]",
+    "an earlier checkpoint draws half": "sft.checkpoints=[0.5]",
+}
+
+
+@dataclass
+class Settings:
+    """``prompts`` are drawn once each, in rounds of ``min_pairs``; then ``steps`` steps of DPO on 16 pairs."""
+
+    prompts: int = 96
+    min_pairs: int = 16
+    steps: int = 18
+    resolution: int = 128
+
+
+def iterate(steps: Steps, name: str, changes: list[str]) -> tuple[float, float, dict]:
+    """Pairs and DPO with changed settings: seconds of the first, of both, and what DPO reports."""
+    usual = steps.settings
+    steps.settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(usual), OmegaConf.from_dotlist(changes)))
+    steps.begin(0, steps.resolution, name)
+    steps.settings = usual
+    began = time.perf_counter()
+    steps.pairs()
+    made = time.perf_counter() - began
+    result = steps.dpo()
+    return made, time.perf_counter() - began, result
+
+
+def bench(settings: Settings) -> None:
+    """Print a row a case."""
+    table = Table(title="an iteration's pairs and DPO, seconds", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "pairs", "DPO", "one after the other", "with overlap", "of the larger", "of the sum", "waited"):
+        table.add_column(column, justify="right" if column else "left")
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = f"preference.count={settings.prompts}", f"dpo.recipe.steps={settings.steps}"
+        steps = start(folder, settings.resolution, *sizes)
+        iterate(steps, "warm-up", ["preference.count=16", "dpo.recipe.steps=2"])
+        for number, (case, checkpoints) in enumerate(CASES.items()):
+            names = f"case-{number}-apart", f"case-{number}-beside"
+            made, both, _ = iterate(steps, names[0], [checkpoints])
+            _, beside, result = iterate(steps, names[1], [checkpoints, f"dpo.min_pairs={settings.min_pairs}"])
+            ids = [set(read_table(steps.run.directory / f"preferences/{name}.parquet").pair_id) for name in names]
+            if ids[0] != ids[1]:
+                raise RuntimeError(f"{case}: the pairs are not the same with overlap and without")
+            parts = made, both - made
+            ratios = f"{beside / max(parts):.2f}", f"{beside / both:.2f}"
+            table.add_row(case, *(f"{s:.1f}" for s in (*parts, both, beside)), *ratios, f"{result['waited']:.1f}")
+        ray.shutdown()
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(Settings, bench))

@@ -1,0 +1,208 @@
+"""Measure what ``vargpt_rl.simulate`` needs, and how far it is off: ``python -m vargpt_rl.simulate.measure out=FILE``.
+
+Real processes on the embedded model, one thread each: a rollout worker and a learner rank for the costs, then as many
+workers as ``workers`` says, whose time for an iteration's pairs is compared with the prediction. The driver's costs are
+its own CPU seconds, those of a batch with workers that do nothing, so that they do not depend on who else computes.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import ray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from actors.pool import RolloutPool
+from actors.resources import Plan
+from actors.worker import Drawn
+from configs.command import run_command
+from learners.jobs import DpoJob, Start
+from vargpt_rl.bench.tiny_loop import start
+from vargpt_rl.checkpoint import check_checkpoint, save_checkpoint
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.simulate.costs import Costs
+from vargpt_rl.simulate.iteration import Machine, Work, simulate
+from vargpt_rl.steps import Steps
+
+BATCHES, IDLE_BATCHES, PAYLOAD = 4, 200, 2**16
+"""Batches that are timed, those that workers without work answer, and bytes an item that these send back."""
+
+
+@dataclass
+class Settings:
+    """``out``: the file of costs. ``prompts`` are drawn to check them, at ``resolution``."""
+
+    out: str = "costs.json"
+    resolution: int = 128
+    prompts: int = 128
+    workers: list[int] = field(default_factory=lambda: [1, 2, 4])
+
+    def __post_init__(self):
+        if not self.workers or min(self.workers, default=0) < 1 or self.prompts < 1:
+            raise ValueError(f"workers={self.workers} prompts={self.prompts}: expected 1 or more")
+
+
+@ray.remote(num_cpus=0)
+class Idle:
+    """A worker that has nothing to do."""
+
+    def __init__(self, *ignored):
+        pass
+
+    def status(self) -> dict:
+        return {}
+
+    def answer(self, items: list, size: int) -> list[bytes]:
+        return [bytes(size)] * len(items)
+
+
+def timed(clock: Callable[[], float], work: Callable, *args) -> float:
+    began = clock()
+    work(*args)
+    return clock() - began
+
+
+def driver_costs(steps: Steps) -> tuple[float, float]:
+    """CPU seconds of the driver for a batch, and for a byte of its result."""
+    pool = idle_pool(steps)
+    items = list(range(IDLE_BATCHES * pool.config.batch_size))
+
+    def work(size: int) -> float:
+        return timed(time.process_time, lambda: pool.map("answer", items, size, label="idle"))
+
+    work(0)
+    empty, full = work(0), work(PAYLOAD)
+    pool.close()
+    return empty / IDLE_BATCHES, max(0.0, full - empty) / len(items) / PAYLOAD
+
+
+def idle_pool(steps: Steps) -> RolloutPool:
+    one = Plan(1, {"num_cpus": 0}, 0, {}, 1, False, False)
+    return RolloutPool(steps.config.rollout, one, steps.inputs.model, steps.inputs.source, kind=Idle)
+
+
+def train_costs(steps: Steps, table: Path) -> tuple[float, float]:
+    """Seconds of a micro-batch of DPO, and of a step beside its micro-batches: from steps of one and of four."""
+    row, seconds = read_table(table).iloc[0], []
+    probe = Probe(Prompt(row.prompt_id, row.prompt, row.reply), row.chosen_bits, steps.resolution)
+    for count in (1, 4):
+        micro = steps.config.dpo.recipe.micro_batch
+        recipe = replace(steps.config.dpo.recipe, steps=6, batch=count * micro)
+        begin = Start(steps.inputs.model, steps.weights)
+        output = steps.checkpoint(f"costs-{count}")
+        result = steps.learners.dpo(DpoJob(begin, table, recipe, steps.config.dpo, output, 0, probe), lambda line: None)
+        seconds.append(result["seconds"] / recipe.steps)
+    micro_batch_s = max(0.0, seconds[1] - seconds[0]) / 3
+    return micro_batch_s, max(0.0, seconds[0] - micro_batch_s)
+
+
+def swap_costs(steps: Steps) -> tuple[float, float, int]:
+    """Seconds of a swap that brings next to nothing, of a byte more, and the bytes of the SFT weights."""
+    pool, weights = steps.rollouts.pool, check_checkpoint(steps.weights[-1])
+    name, tensor = min(load_file(weights).items(), key=lambda item: item[1].numel())
+    small = check_checkpoint(save_checkpoint(steps.checkpoint("small"), {name: tensor}))
+    found = []
+    for path in (small, weights) * 3:
+        report = pool.publish(path, pool.version + 1)
+        found.append((report.seconds, report.bytes))
+    (least, few), (most, many) = (min(found[i::2]) for i in range(2))
+    return least, max(0.0, most - least) / (many - few), many
+
+
+def measure(steps: Steps) -> Costs:
+    """The costs, from a worker and a rank at work."""
+    pool, batch, side = steps.rollouts.pool, steps.config.rollout.batch_size, steps.resolution
+    dispatch_s, byte_s = driver_costs(steps)
+    prompts = steps.inputs.source.prompts("train", BATCHES * batch, 1)
+    keys = [steps.inputs.source.winner_key(prompt) for prompt in prompts]
+    steps.rollouts.serve(steps.weights)
+
+    def draw(count: int):
+        return pool.draw(prompts[:count], list(range(count)), side, steps.config.sampling, "costs")
+
+    draw(batch)
+    samples = draw(2)
+    items: list[Drawn] = [(prompt, samples[0].bits) for prompt in prompts]
+    draw_s = timed(time.perf_counter, draw, len(prompts)) / BATCHES
+    encode_s = timed(time.perf_counter, pool.encode, keys, side) / BATCHES
+    pool.score(items[:2], side)
+    score_s = timed(time.perf_counter, pool.score, items, side) / BATCHES
+    count = len(steps.losers().prompts)
+    before = time.process_time()
+    table = make_pairs(steps, "costs")
+    batches = 2 * count / batch + 2 * count / (2 * steps.config.dpo.recipe.micro_batch)
+    pair_s = max(0.0, time.process_time() - before - batches * dispatch_s) / count
+    micro_batch_s, step_s = train_costs(steps, table)
+    swap_s, swap_byte_s, weight_bytes = swap_costs(steps)
+    encoded = pool.encode(keys[:1], side)[0]
+    return Costs(
+        batch=batch,
+        micro_batch=steps.config.dpo.recipe.micro_batch,
+        draw_s=max(0.0, draw_s - dispatch_s),
+        encode_s=max(0.0, encode_s - dispatch_s),
+        score_s=max(0.0, score_s - dispatch_s),
+        micro_batch_s=micro_batch_s,
+        step_s=step_s,
+        dispatch_s=dispatch_s,
+        byte_s=byte_s,
+        pair_s=pair_s,
+        swap_s=swap_s,
+        swap_byte_s=swap_byte_s,
+        result_bytes=len(samples[0].bits),
+        encoded_bytes=len(encoded.bits) + encoded.features.nbytes,
+        weight_bytes=weight_bytes,
+    )
+
+
+def make_pairs(steps: Steps, name: str) -> Path:
+    """An iteration's table."""
+    steps.begin(0, steps.resolution, name)
+    for _ in steps.losers().make(steps.inputs.builder, steps.inputs.reward, steps.config.dpo.recipe.micro_batch):
+        pass
+    return steps.table()
+
+
+def check(steps: Steps, costs: Costs, counts: list[int]) -> list[dict]:
+    """Real and predicted seconds of an iteration's pairs with so many workers, on the cores that are here."""
+    cores, found = len(psutil.Process().cpu_affinity()), []
+    for count in counts:
+        steps.rollouts.pool.close()
+        crew = replace(steps.rollouts.pool.plan, workers=count, worker_options={"num_cpus": 0})
+        steps.rollouts.pool = RolloutPool(steps.config.rollout, crew, steps.inputs.model, steps.inputs.source)
+        steps.rollouts.owners = {}
+        real = timed(time.perf_counter, make_pairs, steps, f"check-{count}")
+        work = Work(len(steps.losers().prompts), 1, 1)
+        predicted = simulate(costs, work, Machine(count, cores=cores)).pairs_s
+        found.append({"workers": count, "seconds": real, "predicted": predicted, "error": predicted / real - 1})
+    return found
+
+
+def run(settings: Settings) -> None:
+    """Write the costs and print both tables."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = start(folder, settings.resolution, f"preference.count={settings.prompts}")
+        costs = measure(steps)
+        costs.write(Path(settings.out))
+        console.print(json.dumps(vars(costs), indent=1))
+        table = Table(title="an iteration's pairs, seconds", title_justify="left", box=SIMPLE_HEAD)
+        for column in ("workers", "measured", "predicted", "error"):
+            table.add_column(column, justify="right")
+        for row in check(steps, costs, settings.workers):
+            figures = f"{row['seconds']:.1f}", f"{row['predicted']:.1f}", f"{row['error']:+.0%}"
+            table.add_row(str(row["workers"]), *figures)
+        ray.shutdown()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(Settings, run))
