@@ -88,7 +88,7 @@ class PairOrder(Sampler[int]):
         def places(part: int, uses: int) -> list[float]:
             """Of each row of a part, from 0 to 1: a random order that mixes all parts."""
             size = self.table.sizes[part]
-            generator = torch.Generator().manual_seed(self.seed + uses + part * 2**32)
+            generator = torch.Generator().manual_seed(self.seed + uses + part * 7919)
             return (torch.randperm(size, generator=generator).argsort() / size).tolist()
 
         queue: list[tuple[int, float, int, int, int]] = []  # uses, place among equals, row, its part, row in the part
