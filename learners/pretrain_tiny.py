@@ -3,8 +3,9 @@
     python -m torch.distributed.run --nproc-per-node 2 -m learners.pretrain_tiny OUT
 
 It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
-tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings and questions.
-Seeds are fixed; about two and a half hours on two cores. ``--image-tokenizer DIR`` takes the image tokenizer of a model
+tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, edits and
+questions. Seeds are fixed. The embedded weights are of this script before it had edits: 24, 6 and 2 drawings a step at
+128, 256 and 512 px, about two and a half hours on two cores; ``--base DIR`` goes on from weights that exist. ``--image-tokenizer DIR`` takes the image tokenizer of a model
 that exists and leaves the first hour out. Matrices learn by Muon, which needs less than half the steps of AdamW here.
 """
 
