@@ -5,8 +5,9 @@
 It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
 tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, edits and
 questions. Seeds are fixed. The embedded weights are of this script before it had edits: 24, 6 and 2 drawings a step at
-128, 256 and 512 px, about two and a half hours on two cores; ``--base DIR`` goes on from weights that exist. ``--image-tokenizer DIR`` takes the image tokenizer of a model
-that exists and leaves the first hour out. Matrices learn by Muon, which needs less than half the steps of AdamW here.
+128, 256 and 512 px, about two and a half hours on two cores. ``--image-tokenizer DIR`` takes the image tokenizer of a
+model that exists and leaves the first hour out; ``--base DIR`` goes on from all of its weights. Matrices learn by Muon,
+which needs less than half the steps of AdamW here.
 """
 
 import argparse
