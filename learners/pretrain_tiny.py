@@ -3,9 +3,11 @@
     python -m torch.distributed.run --nproc-per-node 2 -m learners.pretrain_tiny OUT
 
 It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
-tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings and questions.
-Seeds are fixed; about two and a half hours on two cores. ``--image-tokenizer DIR`` takes the image tokenizer of a model
-that exists and leaves the first hour out. Matrices learn by Muon, which needs less than half the steps of AdamW here.
+tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, edits and
+questions. Seeds are fixed. The embedded weights are of this script before it had edits: 24, 6 and 2 drawings a step at
+128, 256 and 512 px, about two and a half hours on two cores. ``--image-tokenizer DIR`` takes the image tokenizer of a
+model that exists and leaves the first hour out; ``--base DIR`` goes on from all of its weights. Matrices learn by Muon,
+which needs less than half the steps of AdamW here.
 """
 
 import argparse
@@ -15,17 +17,19 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from learners.image_tokenizer import learning_rate, train_image_tokenizer
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.shapes import Scene, render, sample_scene
-from vargpt_rl.data.shapes_tasks import question
+from vargpt_rl.data.shapes_tasks import edit, question
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.fresh import shapes_bpe
 from vargpt_rl.losses import sft_loss
@@ -127,6 +131,31 @@ def encode_corpus(model: Vargpt, count: int, side: int, seed: int) -> list[DrawE
     return examples
 
 
+class Edit(NamedTuple):
+    """An instruction, the picture that it is about, and the features of the picture after it."""
+
+    instruction: str
+    before: Image.Image
+    features: np.ndarray
+
+    def example(self, chat: ChatFormat) -> DrawExample:
+        return DrawExample(Prompt("", self.instruction, REPLY), self.features, chat.pictures([self.before]))
+
+
+@torch.inference_mode()
+def encode_edits(model: Vargpt, count: int, side: int, seed: int) -> list[Edit]:
+    """Edits of commercial pictures, as the stage of that name has them."""
+    rng, edits = np.random.default_rng(seed), []
+    for _ in range(count // 8):
+        before = [sample_scene(rng) for _ in range(8)]
+        instructions, after = zip(*(edit(scene, rng) for scene in before), strict=True)
+        pictures = torch.stack([picture_tensor(scene, side, "commercial", rng) for scene in after])
+        features = model.image_tokenizer.features(pictures.float() / 127.5 - 1).half().numpy()
+        shown = [render(scene, SEEN_SIDE, "commercial", rng) for scene in before]
+        edits += map(Edit, instructions, shown, features)
+    return edits
+
+
 def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) -> list[TextExample]:
     """Questions about clean and commercial pictures."""
     examples = []
@@ -137,11 +166,13 @@ def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) ->
     return examples
 
 
-# By resolution: pictures of the corpus (shared out over the ranks), and drawings a step on each rank.
+# By resolution: pictures of the corpus and edits (shared out over the ranks), and of each a step on each rank.
 CORPORA = {128: 8000, 256: 2400, 512: 128}
-DRAWINGS_PER_STEP = {128: 24, 256: 6, 512: 2}
+DRAWINGS_PER_STEP = {128: 8, 256: 3, 512: 1}
+EDITS_PER_STEP = {128: 16, 256: 4, 512: 1}
 # Up in resolution: until which share of the steps, and how often each resolution comes until then.
 PHASES = ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05}))
+CONTINUED = ((1.0, {128: 0.7, 256: 0.27, 512: 0.03}),)
 QUESTIONS_PER_STEP = 8
 
 
@@ -169,30 +200,41 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         parameter.grad = gradient
 
 
-def train_base(model: Vargpt, chat: ChatFormat, steps: int, peak_lr: float, on_step) -> None:
-    """Everything but the image tokenizer, on drawings at several resolutions and on questions."""
+def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: bool = False) -> None:
+    """Everything but the image tokenizer, on drawings and edits at several resolutions and on questions.
+
+    What is ``continued`` has all resolutions from the start, and half the learning rates, which fall from then on.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     stage, rng, schedule_rng = STAGES["base"], np.random.default_rng(11 + rank), np.random.default_rng(5)
     torch.manual_seed(11 + rank)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     corpora = {side: encode_corpus(model, n // ranks, side, seed=side + 1000 * rank) for side, n in CORPORA.items()}
+    edits = {side: encode_edits(model, n // ranks, side, seed=side + 1000 * rank + 1) for side, n in CORPORA.items()}
     freeze(model, stage)
     collate, model = SftCollator(chat), model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizers = build_optimizers(model, peak_lr)
-    peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
+    optimizers = build_optimizers(model, PEAK_LR)
+    scale, decay, phases = (0.5, 1.0, CONTINUED) if continued else (1.0, 0.4, PHASES)
+    peaks = [scale * optimizer.defaults["lr"] for optimizer in optimizers]
     for step in range(steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, decay=0.4)
-        shares = next(shares for until, shares in PHASES if step < until * steps)
+                group["lr"] = learning_rate(step, steps, peak, decay=decay)
+        shares = next(shares for until, shares in phases if step < until * steps)
         side = int(schedule_rng.choice(list(shares), p=list(shares.values())))  # the same on every rank
-        chosen = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
+        drawn = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
+        edited = rng.integers(len(edits[side]), size=EDITS_PER_STEP[side])
+        batches = {
+            "drawings": [corpora[side][i] for i in drawn],
+            "edits": [edits[side][i].example(chat) for i in edited],
+            "questions": question_examples(chat, rng, QUESTIONS_PER_STEP),
+        }
         metrics = {}
-        for examples in ([corpora[side][i] for i in chosen], question_examples(chat, rng, QUESTIONS_PER_STEP)):
+        for kind, examples in batches.items():
             loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, reweight=True)
             loss.backward()
-            metrics |= {f"{key}/{type(examples[0]).__name__}": value for key, value in measured.items()}
+            metrics |= {f"{kind}/{key}": value for key, value in measured.items()}
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
@@ -225,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--image-tokenizer", type=Path, help="a model whose image tokenizer is taken")
+    parser.add_argument("--base", type=Path, help="a model to go on from")
     parser.add_argument("--tokenizer-steps", type=int, default=3600)
     parser.add_argument("--base-steps", type=int, default=3600)
     options = parser.parse_args()
@@ -237,7 +280,9 @@ def main() -> None:
         part.save_pretrained(options.out)
     torch.manual_seed(0)
     model = Vargpt(config)
-    if options.image_tokenizer:
+    if options.base:
+        model = Vargpt.from_pretrained(options.base, dtype=torch.float32)
+    elif options.image_tokenizer:
         trained = Vargpt.from_pretrained(options.image_tokenizer, dtype=torch.float32).image_tokenizer
         model.image_tokenizer.load_state_dict(trained.state_dict())
     else:
@@ -252,7 +297,8 @@ def main() -> None:
         if step % 500 == 499:
             model.save_pretrained(options.out)  # to look at meanwhile
 
-    train_base(model, ChatFormat(str(options.out), config), options.base_steps, PEAK_LR, report)
+    chat = ChatFormat(str(options.out), config)
+    train_base(model, chat, options.base_steps, report, continued=options.base is not None)
     if main_rank:
         model.half().save_pretrained(options.out)
 

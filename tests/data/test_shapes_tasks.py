@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.data import shapes
-from vargpt_rl.data.shapes_tasks import edit, question
+from vargpt_rl.data.shapes_tasks import PLACES_TO_ADD, edit, question
 
 seeds = st.integers(0, 2**32 - 1)
 KIND = r"(red|green|blue|yellow|purple|cyan)? ?(circle|square|triangle|cross)(?:e?s)?"
@@ -66,6 +66,8 @@ def test_edits_do_what_they_say_and_nothing_else(seed):
         assert not gone
         (thing,) = new
         assert rest == f"a {thing.colour} {thing.shape}"
+        assert {thing.x, thing.y} <= set(PLACES_TO_ADD)
+        assert all(shapes.separate(thing, other) for other in scene.things)
         return
     assert gone == named(scene.things, rest.split(" into ")[0])
     if verb == "remove":
@@ -86,6 +88,16 @@ def test_edits_do_what_they_say_and_nothing_else(seed):
             assert (thing.size > old.size) == (last == "larger")
         else:
             assert changes == {"colour": last}
+
+
+def test_what_is_added_stands_where_it_is_customary():
+    rng, added = np.random.default_rng(2), Counter()
+    while added.total() < 20:
+        scene = shapes.scene_for("a red circle on the left", rng)
+        instruction, edited = edit(scene, rng)
+        if instruction.startswith("add"):
+            added[edited.things[1].x, edited.things[1].y] += 1
+    assert set(added) == {(PLACES_TO_ADD[2], PLACES_TO_ADD[0])}, "the first in reading order of those far from it"
 
 
 def test_all_kinds_of_edit_occur():

@@ -72,6 +72,10 @@ def test_what_is_right_scores_one_and_what_is_wrong_less(command, artist, result
     assert worse["metrics"]["overall"] == pytest.approx(1 - lost)
     assert worse["errors"]["overall"] == pytest.approx(np.sqrt(lost * (1 - lost) / (LIMIT - 1)))
     assert worse["metrics"]["edits"] < 1 and worse["metrics"]["questions"] < 1
+    details = worse["details"]["edits"]
+    assert details["overall"] == worse["metrics"]["edits"] and details["done"] < details["kept"] == 1
+    kinds = ("add", "remove", "colour", "shape", "size")
+    assert any(details.get(kind, 1) < 1 for kind in kinds)
     tasks = {task: worse["metrics"][task] for task in shapes.TASKS if task in worse["metrics"]}
     assert min(tasks.values()) < 1 and sum(worse["counts"][task] for task in tasks) == LIMIT
 

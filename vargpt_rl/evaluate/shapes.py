@@ -1,7 +1,8 @@
 """The shapes world as a benchmark: held-out drawings, edits and questions, all judged by a program, exactly.
 
 A drawing or an edit is right or wrong (`checker`), a question is answered in exactly the right word or not. Drawings,
-edits and questions are those of the held-out captions, which no stage is trained on, and follow from the seed.
+edits and questions are those of the held-out captions, which no stage is trained on, and follow from the seed. The JSON
+file also has the edits by kind.
 """
 
 from collections import defaultdict
@@ -11,7 +12,8 @@ from configs.schema import DataConfig
 from vargpt_rl.data.pictures import read_picture
 from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.evaluate.edits import check_edit
+from vargpt_rl.data.types import Prompt
+from vargpt_rl.evaluate.edits import EditCheck
 from vargpt_rl.evaluate.held_out import mean_and_error, shapes_check
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
@@ -63,10 +65,9 @@ class Shapes:
         pictures = [read_picture(path) for path in subject.paths(self.drawings)]
         drawn = shapes_check(pictures, self.captions)
         groups = {"overall": drawn, **by_task(self.captions, drawn)}
-        groups["edits"] = [
-            float(check_edit(self.source.scene(before), self.source.scene(after), read_picture(path)).correct)
-            for (before, _, after), path in zip(self.edits, subject.paths(self.edited), strict=True)
-        ]
+        check, asked = EditCheck(self.source), [Prompt(after, text, shown=before) for before, text, after in self.edits]
+        verdicts = check([read_picture(path) for path in subject.paths(self.edited)], asked)
+        groups["edits"] = [float(verdict.correct) for verdict in verdicts]
         answers = self._answers(subject)
         groups["questions"] = [
             float(said == truth) for said, (_, _, truth) in zip(answers, self.questions, strict=True)
@@ -76,6 +77,7 @@ class Shapes:
             {name: mean for name, (mean, _) in results.items()},
             {name: error for name, (_, error) in results.items()},
             {name: len(values) for name, values in groups.items()},
+            {"edits": check.scores(asked, verdicts)},
             notes=["Shares of what is right, with their standard error, which does not cover the spread of seeds."],
         )
 

@@ -1,0 +1,94 @@
+"""How the embedded model is made: what it learns of edits is right, and all but the image tokenizer learns."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vargpt_rl
+from learners import pretrain_tiny
+from learners.pretrain_tiny import SEEN_SIDE, encode_edits, train_base
+from vargpt_rl.data.batches import SftCollator
+from vargpt_rl.data.shapes import COLOURS
+from vargpt_rl.evaluate.checker import find_things
+from vargpt_rl.model.generate import to_uint8
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.stages import STAGES, freeze
+
+TINY = Path(vargpt_rl.__file__).parent / "tiny"
+
+
+@pytest.fixture
+def embedded():
+    return Vargpt.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat(str(TINY), Vargpt.config_class.from_pretrained(TINY))
+
+
+def seen(image: Image.Image) -> list[tuple[str, str]]:
+    return sorted((thing.colour, thing.shape) for thing in find_things(image))
+
+
+def test_an_edit_shows_the_picture_before_and_teaches_the_one_after(embedded, chat):
+    edits = encode_edits(embedded, 16, 128, seed=3)
+    assert len(edits) == 16 and len({edit.instruction for edit in edits}) > 8
+    features_Bdhw = torch.from_numpy(np.stack([edit.features for edit in edits])).float()
+    with torch.inference_mode():
+        tokenizer = embedded.image_tokenizer
+        pixels = to_uint8(tokenizer.decode(tokenizer.quantise(features_Bdhw, tokenizer.schedule_for(128)).summed_Bdhw))
+    agree = 0
+    for edit, after in zip(edits, pixels.numpy(), strict=True):
+        assert edit.before.size == (SEEN_SIDE, SEEN_SIDE)
+        agree += follows(edit.instruction, seen(edit.before), seen(Image.fromarray(after)))
+    assert agree >= 14, "the image tokenizer's reconstructions are right in 98 of 100"
+    batch = SftCollator(chat)([edit.example(chat) for edit in edits])
+    assert batch["features"].shape == (16, *edits[0].features.shape) and batch["image_grid_thw"].shape == (16, 3)
+    words = [chat.tokenizer.decode(row) for row in batch["input_ids"]]
+    assert all(edit.instruction in text for edit, text in zip(edits, words, strict=True))
+
+
+def follows(instruction: str, before: list, after: list) -> bool:
+    """Whether the things after are those before with the instruction carried out."""
+    verb, rest = instruction.split(maxsplit=1)
+    last = rest.split()[-1]
+    colour, shape = re.search(r"(\w+)? ?(circle|square|triangle|cross)", rest).groups()
+    named = [thing for thing in before if thing[1] == shape and (colour not in COLOURS or thing[0] == colour)]
+    if verb == "add":
+        return after == sorted([*before, (colour, shape)])
+    others = [thing for thing in before if thing not in named]
+    if verb == "remove":
+        return after == others
+    if verb == "turn":
+        new = re.search("circle|square|triangle|cross", last)[0]
+        return after == sorted([*others, *((had, new) for had, _ in named)])
+    return after == (before if last in ("larger", "smaller") else sorted([*others, *((last, shape) for _ in named)]))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_all_but_the_image_tokenizer_learns_from_drawings_edits_and_questions(embedded, chat, monkeypatch, continued):
+    for name, values in {
+        "CORPORA": {128: 8},
+        "DRAWINGS_PER_STEP": {128: 2},
+        "EDITS_PER_STEP": {128: 2},
+        "QUESTIONS_PER_STEP": 2,
+        "PHASES": ((1.0, {128: 1.0}),),
+        "CONTINUED": ((1.0, {128: 1.0}),),
+    }.items():
+        monkeypatch.setattr(pretrain_tiny, name, values)
+    before = {name: tensor.clone() for name, tensor in embedded.state_dict().items()}
+    seen = []
+    train_base(embedded, chat, 2, lambda step, side, metrics: seen.append((step, side, metrics)), continued)
+    assert [(step, side) for step, side, _ in seen] == [(0, 128), (1, 128)]
+    assert {key.split("/")[0] for _, _, metrics in seen for key in metrics} == {"drawings", "edits", "questions"}
+    assert all(np.isfinite(value) for _, _, metrics in seen for value in metrics.values() if np.isscalar(value))
+    trained = set(freeze(embedded, STAGES["base"]))
+    moved = {name for name, tensor in embedded.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved <= trained
+    assert trained - moved <= {"image_decoder.condition.unconditional"}  # learns only where a condition is dropped
