@@ -58,7 +58,9 @@ class HPSv2:
 
 
 class HPSv3:
-    """HPSv3: the mean of its score's normal distribution, about 0 to 15. Needs the package ``hpsv3``.
+    """HPSv3: the mean of its score's normal distribution, about 0 to 15. Needs the package ``hpsv3`` and a GPU.
+
+    On CPUs the package (1.0.0) gives its float32 head bfloat16: it has an autocast for CUDA only.
 
     ``weights`` is the published checkpoint (``HPSv3.safetensors``); without it the package fetches it from the hub.
     """
