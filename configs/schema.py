@@ -347,7 +347,7 @@ class LoopConfig:
         settings.at = {}
         try:
             return OmegaConf.to_object(OmegaConf.merge(settings, self.at.get(str(resolution), {})))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError) as error:
             raise ValueError(f"at.{resolution}: {str(error).splitlines()[0]}") from error
 
     @property

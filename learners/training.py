@@ -9,6 +9,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from learners.config import Recipe
 from vargpt_rl.checkpoint import save_checkpoint
 
+LINEAR = torch.nn.functional.linear
+"""PyTorch's own. ZeRO-3 puts another in its place, which rounds otherwise, and leaves it there."""
+
 
 def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_gpu: bool, bf16: bool) -> dict:
     """Arguments that ``TrainingArguments`` and ``DPOConfig`` share. Saving and reporting are the caller's."""
@@ -88,5 +91,6 @@ def finish(trainer: Trainer) -> None:
     A loader that nothing refers to any more ends its worker processes.
     """
     trainer.deepspeed.destroy()
+    torch.nn.functional.linear = LINEAR
     trainer.loader = trainer.callback_handler.train_dataloader = None
     trainer.accelerator.free_memory()

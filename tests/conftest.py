@@ -1,5 +1,7 @@
 """What most tests of the model, its workers and its learners start from; see `tests.tiny`."""
 
+import os
+import secrets
 import subprocess
 
 import pytest
@@ -8,6 +10,9 @@ from tests.tiny import tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.model.families import load_config, load_model, markup_for
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
+
+# One for all clusters of this process: Ray reads it once, and ``actors.cluster.connect`` sets it where it is not.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ class OwnRank(LearnerGroup):
         self.rank.join(ray.util.get_node_ip_address(), free_port())
 
     def _run(self, method, job, on_log):
+        yield from ()  # never waits
         return getattr(self.rank, method)(self._resumed(job))
 
 

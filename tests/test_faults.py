@@ -31,7 +31,7 @@ sft.records=8 sft.recipe.steps=3 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled
 """
-IN_ITERATION = ("before", "sft", "after_sft", "pairs", "control", "dpo", "after_dpo", "grid")
+IN_ITERATION = ("before", "sft", "after_sft", "pairs", "dpo", "control", "after_dpo", "grid")
 STEPS = ["understands/before", *(f"iter-00/{step}" for step in IN_ITERATION), "understands/after"]
 TIMES = ("seconds", "images_per_second")
 """What of a summary is not the same twice."""

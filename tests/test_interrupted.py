@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(folder, points
 @pytest.mark.timeout(600)
 def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     run = folder / "damaged"
-    go(folder, "damaged", "iter-00/control")
+    go(folder, "damaged", "iter-00/pairs")
     weights = run / "checkpoints/iter-00-sft/final/weights.safetensors"
     flip(weights)
     go(folder, "damaged", "iter-00/dpo")

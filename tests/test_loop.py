@@ -107,7 +107,7 @@ def finished(folder) -> Path:
 def test_a_killed_driver_goes_on_and_completes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "complete"
-    assert summary["events"] == [f"going on after iter-00/{step}" for step in ("before", "control")]
+    assert summary["events"] == [f"going on after iter-00/{step}" for step in ("before", "pairs")]
     assert [iteration["resolution"] for iteration in summary["iterations"]] == [32, 48]
     for iteration in summary["iterations"]:
         assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 8
@@ -175,7 +175,7 @@ def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
 @pytest.mark.timeout(600)
 def test_dpo_overlaps_the_making_of_its_pairs(folder):
     """Cut off when the first of two parts is there."""
-    settings = ["name=overlap", "stages=[align]", "iterations=1", "resolutions=[32]", "dpo.min_pairs=4"]
+    settings = ["name=overlap", "stages=[align]", "iterations=1", "resolutions=[32]", "dpo.min_pairs=4", "at.256.dpo.recipe.batch=4"]
     settings += ["dpo.control=false", "rollout.workers=1", "learner.ranks=1", "rollout.reply=template"]
     directory = folder / "overlap"
     first = directory / "preferences/iter-00/part-00000.parquet"

@@ -149,6 +149,14 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run_nor_in_wandbs(tmp_pa
         assert not [value for value in [*secrets.values(), "pass-not-seen"] if value.encode() in text], path
 
 
+def test_what_a_killed_driver_left_half_written_goes(tmp_path):
+    Run(tmp_path / "run", {})
+    for name in ("config.yaml", "state.json", "summary.json"):
+        (tmp_path / "run" / f".{name}.4711").write_text("{")
+    run = Run(tmp_path / "run", {})
+    assert run.summary is None and not list(run.directory.glob(".*"))
+
+
 def test_a_torn_last_line_of_metrics_goes(tmp_path):
     run = Run(tmp_path / "run", {})
     run.log("sft", 1, {"loss": 0.5})

@@ -61,6 +61,9 @@ class Run:
                     f"or give this run another name=..."
                 )
         directory.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, STATE, SUMMARY):
+            for unfinished in directory.glob(f".{name}.*"):  # of a driver that was killed
+                unfinished.unlink()
         write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
         path = directory / STATE
         self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})

@@ -213,7 +213,7 @@ class Steps:
         """Set the learners to DPO on the table, or on the parts that it is to have."""
         settings, output = self.config.dpo, self.checkpoint(f"{self.name}-dpo")
         start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
-        job = DpoJob(start, self.table(), settings.recipe, settings, output, seed, self._probe(), parts)
+        job = DpoJob(start, self.table(), settings.recipe, settings, output, seed, self._probe(), parts=parts)
         return self.learners.start_dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
 
     def control(self) -> dict:

@@ -140,7 +140,8 @@ def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(runs, case):
         assert torch.equal(found[name], tensor), name
     same = ("loss_first", "loss_last", "steps", "probe", "step0_max_abs_logratio", "margin_last")
     assert {key: resumed.get(key) for key in same} == {key: whole.get(key) for key in same}
-    assert len({line["loss"] for line in lines}) == STEPS, "there is something to be equal"
+    losses = {line["loss"] for line in lines}
+    assert len(losses) >= STEPS - 1, "there is something to be equal; the first step, of warm-up, may change nothing"
 
 
 def test_the_order_of_pairs_is_recorded(runs):

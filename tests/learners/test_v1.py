@@ -237,10 +237,10 @@ def test_codes_that_nothing_uses_begin_anew_where_they_are_of_use(v1_checkpoint)
             return len(tokenizer.encode(images).labels_BLs.unique())
 
     assert used() == 1
-    losses = []
+    torch.manual_seed(0)
+    losses, steps = [], 2 * PATIENCE + 10  # those of the first round that found no use begin anew in the second
     train_image_tokenizer(
-        tokenizer, iter(lambda: images, None), PATIENCE + 5, 1e-3, lambda step, loss: losses.append(loss)
+        tokenizer, iter(lambda: images, None), steps, 1e-3, lambda step, loss: losses.append(loss)
     )
-    assert used() > V1_CODES // 4
+    assert used() > V1_CODES // 2
     assert losses[-1] < losses[0]
-    assert "idle" not in tokenizer.state_dict(), "training's own, not the model's"

@@ -56,7 +56,7 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         self.from_latent = nn.Conv2d(d, d, 3, padding=1)
         self.codebook = nn.Embedding(config.codes, d)
         self.residual = nn.ModuleList(nn.Conv2d(d, d, 3, padding=1) for _ in range(config.residual_convs))
-        self.register_buffer("idle", torch.zeros(config.codes, dtype=torch.int64), persistent=False)
+        self.idle = torch.zeros(0)  # of training; no buffer, for from_pretrained leaves those unset that no file has
         self.conv_of_scale = conv_of_scale(len(config.sides), config.residual_convs)
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
@@ -121,6 +121,8 @@ class V1ImageTokenizer(nn.Module, MultiScale):
     @torch.no_grad()
     def _revive(self, features_Bdhw: torch.Tensor, schedule: Schedule) -> None:
         """Put codes that were idle for long where these pictures have something left over, at random scales."""
+        if not len(self.idle):
+            self.idle = torch.zeros(self.config.codes, dtype=torch.int64, device=features_Bdhw.device)
         self.idle += 1
         tired = (self.idle > PATIENCE).nonzero()[:, 0]
         if not len(tired):
