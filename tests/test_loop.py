@@ -175,7 +175,14 @@ def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
 @pytest.mark.timeout(600)
 def test_dpo_overlaps_the_making_of_its_pairs(folder):
     """Cut off when the first of two parts is there."""
-    settings = ["name=overlap", "stages=[align]", "iterations=1", "resolutions=[32]", "dpo.min_pairs=4", "at.256.dpo.recipe.batch=4"]
+    settings = [
+        "name=overlap",
+        "stages=[align]",
+        "iterations=1",
+        "resolutions=[32]",
+        "dpo.min_pairs=4",
+        "at.256.dpo.recipe.batch=4",
+    ]
     settings += ["dpo.control=false", "rollout.workers=1", "learner.ranks=1", "rollout.reply=template"]
     directory = folder / "overlap"
     first = directory / "preferences/iter-00/part-00000.parquet"

@@ -239,8 +239,6 @@ def test_codes_that_nothing_uses_begin_anew_where_they_are_of_use(v1_checkpoint)
     assert used() == 1
     torch.manual_seed(0)
     losses, steps = [], 2 * PATIENCE + 10  # those of the first round that found no use begin anew in the second
-    train_image_tokenizer(
-        tokenizer, iter(lambda: images, None), steps, 1e-3, lambda step, loss: losses.append(loss)
-    )
+    train_image_tokenizer(tokenizer, iter(lambda: images, None), steps, 1e-3, lambda step, loss: losses.append(loss))
     assert used() > V1_CODES // 2
     assert losses[-1] < losses[0]

@@ -104,7 +104,7 @@ def test_training_takes_its_steps(steps, ranks):
 @quick
 @given(costs, works, machines)
 def test_more_ranks_and_cheaper_work_never_take_longer(costs, work, machine):
-    """Workers on cores of their own and a driver that costs nothing: where all wait for one, their order matters too."""
+    """Workers on cores of their own and a driver that costs nothing: behind a busy one, order matters."""
     costs = replace(costs, dispatch_s=0.0, byte_s=0.0)
     machine = replace(machine, cores=None)
     before = simulate(costs, work, machine).total_s
