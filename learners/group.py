@@ -6,6 +6,7 @@ checkpoint. Errors of the job itself are not retried: they reach the caller as t
 """
 
 import json
+import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.cluster import LOST, Note, Place, unnoted
 from learners.checkpoints import last_checkpoint
 from learners.config import LearnerConfig
-from learners.jobs import DpoJob, SftJob, TokenizerJob, training_checkpoints
+from learners.jobs import DpoJob, SftJob, TokenizerJob, asked_to_save, training_checkpoints
 
 OnLog = Callable[[dict], None]
 Work = Generator[list[ray.ObjectRef], None, dict]
@@ -72,6 +73,8 @@ class LearnerGroup:
             raise RuntimeError(f"no room for {config.ranks} learner ranks of {bundle} in {config.start_timeout_s} s")
         self.places = places or [Place(self.group, i) for i in range(config.ranks)]
         self.restarts, self.ranks, self.pids = 0, [], []
+        self.asked: Path | None = None
+        self.waiting: list[ray.ObjectRef] = []
         self._start()
 
     def _start(self) -> None:
@@ -103,6 +106,15 @@ class LearnerGroup:
         """Train the image tokenizer, on the main rank alone."""
         return Training(self._run("tokenizer", job, on_log)).result()
 
+    def checkpoint(self, timeout_s: float) -> None:
+        """Have the job under way, if any, keep a checkpoint after its current step; waits so long at most."""
+        if not self.waiting or self.asked is None:
+            return
+        self.asked.touch()
+        end, working = time.monotonic() + timeout_s, self.waiting
+        while working and self.asked.exists() and time.monotonic() < end:
+            _, working = ray.wait(working, timeout=0.2)
+
     def _run(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> Work:
         """The main rank's result. RuntimeError after more than ``max_restarts`` losses of a rank."""
         limit = self.config.max_restarts
@@ -133,13 +145,15 @@ class LearnerGroup:
 
     def _attempt(self, method: str, job: SftJob | DpoJob | TokenizerJob, on_log: OnLog) -> Work:
         """Raises what a rank raised; where one was lost, that, although its peers may have failed before."""
-        log = _Follower(job.output / "log.jsonl", on_log)
-        ranks = self.ranks[:1] if isinstance(job, TokenizerJob) else self.ranks
-        waiting = [getattr(rank, method).remote(job) for rank in ranks]
-        results = list(waiting)
-        while waiting:
-            yield waiting
-            done, waiting = ray.wait(waiting, timeout=0)
+        log, alone = _Follower(job.output / "log.jsonl", on_log), isinstance(job, TokenizerJob)
+        self.asked = None if alone else asked_to_save(job.output)
+        if self.asked:
+            self.asked.unlink(missing_ok=True)
+        results = [getattr(rank, method).remote(job) for rank in (self.ranks[:1] if alone else self.ranks)]
+        self.waiting = list(results)
+        while self.waiting:
+            yield self.waiting
+            done, self.waiting = ray.wait(self.waiting, timeout=0)
             log.poll()
             if any(map(_error, done)):
                 ray.wait(results, num_returns=len(results), timeout=SETTLE_S)

@@ -13,6 +13,11 @@ def training_checkpoints(output: Path) -> Path:
     return output / "trainer"
 
 
+def asked_to_save(output: Path) -> Path:
+    """A file by which a job is asked to keep a checkpoint after its current step."""
+    return output / "save"
+
+
 @dataclass(frozen=True)
 class Start:
     """The weights a stage starts from: a model directory, then weight sets in order."""

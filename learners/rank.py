@@ -22,7 +22,7 @@ from trl import DPOConfig
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import picture_batches, train_image_tokenizer
-from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, training_checkpoints
+from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, asked_to_save, training_checkpoints
 from learners.pairs import PairTable
 from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
@@ -110,9 +110,8 @@ class Rank:
         output, probe = job.output, job.probe
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
-        if self.config.save_every:
-            trainer.keep = self.config.keep_last, self.config.keep_every
-            trainer.add_callback(SaveEvery(self.config.save_every))
+        trainer.keep = self.config.keep_last, self.config.keep_every
+        trainer.add_callback(SaveEvery(self.config.save_every, asked_to_save(output)))
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         seconds = time.time() - trainer.began
         save_trained(trainer, trained, output / "final")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -38,13 +39,23 @@ class SafeReader(TorchCheckpointEngine):
 
 
 class SaveEvery(TrainerCallback):
-    """Ask for a checkpoint after every so many steps, the last one aside: the stage's weights are saved then."""
+    """Ask for a checkpoint after every so many steps, and after that in which a file ``asked`` appears.
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    Not after the last one: the stage's weights are saved then. The file goes when the checkpoint is there.
+    """
+
+    def __init__(self, steps: int | None, asked: Path):
+        self.steps, self.asked = steps, asked
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step % self.steps == 0 and state.global_step < state.max_steps
+        asked = torch.tensor(int(self.asked.exists()), device=args.device)
+        dist.broadcast(asked, 0)  # the file may appear between two ranks' looks
+        due = self.steps is not None and state.global_step % self.steps == 0
+        control.should_save = (due or bool(asked)) and state.global_step < state.max_steps
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.asked.unlink(missing_ok=True)
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:

@@ -29,6 +29,12 @@ from vargpt_rl.run import Run
 from vargpt_rl.steps import Steps
 
 
+SAVE_S = 180.0
+"""How long a signal may wait for training to come to the end of a step and to save: of Slurm's 300 s, some are needed
+afterwards.
+"""
+
+
 def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
     """The iterations; what each of them measured."""
     results = []
@@ -132,7 +138,7 @@ def start(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run.track(config.tracking.wandb, config.tracking.project, settings)
-    failed = True
+    failed, learners = True, None
     try:
         workers, ranks = reserve(placement, learner.start_timeout_s)
         note = {"note": run.note}
@@ -146,6 +152,10 @@ def start(arguments: list[str]) -> int:
         run.finish(summary)
         show(summary, run.directory)
         failed = False
+    except SystemExit:
+        if learners is not None:
+            learners.checkpoint(SAVE_S)
+        raise
     finally:
         run.save()
         run.close(failed)

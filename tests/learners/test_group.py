@@ -298,6 +298,25 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     assert not (tmp_path / "again/final").exists()
 
 
+def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(group, start, corpus, probe, tmp_path):
+    """It is asked while it works, so the step is any but the last."""
+    recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job, asked, lines = SftJob("sft", start, corpus, recipe, tmp_path, 0, probe), [], []
+
+    def ask(line):
+        if not asked:
+            asked.append(line["step"])
+            group.checkpoint(60)
+            asked.extend(path.name for path in (tmp_path / "trainer").glob("checkpoint-*"))
+
+    whole = group.sft(job, ask)
+    assert len(asked) == 2 and asked[0] < int(asked[1].removeprefix("checkpoint-")) < 100
+    again = group.sft(job, lines.append)
+    assert lines[0]["step"] == int(asked[1].removeprefix("checkpoint-")) + 1
+    assert {key: again[key] for key in ("loss_last", "probe")} == {key: whole[key] for key in ("loss_last", "probe")}
+    group.checkpoint(60)  # nothing is under way
+
+
 def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, start, probe, pairs, tmp_path):
     shifted = [pair | {"reference_chosen_logp": pair["reference_chosen_logp"] + 1.0} for pair in pairs]
     write_table(tmp_path / "pairs.parquet", shifted)
