@@ -21,6 +21,7 @@ import pytest
 
 from tests.tiny import tiny_checkpoint
 from vargpt_rl.failpoints import VARIABLE
+from vargpt_rl.run import differences
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
@@ -86,25 +87,29 @@ class Ran:
                 orphan.kill()
 
 
-def outcome(directory: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """The preference tables and the summary, without times and without what went wrong."""
+def outcome(directory: Path, but: tuple[str, ...]) -> tuple[dict[str, pd.DataFrame], dict]:
+    """The preference tables and the summary, without times and what ``but`` names of both."""
 
     def timeless(value):
         if isinstance(value, dict):
-            return {key: timeless(each) for key, each in value.items() if key not in (*TIMES, "events", "restarts")}
-        return [timeless(each) for each in value] if isinstance(value, list) else value
+            return {key: timeless(each) for key, each in value.items() if key not in (*TIMES, *but)}
+        return dict(enumerate(map(timeless, value))) if isinstance(value, list) else value
 
-    tables = {path.name: pd.read_parquet(path) for path in sorted((directory / "preferences").glob("*.parquet"))}
+    tables = {
+        path.name: pd.read_parquet(path).drop(columns=[*but], errors="ignore")
+        for path in sorted((directory / "preferences").glob("*.parquet"))
+    }
     return tables, timeless(json.loads((directory / "summary.json").read_text()))
 
 
 def same(directory: Path, undisturbed: Path, but: tuple[str, ...] = ()) -> list[str]:
     """What went wrong, as the run has it. Fails unless tables, summary and grids are those of the undisturbed run."""
-    (tables, summary), (expected, reference) = outcome(directory), outcome(undisturbed)
-    assert summary == reference
+    but += ("events", "restarts")
+    (tables, summary), (expected, reference) = outcome(directory, but), outcome(undisturbed, but)
+    assert differences(reference, summary) == []
     assert tables.keys() == expected.keys() and len(tables) == 2
     for name, table in expected.items():
-        pd.testing.assert_frame_equal(tables[name].drop(columns=[*but]), table.drop(columns=[*but]))
+        pd.testing.assert_frame_equal(tables[name], table)
     for picture in (undisturbed / "samples").iterdir():
         assert (directory / "samples" / picture.name).read_bytes() == picture.read_bytes(), picture.name
     assert {path.name for path in directory.rglob(".*")} == set(), "nothing unfinished is left"
@@ -166,7 +171,7 @@ def test_workers_are_killed_drawing_and_in_a_swap_and_hang_and_a_reward_never_an
     faults = {"worker/draw": "kill", "worker/swap": "kill", "worker/score": "hang"}
     ran = Ran(folder, "workers", "rollout.call_timeout_s=120", *reward, faults=faults)
     assert (ran.code, ran.left, ran.orphans) == (0, [], []), ran.said[-3000:]
-    assert same(folder / "workers", undisturbed, but=("chosen_reward", "rejected_reward")) == [
+    assert same(folder / "workers", undisturbed, but=("chosen_reward", "rejected_reward", "rewards")) == [
         f"worker 0 lost during {during}: restart {i} of 3"
         for i, during in enumerate(["draw", "receive", "score"], start=1)
     ]

@@ -28,7 +28,6 @@ from vargpt_rl.report import show
 from vargpt_rl.run import Run
 from vargpt_rl.steps import Steps
 
-
 SAVE_S = 180.0
 """How long a signal may wait for training to come to the end of a step and to save: of Slurm's 300 s, some are needed
 afterwards.
