@@ -355,6 +355,14 @@ class Rollouts:
         references = rows.reference_chosen_logp, rows.reference_rejected_logp
         return preference_scores(scores["chosen"], scores["rejected"], *references, beta)
 
+    def predict(self, prompts: list[Prompt], resolution: int) -> dict[str, float]:
+        """The weights being served on the source's own pictures of these prompts, in nats a bit; chance is ln 2."""
+        winners = list(self.encode_winners(prompts, resolution).values())
+        scores = self.pool.score([(winner.prompt, winner.bits) for winner in winners], resolution)
+        each = [-score.total / (8 * len(winner.bits)) for winner, score in zip(winners, scores, strict=True)]
+        mean, error = mean_and_error(each)
+        return {"nats": mean, "nats_stderr": error, "n": len(each)}
+
     def answer_questions(self, count: int, side: int) -> dict[str, float]:
         """Share of held-out questions answered in exactly the right words; empty where the source has none."""
         if count == 0 or not hasattr(self.source, "questions"):

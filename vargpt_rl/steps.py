@@ -383,6 +383,11 @@ class Steps:
         samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, self.name)
         return self.rollouts.score_drawings(samples, self.inputs.reward, self.inputs.judge)
 
+    def predicts(self) -> dict:
+        """How well the source's own pictures of held-out prompts are predicted, given what comes before each bit."""
+        self.rollouts.serve(self.weights)
+        return self.rollouts.predict(self._held_out(self.config.evaluation.prompts)[0], self.resolution)
+
     def understands(self) -> dict:
         """Answers to held-out questions."""
         self.rollouts.serve(self.weights)

@@ -245,6 +245,16 @@ def test_held_out_drawings_are_judged_by_what_training_does_not_see(rollouts, mo
         rollouts.score_drawings(samples[2:], None, judge)
 
 
+def test_true_pictures_are_predicted_in_nats_a_bit_and_those_that_cannot_be_read_left_out(rollouts):
+    prompts = [Prompt("red", "a red circle"), Prompt("bad", "a blue one"), Prompt("none", "nothing"), Prompt("x", "x")]
+    rollouts.source.winner_key = lambda prompt: None if prompt.id == "none" else prompt.id
+    totals = {"red": -4.0, "x": -8.0}
+    rollouts.pool.score = lambda items, side: [SimpleNamespace(total=totals[prompt.id]) for prompt, _ in items]
+    # Eight bits each.
+    assert rollouts.predict(prompts, 32) == {"nats": 0.75, "nats_stderr": pytest.approx(0.25), "n": 2}
+    assert rollouts.quarantine.counts.total() == 1
+
+
 def test_vllm_writes_in_the_place_of_the_workers_and_takes_what_they_take(rollouts, sets, tmp_path):
     rollouts.pool.config, rollouts.text = RolloutConfig(reply="generate"), RecordingPool()
     rollouts.draw([Prompt("a", "a star")], [0], 32, "")

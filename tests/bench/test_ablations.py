@@ -66,6 +66,9 @@ class Recorder:
     def draws(self):
         return {"overall": 0.5, "overall_stderr": 0.25, "weights": [str(weights) for weights in self.weights]}
 
+    def predicts(self):
+        return {"nats": 0.25, "nats_stderr": 0.002}
+
     def understands(self):
         return {"accuracy": 0.75, "accuracy_stderr": 0.125}
 
@@ -124,12 +127,13 @@ def test_the_table_is_markdown():
         "variant": "full recipe",
         "steps": 240,
         "drawings": {"overall": 0.5, "overall_stderr": 0.04},
+        "pictures": {"nats": 0.25, "nats_stderr": 0.002},
         "questions": {"accuracy": 0.25, "accuracy_stderr": 0.02},
     }
     assert markdown([result]).splitlines() == [
-        "| variant | steps | drawings right | questions right |",
-        "| --- | ---: | ---: | ---: |",
-        "| full recipe | 240 | 0.500 ± 0.040 | 0.250 ± 0.020 |",
+        "| variant | steps | drawings right | nats a bit of pictures | questions right |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| full recipe | 240 | 0.500 ± 0.040 | 0.2500 ± 0.0020 | 0.250 ± 0.020 |",
     ]
 
 

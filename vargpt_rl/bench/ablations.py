@@ -1,8 +1,9 @@
 """What each part of the recipe is worth: ``python -m vargpt_rl.bench.ablations [key=value ...]``.
 
 VARGPT's ablations (Tables 4 and 5) in miniature: the recipe of pretraining, understanding SFT and SFT against itself
-without a stage, or with a part frozen. Each variant is measured on held-out captions (drawings that are exactly right)
-and held-out questions. The keys are the loop's, over ``SETTINGS``.
+without a stage, or with a part frozen. Each variant is measured on held-out captions (drawings that are exactly
+right; how well the true pictures' bits are predicted, of which chance is ln 2) and held-out questions. The keys are
+the loop's, over ``SETTINGS``.
 
 The embedded model is trained already, so what joins its parts is made anew: the generation projectors and the vision
 projector start from random weights, as the generation projectors do in the paper. All variants have the same seed and
@@ -100,18 +101,20 @@ def run_variant(variant: Variant, steps: Steps, run: Run, trained: dict[tuple, P
             trained[work] = steps.checkpoint(f"{steps.name}-sft" if stage == "sft" else stage) / "final"
         steps.weights = (*steps.weights, trained[work])
         count += getattr(steps.config, stage).recipe.steps
-    measures = run.step("measures", lambda: {"drawings": steps.draws(), "questions": steps.understands()})
-    return {"variant": variant.name, "steps": count, **measures}
+    measured = {"drawings": steps.draws, "pictures": steps.predicts, "questions": steps.understands}
+    return {"variant": variant.name, "steps": count, **{name: run.step(name, work) for name, work in measured.items()}}
 
 
 def markdown(results: list[dict]) -> str:
     """The table: a row a variant."""
-    rows = [("variant", "steps", "drawings right", "questions right"), ("---", "---:", "---:", "---:")]
+    titles = "variant", "steps", "drawings right", "nats a bit of pictures", "questions right"
+    rows = [titles, ("---", *["---:"] * (len(titles) - 1))]
     for result in results:
-        drawings, questions = result["drawings"], result["questions"]
+        drawings, pictures, questions = result["drawings"], result["pictures"], result["questions"]
         drawn = f"{drawings['overall']:.3f} ± {drawings['overall_stderr']:.3f}"
         answered = f"{questions['accuracy']:.3f} ± {questions['accuracy_stderr']:.3f}"
-        rows.append((result["variant"], str(result["steps"]), drawn, answered))
+        predicted = f"{pictures['nats']:.4f} ± {pictures['nats_stderr']:.4f}"
+        rows.append((result["variant"], str(result["steps"]), drawn, predicted, answered))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
