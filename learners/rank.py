@@ -180,7 +180,9 @@ class Rank:
             stage,
             model=model,
             args=TrainingArguments(
-                **self._common(job.recipe, job.seed, job.output), ignore_data_skip=job.feed is not None
+                **self._common(job.recipe, job.seed, job.output),
+                ignore_data_skip=job.feed is not None,
+                dataloader_num_workers=1,  # pictures are drawn or read, and made ready, beside the step
             ),
             data_collator=SftCollator(chat),
             **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
