@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError
@@ -80,12 +81,24 @@ class Job:
         def situation() -> str:
             return f"{self.shown('JobState')}:\n{self.said()[-3000:]}"
 
-        wait_for(lambda: condition() or self.shown("JobState") in OVER, seconds, situation)
+        wait_for(lambda: condition() or self.over(), seconds, situation)
         assert condition(), situation()
 
+    def over(self) -> bool:
+        """For good: one that puts itself back into the queue has failed for a moment."""
+        for _ in range(5):
+            if self.shown("JobState") not in OVER:
+                return False
+            time.sleep(1)
+        return True
+
     def start_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes, from when it has let go of the nodes."""
+        """Slurm lets a requeued job wait for two minutes, from when it has let go of the nodes.
+
+        In the same second they would still take it for the one that was ended.
+        """
         self.wait(lambda: self.shown("JobState") == "PENDING")
+        time.sleep(5)
         self.update("StartTime=now", "TimeLimit=60")
 
     def end_in_five_minutes(self) -> None:
@@ -97,7 +110,7 @@ class Job:
         self.slurm("scontrol", "update", f"JobId={self.number}", *changes)
 
     def exit_code(self) -> str:
-        self.wait(lambda: self.shown("JobState") in OVER)
+        self.wait(self.over)
         return self.shown("ExitCode").split(":")[0]
 
     def leaves_nothing(self, seconds: float = 120) -> None:
