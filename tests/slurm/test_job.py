@@ -164,7 +164,7 @@ def test_a_run_is_cut_by_its_time_limit_requeued_loses_a_node_and_completes(slur
     (iteration,) = summary["iterations"]
     assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 4
     assert iteration["swap"]["verified"] and iteration["dpo"]["step0_max_abs_logratio"] <= 1e-4
-    assert job.said().count(f"going on after {done[-1]}\n") == 2
+    assert summary["events"] == [f"going on after {done[-1]}"] * 2
     written = [path for path in [job.log, *job.directory.rglob("*")] if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written) and any(path.parent.name == "node1-ray" for path in written)
     for path in written:
