@@ -62,9 +62,9 @@ class LearnerConfig:
     """``ranks`` processes share each stage's batch; ``gpus_per_rank`` counts where there are GPUs.
 
     ``save_every``: after so many steps a stage can be resumed from there, as also from where a signal stopped the run;
-    null only from there. Of these
-    checkpoints the ``keep_last`` last stay until the stage is done, and those after each ``keep_every`` steps for good.
-    Ranks that are lost are started again, and go on from there, ``max_restarts`` times in one start of a run.
+    null only from there. Of these checkpoints the ``keep_last`` last stay until the stage is done, and those after each
+    ``keep_every`` steps for good. Ranks that are lost are started again, and go on from the last one, at most
+    ``max_restarts`` times in one start of a run.
     """
 
     ranks: int = 2
