@@ -9,7 +9,7 @@ they were raised.
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from enum import StrEnum, auto
 from math import inf
 from pathlib import Path
@@ -178,11 +178,11 @@ class RolloutPool:
             while len(results) < len(batches):
                 self._late_after = max(LATE_S, LATE * median(seconds)) if seconds and method in REPEATABLE else inf
                 for worker in self._idle():
-                    batch = waiting.popleft() if waiting else self._late_batch()
+                    batch = waiting.popleft() if waiting else self._late_batch(results)
                     if batch is not None:
                         ref = getattr(worker, method).remote(batches[batch], *args)
                         self._running[ref] = _Call(worker, self._job, batch, time.monotonic())
-                for call, outcome in self._settle():
+                for call, outcome in self._settle(results):
                     needed = call.job == self._job and call.batch not in results
                     if outcome is None:
                         if needed and not self._copies(call.batch):
@@ -207,23 +207,26 @@ class RolloutPool:
         """The calls that are at work on a batch."""
         return [call for call in self._running.values() if (call.job, call.batch) == (self._job, batch)]
 
-    def _late_batch(self) -> int | None:
+    def _alone(self, done: Container[int]) -> list[_Call]:
+        """The calls for batches that only one worker has, and that are not ``done``."""
+        mine = [call for call in self._running.values() if call.job == self._job and call.batch not in done]
+        return [call for call in mine if len(self._copies(call.batch)) == 1]
+
+    def _late_batch(self, done: Container[int]) -> int | None:
         """A batch that only a straggler has, to be given to another worker too; the first result counts."""
         now = time.monotonic()
-        for call in self._running.values():
-            late = call.job == self._job and now - call.since >= self._late_after
-            if late and len(self._copies(call.batch)) == 1:
+        for call in self._alone(done):
+            if now - call.since >= self._late_after:
                 self.repeated += 1
                 return call.batch
         return None
 
-    def _settle(self) -> list[tuple[_Call, list | Exception | None]]:
+    def _settle(self, done: Container[int]) -> list[tuple[_Call, list | Exception | None]]:
         """Wait for news; what is over, off the books: calls with their results or errors, None for a lost worker."""
         limit, now = self.config.call_timeout_s, time.monotonic()
         ends = [begun.since + limit for begun in (*self._running.values(), *self._starting.values())]
         if self._idle():
-            late = [call.since + self._late_after for call in self._running.values()]
-            ends += [end for end in late if end > now]
+            ends += [call.since + self._late_after for call in self._alone(done)]
         ready, _ = ray.wait([*self._running, *self._starting], timeout=max(0.0, min(ends) - now))
         settled: list[tuple[_Call, list | Exception | None]] = []
         for ref in ready:

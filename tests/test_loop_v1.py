@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configs.load import load_config
+from vargpt_rl import loop
 from vargpt_rl.fresh import fresh_v1_config, make_fresh_v1
 from vargpt_rl.memory import model_config, plan
 from vargpt_rl.model.bits import unpack
@@ -28,14 +29,10 @@ evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=dis
 """
 
 
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vargpt_rl.loop", f"runs={folder}", *SMALL.split(), *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
-
-
 @pytest.mark.timeout(600)
 def test_a_run_goes_through_every_stage_and_its_model_loads(tmp_path):
-    done = run(tmp_path)
+    command = [sys.executable, "-m", "vargpt_rl.loop", f"runs={tmp_path}", *SMALL.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "test"
     summary = json.loads((folder / "summary.json").read_text())
@@ -64,11 +61,10 @@ def test_a_run_goes_through_every_stage_and_its_model_loads(tmp_path):
     assert markup_for(folder / "model", model.config).question("a star")
 
 
-def test_another_size_than_the_models_own_is_refused_before_anything_starts(tmp_path):
+def test_another_size_than_the_models_own_is_refused_before_anything_starts(tmp_path, capsys):
     make_fresh_v1(tmp_path / "model", 48, seed=0)
-    done = run(tmp_path, f"checkpoint={tmp_path / 'model'}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    assert loop.main([f"runs={tmp_path}", *SMALL.split(), f"checkpoint={tmp_path / 'model'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "error: resolutions=[32]: resolution 32x32: this model draws 48x48 pixels only"
     )
 

@@ -129,7 +129,7 @@ def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_w
 
 
 def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start):
-    pool = start(workers=1, max_restarts=2, call_timeout_s=30.0)
+    pool = start(workers=1, max_restarts=2)
     keys = ["red", "die", "blue"]
     assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys
     assert pool.restarts == 1
@@ -174,8 +174,14 @@ def slow_patches(folder: Path) -> Patches:
     return SlowPatches()
 
 
-def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(cluster, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pause_s", [0.0, 0.6])
+def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
+    cluster, checkpoint, tmp_path, monkeypatch, pause_s
+):
+    """Also where the driver does not run for a while between looking for late batches and waiting for news."""
     monkeypatch.setattr(actors.pool, "LATE_S", 0.5)
+    look_for_late = RolloutPool._late_batch
+    monkeypatch.setattr(RolloutPool, "_late_batch", lambda *of: (look_for_late(*of), time.sleep(pause_s))[0])
     states, config = [], RolloutConfig(workers=2, batch_size=1, call_timeout_s=120.0)
 
     def look(label, done, total):

@@ -2,8 +2,8 @@
 
 import json
 import os
-import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,6 +24,7 @@ from tests.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.checkpoint import check_checkpoint, load_weights_into
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.failpoints import VARIABLE
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Drawing, Vargpt
@@ -114,10 +115,18 @@ def pairs(model, chat):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def faults(tmp_path_factory) -> Path:
+    """Where faults are asked for; the ranks of ``cluster`` look there."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def cluster(faults):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(VARIABLE, str(faults))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +274,7 @@ def test_the_image_tokenizer_is_trained_on_one_rank(group, start, tmp_path):
 
 
 def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
-    cluster, group, start, corpus, probe, tmp_path
+    group, faults, start, corpus, probe, tmp_path
 ):
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job = SftJob("sft", start, corpus, recipe, tmp_path / "whole", 0, probe)
@@ -275,16 +284,15 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
         config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
     )
 
-    def kill_after(step: int, *ranks: int):
-        victims = set(ranks)
+    def kill(rank: int, stage: str, step: int) -> Path:
+        point = faults / f"{stage}/rank-{rank}/step-{step}"
+        point.parent.mkdir(parents=True)
+        point.write_text("kill")
+        return point
 
-        def on_log(line):
-            if line["step"] == step and victims:
-                os.kill(other.pids[victims.pop()], signal.SIGKILL)
-
-        return on_log
-
-    found = other.sft(replace(job, output=tmp_path / "cut"), kill_after(2, 1))
+    killed = kill(1, "cut", 2)
+    found = other.sft(replace(job, output=tmp_path / "cut"), lambda line: None)
+    assert not killed.exists()
     assert {key: found[key] for key in found if key != "seconds"} == {
         key: undisturbed[key] for key in undisturbed if key != "seconds"
     }
@@ -293,9 +301,10 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     assert noted == [("learner rank lost during sft: restart 1 of 1", True)] and other.restarts == 1
     lines = map(json.loads, (tmp_path / "cut/log.jsonl").read_text().splitlines())
     assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
+    killed = kill(0, "again", 1)
     with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
-        other.sft(replace(job, output=tmp_path / "again"), kill_after(1, 0))
-    assert not (tmp_path / "again/final").exists()
+        other.sft(replace(job, output=tmp_path / "again"), lambda line: None)
+    assert not killed.exists() and not (tmp_path / "again/final").exists()
 
 
 def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(group, start, corpus, probe, tmp_path):

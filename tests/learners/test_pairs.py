@@ -1,7 +1,6 @@
 """The order of pairs: every one as often as any other, and the same whoever was faster."""
 
 import json
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -70,7 +69,7 @@ def test_one_part_is_epochs_the_first_in_the_order_of_the_table():
     assert all(sorted(epoch) == list(range(12)) for epoch in later) and later[0] != later[1] != rows[:12]
 
 
-def test_late_parts_change_nothing(tmp_path):
+def test_late_parts_change_nothing(tmp_path, monkeypatch):
     late, whole = tmp_path / "late.parquet", tmp_path / "whole.parquet"
     texts = ["abcd", "", "efg"]
     parts = [write_part(whole, number, ids) for number, ids in enumerate(texts)]
@@ -79,18 +78,12 @@ def test_late_parts_change_nothing(tmp_path):
     assert origin["dropped_by_reason"] == {"no winner": 3}
     write_part(late, 0, texts[0])
 
-    def rest():
-        for number in (1, 2):
-            time.sleep(0.5)
-            write_part(late, number, texts[number])
-
-    writer = threading.Thread(target=rest)
-    writer.start()
+    rest = iter((1, 2))
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_part(late, number := next(rest), texts[number]))
     records = tmp_path / "late.jsonl", tmp_path / "whole.jsonl"
     tables = PairTable(late, 3), PairTable(whole)
     orders = [PairOrder(table, 6, 4, 0, record) for table, record in zip(tables, records, strict=True)]
     assert list(orders[0]) == list(orders[1])
-    writer.join()
     assert tables[0].waited > 0 == tables[1].waited and tables[1].parts == 3
     assert [tables[0][i] for i in range(7)] == [tables[1][i] for i in range(7)]
     assert records[0].read_text() == records[1].read_text()

@@ -48,7 +48,7 @@ def server(tmp_path_factory):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=os.environ | {TOKEN: "secret"}, stderr=log, stdout=log)
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while True:
         try:
             assert json.load(urllib.request.urlopen(f"{address}/health")) == {"status": "ok"}
