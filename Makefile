@@ -1,5 +1,5 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
-# make test        install with the development tools and run the tests
+# make test        install with the development tools and run the tests, two files at a time (ARGS="-n 0": one)
 # make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
 # make test-faults run the tests of faults of a whole run, some 20 minutes on two cores
 # make setup       install only; quick when pyproject.toml has not changed
@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python -m vargpt_rl.loop $(ARGS)
 
 test: setup-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slurm: setup-dev
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)

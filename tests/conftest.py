@@ -5,6 +5,7 @@ import secrets
 import subprocess
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tiny import tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.model.families import load_config, load_model, markup_for
@@ -13,6 +14,10 @@ from vargpt_rl.model.prompt import ChatFormat
 
 # One for all clusters of this process: Ray reads it once, and ``actors.cluster.connect`` sets it where it is not.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+# How long an example takes says something of the machine only.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_faults_of_tensors_are_named(release, converted, tmp_path, capsys, to, f
         assert "[127, 64], expected [128, 64]" in message and "model-0000" in message
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_tensor_that_lacks_or_has_lost_a_row_is_the_one_named(release, tmp_path_factory, capsys, data):
     tensors = weights(release)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.command import load_command, run_command
@@ -47,7 +47,6 @@ def test_values_have_the_types_of_the_fields():
     assert command == Copy("2024_01", Path("a=b/c"), Kind.two, 3, 1e-3, True)
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(blacklist_characters="?\\", blacklist_categories=("Cs",)), min_size=1))
 def test_strings_are_taken_as_written(text):
     assert load_command(Copy, [f"source={text}", "target=t"]).source == text

@@ -38,7 +38,7 @@ def written(folder, count: int = 5, shard: int = 2 * BYTES, resolution: int = RE
     return shard_files(folder)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.sets(keys, max_size=9), min_size=1, max_size=3), st.integers(1, 5), st.data())
 def test_what_is_put_is_got_across_shards_and_resumes(tmp_path_factory, runs, items, data):
     folder = tmp_path_factory.mktemp("cache")
@@ -111,7 +111,7 @@ def everything(folder) -> None:
         assert cache.get(name(number), number % 2).tobytes() == features(number).tobytes()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.floats(0, 1, exclude_max=True))
 def test_torn_shards_are_named(tmp_path_factory, share):
     folder = tmp_path_factory.mktemp("torn")
@@ -122,7 +122,7 @@ def test_torn_shards_are_named(tmp_path_factory, share):
         FeatureCache(folder, TOKENIZER, RESOLUTION)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 def test_changed_bytes_are_never_taken_for_features(tmp_path_factory, share, change):
     folder = tmp_path_factory.mktemp("changed")

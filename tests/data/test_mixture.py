@@ -3,7 +3,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.data.mixture import Ingredient, Mixture, pack
@@ -131,7 +131,6 @@ def test_a_known_packing():
             pack(lengths, 8)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_packs_hold_every_text_once_and_no_two_fit_together(lengths):
     packs = pack(lengths, 20)

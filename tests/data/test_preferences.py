@@ -64,7 +64,7 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows)
 def test_what_is_written_is_read(rows):
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +186,7 @@ def test_a_file_that_is_no_table_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert exited.value.code == 2
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_is_no_crash(data):
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.data import shapes
@@ -16,7 +16,6 @@ def sample(seed: int, task: str | None = None, split: str = "train") -> shapes.S
     return shapes.sample_scene(np.random.default_rng(seed), task, split)
 
 
-@settings(deadline=None)
 @given(seeds, tasks, splits)
 def test_sampled_scenes_are_what_their_captions_demand(seed, task, split):
     scene = sample(seed, task, split)
@@ -32,7 +31,6 @@ def test_sampled_scenes_are_what_their_captions_demand(seed, task, split):
             assert low <= thing.size <= high
 
 
-@settings(deadline=None)
 @given(seeds, tasks, splits)
 def test_things_keep_apart_and_inside(seed, task, split):
     things = sample(seed, task, split).things
@@ -43,7 +41,6 @@ def test_things_keep_apart_and_inside(seed, task, split):
         assert max(abs(a.x - b.x), abs(a.y - b.y)) - (a.size + b.size) / 2 >= shapes.GAP
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_what_a_caption_leaves_open_is_customary(seed):
     rng = np.random.default_rng(seed)

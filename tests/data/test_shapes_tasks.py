@@ -30,7 +30,7 @@ def answer(scene: shapes.Scene, text: str) -> str:
     return "yes" if true[match[2]] else "no"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(seeds)
 def test_answers_are_right(seed):
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def named(things: tuple[shapes.Thing, ...], words: str) -> set[shapes.Thing]:
     return {t for t in things if t.shape == shape and colour in (None, t.colour)}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(seeds)
 def test_edits_do_what_they_say_and_nothing_else(seed):
     rng = np.random.default_rng(seed)

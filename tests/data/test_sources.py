@@ -292,7 +292,7 @@ def test_missing_or_empty_input_is_named(folder):
         captioned(folder, held_out_fraction=1.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.binary(max_size=40), st.text(max_size=20).map(lambda text: json.dumps(
     {"id": text, "caption": "a", "file": text}).encode())), max_size=6))  # fmt: skip
 def test_no_line_is_lost_in_silence(lines):

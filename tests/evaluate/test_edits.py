@@ -71,7 +71,7 @@ def changes_one_of_several(before, after) -> bool:
     return bool(rest(before, after)) and kind_of(before, after) in ("colour", "shape", "size")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(seeds)
 def test_a_right_edit_is_accepted_and_none_at_all_is_not(seed):
     rng, before, after = draw_edit(seed)
@@ -80,7 +80,7 @@ def test_a_right_edit_is_accepted_and_none_at_all_is_not(seed):
     assert not undone.done and undone.kept and undone.reason
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seeds, st.sampled_from(sorted(SPOILED)))
 def test_nothing_else_may_change(seed, how):
     rng, before, after = draw_edit(seed, rest)
@@ -89,7 +89,7 @@ def test_nothing_else_may_change(seed, how):
     assert not found.kept and f"the {victim.colour} {victim.shape} is not as it was" in found.reason
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seeds, st.sampled_from(sorted(SPOILED)))
 def test_what_changes_must_be_as_asked_in_all_respects(seed, how):
     kinds = {"colour", "shape", "size"}
@@ -101,7 +101,7 @@ def test_what_changes_must_be_as_asked_in_all_respects(seed, how):
     assert not found.done and f"there should be a {victim.colour} {victim.shape}" in found.reason
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds)
 def test_nothing_may_be_lost(seed):
     rng, before, after = draw_edit(seed)
@@ -110,7 +110,7 @@ def test_nothing_may_be_lost(seed):
     assert not (found.kept if victim in before.things else found.done)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds)
 def test_nothing_may_be_added(seed):
     rng, before, after = draw_edit(seed)
@@ -121,7 +121,7 @@ def test_nothing_may_be_added(seed):
     assert not found.correct and found.reason
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds)
 def test_the_change_must_be_made_to_the_right_thing(seed):
     rng, before, after = draw_edit(seed, changes_one_of_several)
@@ -130,7 +130,7 @@ def test_the_change_must_be_made_to_the_right_thing(seed):
     assert not found.done and not found.kept
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seeds)
 def test_what_was_to_be_removed_may_not_be_another_thing_now(seed):
     rng, before, after = draw_edit(seed, lambda before, after: kind_of(before, after) == "remove")

@@ -66,7 +66,7 @@ def test_the_distance_of_two_normals_of_one_number():
     assert distance(one, one) == pytest.approx(0, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
 def test_the_distance_is_that_with_the_root_of_the_product(seed, n, m):
     rng = np.random.default_rng(seed)

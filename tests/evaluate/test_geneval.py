@@ -85,7 +85,7 @@ def test_pictures_lie_as_the_scorer_reads_them_and_its_results_are_read(
     assert "| VARGPT-v1.1 (reported) | 0.96 | 0.48 | 0.83 | 0.53 |" in table
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(TASKS), st.integers(0, 3), st.lists(st.booleans(), min_size=1, max_size=4)),

@@ -4,7 +4,7 @@ import json
 from statistics import mean
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import gmean
@@ -65,7 +65,6 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(rows)
 def test_the_metrics_are_those_of_the_scorer(found):
     lists = [[score for _, score in atoms] for _, atoms in found]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -92,7 +92,6 @@ def test_plain_words_are_plain(words):
     assert plain(plain(words)) == plain(words) == plain(f"  {words}! ")
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.booleans()), min_size=1, max_size=20))
 def test_mme_scores_are_those_of_its_definition(answers):
     rows = [({"category": c, "image": f"{i}.png", "question": "?", "answer": "yes"}, right) for c, i, right in answers]

@@ -41,7 +41,7 @@ def batches(order: PairOrder) -> list[list[int]]:
     return [rows[at : at + order.batch] for at in range(0, len(rows), order.batch)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 9), st.integers(1, 6), st.integers(0, 8), st.integers(1, 30), st.integers(1, 9), st.integers(0, 9)
 )
@@ -52,7 +52,7 @@ def test_pairs_are_used_equally_often(size, parts, last, steps, batch, seed):
     assert max(often) - min(often) <= 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.integers(1, 20), st.integers(1, 5))
 def test_no_more_steps_are_taken_than_there_is_of_the_table(sizes, steps, batch):
     order = PairOrder(known(sizes), steps, batch, 0)

@@ -52,7 +52,7 @@ def test_labels_that_cannot_be_are_refused():
         unpack(packed, 1, 1, 4096)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sides, sides, st.integers(0, 99))
 def test_replaying_bits_gives_the_very_inputs_and_sums(height, width, seed):
     schedule = schedule_for(height, width)
@@ -103,7 +103,7 @@ def test_labels_after_flips_are_those_of_the_true_remainder():
     assert torch.equal(flipped.bits_BLd[:, 1:], (rest > 0).to(torch.uint8))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sides, sides, st.integers(0, 99))
 def test_labels_after_flips_are_what_the_flipped_bits_left_over(height, width, seed):
     schedule, given = schedule_for(height, width), features(height, width, seed=seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.model.configuration import RELEASE_LANGUAGE, VargptConfig
@@ -99,7 +99,6 @@ def test_a_published_config_of_the_old_form_is_understood(released):
     assert "in_chans" not in config.vision_config.to_dict()
 
 
-@settings(deadline=None)
 @given(
     levels=st.integers(1, 12),
     blocks=st.integers(1, 12),

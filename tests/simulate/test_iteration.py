@@ -27,7 +27,7 @@ FREE = Costs(
     encoded_bytes=0.0,
     weight_bytes=0.0,
 )
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 seconds = st.floats(0, 5)
 costs = st.builds(
     Costs,

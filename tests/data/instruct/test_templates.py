@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.data.instruct import banks
@@ -104,7 +104,6 @@ def content(caption: str) -> str:
     return re.sub("^an? ", "", caption.strip(" ,;:."), flags=re.IGNORECASE)
 
 
-@settings(deadline=None)
 @given(captions, st.integers(0, 2**40), st.integers(0, 9))
 def test_sentences_have_the_whole_caption_and_nothing_doubled(caption, number, seed):
     made = pair(caption, str(number), seed)
@@ -118,7 +117,6 @@ def test_sentences_have_the_whole_caption_and_nothing_doubled(caption, number, s
         assert re.search(r"""[.?!:]"?$""", text) and text[0].isupper()
 
 
-@settings(deadline=None)
 @given(st.text(min_size=1).map(lambda text: " ".join(text.split())).filter(lambda text: re.search(r"\w", text)))
 def test_any_caption_with_a_word_makes_a_dialogue(caption):
     made = pair(caption)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.records.reading import add, png, write_tar
@@ -82,7 +82,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(json_values, max_size=6), st.sampled_from([None, 1]), st.integers(1, 9))
 def test_arrays_are_cut_right_wherever_a_chunk_ends(tmp_path_factory, items, indent, chunk):
     path = tmp_path_factory.getbasetemp() / "chunks.json"

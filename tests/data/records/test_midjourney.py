@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.data.records.midjourney import split_commands
@@ -40,7 +40,6 @@ valued = st.fixed_dictionaries(
 flags = st.fixed_dictionaries({}, optional=dict.fromkeys(("tile", "hd", "fast", "video"), st.just("")))
 
 
-@settings(deadline=None)
 @given(words, valued, flags, words, st.randoms(use_true_random=False))
 def test_what_is_put_together_is_taken_apart(said, with_value, without, unwanted, random):
     commands = with_value | without
@@ -52,7 +51,6 @@ def test_what_is_put_together_is_taken_apart(said, with_value, without, unwanted
     assert split_commands(" ".join([*said, *written])) == (" ".join(said), commands)
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="ab -\u2014nosvar:19,\n", max_size=60))
 def test_the_text_is_words_of_the_prompt_without_any_command(prompt):
     text, commands = split_commands(prompt)

@@ -2,7 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.records.reading import png
@@ -99,7 +99,6 @@ text = st.text(alphabet=st.sampled_from("a <>_imageg\n"), max_size=12)
 marked = st.lists(st.one_of(st.sampled_from([SHOWN, DRAWN]), text), max_size=8)
 
 
-@settings(deadline=None)
 @given(marked)
 def test_pieces_lose_nothing_and_keep_placeholders_apart(parts):
     whole = "".join(parts)
@@ -113,7 +112,6 @@ def test_pieces_lose_nothing_and_keep_placeholders_apart(parts):
 turn = st.lists(st.one_of(st.just("mark"), st.text(alphabet="abc \n", max_size=5)), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(turn, turn), min_size=1, max_size=3), st.integers(-1, 1))
 def test_only_as_many_pictures_as_placeholders_are_right(turns, more):
     texts = ["".join(part.replace("mark", SHOWN) for part in question) + "?" for question, _ in turns]
