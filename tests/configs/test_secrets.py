@@ -1,6 +1,7 @@
 """A secret among the settings is refused by its key, and never repeated."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from configs.command import load_command
 from configs.load import load_config
@@ -43,19 +44,24 @@ def test_a_secret_is_refused_and_not_repeated(override, key):
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "key", "value"),
     [
-        "+reward.options.api_key_env=SERVICE_API_KEY",
-        "+reward.options.api_key=null",
-        "+reward.options.max_tokens=5",
-        "+reward.options.text='a red circle'",
-        "+reward.options.url=https://host:8000/score",
-        "reward.path=my.token:Reward",
-        "data.captions='${oc.env:SOME_FOLDER}/token=1/password.jsonl'",
+        ("+reward.options.api_key_env=SERVICE_API_KEY", "reward.options.api_key_env", "SERVICE_API_KEY"),
+        ("+reward.options.api_key=null", "reward.options.api_key", None),
+        ("+reward.options.max_tokens=5", "reward.options.max_tokens", 5),
+        ("+reward.options.text='a red circle'", "reward.options.text", "a red circle"),
+        ("+reward.options.url=https://host:8000/score", "reward.options.url", "https://host:8000/score"),
+        ("reward.path=my.token:Reward", "reward.path", "my.token:Reward"),
+        (
+            "data.captions='${oc.env:SOME_FOLDER}/token=1/password.jsonl'",
+            "data.captions",
+            "/data/folder/token=1/password.jsonl",
+        ),
     ],
 )
-def test_other_settings_are_not(override):
-    load_config([override])
+def test_other_settings_arrive(override, key, value):
+    found = OmegaConf.structured(load_config([override]))
+    assert OmegaConf.select(found, key) == value
 
 
 @pytest.mark.parametrize("argument", ["python=" + SECRET, "api_key=abc", "no.password=abc"])
