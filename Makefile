@@ -1,7 +1,7 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
 # make test        install with the development tools and run the tests, two files at a time (ARGS="-n 0": one)
 # make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
-# make test-faults run the tests of faults of a whole run, some 20 minutes on two cores
+# make test-faults run the tests of faults of a whole run, some 25 minutes on two cores
 # make setup       install only; quick when pyproject.toml has not changed
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
 # make test-vllm   install both and run the tests that need vLLM
