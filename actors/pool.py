@@ -8,7 +8,7 @@ they were raised.
 
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container
 from enum import StrEnum, auto
 from math import inf
@@ -177,11 +177,17 @@ class RolloutPool:
         with tqdm(total=len(items), desc=label, file=sys.stderr, disable=self.progress is not None) as bar:
             while len(results) < len(batches):
                 self._late_after = max(LATE_S, LATE * median(seconds)) if seconds and method in REPEATABLE else inf
+                late = self._late_batches(results)
                 for worker in self._idle():
-                    batch = waiting.popleft() if waiting else self._late_batch(results)
-                    if batch is not None:
-                        ref = getattr(worker, method).remote(batches[batch], *args)
-                        self._running[ref] = _Call(worker, self._job, batch, time.monotonic())
+                    if waiting:
+                        batch = waiting.popleft()
+                    elif late:
+                        batch = late.popleft()
+                        self.repeated += 1
+                    else:
+                        break
+                    ref = getattr(worker, method).remote(batches[batch], *args)
+                    self._running[ref] = _Call(worker, self._job, batch, time.monotonic())
                 for call, outcome in self._settle(results):
                     needed = call.job == self._job and call.batch not in results
                     if outcome is None:
@@ -209,17 +215,14 @@ class RolloutPool:
 
     def _alone(self, done: Container[int]) -> list[_Call]:
         """The calls for batches that only one worker has, and that are not ``done``."""
-        mine = [call for call in self._running.values() if call.job == self._job and call.batch not in done]
-        return [call for call in mine if len(self._copies(call.batch)) == 1]
+        calls = [call for call in self._running.values() if call.job == self._job and call.batch not in done]
+        workers = Counter(call.batch for call in calls)
+        return [call for call in calls if workers[call.batch] == 1]
 
-    def _late_batch(self, done: Container[int]) -> int | None:
-        """A batch that only a straggler has, to be given to another worker too; the first result counts."""
+    def _late_batches(self, done: Container[int]) -> deque[int]:
+        """Batches that only a straggler has, to be given to another worker too; the first result counts."""
         now = time.monotonic()
-        for call in self._alone(done):
-            if now - call.since >= self._late_after:
-                self.repeated += 1
-                return call.batch
-        return None
+        return deque(call.batch for call in self._alone(done) if now - call.since >= self._late_after)
 
     def _settle(self, done: Container[int]) -> list[tuple[_Call, list | Exception | None]]:
         """Wait for news; what is over, off the books: calls with their results or errors, None for a lost worker."""

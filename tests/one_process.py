@@ -18,6 +18,7 @@ from actors.rollout import Rollouts
 from actors.worker import Worker
 from learners.group import LearnerGroup
 from learners.rank import Rank
+from tests.faults import ask
 from vargpt_rl import loop
 from vargpt_rl.damage import check_steps
 from vargpt_rl.failpoints import VARIABLE
@@ -73,8 +74,7 @@ def main(arguments: list[str], points: list[str]) -> None:
     faults, ends = Path(os.environ[VARIABLE]), []
     for point in points:
         if point != "end":
-            (faults / point).parent.mkdir(parents=True, exist_ok=True)
-            (faults / point).write_text("kill")
+            ask(faults, point)
         began = time.monotonic()
         if (child := os.fork()) == 0:
             start(arguments)

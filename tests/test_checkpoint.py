@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults import ask
 from vargpt_rl import checkpoint
 from vargpt_rl.checkpoint import MARKER, WEIGHTS, check_checkpoint, load_weights_into, save_checkpoint, write_atomically
 from vargpt_rl.failpoints import VARIABLE
@@ -69,9 +70,7 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(saved, tensors, monkeypatch,
 def test_a_save_that_is_killed_at_any_step_leaves_one_whole_checkpoint_or_none(tmp_path, tensors, monkeypatch, moment):
     old = save_checkpoint(tmp_path / "stage/final", tensors)
     new = {name: tensor * 3 for name, tensor in tensors.items()}
-    file = tmp_path / "faults" / ("COMPLETE/written" if moment == "COMPLETE" else f"stage/final/{moment}")
-    file.parent.mkdir(parents=True)
-    file.write_text("kill")
+    file = ask(tmp_path / "faults", "COMPLETE/written" if moment == "COMPLETE" else f"stage/final/{moment}")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "faults"))
     if (child := os.fork()) == 0:
         save_checkpoint(old, new)

@@ -1,5 +1,7 @@
 """The doctor: tables of a full-size plan without weights, verdicts, and faults in one line."""
 
+from resource import RUSAGE_SELF, getrusage
+
 import pytest
 
 from tests.tiny import tiny_checkpoint
@@ -13,7 +15,9 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_the_full_size_model_is_planned_without_its_weights(capsys):
+    before = getrusage(RUSAGE_SELF).ru_maxrss
     code = doctor.main(["experiment=vargpt_v1_1", "stage=dpo", "gpus=8", "gpu_memory_gib=80"])
+    assert (getrusage(RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB, "the weights alone are 20"
     printed = capsys.readouterr().out
     assert code == 0 and "the run fits into 8 GPUs of 80.0 GiB" in printed
     rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["dpo"]]

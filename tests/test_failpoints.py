@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from tests.faults import ask
 from vargpt_rl.failpoints import VARIABLE, point
 
 
@@ -19,8 +20,7 @@ def test_nothing_happens_unasked(tmp_path, monkeypatch):
 
 
 def test_a_process_is_killed_once(tmp_path, monkeypatch):
-    (tmp_path / "stage").mkdir()
-    (tmp_path / "stage/step-2").write_text("kill")
+    ask(tmp_path, "stage/step-2")
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     ended = []
     for _ in range(2):

@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from tests.faults import ask
 from tests.tiny import tiny_checkpoint
 from vargpt_rl.failpoints import VARIABLE
 from vargpt_rl.run import differences
@@ -58,8 +59,7 @@ class Ran:
         points = folder / "faults" / name
         points.mkdir(parents=True, exist_ok=True)
         for point, fault in (faults or {}).items():
-            (points / point).parent.mkdir(parents=True, exist_ok=True)
-            (points / point).write_text(fault)
+            ask(points, point, fault)
         log, model = folder / f"{name}.log", folder / "model"
         arguments = [f"runs={runs or folder}", f"checkpoint={model}", f"name={name}", *SMALL.split(), *overrides]
         command, environment = (

@@ -18,6 +18,7 @@ from PIL import Image
 
 from configs.load import load_config
 from configs.schema import STAGES as STAGE_ORDER
+from tests.faults import ask
 from tests.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.checkpoint import load_weights_into
@@ -51,16 +52,12 @@ MEASURED = {
 }
 
 
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    return [f"runs={folder}", f"checkpoint={folder}/model", *SMALL.split(), *overrides]
+
+
 def command(folder: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "vargpt_rl.loop",
-        f"runs={folder}",
-        f"checkpoint={folder}/model",
-        *SMALL.split(),
-        *overrides,
-    ]
+    return [sys.executable, "-m", "vargpt_rl.loop", *arguments(folder, *overrides)]
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -69,14 +66,12 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
 
 def main(folder: Path, *overrides: str) -> int:
     """The exit code, in this process: for commands that start no cluster."""
-    return loop.main(command(folder, *overrides)[3:])
+    return loop.main(arguments(folder, *overrides))
 
 
 def kill_where_it_hangs(folder: Path, fault: str, *overrides: str) -> None:
     """Kill a run, driver and cluster, when one of its processes has come to the fail point ``fault``."""
-    asked, log = folder / "faults" / fault, folder / "killed.log"
-    asked.parent.mkdir(parents=True)
-    asked.write_text("hang")
+    asked, log = ask(folder / "faults", fault, "hang"), folder / "killed.log"
     environment = os.environ | {VARIABLE: str(folder / "faults")}
     with log.open("w") as output:
         driver = subprocess.Popen(
@@ -101,9 +96,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
-    """A run that was killed in the middle of its first DPO, and which the same command then completed."""
+    """A run that was killed in the middle of its first SFT, then of its first DPO, and which the same command then
+    completed.
+    """
     directory = folder / "test"
-    kill_where_it_hangs(folder, "iter-00-dpo/rank-0/step-2")
+    for stage in ("sft", "dpo"):
+        kill_where_it_hangs(folder, f"iter-00-{stage}/rank-0/step-2")
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -115,7 +113,7 @@ def finished(folder) -> Path:
 def test_a_killed_driver_goes_on_and_completes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "complete"
-    assert summary["events"] == ["going on after iter-00/pairs"]
+    assert summary["events"] == [f"going on after iter-00/{step}" for step in ("before", "pairs")]
     assert [iteration["resolution"] for iteration in summary["iterations"]] == [32, 48]
     for iteration in summary["iterations"]:
         assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 8
@@ -181,11 +179,10 @@ def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.faults)])
-def test_dpo_overlaps_the_making_of_its_pairs(folder, killed):
-    """Also where it is killed when the first of two parts is there."""
+def test_dpo_overlaps_the_making_of_its_pairs(folder):
+    """Killed when the first of two parts is there."""
     settings = [
-        f"name=overlap-{killed}",
+        "name=overlap",
         "stages=[align]",
         "iterations=1",
         "resolutions=[32]",
@@ -193,12 +190,12 @@ def test_dpo_overlaps_the_making_of_its_pairs(folder, killed):
         "at.256.dpo.recipe.batch=4",
     ]
     settings += ["dpo.control=false", "rollout.workers=1", "learner.ranks=1", "rollout.reply=template"]
-    directory = folder / f"overlap-{killed}"
+    directory = folder / "overlap"
     first = directory / "preferences/iter-00/part-00000.parquet"
-    if killed:
-        kill_where_it_hangs(folder, "part-00001.parquet/written", *settings)
-    done = run(folder, *settings)
-    assert done.returncode == 0, done.stderr[-3000:]
+    kill_where_it_hangs(folder, "part-00001.parquet/written", *settings)
+    assert first.exists()
+    again = run(folder, *settings)
+    assert again.returncode == 0, again.stderr[-3000:]
     (iteration,) = json.loads((directory / "summary.json").read_text())["iterations"]
     assert iteration["pairs"]["parts"] == [4, 4] and iteration["pairs"]["built"] == 8
     assert iteration["dpo"]["step0_max_abs_logratio"] <= 1e-4 and iteration["dpo"]["steps"] == 3
@@ -256,9 +253,10 @@ def test_any_stages_in_order_train_one_after_the_other_and_are_measured(loop_con
 
 
 def test_a_killed_stage_goes_on_inside(finished):
-    lines = (finished / "checkpoints/iter-00-dpo/log.jsonl").read_text().splitlines()
-    trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]
-    assert trained in ([2, 3], [3]), "by its last start"
+    for stage, steps in (("sft", 4), ("dpo", 3)):
+        lines = (finished / f"checkpoints/iter-00-{stage}/log.jsonl").read_text().splitlines()
+        trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        assert trained and trained == list(range(trained[0], steps + 1)) and trained[0] > 1, "by its last start"
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["iterations"][0]["dpo"]["steps"] == 3
     assert not list(finished.glob("checkpoints/*/trainer")), "nothing is kept of what is done"

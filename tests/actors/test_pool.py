@@ -180,15 +180,21 @@ def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
 ):
     """Also where the driver does not run for a while between looking for late batches and waiting for news."""
     monkeypatch.setattr(actors.pool, "LATE_S", 0.5)
-    look_for_late = RolloutPool._late_batch
-    monkeypatch.setattr(RolloutPool, "_late_batch", lambda *of: (look_for_late(*of), time.sleep(pause_s))[0])
+    look = RolloutPool._late_batches
+
+    def look_and_pause(pool, done):
+        late = look(pool, done)
+        time.sleep(pause_s)
+        return late
+
+    monkeypatch.setattr(RolloutPool, "_late_batches", look_and_pause)
     states, config = [], RolloutConfig(workers=2, batch_size=1, call_timeout_s=120.0)
 
-    def look(label, done, total):
+    def note(label, done, total):
         states.append(pool.health())
 
     (tmp_path / "slow").touch()
-    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), look)
+    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), note)
     try:
         keys = ["slow", *["red"] * 5]
         assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.faults import ask
 from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
 from vargpt_rl.failpoints import VARIABLE
 
@@ -220,10 +221,9 @@ def test_a_changed_byte_in_a_column_is_noticed(tmp_path):
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_the_old_table(tmp_path):
-    path, faults = tmp_path / "table.parquet", tmp_path / "faults/table.parquet/written"
+    path = tmp_path / "table.parquet"
     write_table(path, [row("a")])
-    faults.parent.mkdir(parents=True)
-    faults.write_text("kill")
+    ask(tmp_path / "faults", "table.parquet/written")
     code = "from tests.data.test_preferences import *; write_table(sys.argv[1], [row('b'), row('c')])"
     for ended, ids in ((-signal.SIGKILL, ["a"]), (0, ["b", "c"])):
         environment = os.environ | {VARIABLE: str(tmp_path / "faults")}

@@ -19,6 +19,7 @@ from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
 from learners.sft import SftTrainer
+from tests.faults import ask
 from tests.streams import feed_of, write_sources
 from tests.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.checkpoint import check_checkpoint, load_weights_into
@@ -284,13 +285,7 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
         config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
     )
 
-    def kill(rank: int, stage: str, step: int) -> Path:
-        point = faults / f"{stage}/rank-{rank}/step-{step}"
-        point.parent.mkdir(parents=True)
-        point.write_text("kill")
-        return point
-
-    killed = kill(1, "cut", 2)
+    killed = ask(faults, "cut/rank-1/step-2")
     found = other.sft(replace(job, output=tmp_path / "cut"), lambda line: None)
     assert not killed.exists()
     assert {key: found[key] for key in found if key != "seconds"} == {
@@ -301,7 +296,7 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     assert noted == [("learner rank lost during sft: restart 1 of 1", True)] and other.restarts == 1
     lines = map(json.loads, (tmp_path / "cut/log.jsonl").read_text().splitlines())
     assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
-    killed = kill(0, "again", 1)
+    killed = ask(faults, "again/rank-0/step-1")
     with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
         other.sft(replace(job, output=tmp_path / "again"), lambda line: None)
     assert not killed.exists() and not (tmp_path / "again/final").exists()

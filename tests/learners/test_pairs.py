@@ -79,7 +79,12 @@ def test_late_parts_change_nothing(tmp_path, monkeypatch):
     write_part(late, 0, texts[0])
 
     rest = iter((1, 2))
-    monkeypatch.setattr(time, "sleep", lambda seconds: write_part(late, number := next(rest), texts[number]))
+
+    def arrive(seconds):
+        number = next(rest)
+        write_part(late, number, texts[number])
+
+    monkeypatch.setattr(time, "sleep", arrive)
     records = tmp_path / "late.jsonl", tmp_path / "whole.jsonl"
     tables = PairTable(late, 3), PairTable(whole)
     orders = [PairOrder(table, 6, 4, 0, record) for table, record in zip(tables, records, strict=True)]
