@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.resources import Plan, Resources
+from actors.resources import Placement, Resources
 
 Place = PlacementGroupSchedulingStrategy
 """Where an actor goes: a bundle of the group."""
@@ -67,7 +67,7 @@ def nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def reserve(plan: Plan, timeout_s: float) -> tuple[list[Place], list[Place]]:
+def reserve(plan: Placement, timeout_s: float) -> tuple[list[Place], list[Place]]:
     """A place for each worker and for each learner rank. RuntimeError if the cluster has no room for all in time."""
     group = placement_group(plan.bundles, strategy=plan.strategy)
     if not group.wait(timeout_s):

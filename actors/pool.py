@@ -23,11 +23,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from actors.cluster import LOST, Note, Place, unnoted
-from actors.resources import Plan, RolloutConfig
-from actors.transport import Broadcast, Nearest, Parcel, SharedFile, Shelf, Shelved
-from actors.weights import Layout, SwapReport, checksum, layout_of
-from actors.worker import Check, Drawn, Encoded, Failure, Rewards, RolloutWorker, Score
-from vargpt_rl.data.batches import PictureSource
+from actors.resources import Placement, RolloutConfig
+from actors.transport import (
+    AutoTransfer,
+    BroadcastTransfer,
+    ChunkServer,
+    ObjectStoreTransfer,
+    SharedFileTransfer,
+    WeightTransfer,
+)
+from actors.weights import SwapReport, WeightLayout, checksum, layout_of
+from actors.worker import Check, EncodedImage, Failure, ImageScore, PromptedBits, Rewards, RolloutWorker
+from vargpt_rl.data.batches import ImageSource
 from vargpt_rl.data.types import Prompt, Sample
 from vargpt_rl.model.generate import SamplingConfig
 
@@ -51,7 +58,7 @@ class _WeightSet(NamedTuple):
 
     version: int
     checksum: str
-    layout: Layout
+    layout: WeightLayout
     path: Path
 
 
@@ -93,9 +100,9 @@ class RolloutPool:
     def __init__(
         self,
         config: RolloutConfig,
-        plan: Plan,
+        plan: Placement,
         checkpoint: str,
-        source: PictureSource,
+        source: ImageSource,
         progress: Progress | None = None,
         places: list[Place] | None = None,
         kind: ActorClass = RolloutWorker,
@@ -114,7 +121,7 @@ class RolloutPool:
         self._source = ray.put(source)
         self._published: list[_WeightSet] = []
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._shelf = Shelf.options(scheduling_strategy=here).remote()
+        self._shelf = ChunkServer.options(scheduling_strategy=here).remote()
         self._starting: dict[ray.ObjectRef, _Start] = {}
         self._running: dict[ray.ObjectRef, _Call] = {}  # also of earlier jobs: what stragglers are still at
         self._dead: set[ActorHandle] = set()
@@ -128,41 +135,41 @@ class RolloutPool:
     def draw(
         self, prompts: list[Prompt], seeds: list[int], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
-        """One picture for each prompt and seed; ``checkpoint`` names, in the samples, what the weights are of."""
+        """One image for each prompt and seed; ``checkpoint`` names, in the samples, what the weights are of."""
         jobs = list(zip(prompts, seeds, strict=True))
         return self.map("draw", jobs, resolution, sampling, checkpoint, label="draw")
 
-    def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
-        """Pictures of the source as bits and features."""
+    def encode(self, keys: list[str], resolution: int) -> list[EncodedImage | Failure]:
+        """Images of the source as bits and features."""
         return self.map("encode", keys, resolution, label="encode")
 
     def faults(self, keys: list[str], side: int) -> list[Failure | None]:
-        """Why pictures of the source cannot be shown, None for each that can."""
-        return self.map("faults", keys, side, label="look at pictures")
+        """Why images of the source cannot be shown, None for each that can."""
+        return self.map("faults", keys, side, label="look at images")
 
-    def score(self, items: list[Drawn], resolution: int, batch_size: int | None = None) -> list[Score]:
-        """Log-probability of each picture's bits given its prompt, in batches of ``batch_size`` if it matters."""
+    def score(self, items: list[PromptedBits], resolution: int, batch_size: int | None = None) -> list[ImageScore]:
+        """Log-probability of each image's bits given its prompt, in batches of ``batch_size`` if it matters."""
         return self.map("score", items, resolution, label="score", batch_size=batch_size)
 
-    def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
-        """What ``rewards`` says of each picture; it runs in the workers."""
+    def reward(self, items: list[PromptedBits], resolution: int, rewards: Rewards) -> list[float | None]:
+        """What ``rewards`` says of each image; it runs in the workers."""
         return self.map("reward", items, resolution, ray.put(rewards), label="reward")
 
-    def check(self, items: list[Drawn], resolution: int, check: Check) -> list:
-        """What ``check`` says of each picture and its whole prompt."""
+    def check(self, items: list[PromptedBits], resolution: int, check: Check) -> list:
+        """What ``check`` says of each image and its whole prompt."""
         return self.map("check", items, resolution, ray.put(check), label="check")
 
-    def pictures(self, items: list[Drawn], resolution: int, folder: str, names: list[str]) -> list[Path]:
-        """Write each picture as a PNG of that name; returns the paths."""
+    def images(self, items: list[PromptedBits], resolution: int, folder: str, names: list[str]) -> list[Path]:
+        """Write each image as a PNG of that name; returns the paths."""
         named = list(zip(items, names, strict=True))
-        return self.map("pictures", named, resolution, str(folder), label="pictures")
+        return self.map("images", named, resolution, str(folder), label="images")
 
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
-        """Answer in words to each (picture key, question)."""
+        """Answer in words to each (image key, question)."""
         return self.map("answer", questions, side, max_new_tokens, label="answer")
 
     def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
-        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        """What the model says to each drawing request before it begins an image; None where it begins none."""
         return self.map("reply", texts, max_new_tokens, label="reply")
 
     def map(self, method: str, items: list, *args: Any, label: str, batch_size: int | None = None) -> list:
@@ -272,14 +279,14 @@ class RolloutPool:
             version, expected, layout.bytes, seconds, layout.bytes / seconds / 1e9, len(answers), verified
         )
 
-    def _parcel(self, weight_set: _WeightSet) -> Parcel:
+    def _parcel(self, weight_set: _WeightSet) -> WeightTransfer:
         """The set for one worker, whenever it comes for it."""
         layout, path = weight_set.layout, weight_set.path
         if self.config.transport == "shared_fs":
-            return SharedFile(layout, path)
+            return SharedFileTransfer(layout, path)
         if self.config.transport == "object_store":
-            return Shelved(layout, path, self._shelf)
-        return Nearest(layout, path, self._shelf, path.stat().st_size)
+            return ObjectStoreTransfer(layout, path, self._shelf)
+        return AutoTransfer(layout, path, self._shelf, path.stat().st_size)
 
     def _broadcast(self, weight_set: _WeightSet) -> list[dict] | None:
         """The workers' answers, or None where one was lost or did not come: the others then have a part of the set."""
@@ -291,7 +298,7 @@ class RolloutPool:
                 worker.receive.remote(
                     version,
                     expected,
-                    Broadcast(layout, path, address, rank, len(self._workers), device, BROADCAST_TIMEOUT_S),
+                    BroadcastTransfer(layout, path, address, rank, len(self._workers), device, BROADCAST_TIMEOUT_S),
                 )
                 for rank, worker in enumerate(self._workers)
             ]
@@ -301,7 +308,7 @@ class RolloutPool:
             return None
 
     def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
-        """The same picture's log-probability from every worker: equal numbers where the weights are equal."""
+        """The same image's log-probability from every worker: equal numbers where the weights are equal."""
         return [scores[0].total for scores in self._every("score", [(prompt, bits)], resolution)]
 
     # Workers

@@ -19,11 +19,11 @@ TRANSPORTS = ("auto", "shared_fs", "object_store", "broadcast")
 
 @dataclass
 class RolloutConfig:
-    """How pictures are sampled and scored: the pool of rollout workers. ``call_timeout_s`` is for one batch.
+    """How images are sampled and scored: the pool of rollout workers. ``call_timeout_s`` is for one batch.
 
     ``transport``: how new weights reach the workers (``actors.transport``): shared_fs, object_store, broadcast, or
     auto, the first where a worker sees the run directory and else the second.
-    ``reply``: what stands before a picture, ``template`` (customary words) or ``generate`` (what the model itself says,
+    ``reply``: what stands before an image, ``template`` (customary words) or ``generate`` (what the model itself says,
     at most ``reply_tokens``). ``text_engine`` writes replies and answers: ``transformers`` in the workers, or ``vllm``
     in a process of its own with ``text_gpus``; ``auto`` is vllm for generated replies where it is installed.
     """
@@ -85,7 +85,7 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """Processes and their Ray resources: actor options of a worker, the part of a bundle that a learner rank takes.
 
     ``bundles`` are the resources of each; ``rank_bundles`` and ``worker_bundles`` say which one each process is in.
@@ -103,7 +103,7 @@ class Plan:
     bundles: list[Resources] = field(default_factory=list)
     rank_bundles: list[int] = field(default_factory=list)
     worker_bundles: list[int] = field(default_factory=list)
-    text: "Plan | None" = None
+    text: "Placement | None" = None
 
 
 def per_gpu(rollout: RolloutConfig, gpus_per_rank: float, placement: PlacementConfig) -> list[tuple[int, int]]:
@@ -147,7 +147,7 @@ def plan(
     gpus_per_rank: float = 1.0,
     bf16: bool = False,
     placement: PlacementConfig | None = None,
-) -> Plan:
+) -> Placement:
     """Fit the workers and the learner ranks into the nodes.
 
     ``bf16`` is the learners': workers score references in the same dtype, or step 0 of DPO would not be the identity.
@@ -179,13 +179,15 @@ def plan(
     worker_options, rank_bundle = {"num_cpus": share}, {"CPU": share}
     bundles = [{"CPU": round(held[i] * share, 4)} for i in range(count)]
     threads = max(1, int(min(min(cpus), sum(cpus) // workers)))
-    text = Plan(1, {"num_cpus": 0.0}, 0, {}, max(1, int(min(cpus))), bool(gpus), bf16) if rollout.uses_vllm else None
+    text = (
+        Placement(1, {"num_cpus": 0.0}, 0, {}, max(1, int(min(cpus))), bool(gpus), bf16) if rollout.uses_vllm else None
+    )
     if gpus:
         worker_options["num_gpus"], rank_bundle["GPU"] = rollout.gpus_per_worker, gpus_per_rank
         bundles = [bundle | {"GPU": 1.0} for bundle in bundles]
         if text:
             text.worker_options["num_gpus"] = rollout.text_gpus
-    return Plan(
+    return Placement(
         workers,
         worker_options,
         ranks,

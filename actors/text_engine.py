@@ -10,10 +10,10 @@ import torch
 
 from actors.cluster import Note, unnoted
 from actors.pool import Progress, RolloutPool
-from actors.resources import Plan, RolloutConfig
-from actors.transport import Parcel
-from actors.weights import Layout, checksum_of_set
-from actors.worker import PictureSource, Writer
+from actors.resources import Placement, RolloutConfig
+from actors.transport import WeightTransfer
+from actors.weights import WeightLayout, checksum_of_set
+from actors.worker import BaseWorker, ImageSource
 from vargpt_rl.text.layout import check_set, is_text
 from vargpt_rl.text.vllm_engine import VllmEngine
 
@@ -21,13 +21,13 @@ BATCH = 256
 """Requests handed over at once: vLLM batches by itself, and better the more it sees."""
 
 
-class TextWorker(Writer):
+class VllmWorker(BaseWorker):
     """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16."""
 
     def __init__(
         self,
         checkpoint: str,
-        source: PictureSource,
+        source: ImageSource,
         threads: int,
         use_gpu: bool = False,
         bf16: bool = False,
@@ -37,10 +37,10 @@ class TextWorker(Writer):
         engine = VllmEngine(checkpoint, torch.bfloat16 if bf16 else torch.float32)
         super().__init__(engine, source, "cuda" if use_gpu else "cpu", version_required)
 
-    def fits(self, layout: Layout) -> None:
+    def fits(self, layout: WeightLayout) -> None:
         check_set(layout.shapes, self.engine.shapes)
 
-    def take(self, version: int, parcel: Parcel) -> str:
+    def take(self, version: int, parcel: WeightTransfer) -> str:
         """Swap into vLLM. It packs and fuses what it holds, so the checksum is of what came, once that is in place."""
         tensors = {name: tensor for chunk in parcel.chunks() for name, tensor in chunk.items()}
         self.engine.swap(version, tensors)
@@ -49,9 +49,9 @@ class TextWorker(Writer):
 
 def start_text_engine(
     config: RolloutConfig,
-    plan: Plan,
+    plan: Placement,
     checkpoint: str,
-    source: PictureSource,
+    source: ImageSource,
     progress: Progress | None = None,
     note: Note = unnoted,
 ) -> RolloutPool | None:
@@ -59,5 +59,5 @@ def start_text_engine(
     if plan.text is None:
         return None
     settings = replace(config, batch_size=BATCH)
-    kind = ray.remote(TextWorker)
+    kind = ray.remote(VllmWorker)
     return RolloutPool(settings, plan.text, checkpoint, source, progress, kind=kind, takes=is_text, note=note)

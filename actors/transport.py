@@ -3,13 +3,13 @@
 A worker is handed a parcel and takes the tensors out of it, a chunk at a time; nobody holds more than two chunks beside
 the model (a tensor larger than a chunk is one of its own).
 
-- ``SharedFile``: the worker reads the file, mapped into its memory. For workers that see the run directory.
-- ``Shelved``: a process beside the file puts chunks into Ray's object store, where workers on a node share them
-  without a copy. Workers that are in step share a chunk's only copy.
-- ``Broadcast``: one worker reads the file and broadcasts it, over NCCL from GPU to GPU, over gloo otherwise. All
-  workers take part at once, so it serves for a publication, not for a replacement that catches up.
+- ``SharedFileTransfer``: the worker reads the file, mapped into its memory. For workers that see the run directory.
+- ``ObjectStoreTransfer``: a process beside the file puts chunks into Ray's object store, where workers on a node share
+  them without a copy. Workers that are in step share a chunk's only copy.
+- ``BroadcastTransfer``: one worker reads the file and broadcasts it, over NCCL from GPU to GPU, over gloo otherwise.
+  All workers take part at once, so it serves for a publication, not for a replacement that catches up.
 
-``Nearest`` is the first where the worker sees the file, else the second.
+``AutoTransfer`` is the first where the worker sees the file, else the second.
 
 Numpy arrays go through the object store without being copied in the reader, torch tensors do not. Numpy has no
 bfloat16, so its bits travel as int16, which no parameter of the model has.
@@ -29,26 +29,26 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
-from actors.weights import Layout, Weights, read
+from actors.weights import WeightLayout, Weights, read
 
 CHUNK = 256 * 2**20
 """Bytes of a chunk."""
 
 
-class Parcel(Protocol):
+class WeightTransfer(Protocol):
     """A weight set under way. ``layout`` says what will come, so that it can be refused before anything is copied."""
 
-    layout: Layout
+    layout: WeightLayout
 
     def chunks(self) -> Iterator[Weights]:
         """The tensors, in groups."""
 
 
 @dataclass(frozen=True)
-class SharedFile:
+class SharedFileTransfer:
     """A file that the worker sees."""
 
-    layout: Layout
+    layout: WeightLayout
     path: Path
 
     def chunks(self) -> Iterator[Weights]:
@@ -57,10 +57,10 @@ class SharedFile:
 
 
 @dataclass(frozen=True)
-class Shelved:
-    """A file that ``shelf`` (a ``Shelf`` actor) sees."""
+class ObjectStoreTransfer:
+    """A file that ``shelf`` (a ``ChunkServer`` actor) sees."""
 
-    layout: Layout
+    layout: WeightLayout
     path: Path
     shelf: ActorHandle
 
@@ -77,21 +77,25 @@ class Shelved:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class AutoTransfer:
     """A shared file if the worker sees one of ``size`` bytes at ``path``, else what is on ``shelf``."""
 
-    layout: Layout
+    layout: WeightLayout
     path: Path
     shelf: ActorHandle
     size: int
 
     def chunks(self) -> Iterator[Weights]:
         seen = self.path.is_file() and self.path.stat().st_size == self.size
-        found = SharedFile(self.layout, self.path) if seen else Shelved(self.layout, self.path, self.shelf)
+        found = (
+            SharedFileTransfer(self.layout, self.path)
+            if seen
+            else ObjectStoreTransfer(self.layout, self.path, self.shelf)
+        )
         yield from found.chunks()
 
 
-class _Shelf:
+class _ChunkServer:
     """Puts chunks of files into the object store; the two that were asked for last stay there."""
 
     def __init__(self):
@@ -107,18 +111,18 @@ class _Shelf:
         return [self.kept[key]]
 
 
-Shelf = ray.remote(num_cpus=0)(_Shelf)
+ChunkServer = ray.remote(num_cpus=0)(_ChunkServer)
 
 
 @dataclass(frozen=True)
-class Broadcast:
+class BroadcastTransfer:
     """The part of rank ``rank`` of ``world`` in a broadcast: rank 0 reads ``path``, the others receive.
 
     ``device`` is where the tensors pass: "cuda" for NCCL, "cpu" for gloo. RuntimeError where a rank does not come, or
     is lost, within ``timeout_s``.
     """
 
-    layout: Layout
+    layout: WeightLayout
     path: Path
     address: tuple[str, int]
     rank: int

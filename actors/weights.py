@@ -18,7 +18,7 @@ Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """Shape and dtype of each tensor of a set, by name."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -70,13 +70,13 @@ def every(name: str) -> bool:
     return True
 
 
-def layout_of(path: Path, wanted: Wanted = every) -> Layout:
+def layout_of(path: Path, wanted: Wanted = every) -> WeightLayout:
     """The layout of the wanted tensors of a safetensors file, from its header and empty slices."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a dict)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {name: (part[:0] if shapes[name] else file.get_tensor(name)).dtype for name, part in slices.items()}
-    return Layout(shapes, dtypes)
+    return WeightLayout(shapes, dtypes)
 
 
 def read(path: Path, names: Iterable[str]) -> Weights:
@@ -121,7 +121,7 @@ def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> st
     return _digest((name, own[name].to("cpu", dtypes[name])) for name in sorted(dtypes))
 
 
-def check_fits(model: torch.nn.Module, layout: Layout) -> None:
+def check_fits(model: torch.nn.Module, layout: WeightLayout) -> None:
     """KeyError names tensors that the model does not have, ValueError those of another shape, or of a dtype that the
     model's cannot hold exactly."""
     own = model.state_dict()

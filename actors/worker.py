@@ -24,34 +24,34 @@ import ray
 import torch
 from PIL import Image
 
-from actors.transport import Parcel
-from actors.weights import Layout, apply, check_fits, checksum_of
-from vargpt_rl.data.batches import PictureSource, joined, shown_picture
+from actors.transport import WeightTransfer
+from actors.weights import WeightLayout, apply, check_fits, checksum_of
+from vargpt_rl.common.failpoints import point
+from vargpt_rl.common.network import free_port
+from vargpt_rl.data.batches import ImageSource, joined, shown_image
 from vargpt_rl.data.types import Prompt, Sample
-from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
-from vargpt_rl.model.generate import SamplingConfig, draw, to_uint8
-from vargpt_rl.model.likelihood import picture_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
+from vargpt_rl.model.generate import SamplingConfig, generate_images, to_uint8
+from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
-from vargpt_rl.network import free_port
-from vargpt_rl.text.requests import Request, TextEngine, answers, replies
+from vargpt_rl.text.requests import TextEngine, TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
-"""Pictures and their prompts -> a number each, None where there is none."""
+"""Images and their prompts -> a number each, None where there is none."""
 
 Check = Callable[[list[Image.Image], list[Prompt]], list]
-"""Pictures and their whole prompts -> a verdict each."""
+"""Images and their whole prompts -> a verdict each."""
 
-Drawn = tuple[Prompt, bytes]
-"""A prompt and the packed image tokens of a picture of it."""
+PromptedBits = tuple[Prompt, bytes]
+"""A prompt and the packed image tokens of an image of it."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture as packed tokens, ``bits``, and as the float16 latent ``features`` [d, h, w] they were read off."""
+class EncodedImage:
+    """An image as packed tokens, ``bits``, and as the float16 latent ``features`` [d, h, w] they were read off."""
 
     key: str
     bits: bytes
@@ -60,15 +60,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be loaded, and why."""
+    """An image that could not be loaded, and why."""
 
     key: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Score:
-    """Teacher-forced log-probability of a picture's tokens, in nats, and the share of symbols guessed right."""
+class ImageScore:
+    """Teacher-forced log-probability of an image's tokens, in nats, and the share of symbols guessed right."""
 
     total: float
     by_scale: list[float]
@@ -89,23 +89,23 @@ def serving(method):
     return call
 
 
-class Writer(ABC):
+class BaseWorker(ABC):
     """What all workers share: published weights and how they are taken, and text.
 
     The checkpoint it starts from is version 0; it serves once it holds ``version_required``.
     """
 
-    def __init__(self, engine: TextEngine, source: PictureSource, device: str, version_required: int):
+    def __init__(self, engine: TextEngine, source: ImageSource, device: str, version_required: int):
         self.engine, self.source, self.device = engine, source, device
         self.version, self.checksum = 0, ""
         self.version_required = version_required
 
     @abstractmethod
-    def fits(self, layout: Layout) -> None:
+    def fits(self, layout: WeightLayout) -> None:
         """KeyError or ValueError for a weight set that cannot be taken."""
 
     @abstractmethod
-    def take(self, version: int, parcel: Parcel) -> str:
+    def take(self, version: int, parcel: WeightTransfer) -> str:
         """Put a weight set that fits in place; the checksum of what was taken."""
 
     def status(self) -> dict[str, int | str]:
@@ -122,7 +122,7 @@ class Writer(ABC):
         """This node's address in the cluster and a free port, for the other workers to meet at."""
         return ray.util.get_node_ip_address(), free_port()
 
-    def receive(self, version: int, expected_checksum: str, parcel: Parcel) -> dict[str, int | str | float]:
+    def receive(self, version: int, expected_checksum: str, parcel: WeightTransfer) -> dict[str, int | str | float]:
         """Put a weight set in place and verify it.
 
         ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
@@ -143,23 +143,23 @@ class Writer(ABC):
 
     @serving
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
-        """Greedy answer in words to each (picture key, question); pictures are loaded at ``side`` pixels a side."""
-        requests = [Request(text, self.source.load(key, side)) for key, text in questions]
+        """Greedy answer in words to each (image key, question); images are loaded at ``side`` pixels a side."""
+        requests = [TextRequest(text, self.source.load(key, side)) for key, text in questions]
         return answers(self.engine, requests, max_new_tokens)
 
     @serving
     def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
-        """What the model says to each drawing request before it begins a picture; None where it begins none."""
+        """What the model says to each drawing request before it begins an image; None where it begins none."""
         return replies(self.engine, texts, max_new_tokens)
 
 
-class Worker(Writer):
+class Worker(BaseWorker):
     """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold."""
 
     def __init__(
         self,
         checkpoint: str,
-        source: PictureSource,
+        source: ImageSource,
         threads: int,
         use_gpu: bool = False,
         bf16: bool = False,
@@ -174,10 +174,10 @@ class Worker(Writer):
         engine = TransformersEngine(self.model, self.chat)
         super().__init__(engine, source, str(self.model.device), version_required)
 
-    def fits(self, layout: Layout) -> None:
+    def fits(self, layout: WeightLayout) -> None:
         check_fits(self.model, layout)
 
-    def take(self, version: int, parcel: Parcel) -> str:
+    def take(self, version: int, parcel: WeightTransfer) -> str:
         """Copy into the model's own tensors, and hash these."""
         for chunk in parcel.chunks():
             apply(self.model, chunk)
@@ -185,25 +185,25 @@ class Worker(Writer):
         return checksum_of(self.model, parcel.layout.dtypes)
 
     @serving
-    def draw(
+    def generate_images(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
-        """Draw a square picture of ``resolution`` pixels a side for each (prompt, seed); prompts may show pictures."""
+        """Draw a square image of ``resolution`` pixels a side for each (prompt, seed); prompts may show images."""
         grids, seen = self._shown([prompt for prompt, _ in jobs])
         rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
         size = (resolution, resolution)
-        labels_BLs = draw(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
+        labels_BLs = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
         return [
             Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)
             for (prompt, seed), bits in zip(jobs, self._packed(labels_BLs), strict=True)
         ]
 
     @serving
-    def encode(self, keys: list[str], resolution: int) -> list[Encoded | Failure]:
-        """Pictures of the source as tokens and features; one that cannot be loaded is a ``Failure``."""
-        results: dict[int, Encoded | Failure] = {}
+    def encode(self, keys: list[str], resolution: int) -> list[EncodedImage | Failure]:
+        """Images of the source as tokens and features; one that cannot be loaded is a ``Failure``."""
+        results: dict[int, EncodedImage | Failure] = {}
         images: dict[int, np.ndarray] = {}
         for i, key in enumerate(keys):
             image = self._load(key, resolution)
@@ -219,16 +219,16 @@ class Worker(Writer):
             packed = self._packed(self.image_tokenizer.quantise(features_Bdhw, schedule).labels_BLs)
             for i, bits, features_dhw in zip(images, packed, features_Bdhw.half().cpu().numpy(), strict=True):
                 # A copy, or each result would drag the whole batch's array along.
-                results[i] = Encoded(keys[i], bits, features_dhw.copy())
+                results[i] = EncodedImage(keys[i], bits, features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
     def faults(self, keys: list[str], side: int) -> list[Failure | None]:
-        """Why pictures of the source cannot be shown, None for each that can."""
+        """Why images of the source cannot be shown, None for each that can."""
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
     @serving
-    def score(self, items: list[Drawn], resolution: int) -> list[Score]:
-        """Log-probability of each picture's very tokens given its prompt, teacher forced, no condition dropped."""
+    def score(self, items: list[PromptedBits], resolution: int) -> list[ImageScore]:
+        """Log-probability of each image's very tokens given its prompt, teacher forced, no condition dropped."""
         schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
         grids, seen = self._shown([prompt for prompt, _ in items])
@@ -239,9 +239,9 @@ class Worker(Writer):
         logits = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen).image_logits
         log_probs_BLs = symbol_log_probs(logits, labels_BLs)
         return [
-            Score(*score)
+            ImageScore(*score)
             for score in zip(
-                picture_log_probs(log_probs_BLs).tolist(),
+                image_log_probs(log_probs_BLs).tolist(),
                 scale_sums(log_probs_BLs, schedule).tolist(),
                 scale_means(symbol_hits(logits, labels_BLs).float(), schedule).tolist(),
                 strict=True,
@@ -249,22 +249,22 @@ class Worker(Writer):
         ]
 
     @serving
-    def reward(self, items: list[Drawn], resolution: int, rewards: Rewards) -> list[float | None]:
-        """What ``rewards`` says of each picture; NaN counts as None. ValueError unless it says one thing a picture."""
+    def reward(self, items: list[PromptedBits], resolution: int, rewards: Rewards) -> list[float | None]:
+        """What ``rewards`` says of each image; NaN counts as None. ValueError unless it says one thing an image."""
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
         if len(values) != len(items):
-            raise ValueError(f"the reward returned {len(values)} values for {len(items)} pictures")
+            raise ValueError(f"the reward returned {len(values)} values for {len(items)} images")
         values = [value if value is None or isinstance(value, float) else float(value) for value in values]
         return [None if value is None or math.isnan(value) else value for value in values]
 
     @serving
-    def check(self, items: list[Drawn], resolution: int, check: Check) -> list:
-        """What ``check`` says of each picture."""
+    def check(self, items: list[PromptedBits], resolution: int, check: Check) -> list:
+        """What ``check`` says of each image."""
         return check(self._decode(items, resolution), [prompt for prompt, _ in items])
 
     @serving
-    def pictures(self, items: list[tuple[Drawn, str]], resolution: int, folder: str) -> list[Path]:
-        """Write each picture as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
+    def images(self, items: list[tuple[PromptedBits, str]], resolution: int, folder: str) -> list[Path]:
+        """Write each image as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
         paths = []
         for image, (_, name) in zip(self._decode([drawn for drawn, _ in items], resolution), items, strict=True):
             path = Path(folder, name)
@@ -281,10 +281,10 @@ class Worker(Writer):
             return Failure(key, f"{type(error).__name__}: {error}")
 
     def _shown(self, prompts: list[Prompt]) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
-        """The grid of each prompt's picture, None where it shows none, and all pictures on the model's device."""
-        pictures = [shown_picture(prompt, self.source, self.chat) for prompt in prompts]
-        seen = {name: tensor.to(self.model.device) for name, tensor in joined(pictures).items()}
-        return [picture and picture.image_grid_thw for picture in pictures], seen
+        """The grid of each prompt's image, None where it shows none, and all images on the model's device."""
+        images = [shown_image(prompt, self.source, self.chat) for prompt in prompts]
+        seen = {name: tensor.to(self.model.device) for name, tensor in joined(images).items()}
+        return [image and image.image_grid_thw for image in images], seen
 
     def _rows(self, rows: list[list[int]], side: str, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 ids and attention mask [B, T] on the model's device."""
@@ -293,16 +293,16 @@ class Worker(Writer):
         return ids_BT.to(self.model.device), mask_BT.to(self.model.device)
 
     def _packed(self, labels_BLs: torch.Tensor) -> list[bytes]:
-        """The image tokens of each picture as they travel."""
+        """The image tokens of each image as they travel."""
         return [pack(labels_Ls, self.symbols.values) for labels_Ls in labels_BLs.cpu().numpy()]
 
-    def _labels(self, items: list[Drawn], tokens: int) -> torch.Tensor:
+    def _labels(self, items: list[PromptedBits], tokens: int) -> torch.Tensor:
         """Integers [B, L, s] on the model's device."""
         labels_BLs = np.stack([unpack(packed, tokens, *self.symbols) for _, packed in items])
         return torch.from_numpy(labels_BLs).to(self.model.device)
 
-    def _decode(self, items: list[Drawn], resolution: int) -> list[Image.Image]:
-        """The pictures that the image tokens stand for."""
+    def _decode(self, items: list[PromptedBits], resolution: int) -> list[Image.Image]:
+        """The images that the image tokens stand for."""
         schedule = self.image_tokenizer.schedule_for(resolution)
         labels_BLs = self._labels(items, token_count(schedule))
         summed_Bdhw = self.image_tokenizer.replay(labels_BLs, schedule, self.model.dtype).summed_Bdhw

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import LoopConfig
-from configs.secrets import check_secrets
+from vargpt_rl.common.secret_check import check_secrets
 
 
 def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> LoopConfig:

@@ -13,79 +13,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actors.resources import PlacementConfig, RolloutConfig
 from learners.config import DpoConfig, LearnerConfig, Recipe
-from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 from vargpt_rl.stages import STAGES as TRAINED
 
 STAGES = ("tokenizer", "pretrain", "understanding", "align", "edit")
-TINY, TINY_V1 = "tiny", "tiny_v1"
-
-
-@dataclass
-class DataConfig:
-    """Where pictures and captions come from. ``kind``: shapes (drawn on demand), captioned (a folder of pictures) or
-    records (streams of conversations).
-
-    ``seen_side``: pixels a side at which pictures are shown to the understanding path.
-
-    For captions and for records: ``max_bad_fraction`` of them may be unusable; ``held_out_fraction`` of them, chosen by
-    a hash of their ids, is never trained on but measured on (of records, those with a picture to draw).
-
-    For records: ``sources`` by name, each with the keys of ``vargpt_rl.data.records.sources.RecordSource``. All records
-    of a source are drawings (edits count as such) or all are understanding, as the first. ``block`` rows are shuffled
-    together, in each of ``workers`` processes of each rank. Rows of more than ``max_tokens`` are set aside. Shown
-    pictures keep their shape and have at most ``seen_pixels``. ``pack``: short texts share a row. ``encoded``: a folder
-    with the features of pictures to draw, for each resolution a sub-folder named after it (``DIR/256``) that
-    ``vargpt_rl.data.encode`` made; without it the learner runs the image tokenizer.
-    """
-
-    kind: str = "shapes"
-    captions: str | None = None
-    images: str | None = None
-    max_bad_fraction: float = 0.01
-    held_out_fraction: float = 0.1
-    seen_side: int = 224
-    sources: dict[str, Any] = field(default_factory=dict)
-    block: int = 1000
-    workers: int = 2
-    max_tokens: int = 4096
-    seen_pixels: int = 401_408
-    pack: bool = True
-    encoded: str | None = None
-
-    def __post_init__(self):
-        if self.kind not in ("shapes", "captioned", "records"):
-            raise ValueError(f"data.kind={self.kind}: expected shapes, captioned or records")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction={self.held_out_fraction}: expected 0 or more and less than 1")
-        for key, least in (("block", 1), ("workers", 0), ("max_tokens", 1), ("seen_pixels", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"data.{key}={getattr(self, key)}: expected {least} or more")
-        if (self.sources or self.encoded) and self.kind != "records":
-            raise ValueError(f"data.sources and data.encoded are for data=records, not for data.kind={self.kind}")
-
-    def records(self) -> dict[str, RecordSource]:
-        """The sources. ValueError for an unknown key or a bad value in one, and where there are none."""
-        found = {}
-        for name, keys in self.sources.items():
-            try:
-                found[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecordSource), keys))
-            except (OmegaConfBaseException, ValueError) as error:
-                raise ValueError(f"data.sources.{name}: {str(error).splitlines()[0]}") from error
-        if not found:
-            raise ValueError("data.sources: none given, expected +data.sources.NAME.files=[FILE,...]")
-        return found
 
 
 @dataclass
 class TokenizerStage:
-    """Image-tokenizer training, for pictures that the starting checkpoint's tokenizer does not know."""
+    """Image-tokenizer training, for images that the starting checkpoint's tokenizer does not know."""
 
     steps: int = 400
     batch: int = 8
     lr: float = 1e-3
-    pictures: int = 600
+    images: int = 600
 
 
 @dataclass
@@ -141,7 +85,7 @@ class SftStage:
 
 @dataclass
 class EditStage:
-    """All trains but the image tokenizer, on pictures to be edited, instructions and the pictures after them; at the
+    """All trains but the image tokenizer, on images to be edited, instructions and the images after them; at the
     last of ``resolutions``, as the paper edits at its highest.
     """
 
@@ -151,9 +95,9 @@ class EditStage:
 
 @dataclass
 class PreferenceConfig:
-    """How pairs are made. ``winners``: a folder of the stronger system's pictures, matched by file name (captioned
+    """How pairs are made. ``winners``: a folder of the stronger system's images, matched by file name (captioned
     data) or by the prompt's id, as ``<id>.png``, .jpg, .jpeg or .webp (records; a held-out record without one there has
-    its own picture for a winner). ``builder``: ``module:name`` or ``file.py:name``, with ``options``; ``prompts``: a
+    its own image for a winner). ``builder``: ``module:name`` or ``file.py:name``, with ``options``; ``prompts``: a
     file of prompts instead of the source's own; ``count`` prompts are drawn ``samples`` times each.
     """
 
@@ -181,7 +125,7 @@ class RewardConfig:
 class DpoStage(DpoConfig):
     """DPO on the pairs of this iteration. ``control`` also trains SFT on the winners, for as many steps, to compare.
 
-    The rate is low on purpose: with external winners, ten times as much drives pair accuracy to 1 while pictures get
+    The rate is low on purpose: with external winners, ten times as much drives pair accuracy to 1 while images get
     worse. An SFT anchor (``loss_type=[sigmoid,sft]``) is the other remedy.
 
     ``min_pairs``: DPO starts when so many pairs are there, while the workers make the rest, in rounds of as many
@@ -195,7 +139,7 @@ class DpoStage(DpoConfig):
 
 @dataclass
 class EvaluationConfig:
-    """Held-out prompts drawn after each stage, questions asked, edits drawn, and pictures in the sample grid.
+    """Held-out prompts drawn after each stage, questions asked, edits drawn, and images in the sample grid.
 
     ``reward`` judges the drawings and has no part in training; without one, the shapes world has its exact check, and
     other data the training reward alone.
@@ -290,7 +234,7 @@ class LoopConfig:
             for key, value in needed.items():
                 if value is None:
                     raise ValueError(f"{key} is not set: data=captioned needs {', '.join(needed)}")
-            for stage, needed in (("understanding", "questions"), ("edit", "edited pictures")):
+            for stage, needed in (("understanding", "questions"), ("edit", "edited images")):
                 if stage in self.stages:
                     raise ValueError(f"stages: {stage} needs {needed}, which data=captioned has not; leave it out")
         if self.data.kind == "records":
@@ -329,13 +273,13 @@ class LoopConfig:
         for stage in self.stages:
             if stage == "tokenizer":
                 raise ValueError(
-                    f"stages: {stage} needs pictures that can be chosen, which data=records, a stream, has not; leave "
+                    f"stages: {stage} needs images that can be chosen, which data=records, a stream, has not; leave "
                     f"it out and start from a checkpoint that needs none"
                 )
         for resolution in self.resolutions:
             tokens = token_count(schedule_for(resolution))
             if self.data.max_tokens <= tokens:
-                raise ValueError(f"data.max_tokens={self.data.max_tokens}: a picture of {resolution} px has {tokens}")
+                raise ValueError(f"data.max_tokens={self.data.max_tokens}: an image of {resolution} px has {tokens}")
         needed = {"preference.prompts": self.preference.prompts, "preference.winners": self.preference.winners}
         for key, value in needed.items():
             if "align" in self.stages and value is None:

@@ -9,7 +9,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vargpt_rl.checkpoint import MARKER, digest, write_atomically
+from vargpt_rl.storage.checkpoint import MARKER
+from vargpt_rl.storage.files import digest, write_atomically
 
 
 def _described(files: list[Path]) -> list[dict[str, int | str]]:

@@ -1,8 +1,8 @@
 """Direct preference optimisation on image tokens alone: a ``trl.DPOTrainer`` whose loss is TRL's own.
 
-The log-likelihood of a picture is the sum over its bits (VARGPT-v1.1, eq. 4), in v1 over its indices, at the positions
+The log-likelihood of an image is the sum over its bits (VARGPT-v1.1, eq. 4), in v1 over its indices, at the positions
 of its image tokens; the completion mask is the image-token mask. References were scored by the rollout workers and come
-with the pairs. No picture is encoded or decoded here, and neither the text head nor a reference model is run.
+with the pairs. No image is encoded or decoded here, and neither the text head nor a reference model is run.
 
 Deviations from the published code (specification, section 9): policy and reference score the same bits, with no bit
 flips, no condition drop and no drop path, so that at step 0 every log-ratio is zero. That is asserted, in training.
@@ -56,7 +56,7 @@ class _ScoresPairs:
     """The model as DPO sees it: given a pair batch, it returns log-probabilities of image tokens."""
 
     def forward(self, input_ids, attention_mask, bits, resolution, **ignored) -> ScoredOutput:
-        """``bits`` integers [B, L, s], square pictures of ``resolution`` pixels; see ``PairCollator``."""
+        """``bits`` integers [B, L, s], square images of ``resolution`` pixels; see ``PairCollator``."""
         side = int(resolution)
         schedule, symbols = self.image_tokenizer.schedule_for(side), self.config.image_tokenizer_config.symbols
         drawing = replayed(bits, (side, side))

@@ -29,7 +29,7 @@ SETTLE_S = 30.0
 may need half a minute to notice that a whole node is gone."""
 
 
-class Training:
+class RunningJob:
     """A job that runs beside other work of the driver's, which looks at it from time to time."""
 
     def __init__(self, work: Work):
@@ -92,19 +92,19 @@ class LearnerGroup:
 
     def sft(self, job: SftJob, on_log: OnLog) -> dict:
         """Run a supervised job on all ranks; the main rank's result."""
-        return Training(self._run("sft", job, on_log)).result()
+        return RunningJob(self._run("sft", job, on_log)).result()
 
     def dpo(self, job: DpoJob, on_log: OnLog) -> dict:
         """Run a preference job on all ranks; the main rank's result."""
         return self.start_dpo(job, on_log).result()
 
-    def start_dpo(self, job: DpoJob, on_log: OnLog) -> Training:
+    def start_dpo(self, job: DpoJob, on_log: OnLog) -> RunningJob:
         """The same, without waiting for it."""
-        return Training(self._run("dpo", job, on_log))
+        return RunningJob(self._run("dpo", job, on_log))
 
     def tokenizer(self, job: TokenizerJob, on_log: OnLog) -> dict:
         """Train the image tokenizer, on the main rank alone."""
-        return Training(self._run("tokenizer", job, on_log)).result()
+        return RunningJob(self._run("tokenizer", job, on_log)).result()
 
     def checkpoint(self, timeout_s: float) -> None:
         """Have the job under way, if any, keep a checkpoint after its current step; waits so long at most."""

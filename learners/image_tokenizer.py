@@ -1,10 +1,10 @@
-"""Image-tokenizer training: reconstruct pictures through their tokens.
+"""Image-tokenizer training: reconstruct images through their tokens.
 
 A plain single-process loop: it serves the tiny model and small collections, the released tokenizer is used as it is.
 Deviation from the release: no adversarial, perceptual or entropy term. Flat drawings need none (the bits do not
 collapse without them), and each would bring a pretrained network along.
 
-Shape legend: B batch, H W picture.
+Shape legend: B batch, H W image.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from vargpt_rl.model.families import AnyImageTokenizer
 
 
 def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) -> torch.Tensor:
-    """Scalar L1 + L2, weighted towards what stands out from the picture's median colour.
+    """Scalar L1 + L2, weighted towards what stands out from the image's median colour.
 
     Most of a drawing is background; without the weight its things are learned last.
     """
@@ -41,14 +41,14 @@ def train_image_tokenizer(
     on_step: Callable[[int, float], None],
     first_step: int = 0,
 ) -> None:
-    """Train in place on ``batches`` of pictures float [B, 3, H, W] in [-1, 1]; ``on_step(step, loss)`` after each."""
+    """Train in place on ``batches`` of images float [B, 3, H, W] in [-1, 1]; ``on_step(step, loss)`` after each."""
     tokenizer.train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(first_step, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr)
-        pictures_B3HW = next(batches)
-        loss = tokenizer.training_loss(pictures_B3HW, reconstruction_loss)
+        images_B3HW = next(batches)
+        loss = tokenizer.training_loss(images_B3HW, reconstruction_loss)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0, error_if_nonfinite=True)
@@ -57,20 +57,20 @@ def train_image_tokenizer(
     tokenizer.eval()
 
 
-def picture_batches(source, keys: list[str], side: int, batch: int, seed: int) -> tuple[Iterator[torch.Tensor], list]:
-    """Endless random batches float [batch, 3, side, side] of a source's pictures, mirrored half of the time.
+def image_batches(source, keys: list[str], side: int, batch: int, seed: int) -> tuple[Iterator[torch.Tensor], list]:
+    """Endless random batches float [batch, 3, side, side] of a source's images, mirrored half of the time.
 
-    Also returns [key, reason] of each picture that could not be loaded. ValueError if none could.
+    Also returns [key, reason] of each image that could not be loaded. ValueError if none could.
     """
-    pictures, failures = [], []
+    images, failures = [], []
     for key in keys:
         try:
-            pictures.append(torch.from_numpy(np.asarray(source.load(key, side)).copy()).permute(2, 0, 1))
+            images.append(torch.from_numpy(np.asarray(source.load(key, side)).copy()).permute(2, 0, 1))
         except (ValueError, OSError) as error:
             failures.append([key, str(error)])
-    if not pictures:
-        raise ValueError(f"none of {len(keys)} pictures could be loaded; the first: {failures[0]}")
-    pool, generator = torch.stack(pictures), torch.Generator().manual_seed(seed)
+    if not images:
+        raise ValueError(f"none of {len(keys)} images could be loaded; the first: {failures[0]}")
+    pool, generator = torch.stack(images), torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[torch.Tensor]:
         while True:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learners.config import DpoConfig, Recipe
-from vargpt_rl.data.records.feed import Feed
+from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.types import Probe
 
 
@@ -28,7 +28,7 @@ class Start:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Rows of (picture key, question, answer), the source that loads the keys at ``side`` pixels, and the share of each
+    """Rows of (image key, question, answer), the source that loads the keys at ``side`` pixels, and the share of each
     batch that is drawings beside them."""
 
     rows: list[tuple[str, str, str]]
@@ -42,7 +42,7 @@ class SftJob:
     """A supervised stage on the drawings encoded in ``corpus``, or on what ``feed`` streams.
 
     Intermediate weights are saved after ``save_steps``. ``resume``: the training checkpoint that it goes on from, which
-    the group looks for. ``source`` loads the pictures that prompts show; ``frozen`` are
+    the group looks for. ``source`` loads the images that prompts show; ``frozen`` are
     parts of the stage that stay as they are.
     """
 
@@ -55,7 +55,7 @@ class SftJob:
     probe: Probe
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
-    feed: Feed | None = None
+    feed: RecordStream | None = None
     source: object = None
     frozen: tuple[str, ...] = ()
     resume: Path | None = None
@@ -78,7 +78,7 @@ class DpoJob:
 
 @dataclass(frozen=True)
 class TokenizerJob:
-    """Image-tokenizer training on pictures that ``source`` loads by key, at the run's first resolution."""
+    """Image-tokenizer training on images that ``source`` loads by key, at the run's first resolution."""
 
     start: Start
     keys: list[str]

@@ -31,11 +31,11 @@ from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.shapes import Scene, render, sample_scene
 from vargpt_rl.data.shapes_tasks import edit, question
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.fresh import shapes_bpe
-from vargpt_rl.losses import sft_loss
+from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import SYSTEM, ChatFormat
+from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
 
 SPECIAL = [
@@ -52,7 +52,7 @@ SPECIAL = [
     "image_gen_pad",
 ]
 REPLY = "Here is the picture."
-SEEN_SIDE = 112  # understood pictures: 8 x 8 patches of 14 pixels
+SEEN_SIDE = 112  # understood images: 8 x 8 patches of 14 pixels
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,25 +91,25 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels})
 
 
-def picture_tensor(scene: Scene, side: int, style: str, rng: np.random.Generator) -> torch.Tensor:
+def image_tensor(scene: Scene, side: int, style: str, rng: np.random.Generator) -> torch.Tensor:
     """uint8 [3, side, side]."""
     return torch.from_numpy(np.asarray(render(scene, side, style, rng)).copy()).permute(2, 0, 1)
 
 
 def tokenizer_batches(seed: int) -> Iterator[torch.Tensor]:
-    """Pictures for the image tokenizer: sixteen at 128 px, and every fifth batch four at 256 px."""
+    """Images for the image tokenizer: sixteen at 128 px, and every fifth batch four at 256 px."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     styles, shares = ["corpus", "commercial", "clean"], [0.45, 0.45, 0.1]
 
     def pool(count: int, side: int) -> torch.Tensor:
         return torch.stack(
-            [picture_tensor(sample_scene(rng), side, str(rng.choice(styles, p=shares)), rng) for _ in range(count)]
+            [image_tensor(sample_scene(rng), side, str(rng.choice(styles, p=shares)), rng) for _ in range(count)]
         )
 
     small, large = pool(8000, 128), pool(1200, 256)
     for step in itertools.count():
-        pictures, size = (large, 4) if step % 5 == 4 else (small, 16)
-        batch = pictures[torch.randint(len(pictures), (size,), generator=generator)]
+        images, size = (large, 4) if step % 5 == 4 else (small, 16)
+        batch = images[torch.randint(len(images), (size,), generator=generator)]
         for axis in (2, 3):
             if torch.rand(1, generator=generator) < 0.5:
                 batch = batch.flip(axis)
@@ -118,55 +118,55 @@ def tokenizer_batches(seed: int) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def encode_corpus(model: Vargpt, count: int, side: int, seed: int) -> list[DrawExample]:
-    """Corpus pictures, half of them of the noisy kind, as image-tokenizer features."""
+    """Corpus images, half of them of the noisy kind, as image-tokenizer features."""
     rng, examples = np.random.default_rng(seed), []
     for _ in range(count // 8):
         scenes = [sample_scene(rng) for _ in range(8)]
         styles = rng.choice(["corpus", "clean"], 8, p=[0.5, 0.5])
-        drawn = [picture_tensor(s, side, str(style), rng) for s, style in zip(scenes, styles, strict=True)]
-        pictures = torch.stack(drawn)
-        features = model.image_tokenizer.features(pictures.float() / 127.5 - 1).half().numpy()
+        drawn = [image_tensor(s, side, str(style), rng) for s, style in zip(scenes, styles, strict=True)]
+        images = torch.stack(drawn)
+        features = model.image_tokenizer.features(images.float() / 127.5 - 1).half().numpy()
         prompts = [Prompt("", scene.caption, REPLY) for scene in scenes]
         examples += [DrawExample(prompt, f) for prompt, f in zip(prompts, features, strict=True)]
     return examples
 
 
 class Edit(NamedTuple):
-    """An instruction, the picture that it is about, and the features of the picture after it."""
+    """An instruction, the image that it is about, and the features of the image after it."""
 
     instruction: str
     before: Image.Image
     features: np.ndarray
 
     def example(self, chat: ChatFormat) -> DrawExample:
-        return DrawExample(Prompt("", self.instruction, REPLY), self.features, chat.pictures([self.before]))
+        return DrawExample(Prompt("", self.instruction, REPLY), self.features, chat.vision_inputs([self.before]))
 
 
 @torch.inference_mode()
 def encode_edits(model: Vargpt, count: int, side: int, seed: int) -> list[Edit]:
-    """Edits of commercial pictures, as the stage of that name has them."""
+    """Edits of commercial images, as the stage of that name has them."""
     rng, edits = np.random.default_rng(seed), []
     for _ in range(count // 8):
         before = [sample_scene(rng) for _ in range(8)]
         instructions, after = zip(*(edit(scene, rng) for scene in before), strict=True)
-        pictures = torch.stack([picture_tensor(scene, side, "commercial", rng) for scene in after])
-        features = model.image_tokenizer.features(pictures.float() / 127.5 - 1).half().numpy()
+        images = torch.stack([image_tensor(scene, side, "commercial", rng) for scene in after])
+        features = model.image_tokenizer.features(images.float() / 127.5 - 1).half().numpy()
         shown = [render(scene, SEEN_SIDE, "commercial", rng) for scene in before]
         edits += map(Edit, instructions, shown, features)
     return edits
 
 
 def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) -> list[TextExample]:
-    """Questions about clean and commercial pictures."""
+    """Questions about clean and commercial images."""
     examples = []
     for _ in range(count):
         scene = sample_scene(rng)
         image = render(scene, SEEN_SIDE, str(rng.choice(["clean", "commercial"])), rng)
-        examples.append(TextExample(*question(scene, rng), chat.pictures([image])))
+        examples.append(TextExample(*question(scene, rng), chat.vision_inputs([image])))
     return examples
 
 
-# By resolution: pictures of the corpus and edits (shared out over the ranks), and of each a step on each rank.
+# By resolution: images of the corpus and edits (shared out over the ranks), and of each a step on each rank.
 CORPORA = {128: 8000, 256: 2400, 512: 128}
 DRAWINGS_PER_STEP = {128: 8, 256: 3, 512: 1}
 EDITS_PER_STEP = {128: 16, 256: 4, 512: 1}

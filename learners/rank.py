@@ -21,24 +21,24 @@ from trl import DPOConfig
 
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
-from learners.image_tokenizer import picture_batches, train_image_tokenizer
+from learners.image_tokenizer import image_batches, train_image_tokenizer
 from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, asked_to_save, training_checkpoints
 from learners.pairs import PairTable
 from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
-from vargpt_rl.checkpoint import load_weights_into, save_checkpoint
-from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_picture
+from vargpt_rl.common.failpoints import point
+from vargpt_rl.common.network import free_port
+from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_image
 from vargpt_rl.data.types import Probe
-from vargpt_rl.failpoints import point
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
-from vargpt_rl.model.likelihood import picture_log_probs, symbol_log_probs
-from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
+from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
-from vargpt_rl.network import free_port
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
+from vargpt_rl.storage.checkpoint import load_weights_into, save_checkpoint
 
 
 class WriteLog(TrainerCallback):
@@ -106,7 +106,7 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: Markup, trained: list[str], job: SftJob | DpoJob, source=None) -> dict:
+    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob, source=None) -> dict:
         output, probe = job.output, job.probe
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
@@ -129,29 +129,29 @@ class Rank:
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: Markup, probe: Probe, source) -> float:
+    def _score(self, trainer, chat: ChatTemplate, probe: Probe, source) -> float:
         """Log-probability of the probe under the trained weights, in nats. All ranks take part (ZeRO-3 gathers)."""
         tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
         tokens = token_count(tokenizer.schedule_for(probe.resolution))
         labels = torch.from_numpy(unpack(probe.bits, tokens, *tokenizer.symbols))[None].to(engine.device)
-        shown = shown_picture(probe.prompt, source, chat)
+        shown = shown_image(probe.prompt, source, chat)
         grid = shown and shown.image_grid_thw
         row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
         row = row.to(engine.device)
-        mask = torch.ones_like(row)  # what the pads beyond the picture hold cannot reach it
+        mask = torch.ones_like(row)  # what the pads beyond the image hold cannot reach it
         if isinstance(trainer, ImageDpoTrainer):
             return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
         seen = {name: tensor.to(engine.device) for name, tensor in joined([shown]).items()}
         logits = engine(row, mask, drawing=drawing, text_logits=False, **seen).image_logits
-        return picture_log_probs(symbol_log_probs(logits, labels)).item()
+        return image_log_probs(symbol_log_probs(logits, labels)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
         folder = training_checkpoints(output)
         return training_arguments(recipe, self.ranks, seed, folder, self.use_gpu, self.bf16)
 
-    def _corpus(self, job: SftJob, chat: Markup) -> dict:
+    def _corpus(self, job: SftJob, chat: ChatTemplate) -> dict:
         """Drawings that were encoded beforehand, and questions."""
         questions, share = None, 1.0
         if job.questions is not None:
@@ -162,8 +162,8 @@ class Rank:
         rows = BalancedBatches(drawings, questions, length, job.recipe.micro_batch, share, job.seed)
         return {"train_dataset": rows}
 
-    def _streamed(self, job: SftJob, model: Unified, chat: Markup) -> dict:
-        """Records as they come, and what takes the features of their pictures if nobody did beforehand."""
+    def _streamed(self, job: SftJob, model: Unified, chat: ChatTemplate) -> dict:
+        """Records as they come, and what takes the features of their images if nobody did beforehand."""
         mixture = job.feed.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
         loader = job.feed.loader(mixture, job.seed, self.use_gpu)
         tokenizer = None if job.feed.encoded else copy.deepcopy(model.image_tokenizer)  # the model's own may be cut up
@@ -182,7 +182,7 @@ class Rank:
             args=TrainingArguments(
                 **self._common(job.recipe, job.seed, job.output),
                 ignore_data_skip=job.feed is not None,
-                dataloader_num_workers=1,  # pictures are drawn or read, and made ready, beside the step
+                dataloader_num_workers=1,  # images are drawn or read, and made ready, beside the step
             ),
             data_collator=SftCollator(chat),
             **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
@@ -228,7 +228,7 @@ class Rank:
         }
 
     def tokenizer(self, job: TokenizerJob) -> dict:
-        """Adapt the image tokenizer to pictures; a single process. First and last loss (means of ten steps)."""
+        """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps)."""
         torch.manual_seed(job.seed)
         model, losses = self._model(job.start), []
         log = WriteLog(job.output / "log.jsonl")
@@ -237,7 +237,7 @@ class Rank:
             losses.append(loss)
             log.write({"step": step + 1, "loss": loss})
 
-        batches, failures = picture_batches(job.source, job.keys, job.side, job.batch, job.seed)
+        batches, failures = image_batches(job.source, job.keys, job.side, job.batch, job.seed)
         began = time.time()
         train_image_tokenizer(model.image_tokenizer, batches, job.steps, job.lr, on_step)
         save_checkpoint(

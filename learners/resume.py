@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from learners.checkpoints import mark, prune
-from vargpt_rl.checkpoint import check_room, sync
-from vargpt_rl.failpoints import point
+from vargpt_rl.common.failpoints import point
+from vargpt_rl.storage.files import check_room, sync
 
 HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 """Classes in DeepSpeed's files that hold plain values."""

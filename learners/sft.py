@@ -1,4 +1,4 @@
-"""Supervised training of any stage: a ``transformers.Trainer`` whose loss is ``vargpt_rl.losses.sft_loss``.
+"""Supervised training of any stage: a ``transformers.Trainer`` whose loss is ``vargpt_rl.losses.supervised.sft_loss``.
 
 Each micro-batch holds the stage's share of drawings and of questions, whatever the number of each ("dynamic batch
 balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has gradients for the same parameters.
@@ -19,41 +19,41 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from learners.modalities import EVERY, ModalityGradients
 from learners.resume import Resumable
-from vargpt_rl.data.batches import DrawExample, Example, PictureSource, TextExample, shown_picture
+from vargpt_rl.data.batches import DrawExample, Example, ImageSource, TextExample, shown_image
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.losses import modality_losses, sft_loss
+from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
-from vargpt_rl.model.prompt import Markup
+from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
 
 class Drawings(Dataset):
-    """The encoded pictures of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order.
+    """The encoded images of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order.
 
-    Pictures that prompts show are loaded by ``source``.
+    Images that prompts show are loaded by ``source``.
     """
 
-    def __init__(self, folder: Path, source: PictureSource | None = None, chat: Markup | None = None):
+    def __init__(self, folder: Path, source: ImageSource | None = None, chat: ChatTemplate | None = None):
         self.source, self.chat = source, chat
         lines = (folder / "prompts.jsonl").read_text().splitlines()
         self.prompts = [Prompt(**json.loads(line)) for line in lines]
         self.file = safe_open(folder / "features.safetensors", framework="np").get_slice("features")
         if self.file.get_shape()[0] != len(self.prompts):
-            raise ValueError(f"{folder}: {self.file.get_shape()[0]} pictures for {len(self.prompts)} prompts")
+            raise ValueError(f"{folder}: {self.file.get_shape()[0]} images for {len(self.prompts)} prompts")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> DrawExample:
         prompt = self.prompts[index]
-        return DrawExample(prompt, self.file[index : index + 1][0], shown_picture(prompt, self.source, self.chat))
+        return DrawExample(prompt, self.file[index : index + 1][0], shown_image(prompt, self.source, self.chat))
 
 
 class Questions(Dataset):
-    """Questions about pictures that a data source can load: rows of (picture key, question, answer)."""
+    """Questions about images that a data source can load: rows of (image key, question, answer)."""
 
-    def __init__(self, rows: list[tuple[str, str, str]], source, chat: Markup, side: int):
+    def __init__(self, rows: list[tuple[str, str, str]], source, chat: ChatTemplate, side: int):
         self.rows, self.source, self.chat, self.side = rows, source, chat, side
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Questions(Dataset):
 
     def __getitem__(self, index: int) -> TextExample:
         key, question, answer = self.rows[index]
-        return TextExample(question, answer, self.chat.pictures([self.source.load(key, self.side)]))
+        return TextExample(question, answer, self.chat.vision_inputs([self.source.load(key, self.side)]))
 
 
 class BalancedBatches(Dataset):
@@ -100,7 +100,7 @@ class SftTrainer(Resumable, Trainer):
     Where there are two losses, their gradient norms are logged now and then; where there is one, ``grad_norm`` is its.
 
     Batches are those of ``loader``, a rank's own, where there is one, else of ``train_dataset``, shared over ranks.
-    ``image_tokenizer``, apart from the model that trains, takes the features of pictures that come as pixels.
+    ``image_tokenizer``, apart from the model that trains, takes the features of images that come as pixels.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class SftTrainer(Resumable, Trainer):
 
     @torch.no_grad()
     def _features(self, crops_NHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W, 3] -> float16 [N, d, h, w], as rollout workers encode pictures."""
+        """uint8 [N, H, W, 3] -> float16 [N, d, h, w], as rollout workers encode images."""
         images_N3HW = (
             (crops_NHW3.float() / 127.5 - 1).permute(0, 3, 1, 2).to(next(self.image_tokenizer.parameters()).dtype)
         )

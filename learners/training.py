@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from learners.config import Recipe
-from vargpt_rl.checkpoint import save_checkpoint
+from vargpt_rl.storage.checkpoint import save_checkpoint
 
 LINEAR = torch.nn.functional.linear
 """PyTorch's own. ZeRO-3 puts another in its place, which rounds otherwise, and leaves it there."""

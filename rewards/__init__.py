@@ -8,4 +8,4 @@ from collections.abc import Callable
 from PIL import Image
 
 Reward = Callable[[list[Image.Image], list[str]], list[float | None]]
-"""Pictures and their prompts -> a number each, None where there is none."""
+"""Images and their prompts -> a number each, None where there is none."""

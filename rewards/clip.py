@@ -20,7 +20,7 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class Clip:
-    """A CLIP model with the tokenizer and the picture settings of ``processor``; features are of length 1."""
+    """A CLIP model with the tokenizer and the image settings of ``processor``; features are of length 1."""
 
     def __init__(self, model: CLIPModel, processor: str, device: str):
         self.model = model.to(device).eval()
@@ -28,13 +28,13 @@ class Clip:
         # Pillow's resampling is what published scores were made with.
         self.pixels = AutoImageProcessor.from_pretrained(processor, backend="pil")
 
-    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """Features [B, D] of pictures."""
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features [B, D] of images."""
         pixels = self.pixels([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         return self.features(pixels)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Features [B, D] of pictures that are tensors already."""
+        """Features [B, D] of images that are tensors already."""
         return normalize(self.model.get_image_features(pixels.to(self.model.device)).pooler_output, dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -62,7 +62,7 @@ def clip_from_state(state: dict[str, Tensor], processor: str, device: str) -> Cl
 
 
 class ClipScore:
-    """The cosine of picture and prompt, in [-1, 1]; a hundred times it is the CLIP score as it is usually given."""
+    """The cosine of image and prompt, in [-1, 1]; a hundred times it is the CLIP score as it is usually given."""
 
     def __init__(self, model: str = CLIP_L, device: str = "cpu"):
         self.model, self.device = model, device
@@ -73,7 +73,7 @@ class ClipScore:
 
 
 class PickScore:
-    """PickScore: the cosine times the model's own scale. Of two pictures of a prompt, people prefer the higher one.
+    """PickScore: the cosine times the model's own scale. Of two images of a prompt, people prefer the higher one.
 
     The published model uses the processor of another one.
     """
@@ -90,7 +90,7 @@ class PickScore:
 
 
 class Aesthetic:
-    """How good a picture looks, whatever its prompt: linear layers on CLIP's picture features, about 1 to 10.
+    """How good an image looks, whatever its prompt: linear layers on CLIP's image features, about 1 to 10.
 
     ``head`` is a file of weights, safetensors or .pth: the published heads of the LAION aesthetic predictors fit,
     those of one layer and those of several, each with the CLIP model it was trained on.
@@ -104,19 +104,19 @@ class Aesthetic:
         if not images:
             return []
         clip = load_clip(self.model, self.model, self.device)
-        return _load_head(self.head, self.device)(clip.pictures(images))[:, 0].tolist()
+        return _load_head(self.head, self.device)(clip.image_features(images))[:, 0].tolist()
 
 
 def cosines(clip: Clip, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """[B], picture by picture with its own prompt. ValueError where the lengths differ."""
+    """[B], image by image with its own prompt. ValueError where the lengths differ."""
     check_lengths(images, prompts)
-    return (clip.pictures(images) * clip.texts(prompts)).sum(-1)
+    return (clip.image_features(images) * clip.texts(prompts)).sum(-1)
 
 
 def check_lengths(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     """ValueError where they differ."""
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
 
 
 @cache

@@ -7,8 +7,8 @@
           text: {path: "rewards.ocr:TextAccuracy", weight: 2, required: false}
           sharp: {path: "rewards.technical:sharpness"}
 
-The keys of a term are those of `rewards.processes.Term`. `scorers` starts and ends the processes, also for a single
-reward of any other kind.
+The keys of a term are those of `rewards.processes.RewardTerm`. `scorers` starts and ends the processes, also for a
+single reward of any other kind.
 """
 
 import json
@@ -26,13 +26,13 @@ from PIL import Image
 
 from rewards import Reward
 from rewards.images import to_png
-from rewards.processes import Keeper, Term
-from vargpt_rl.plugins import check_callable, load_plugin, make_plugin
+from rewards.processes import RewardServer, RewardTerm
+from vargpt_rl.common.plugins import check_callable, load_plugin, make_plugin
 
 CHECK = """
 import json, sys
 import rewards.processes
-from vargpt_rl.plugins import check_callable, load_plugin
+from vargpt_rl.common.plugins import check_callable, load_plugin
 check_callable(load_plugin(sys.argv[1]), json.loads(sys.argv[2]))
 """
 
@@ -51,8 +51,8 @@ class Total(float):
         return float(self), self.terms
 
 
-def weighted_sum(values: dict[str, float | None], terms: dict[str, Term]) -> Total | None:
-    """The sum of weight x value of one picture; None where a required term, or every term, has no value.
+def weighted_sum(values: dict[str, float | None], terms: dict[str, RewardTerm]) -> Total | None:
+    """The sum of weight x value of one image; None where a required term, or every term, has no value.
 
     Without an optional term, the others' sum is scaled up to the weight of all: so optional terms should be of a
     similar size as the others.
@@ -85,7 +85,7 @@ class WeightedSum:
 class Running:
     """Rewards whose processes run: a reward itself, which can be sent to any process of the same Ray cluster."""
 
-    terms: dict[str, Term]
+    terms: dict[str, RewardTerm]
     keeper: ray.actor.ActorHandle
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
@@ -95,7 +95,7 @@ class Running:
         return [weighted_sum(row, self.terms) for row in rows]
 
     def report(self) -> dict[str, dict[str, object]]:
-        """What became of the pictures so far, by term: scored, their mean, unscored by reason, seconds, restarts."""
+        """What became of the images so far, by term: scored, their mean, unscored by reason, seconds, restarts."""
         return ray.get(self.keeper.report.remote())
 
 
@@ -111,8 +111,8 @@ def scorers(reward: Reward | Running) -> Iterator[Running]:
     if isinstance(reward, WeightedSum):
         terms, makes = reward.terms, reward.makes
     else:
-        terms, makes = {"reward": Term("")}, {"reward": partial(_same, reward)}
-    keeper = Keeper.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
+        terms, makes = {"reward": RewardTerm("")}, {"reward": partial(_same, reward)}
+    keeper = RewardServer.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
     try:
         yield Running(terms, keeper)
     finally:
@@ -123,10 +123,10 @@ def _same(reward: Reward) -> Reward:
     return reward
 
 
-def _term(name: str, fields: dict[str, object]) -> Term:
+def _term(name: str, fields: dict[str, object]) -> RewardTerm:
     """A checked term. ValueError for an unknown or bad key, and for a plug-in that is not there or does not fit."""
     try:
-        term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Term), fields))
+        term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardTerm), fields))
         where, colon, attribute = term.path.rpartition(":")
         if where.endswith(".py"):  # processes may run in other folders
             term.path = f"{Path(where).resolve()}{colon}{attribute}"
@@ -139,7 +139,7 @@ def _term(name: str, fields: dict[str, object]) -> Term:
     return term
 
 
-def _check_elsewhere(term: Term) -> None:
+def _check_elsewhere(term: RewardTerm) -> None:
     """The same check in the term's own environment, where alone its imports work."""
     if not Path(term.python).is_file():
         raise ValueError(f"python={term.python}: there is no such file")

@@ -35,7 +35,7 @@ IN_BLOCKS = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".c_fc.": ".f
 
 
 class HPSv2:
-    """HPSv2: the cosine of picture and prompt, about 0.2 to 0.35. Of two pictures, people prefer the higher one.
+    """HPSv2: the cosine of image and prompt, about 0.2 to 0.35. Of two images, people prefer the higher one.
 
     ``weights`` is the published checkpoint (``HPS_v2.1_compressed.pt``) or the same as safetensors. ``base`` is a
     directory or cached hub name of the CLIP model it was trained from, of which only the settings and the tokenizer
@@ -75,9 +75,9 @@ class HPSv3:
         check_lengths(images, prompts)
         if not images:
             return []
-        pictures = [image.convert("RGB") for image in images]
+        rgb_images = [image.convert("RGB") for image in images]
         # By name: the order of the two has changed between releases.
-        scores_B2 = _load_v3(self.weights, self.device).reward(image_paths=pictures, prompts=list(prompts))
+        scores_B2 = _load_v3(self.weights, self.device).reward(image_paths=rgb_images, prompts=list(prompts))
         return scores_B2[:, 0].tolist()
 
 

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: sends pictures as base64 PNG in JSON, gets numbers back. The other side: `rewards.serve`.
+"""A reward behind HTTP: sends images as base64 PNG in JSON, gets numbers back. The other side: `rewards.serve`.
 
     POST URL  {"images": ["<base64 PNG>", ...], "prompts": ["...", ...]}  ->  {"scores": [0.5, null, ...]}
 

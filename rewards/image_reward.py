@@ -47,7 +47,7 @@ class ImageReward:
 
 
 class Blip:
-    """The published model: what the text model makes of the prompt while it looks at the picture, put into a number."""
+    """The published model: what the text model makes of the prompt while it looks at the image, put into a number."""
 
     def __init__(self, state: dict[str, Tensor], base: str, device: str):
         config = BlipConfig.from_pretrained(base)
@@ -67,7 +67,7 @@ class Blip:
             module.to(device).eval()
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """A number for each picture and prompt."""
+        """A number for each image and prompt."""
         rows = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)

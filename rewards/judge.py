@@ -1,6 +1,6 @@
-"""A vision-language model as judge: how sure it is that a picture shows what its prompt says.
+"""A vision-language model as judge: how sure it is that an image shows what its prompt says.
 
-It is asked a question about each picture and only the first token of its answer is looked at: the score is the
+It is asked a question about each image and only the first token of its answer is looked at: the score is the
 probability of ``yes`` as a share of ``yes`` and ``no`` together, in (0, 1). VQAScore (Lin et al., 2024) takes the
 probability of "Yes" alone, which falls where a model would rather begin its answer in another way.
 
@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
-from vargpt_rl.model.conversation import device_and_dtype
+from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
-from vargpt_rl.shards import read_json
-from vargpt_rl.text.requests import Request, TextEngine
+from vargpt_rl.storage.sharded import read_json
+from vargpt_rl.text.requests import TextEngine, TextRequest
 from vargpt_rl.text.transformers_engine import TransformersEngine
 from vargpt_rl.text.vllm_engine import VllmEngine, is_installed
 
@@ -59,7 +59,9 @@ class VlmJudge:
         if not pairs:
             return []
         engine = _load(*self.settings)
-        requests = [Request(q.replace("{prompt}", prompt), image) for image, prompt in pairs for q in self.questions]
+        requests = [
+            TextRequest(q.replace("{prompt}", prompt), image) for image, prompt in pairs for q in self.questions
+        ]
         yes_no = torch.tensor(engine.log_probs(requests, _tokens(engine, self.words)), dtype=torch.float64)
         return yes_no.softmax(-1)[:, 0].view(len(pairs), -1).mean(1).tolist()
 

@@ -1,4 +1,4 @@
-"""Whether a picture shows the text that its prompt asks for, in quotes. Needs the extra ``rewards``.
+"""Whether an image shows the text that its prompt asks for, in quotes. Needs the extra ``rewards``.
 
 The reader is RapidOCR, whose package brings its weights along.
 """
@@ -38,7 +38,7 @@ def asked_text(prompt: str) -> str:
 
 
 def read_text(image: Image.Image) -> str:
-    """What is written on the picture, line by line from the top, joined by spaces."""
+    """What is written on the image, line by line from the top, joined by spaces."""
     return " ".join(_reader()(np.asarray(image.convert("RGB"))[..., ::-1]).txts or ())
 
 
@@ -61,6 +61,6 @@ def edit_distance(first: str, second: str) -> int:
 
 @cache
 def _reader():
-    from rapidocr import RapidOCR  # takes a second to import: only where pictures are read
+    from rapidocr import RapidOCR  # takes a second to import: only where images are read
 
     return RapidOCR(params={"Global.log_level": "error"})

@@ -1,9 +1,9 @@
-"""Preference builders: they turn samples and winners into pairs of a chosen and a rejected picture.
+"""Preference builders: they turn samples and winners into pairs of a chosen and a rejected image.
 
 A builder is a callable ``(samples, winners, sample_rewards, winner_rewards) -> (pairs, dropped)``:
 
 - ``samples``: what policies drew;
-- ``winners``: the stronger system's picture by prompt id;
+- ``winners``: the stronger system's image by prompt id;
 - ``sample_rewards``: one for each sample; None (or NaN) is not scored;
 - ``winner_rewards``: by prompt id;
 - ``dropped``: how many samples are in no pair, by reason.
@@ -24,20 +24,20 @@ from typing import Protocol
 
 from vargpt_rl.data.types import Prompt, Sample, Winner
 
-Built = tuple[list["Pair"], Counter[str]]
+Built = tuple[list["PreferencePair"], Counter[str]]
 Reward = float | None
 
 
-class Score(Protocol):
-    """A picture's log-probability in nats: the sum over its bits, and the parts of the scales."""
+class ReferenceScore(Protocol):
+    """An image's log-probability in nats: the sum over its bits, and the parts of the scales."""
 
     total: float
     by_scale: list[float]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two pictures of one prompt, the better first. ``pair_id`` is that of a sample in it (`pair_id`)."""
+class PreferencePair:
+    """Two images of one prompt, the better first. ``pair_id`` is that of a sample in it (`pair_id`)."""
 
     pair_id: str
     chosen: Sample | Winner
@@ -54,8 +54,8 @@ class Pair:
         """The sides that a policy drew."""
         return [side for side in (self.chosen, self.rejected) if isinstance(side, Sample)]
 
-    def row(self, chosen: Score, rejected: Score, reference_version: int) -> dict[str, object]:
-        """The pair as a row of the preference table, with what the reference policy makes of its pictures."""
+    def row(self, chosen: ReferenceScore, rejected: ReferenceScore, reference_version: int) -> dict[str, object]:
+        """The pair as a row of the preference table, with what the reference policy makes of its images."""
         row = {
             "pair_id": self.pair_id,
             "prompt_id": self.prompt.id,
@@ -69,13 +69,13 @@ class Pair:
             "chosen": (self.chosen, self.chosen_reward, chosen),
             "rejected": (self.rejected, self.rejected_reward, rejected),
         }
-        for name, (picture, reward, score) in sides.items():
-            drawn = isinstance(picture, Sample)
+        for name, (image, reward, score) in sides.items():
+            drawn = isinstance(image, Sample)
             row |= {
-                f"{name}_bits": picture.bits,
-                f"{name}_source": picture.checkpoint if drawn else picture.source,
-                f"{name}_seed": picture.seed if drawn else None,
-                f"{name}_version": picture.version if drawn else None,
+                f"{name}_bits": image.bits,
+                f"{name}_source": image.checkpoint if drawn else image.source,
+                f"{name}_seed": image.seed if drawn else None,
+                f"{name}_version": image.version if drawn else None,
                 f"{name}_reward": reward,
                 f"reference_{name}_logp": score.total,
                 f"reference_{name}_by_scale": score.by_scale,
@@ -89,7 +89,7 @@ def pair_id(sample: Sample) -> str:
     return hashlib.blake2b(origin.encode(), digest_size=8).hexdigest()
 
 
-def check_books(samples: Sequence[Sample], pairs: Sequence[Pair], dropped: Counter[str]) -> None:
+def check_books(samples: Sequence[Sample], pairs: Sequence[PreferencePair], dropped: Counter[str]) -> None:
     """RuntimeError unless every pair is there once and every sample is in a pair or dropped, and not both."""
     names = Counter(pair.pair_id for pair in pairs)
     if repeated := [name for name, count in names.items() if count > 1]:
@@ -110,14 +110,14 @@ def external_winner(
     sample_rewards: Sequence[Reward] | None,
     winner_rewards: dict[str, Reward] | None,
 ) -> Built:
-    """Each sample loses to the stronger system's picture of its prompt, whatever the rewards say.
+    """Each sample loses to the stronger system's image of its prompt, whatever the rewards say.
 
     Raises ValueError where the number of rewards is not that of the samples, or only one side has rewards.
     """
     if (sample_rewards is None) != (winner_rewards is None):
         raise ValueError("rewards are given for one side of the pairs only")
     asked = sample_rewards is not None
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, PreferencePair] = {}
     dropped: Counter[str] = Counter()
     for sample, value in zip(samples, sample_rewards if asked else [None] * len(samples), strict=True):
         winner = winners.get(sample.prompt.id)
@@ -135,7 +135,7 @@ def external_winner(
         elif name in pairs:
             dropped["duplicate pair id"] += 1
         else:
-            pairs[name] = Pair(name, winner, sample, chosen_reward, rejected_reward)
+            pairs[name] = PreferencePair(name, winner, sample, chosen_reward, rejected_reward)
     return list(pairs.values()), dropped
 
 
@@ -166,7 +166,9 @@ def reward_gated(
         elif ahead >= -margin:
             dropped["reward margin too small"] += 1
         elif flip:
-            kept.append(Pair(pair.pair_id, pair.rejected, pair.chosen, pair.rejected_reward, pair.chosen_reward))
+            kept.append(
+                PreferencePair(pair.pair_id, pair.rejected, pair.chosen, pair.rejected_reward, pair.chosen_reward)
+            )
         else:
             dropped["sample better than winner"] += 1
     return kept, dropped
@@ -208,7 +210,7 @@ def best_of_n(
 ) -> Built:
     """Of the samples of a prompt and resolution, the one of the lowest reward loses to the one of the highest.
 
-    Their rewards must differ by more than ``margin``. The stronger system's pictures are not used. Raises ValueError
+    Their rewards must differ by more than ``margin``. The stronger system's images are not used. Raises ValueError
     without rewards and for a negative margin.
     """
     _check(sample_rewards, "best_of_n", margin)
@@ -232,7 +234,7 @@ def best_of_n(
         elif best.bits == worst.bits:
             dropped["identical bits"] += len(group)
         else:
-            pairs.append(Pair(pair_id(worst), best, worst, most, least))
+            pairs.append(PreferencePair(pair_id(worst), best, worst, most, least))
             dropped["between best and worst"] += len(group) - 2
     return pairs, +dropped
 

@@ -1,8 +1,8 @@
-"""Rewards in processes of their own: one that hangs, dies or raises loses its own pictures and nobody else's.
+"""Rewards in processes of their own: one that hangs, dies or raises loses its own images and nobody else's.
 
-``Keeper`` is a Ray actor without any work of its own. It has a ``Lane`` for each reward, which hands batches to the
-reward's process one after another, counts what is lost and why, and kills and restarts a process that hangs or dies.
-Lanes do not wait for each other.
+``RewardServer`` is a Ray actor without any work of its own. It has a ``RewardQueue`` for each reward, which hands
+batches to the reward's process one after another, counts what is lost and why, and kills and restarts a process that
+hangs or dies. Queues do not wait for each other.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ MAX_RESTARTS = 3
 
 
 @dataclass
-class Term:
+class RewardTerm:
     """One reward of several.
 
-    ``required``: a picture that it does not score has no score at all; without it, the others decide. ``timeout_s`` is
+    ``required``: an image that it does not score has no score at all; without it, the others decide. ``timeout_s`` is
     for one batch; a failed batch is tried ``retries`` times more. ``python`` is the interpreter of a virtual
     environment for this reward alone, which needs this package and the same Ray. ``options`` go to a class's
     constructor.
@@ -56,8 +56,8 @@ class Term:
 
 
 @dataclass
-class Tally:
-    """What became of the pictures given to one reward; ``errors`` has the first message of each reason."""
+class RewardStats:
+    """What became of the images given to one reward; ``errors`` has the first message of each reason."""
 
     scored: int = 0
     total: float = 0.0
@@ -67,7 +67,7 @@ class Tally:
     errors: dict[str, str] = field(default_factory=dict)
 
     def lose(self, reason: str, count: int, message: str = "") -> None:
-        """Count pictures without a score."""
+        """Count images without a score."""
         self.unscored[reason] += count
         if message:
             self.errors.setdefault(reason, message)
@@ -84,7 +84,7 @@ class Tally:
         }
 
 
-class Lost(Exception):
+class RewardLost(Exception):
     """A batch that a reward did not score: ``reason`` to count it by, and a message if there is more to say."""
 
     def __init__(self, reason: str, message: str = ""):
@@ -93,8 +93,8 @@ class Lost(Exception):
 
 
 @ray.remote(num_cpus=0)
-class Process:
-    """The process of one reward. Pictures come as PNG, values go as plain numbers."""
+class RewardProcess:
+    """The process of one reward. Images come as PNG, values go as plain numbers."""
 
     def __init__(self, make: Callable[[], Reward]):
         self.make = make
@@ -104,23 +104,23 @@ class Process:
         self.reward = self.make()
 
     def score(self, pngs: list[bytes], prompts: list[str], first: int) -> list[float | None]:
-        """The values of ``prompts`` with the pictures from number ``first`` on."""
+        """The values of ``prompts`` with the images from number ``first`` on."""
         images = [from_png(png) for png in pngs[first : first + len(prompts)]]
         return [None if value is None else float(value) for value in self.reward(images, prompts)]
 
 
-class Lane:
+class RewardQueue:
     """One reward's process, its queue and its tally. ``make`` is in the object store: its ref in a list."""
 
-    def __init__(self, term: Term, make: list[ray.ObjectRef]):
+    def __init__(self, term: RewardTerm, make: list[ray.ObjectRef]):
         self.term, self.make = term, make
-        self.tally = Tally()
+        self.tally = RewardStats()
         self.turn = asyncio.Lock()
         self.process: ray.actor.ActorHandle | None = None
         self.starts = 0
 
     async def score(self, pngs: ray.ObjectRef, prompts: Sequence[str]) -> list[float | None]:
-        """A value for each picture; None where there is none, for whatever reason."""
+        """A value for each image; None where there is none, for whatever reason."""
         async with self.turn:
             began, values = perf_counter(), []
             for first in range(0, len(prompts), self.term.batch_size):
@@ -132,7 +132,7 @@ class Lane:
         for _ in range(1 + self.term.retries):
             try:
                 return self._count(await self._attempt(pngs, prompts, first))
-            except Lost as error:
+            except RewardLost as error:
                 lost = error
         self.tally.lose(lost.reason, len(prompts), str(lost))
         return [None] * len(prompts)
@@ -140,32 +140,32 @@ class Lane:
     async def _attempt(self, pngs: ray.ObjectRef, prompts: list[str], first: int) -> list[float | None]:
         if self.process is None:
             if self.starts > MAX_RESTARTS:
-                raise Lost(f"given up after {MAX_RESTARTS} restarts")
+                raise RewardLost(f"given up after {MAX_RESTARTS} restarts")
             self.starts += 1
             self.tally.restarts = self.starts - 1
             env = {"runtime_env": {"py_executable": self.term.python}} if self.term.python else {}
-            self.process = Process.options(**env).remote(self.make[0])
+            self.process = RewardProcess.options(**env).remote(self.make[0])
             try:
                 await self._answer(self.process.load.remote(), START_S)
-            except Lost as lost:
+            except RewardLost as lost:
                 self._end()
-                raise Lost("did not start", f"{lost.reason}: {lost}") from lost
+                raise RewardLost("did not start", f"{lost.reason}: {lost}") from lost
         values = await self._answer(self.process.score.remote(pngs, prompts, first), self.term.timeout_s)
         if len(values) != len(prompts):
-            raise Lost("wrong length", f"{len(values)} values for {len(prompts)} pictures")
+            raise RewardLost("wrong length", f"{len(values)} values for {len(prompts)} images")
         return values
 
     async def _answer(self, ref: ray.ObjectRef, timeout_s: float) -> list[float | None]:
         try:
             return await asyncio.wait_for(ref, timeout_s)
         except RayTaskError as error:  # before the timeout: it is a TimeoutError too where the reward raised one
-            raise Lost(f"raised {type(error.cause).__name__}", _first_line(error.cause)) from error
+            raise RewardLost(f"raised {type(error.cause).__name__}", _first_line(error.cause)) from error
         except TimeoutError as error:
             self._end()
-            raise Lost("timeout", f"no answer in {timeout_s:g} s") from error
+            raise RewardLost("timeout", f"no answer in {timeout_s:g} s") from error
         except RayError as error:
             self._end()
-            raise Lost("process died", _first_line(error)) from error
+            raise RewardLost("process died", _first_line(error)) from error
 
     def _end(self) -> None:
         if self.process is not None:
@@ -190,14 +190,14 @@ def _first_line(error: BaseException) -> str:
 
 
 @ray.remote(num_cpus=0)
-class Keeper:
-    """The lanes of several rewards, by name. It never looks at a picture: their refs pass through in a list."""
+class RewardServer:
+    """The lanes of several rewards, by name. It never looks at an image: their refs pass through in a list."""
 
-    def __init__(self, terms: dict[str, Term], makes: dict[str, list[ray.ObjectRef]]):
-        self.lanes = {name: Lane(term, makes[name]) for name, term in terms.items()}
+    def __init__(self, terms: dict[str, RewardTerm], makes: dict[str, list[ray.ObjectRef]]):
+        self.lanes = {name: RewardQueue(term, makes[name]) for name, term in terms.items()}
 
     async def score(self, pngs: list[ray.ObjectRef], prompts: list[str]) -> dict[str, list[float | None]]:
-        """What each reward says of each picture."""
+        """What each reward says of each image."""
         values = await asyncio.gather(*(lane.score(pngs[0], prompts) for lane in self.lanes.values()))
         return dict(zip(self.lanes, values, strict=True))
 

@@ -2,7 +2,7 @@
 
 ``options={"key": value}`` (JSON) go to a class's constructor. GET /health says that the server is up. Where the
 environment variable REWARD_TOKEN is set, /score asks for it as a bearer token; on other hosts than the loopback it
-must be set. Pictures are scored one request at a time. Needs the extra ``serve``.
+must be set. Images are scored one request at a time. Needs the extra ``serve``.
 """
 
 import base64
@@ -19,11 +19,11 @@ from importlib.util import find_spec
 
 from PIL import Image
 
-from configs.command import run_command
 from rewards import Reward
 from rewards.http import TOKEN
 from rewards.images import from_png
-from vargpt_rl.plugins import make_plugin
+from vargpt_rl.common.command import run_command
+from vargpt_rl.common.plugins import make_plugin
 
 if not (find_spec("fastapi") and find_spec("uvicorn")):
     raise ValueError("rewards.serve needs the extra 'serve': pip install 'vargpt-rl[serve]'")
@@ -33,8 +33,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 
 MAX_BODY = 128 * 2**20  # bytes
-MAX_PICTURES = 256
-MAX_PIXELS = 4096 * 4096  # of one picture
+MAX_IMAGES = 256
+MAX_PIXELS = 4096 * 4096  # of one image
 
 
 @dataclass
@@ -56,7 +56,7 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
         with one_at_a_time:
             scores = reward(images, prompts)
         if len(scores) != len(images):
-            raise ValueError(f"the reward returned {len(scores)} values for {len(images)} pictures")
+            raise ValueError(f"the reward returned {len(scores)} values for {len(images)} images")
         numbers = [math.nan if score is None else float(score) for score in scores]
         return {"scores": [number if math.isfinite(number) else None for number in numbers]}
 
@@ -88,12 +88,12 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY:
-            raise HTTPException(413, f"more than {MAX_BODY} bytes: send fewer pictures at once")
+            raise HTTPException(413, f"more than {MAX_BODY} bytes: send fewer images at once")
     return bytes(body)
 
 
 def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
-    """The pictures and prompts of a request. ValueError saying what is wrong with it."""
+    """The images and prompts of a request. ValueError saying what is wrong with it."""
     try:
         given = json.loads(body)
     except ValueError as error:
@@ -104,15 +104,15 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
     for name, values in given.items():
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise ValueError(f"{name}: expected a list of strings")
-    if len(images) != len(prompts) or len(images) > MAX_PICTURES:
-        raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected as many, at most {MAX_PICTURES}")
-    pictures = []
+    if len(images) != len(prompts) or len(images) > MAX_IMAGES:
+        raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected as many, at most {MAX_IMAGES}")
+    decoded = []
     for i, image in enumerate(images):
         try:
-            pictures.append(from_png(base64.b64decode(image, validate=True), MAX_PIXELS))
+            decoded.append(from_png(base64.b64decode(image, validate=True), MAX_PIXELS))
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"images[{i}]: {error}") from error
-    return pictures, prompts
+    return decoded, prompts
 
 
 def serve(command: Serve) -> None:

@@ -9,9 +9,9 @@ from vargpt_rl.evaluate.checker import check
 
 
 def shapes_reward(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
-    """1.0 for a picture that shows what its prompt demands, 0.0 for others, None for a prompt of another world.
+    """1.0 for an image that shows what its prompt demands, 0.0 for others, None for a prompt of another world.
 
-    Raises ValueError where the lengths differ or a picture is not square.
+    Raises ValueError where the lengths differ or an image is not square.
     """
     return [
         float(check(image, prompt).correct) if _is_caption(prompt) else None

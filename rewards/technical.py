@@ -1,4 +1,4 @@
-"""Rewards of technical quality, for any picture whatever its prompt."""
+"""Rewards of technical quality, for any image whatever its prompt."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ BORDER = 100.0
 def sharpness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
     """v / (v + 100), in [0, 1), v being the variance of the Laplacian (4 neighbours) of the luminance (0 to 255).
 
-    Values depend on the resolution: compare pictures of one size. The prompts are not read. Raises ValueError where
-    the lengths differ or a picture is smaller than 3 x 3.
+    Values depend on the resolution: compare images of one size. The prompts are not read. Raises ValueError where
+    the lengths differ or an image is smaller than 3 x 3.
     """
     return [_sharpness(_luminance(image, 3)) for image, _ in zip(images, prompts, strict=True)]
 
@@ -23,14 +23,14 @@ def block_free(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
 
     A step is the mean difference in luminance (0 to 255) of two neighbours, within blocks of 8 x 8 from the upper left
     corner or across their borders; 1 is the most that is given. The prompts are not read. Raises ValueError where the
-    lengths differ or a picture is smaller than 16 x 16.
+    lengths differ or an image is smaller than 16 x 16.
     """
     return [_block_free(_luminance(image, 16)) for image, _ in zip(images, prompts, strict=True)]
 
 
 def _luminance(image: Image.Image, least: int) -> np.ndarray:
     if min(image.size) < least:
-        raise ValueError(f"expected a picture of {least} x {least} pixels or more, got {image.width} x {image.height}")
+        raise ValueError(f"expected an image of {least} x {least} pixels or more, got {image.width} x {image.height}")
     return np.asarray(image.convert("RGB").convert("L"), np.float64)
 
 

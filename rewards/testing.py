@@ -13,10 +13,10 @@ import yaml
 from PIL import Image, ImageDraw
 
 from rewards import Reward
-from vargpt_rl.plugins import make_plugin
+from vargpt_rl.common.plugins import make_plugin
 
 TOLERANCE = 1e-3
-"""By how much, as a share of the larger score, one picture's score may differ from batch to batch."""
+"""By how much, as a share of the larger score, one image's score may differ from batch to batch."""
 
 PROMPTS = ["a red circle", "a blue square", 'a shop sign that says "OPEN"', "a photograph of a cat on a sofa", "fog"]
 
@@ -51,8 +51,8 @@ def _outcome(check: Callable[[Reward], None], reward: Reward) -> tuple[str, str]
     return "ok", ""
 
 
-def pictures() -> list[Image.Image]:
-    """Five different pictures of 96 x 96 pixels: two shapes, a text, noise and a gradient."""
+def images() -> list[Image.Image]:
+    """Five different images of 96 x 96 pixels: two shapes, a text, noise and a gradient."""
     red, blue, text = (Image.new("RGB", (96, 96), "white") for _ in range(3))
     ImageDraw.Draw(red).ellipse((24, 24, 72, 72), fill="red")
     ImageDraw.Draw(blue).rectangle((24, 24, 72, 72), fill="blue")
@@ -71,7 +71,7 @@ def _call(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str])
     """The reward's answer, if it has the right form."""
     values = reward(list(images), list(prompts))
     _require(isinstance(values, list), f"expected a list, got {type(values).__name__}")
-    _require(len(values) == len(images), f"{len(values)} values for {len(images)} pictures")
+    _require(len(values) == len(images), f"{len(values)} values for {len(images)} images")
     for value in values:
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         _require(value is None or number, f"expected numbers or None, got {value!r}")
@@ -80,66 +80,66 @@ def _call(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str])
 
 
 def _scored(reward: Reward) -> list[float | None]:
-    values = _call(reward, pictures(), PROMPTS)
+    values = _call(reward, images(), PROMPTS)
     if all(value is None for value in values):
-        raise Skipped("it scores none of the pictures and prompts used here")
+        raise Skipped("it scores none of the images and prompts used here")
     return values
 
 
 def _expect(found: Sequence[float | None], expected: Sequence[float | None]) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         same = one == other or (None not in (one, other) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6))
-        _require(same, f"picture {i} has {one}, before {other}")
+        _require(same, f"image {i} has {one}, before {other}")
 
 
 def _one_value_each(reward: Reward) -> None:
-    _call(reward, pictures(), PROMPTS)
+    _call(reward, images(), PROMPTS)
 
 
-def _no_pictures(reward: Reward) -> None:
+def _no_images(reward: Reward) -> None:
     _call(reward, [], [])
 
 
 def _alone(reward: Reward) -> None:
     together = _scored(reward)
-    _expect([_call(reward, [i], [p])[0] for i, p in zip(pictures(), PROMPTS, strict=True)], together)
+    _expect([_call(reward, [i], [p])[0] for i, p in zip(images(), PROMPTS, strict=True)], together)
 
 
 def _order(reward: Reward) -> None:
     forwards = _scored(reward)
     if len(set(forwards)) == 1:
         raise Skipped("it gives all the same score")
-    _expect(_call(reward, pictures()[::-1], PROMPTS[::-1])[::-1], forwards)
+    _expect(_call(reward, images()[::-1], PROMPTS[::-1])[::-1], forwards)
 
 
 def _repeatable(reward: Reward) -> None:
     first = _scored(reward)
-    _expect(_call(reward, pictures(), PROMPTS), first)
+    _expect(_call(reward, images(), PROMPTS), first)
 
 
 def _unchanged(reward: Reward) -> None:
-    given, prompts = pictures(), list(PROMPTS)
+    given, prompts = images(), list(PROMPTS)
     reward(given, prompts)
-    _require(given == pictures(), "a picture is another one afterwards")
+    _require(given == images(), "an image is another one afterwards")
     _require(prompts == PROMPTS, "a prompt is another one afterwards")
 
 
 def _other_modes(reward: Reward) -> None:
     for mode in ("L", "RGBA", "P"):
         try:
-            _call(reward, [image.convert(mode) for image in pictures()], PROMPTS)
+            _call(reward, [image.convert(mode) for image in images()], PROMPTS)
         except ValueError as error:
             raise Skipped(f"it refuses mode {mode}: {error}") from error
 
 
 CHECKS: dict[str, Callable[[Reward], None]] = {
-    "one number or None for each picture": _one_value_each,
-    "an empty list for no pictures": _no_pictures,
+    "one number or None for each image": _one_value_each,
+    "an empty list for no images": _no_images,
     "the same score alone as with others": _alone,
-    "scores in the order of the pictures": _order,
+    "scores in the order of the images": _order,
     "the same score each time": _repeatable,
-    "pictures and prompts left as they are": _unchanged,
-    "grey, transparent and palette pictures taken, or refused with a ValueError": _other_modes,
+    "images and prompts left as they are": _unchanged,
+    "grey, transparent and palette images taken, or refused with a ValueError": _other_modes,
 }
 
 

@@ -16,8 +16,8 @@ import ray
 from actors.cluster import stop
 from slurm.node import wait_for
 from vargpt_rl import loop
-from vargpt_rl.checkpoint import MARKER
-from vargpt_rl.run import STATE
+from vargpt_rl.driver.run import STATE
+from vargpt_rl.storage.checkpoint import MARKER
 
 
 def missing(found: list[dict], names: list[str], gpus: int) -> list[str]:

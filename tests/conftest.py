@@ -1,4 +1,4 @@
-"""What most tests of the model, its workers and its learners start from; see `tests.tiny`."""
+"""What most tests of the model, its workers and its learners start from; see `tests.helpers.tiny`."""
 
 import os
 import secrets
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.tiny import tiny_checkpoint, tiny_v1_checkpoint
+from tests.helpers.tiny import tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.model.families import load_config, load_model, markup_for
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from configs.command import run_command
-from tests import tiny
+from tests.helpers import tiny
 from vargpt_rl.assemble import Assembly, assemble
+from vargpt_rl.common.command import run_command
 from vargpt_rl.convert import Conversion, convert
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
-from vargpt_rl.model.release import dropped_shapes, release_name
-from vargpt_rl.model.release_config import NEW_TOKENS, sizes_of
+from vargpt_rl.release.v1_1_config import NEW_TOKENS, sizes_of
+from vargpt_rl.release.v1_1_names import dropped_shapes, release_name
 
 BITS, WIDTH, HIDDEN, DEPTH, CHUNK = 8, 64, 32, 4, 2
 ROWS = 400
@@ -26,7 +26,7 @@ ROWS = 400
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    """A directory as Qwen2-VL is published: names ``visual.*`` and ``model.*``, no tokens for drawn pictures."""
+    """A directory as Qwen2-VL is published: names ``visual.*`` and ``model.*``, no tokens for drawn images."""
     folder = tmp_path_factory.mktemp("qwen2vl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "SPECIAL_TOKENS", tiny.SPECIAL_TOKENS[:-3])

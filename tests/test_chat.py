@@ -1,4 +1,4 @@
-"""The terminal chat: commands, pictures in and out, and lines that cannot be answered."""
+"""The terminal chat: commands, images in and out, and lines that cannot be answered."""
 
 import io
 import sys
@@ -8,7 +8,7 @@ from PIL import Image
 
 from vargpt_rl import chat
 from vargpt_rl.chat import HELP, Chat, main
-from vargpt_rl.model.conversation import DrawnPicture
+from vargpt_rl.inference.conversation import DrawnImage
 
 
 class Listener:
@@ -23,8 +23,8 @@ class Listener:
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "my picture.png"
+def image(tmp_path):
+    path = tmp_path / "my image.png"
     Image.new("RGB", (56, 56), "red").save(path)
     return path
 
@@ -47,9 +47,9 @@ def test_lines_are_turns_and_replies_are_printed(tmp_path, capsys):
     assert capsys.readouterr().out == "Yes.\nYes.\n"
 
 
-def test_pictures_and_draw_are_for_one_turn(tmp_path, picture):
+def test_images_and_draw_are_for_one_turn(tmp_path, image):
     (conversation,) = talk(
-        tmp_path, f"/image {picture}", f"/image {picture}", "Which?", "More?", "/draw", "a star", "a circle", "/draw it"
+        tmp_path, f"/image {image}", f"/image {image}", "Which?", "More?", "/draw", "a star", "a circle", "/draw it"
     )
     assert conversation.turns == [
         ("Which?", 2, False),
@@ -60,14 +60,14 @@ def test_pictures_and_draw_are_for_one_turn(tmp_path, picture):
     ]
 
 
-def test_reset_forgets_and_quit_ends(tmp_path, picture):
-    first, second = talk(tmp_path, "one", f"/image {picture}", "/draw", "/reset", "two", "/quit", "three")
+def test_reset_forgets_and_quit_ends(tmp_path, image):
+    first, second = talk(tmp_path, "one", f"/image {image}", "/draw", "/reset", "two", "/quit", "three")
     assert (first.turns, second.turns) == ([("one", 0, False)], [("two", 0, False)])
 
 
-def test_pictures_are_saved_under_free_names(tmp_path, capsys):
+def test_images_are_saved_under_free_names(tmp_path, capsys):
     (tmp_path / "00000.png").write_bytes(b"an earlier one")
-    drawn = DrawnPicture(Image.new("RGB", (8, 8), "blue"), None, 0)
+    drawn = DrawnImage(Image.new("RGB", (8, 8), "blue"), None, 0)
     talk(tmp_path, "/draw a star", reply=("Here:", drawn, "and", drawn))
     paths = [tmp_path / f"0000{k}.png" for k in (1, 2)]
     assert capsys.readouterr().out.splitlines() == ["Here:", str(paths[0]), "and", str(paths[1])]
@@ -80,15 +80,15 @@ def test_pictures_are_saved_under_free_names(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("/image {}/nowhere.png", "{}/nowhere.png: not a readable picture: [Errno 2] No such file"),
-        ("/image {}/broken.png", "{}/broken.png: not a readable picture: cannot identify"),
-        ("/image ~nobody-of-that-name/a.png", "~nobody-of-that-name/a.png: not a readable picture: "),
+        ("/image {}/nowhere.png", "{}/nowhere.png: not a readable image: [Errno 2] No such file"),
+        ("/image {}/broken.png", "{}/broken.png: not a readable image: cannot identify"),
+        ("/image ~nobody-of-that-name/a.png", "~nobody-of-that-name/a.png: not a readable image: "),
         ("/image", "/image: expected a file"),
         ("/paint a star", "/paint a star: no such command, /help lists them"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line_and_the_chat_goes_on(tmp_path, capsys, line, said):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     (conversation,) = talk(tmp_path, line.format(tmp_path), "How many?")
     fault, answer = capsys.readouterr().out.splitlines()
     assert fault.startswith(said.format(tmp_path))
@@ -108,7 +108,7 @@ def piped(checkpoint, tmp_path, monkeypatch):
     return run
 
 
-def test_a_picture_that_cannot_be_shown_is_let_go(tmp_path, piped, capsys):
+def test_a_image_that_cannot_be_shown_is_let_go(tmp_path, piped, capsys):
     Image.new("RGB", (2, 900)).save(tmp_path / "needle.png")
     lines = [f"/image {tmp_path}/needle.png", "What?", "/draw a star"]
     assert piped(*lines) == 0
@@ -117,8 +117,8 @@ def test_a_picture_that_cannot_be_shown_is_let_go(tmp_path, piped, capsys):
     assert said[2:] == ["Here is the picture.", str(tmp_path / "out/00000.png")]
 
 
-def test_a_piped_chat_ends_with_its_lines(piped, tmp_path, picture, capsys):
-    lines = ["/help", "/draw a star", b"\xff\xfe?", f"/image {picture}", "/draw Recolour it."]
+def test_a_piped_chat_ends_with_its_lines(piped, tmp_path, image, capsys):
+    lines = ["/help", "/draw a star", b"\xff\xfe?", f"/image {image}", "/draw Recolour it."]
     assert piped(*lines, arguments=["max_tokens=3", "aspect=4:3"]) == 0
     said = capsys.readouterr().out
     assert HELP in said

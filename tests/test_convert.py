@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.command import run_command
-from vargpt_rl import shards
+from vargpt_rl.common.command import run_command
 from vargpt_rl.convert import RELEASE_CONFIG, UNUSED, Conversion, convert
-from vargpt_rl.inputs import EMBEDDED
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.release import START_ROWS, dropped_shapes, from_release, release_name, start_rows_shape
-from vargpt_rl.model.release_config import sizes_of, to_release_config
+from vargpt_rl.release.v1_1_config import sizes_of, to_release_config
+from vargpt_rl.release.v1_1_names import START_ROWS, dropped_shapes, from_release, release_name, start_rows_shape
+from vargpt_rl.storage import sharded as shards
 
 GOLDEN = Path(os.environ.get("VARGPT_GOLDEN", Path(__file__).parents[2] / "shared/golden/v1_1_tiny"))
 BLOCKS_PER_CHUNK = 2

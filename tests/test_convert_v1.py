@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
 from vargpt_rl.convert import UNUSED, Conversion, convert
 from vargpt_rl.model.families import load_config, load_model
-from vargpt_rl.model.v1.release import OUR_ROWS, ROWS, dropped_shapes, release_name
-from vargpt_rl.model.v1.release_config import to_release_config
+from vargpt_rl.release.v1_config import to_release_config
+from vargpt_rl.release.v1_names import OUR_ROWS, ROWS, dropped_shapes, release_name
 
 GOLDEN = Path(os.environ.get("VARGPT_GOLDEN_V1", Path(__file__).parents[2] / "shared/golden/v1_tiny"))
 INDEX = "model.safetensors.index.json"

@@ -4,9 +4,9 @@ from resource import RUSAGE_SELF, getrusage
 
 import pytest
 
-from tests.tiny import tiny_checkpoint
+from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import doctor
-from vargpt_rl.memory import GIB
+from vargpt_rl.memory.plan import GIB
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from vargpt_rl import generate
-from vargpt_rl.generate import ASPECTS, RECORDS, main, picture_size
+from vargpt_rl.generate import main
+from vargpt_rl.inference.images import ASPECTS, RECORDS, image_size
 from vargpt_rl.model.scales import SCHEDULES, schedule_for
 
 PROMPTS = ("a star", "two small blue squares above a large green triangle", "Please draw a red circle.")
@@ -40,17 +41,17 @@ def records(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_pictures_do_not_depend_on_the_batch(command, prompts, tmp_path, guidance):
+def test_images_do_not_depend_on_the_batch(command, prompts, tmp_path, guidance):
     for size in (1, 4, 6):
-        assert command(f"prompts={prompts}", "pictures=2", f"batch_size={size}", f"cfg={guidance}", out=f"{size}") == 0
+        assert command(f"prompts={prompts}", "images=2", f"batch_size={size}", f"cfg={guidance}", out=f"{size}") == 0
     one_by_one = files(tmp_path / "1")
-    assert len(one_by_one) == len(set(one_by_one.values())) == 6, "every prompt and picture has a seed of its own"
+    assert len(one_by_one) == len(set(one_by_one.values())) == 6, "every prompt and image has a seed of its own"
     assert files(tmp_path / "4") == files(tmp_path / "6") == one_by_one
     assert records(tmp_path / "4") == records(tmp_path / "6") == records(tmp_path / "1")
 
 
-def test_a_record_says_how_each_picture_was_made(command, checkpoint, prompts, tmp_path, capsys):
-    assert command(f"prompts={prompts}", "pictures=2", "tau=0.7", "seed=5") == 0
+def test_a_record_says_how_each_image_was_made(command, checkpoint, prompts, tmp_path, capsys):
+    assert command(f"prompts={prompts}", "images=2", "tau=0.7", "seed=5") == 0
     lines = records(tmp_path / "out")
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [line["file"] for line in lines] == [f"{i:05d}-{k:02d}.png" for i in range(3) for k in range(2)]
@@ -58,7 +59,7 @@ def test_a_record_says_how_each_picture_was_made(command, checkpoint, prompts, t
     assert lines[0]["sampling"] == {"cfg": 3.0, "tau": 0.7, "top_k": 900, "top_p": 0.97}
     assert (lines[0]["resolution"], lines[0]["size"]) == (64, [64, 64])
     assert (lines[0]["image"], lines[0]["checkpoint"]) == (None, str(checkpoint))
-    assert capsys.readouterr().out == f"6 pictures made, 0 were there already: {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out == f"6 images made, 0 were there already: {tmp_path / 'out'}\n"
     assert command(f"prompts={prompts}", "tau=0.7", "seed=6", out="other") == 0
     assert not set(files(tmp_path / "out").values()) & set(files(tmp_path / "other").values())
 
@@ -83,7 +84,7 @@ def test_an_interrupted_run_goes_on(command, prompts, tmp_path, monkeypatch, cap
         command(f"prompts={prompts}", "batch_size=1")
     assert len(records(tmp_path / "out")) == len(files(tmp_path / "out")) == 1
     assert command(f"prompts={prompts}", "batch_size=2") == 0
-    assert "2 pictures made, 1 were there already" in capsys.readouterr().out
+    assert "2 images made, 1 were there already" in capsys.readouterr().out
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
@@ -100,7 +101,7 @@ def test_what_is_there_is_not_drawn_again_and_more_can_be_added(command, prompts
     assert command(f"prompts={prompts}") == 0
     monkeypatch.undo()
     prompts.write_text("\n".join([*PROMPTS, "a circle"]))
-    assert command(f"prompts={prompts}", "pictures=2") == 0
+    assert command(f"prompts={prompts}", "images=2") == 0
     later = files(tmp_path / "out")
     assert len(later) == 8
     assert {name: later[name] for name in first} == first
@@ -117,10 +118,10 @@ def test_other_settings_are_refused_in_the_same_folder(command, tmp_path, capsys
     assert files(tmp_path / "out") == first
 
 
-def test_a_picture_can_be_edited(command, tmp_path):
+def test_a_image_can_be_edited(command, tmp_path):
     for colour in ("red", "blue"):
         Image.new("RGB", (56, 84), colour).save(tmp_path / f"{colour}.png")
-        edit = ["prompt=Recolour it.", "pictures=2", f"image={tmp_path / colour}.png"]
+        edit = ["prompt=Recolour it.", "images=2", f"image={tmp_path / colour}.png"]
         assert command(*edit, out=colour) == 0
         assert command(*edit, "batch_size=1", out=f"{colour}-1") == 0
         assert files(tmp_path / colour) == files(tmp_path / f"{colour}-1")
@@ -136,9 +137,9 @@ def test_sizes_are_those_of_the_release(resolution, aspect):
     count = len(schedule_for(resolution))
     if resolution == 64 and set(aspect.split(":")) in ({"5", "4"}, {"7", "4"}):
         with pytest.raises(ValueError, match=f"aspect={aspect}: resolution=64 is too coarse"):
-            picture_size(resolution, aspect)
+            image_size(resolution, aspect)
     else:
-        size = picture_size(resolution, aspect)
+        size = image_size(resolution, aspect)
         assert schedule_for(*size) == grids[:count]
         assert size == (grids[count - 1][0] * 16, grids[count - 1][1] * 16)
         assert size[1] / size[0] == pytest.approx(width / height, rel=0.06)
@@ -148,7 +149,7 @@ def test_fifteen_aspects_are_known():
     assert " ".join(ASPECTS) == "3:1 5:2 2:1 7:4 3:2 4:3 5:4 1:1 4:5 3:4 2:3 4:7 1:2 2:5 1:3"
 
 
-def test_wide_pictures_are_wide(command, tmp_path):
+def test_wide_images_are_wide(command, tmp_path):
     assert command("prompt=a star", "resolution=128", "aspect=4:3") == 0
     assert Image.open(tmp_path / "out/00000-00.png").size == (192, 144)
     assert records(tmp_path / "out")[0]["size"] == [144, 192]
@@ -178,11 +179,11 @@ def test_bad_lines_of_prompts_are_put_down(command, tmp_path, capsys):
         (["prompt=a", "tau=0"], "tau=0.0: expected"),
         (["prompt=a", "top_p=2"], "top_p=2.0: expected"),
         (["prompt=a", "seed=-1"], "seed=-1: expected"),
-        (["prompt=a", "pictures=0"], "pictures=0: expected"),
+        (["prompt=a", "images=0"], "images=0: expected"),
         (["prompt=a", "batch_size=0"], "batch_size=0: expected"),
         (["prompt=a", "device=toaster"], "device=toaster: "),
         (["prompt=a", "dtype=int8"], "dtype=int8: expected"),
-        (["prompt=a", "image={}/nowhere.png"], "image={}/nowhere.png: not a readable picture"),
+        (["prompt=a", "image={}/nowhere.png"], "image={}/nowhere.png: not a readable image"),
         (["prompts={}/nowhere.txt"], "prompts={}/nowhere.txt: no such file"),
         (["prompts={}/empty.txt"], "prompts={}/empty.txt: no usable prompt"),
         (["prompt=a", "checkpoint={}"], "checkpoint={}: no config.json"),

@@ -12,7 +12,7 @@ import pytest
 from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl import launch
-from vargpt_rl.launch import Job, main
+from vargpt_rl.launch import SlurmJob, main
 
 ROOT = Path(__file__).parents[1]
 in_a_checkout = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def run(*arguments: str) -> int:
 
 
 def test_no_key_is_both_the_jobs_and_the_loops():
-    assert not {field.name for field in fields(Job)} & {field.name for field in fields(LoopConfig)}
+    assert not {field.name for field in fields(SlurmJob)} & {field.name for field in fields(LoopConfig)}
 
 
 def test_a_dry_run_writes_script_settings_and_the_code_as_it_is_now(repository, capsys):

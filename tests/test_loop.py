@@ -18,21 +18,21 @@ from PIL import Image
 
 from configs.load import load_config
 from configs.schema import STAGES as STAGE_ORDER
-from tests.faults import ask
-from tests.tiny import tiny_checkpoint
+from tests.helpers.faults import ask
+from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
-from vargpt_rl.checkpoint import load_weights_into
+from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.driver.run import Run
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
-from vargpt_rl.failpoints import VARIABLE
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.run import Run
 from vargpt_rl.stages import STAGES, UNREACHED, freeze
+from vargpt_rl.storage.checkpoint import load_weights_into
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
-stages=[pretrain,understanding,align,edit] tokenizer.steps=2 tokenizer.pictures=8
+stages=[pretrain,understanding,align,edit] tokenizer.steps=2 tokenizer.images=8
 edit.records=8 edit.recipe.steps=2 edit.recipe.batch=4 edit.recipe.micro_batch=2 evaluation.edits=4
 resolutions=[32,48] sft.records=16 sft.recipe.steps=4 sft.recipe.batch=4 sft.recipe.micro_batch=2
 pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.recipe.micro_batch=2
@@ -281,7 +281,7 @@ def test_metrics_have_trls_names_and_say_where_they_are_from(finished):
     }
 
 
-def test_prompts_to_which_the_model_begins_no_picture_get_the_customary_words(finished):
+def test_prompts_to_which_the_model_begins_no_image_get_the_customary_words(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     replies = [line for line in lines if line["stage"] == "reply"]
     assert replies and all(line["template"] > 0 for line in replies), "random weights rarely begin one"
@@ -289,7 +289,7 @@ def test_prompts_to_which_the_model_begins_no_picture_get_the_customary_words(fi
     assert REPLY in set(pd.concat(tables).reply)
 
 
-def test_pictures_model_and_tracking_are_there(finished):
+def test_images_model_and_tracking_are_there(finished):
     for name in ("iter-00.png", "iter-00-pairs.png", "iter-01-pairs.png"):
         assert (finished / "samples" / name).stat().st_size > 1000
     assert Vargpt.from_pretrained(finished / "model").config.model_type == "vargpt"

@@ -11,16 +11,16 @@ import torch
 
 from configs.load import load_config
 from vargpt_rl import loop
-from vargpt_rl.fresh import fresh_v1_config, make_fresh_v1
-from vargpt_rl.memory import model_config, plan
+from vargpt_rl.memory.plan import model_config, plan
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import load_config as load_model_config
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.v1.modeling import VargptV1
+from vargpt_rl.release.tiny_v1 import fresh_v1_config, make_fresh_v1
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
-model=tiny_v1 resolutions=[32] tokenizer.steps=4 tokenizer.batch=2 tokenizer.pictures=8
+model=tiny_v1 resolutions=[32] tokenizer.steps=4 tokenizer.batch=2 tokenizer.images=8
 pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.recipe.micro_batch=2
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 sft.records=16 sft.recipe.steps=4 sft.recipe.batch=4 sft.recipe.micro_batch=2

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.tiny import tiny_config, tiny_tokenizer
-from vargpt_rl.losses import Noise
+from tests.helpers.tiny import tiny_config, tiny_tokenizer
+from vargpt_rl.losses.supervised import Noise
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.stages import NO_NOISE, STAGES, UNREACHED, Stage, freeze, frozen_parts
 

@@ -2,7 +2,7 @@
 
 ``language=DIR`` is a Qwen2-VL directory (Qwen2-VL-7B-Instruct in the paper), ``decoder=FILE`` Infinity's weights and
 ``image_tokenizer=FILE`` those of its image tokenizer, both as ``torch.save`` wrote them. The two generation projectors
-and the start row are drawn anew from ``seed``; the tokenizer gets the three tokens of drawn pictures. Every tensor
+and the start row are drawn anew from ``seed``; the tokenizer gets the three tokens of drawn images. Every tensor
 keeps its type. Only tensors are read from the ``.pth`` files, never objects. A fault is one line that names the file;
 exit code 2.
 """
@@ -18,11 +18,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
 from vargpt_rl.convert import model_shapes, print_counts, tied, usual_dtype
 from vargpt_rl.model.configuration import VargptConfig
-from vargpt_rl.model.release import START, our_name, reason_dropped, release_name, wrapped
-from vargpt_rl.model.release_config import (
+from vargpt_rl.release.v1_1_config import (
     NEW_TOKENS,
     decoder_config,
     dtype_name,
@@ -30,7 +29,8 @@ from vargpt_rl.model.release_config import (
     own_settings,
     sizes_of,
 )
-from vargpt_rl.shards import (
+from vargpt_rl.release.v1_1_names import START, our_name, reason_dropped, release_name, wrapped
+from vargpt_rl.storage.sharded import (
     OTHER_FILES,
     Stored,
     Tensors,

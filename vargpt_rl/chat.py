@@ -13,15 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from configs.command import run_command
-from vargpt_rl.data.pictures import read_picture
-from vargpt_rl.generate import DrawingSettings, make_folder, save_picture
-from vargpt_rl.inputs import check_model
-from vargpt_rl.model.conversation import Conversation, Reply, ReplyConfig, load
+from vargpt_rl.common.command import run_command
+from vargpt_rl.data.images import read_image
+from vargpt_rl.inference.conversation import Conversation, Reply, ReplyConfig, load
+from vargpt_rl.inference.images import DrawingSettings, make_folder, save_image
+from vargpt_rl.model.hub import check_model
 
 HELP = """\
-/image FILE   show a picture with the next turn; may be repeated
-/draw [TEXT]  the next reply is a picture; with TEXT, that is the turn
+/image FILE   show an image with the next turn; may be repeated
+/draw [TEXT]  the next reply is an image; with TEXT, that is the turn
 /reset        begin a new conversation
 /quit         end the chat
 /help         this list"""
@@ -29,7 +29,7 @@ HELP = """\
 
 @dataclass(kw_only=True)
 class ChatConfig(DrawingSettings):
-    """Drawn pictures go to ``out``. ``temperature`` 0 takes the likeliest words, ``max_tokens`` of a reply at most."""
+    """Drawn images go to ``out``. ``temperature`` 0 takes the likeliest words, ``max_tokens`` of a reply at most."""
 
     out: str = "runs/chat"
     resolution: int = 256
@@ -42,7 +42,7 @@ class ChatConfig(DrawingSettings):
 
 
 class Chat:
-    """One user's lines and what is printed for them. ``begin`` makes a new conversation; pictures go to ``out``."""
+    """One user's lines and what is printed for them. ``begin`` makes a new conversation; images go to ``out``."""
 
     def __init__(self, begin: Callable[[], Conversation], out: Path):
         self.begin, self.out = begin, out
@@ -78,7 +78,7 @@ class Chat:
             case "/image", "":
                 raise ValueError("/image: expected a file")
             case "/image", file:
-                self.images.append(read_picture(Path(os.path.expanduser(file))))
+                self.images.append(read_image(Path(os.path.expanduser(file))))
             case "/reset", _:
                 self.reset()
             case "/help", _:
@@ -87,22 +87,22 @@ class Chat:
                 raise ValueError(f"{line}: no such command, /help lists them")
 
     def say(self, text: str) -> None:
-        """One turn, with the pictures that were attached for it."""
+        """One turn, with the images that were attached for it."""
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
         self.show(self.conversation.say(text, images, draw))
 
     def show(self, reply: Reply) -> None:
-        """Print words, and where pictures were saved."""
+        """Print words, and where images were saved."""
         for part in reply:
             print(part if isinstance(part, str) else self.save(part.image), flush=True)
         if not reply:
             print("(an empty reply)", flush=True)
 
     def save(self, image: Image.Image) -> Path:
-        """Write a picture under the first number that is free."""
+        """Write an image under the first number that is free."""
         path = next(path for k in count() if not (path := self.out / f"{k:05d}.png").exists())
-        save_picture(image, path)
+        save_image(image, path)
         return path
 
 

@@ -20,9 +20,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
+from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.families import FAMILIES, family_of, load_config
-from vargpt_rl.shards import (
+from vargpt_rl.model.v1.configuration import VargptV1Config
+from vargpt_rl.release.v1_1_config import Release
+from vargpt_rl.release.v1_config import V1Release
+from vargpt_rl.storage.sharded import (
     OTHER_FILES,
     TOKENIZER_FILES,
     UNUSED,
@@ -40,10 +44,15 @@ from vargpt_rl.shards import (
 )
 
 RELEASE_CONFIG = "release_config.json"
-RELEASES = {family.release.model_type: family.release for family in FAMILIES.values()}
+RELEASES: dict[str, type[Release] | type[V1Release]] = {
+    VargptConfig.model_type: Release,
+    VargptV1Config.model_type: V1Release,
+}
+"""The published layout of each family, by the ``model_type`` of our configuration."""
+FROM_RELEASE = {release.model_type: release for release in RELEASES.values()}
 
 
-class Layout(enum.Enum):
+class Target(enum.Enum):
     hf = "hf"
     release = "release"
 
@@ -54,7 +63,7 @@ class Conversion:
 
     source: str
     target: str
-    to: Layout
+    to: Target
 
 
 def model_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -92,9 +101,9 @@ def release_to_hf(source: Path, target: Path) -> None:
     """Write ``target``, a model directory, from a release."""
     tensors = stored_in_folder(source)
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    stated, kind = _stated_type(source / "config.json", RELEASES, "hf_config")
+    stated, kind = _stated_type(source / "config.json", FROM_RELEASE, "hf_config")
     with about(source):
-        release = RELEASES[kind].of_released(stated, shapes, usual_dtype(tensors))
+        release = FROM_RELEASE[kind].of_released(stated, shapes, usual_dtype(tensors))
     ours = model_shapes(release.config)
     names = {release.name(name): name for name in ours}
     unused = release.left_out()
@@ -133,7 +142,7 @@ def hf_to_release(source: Path, target: Path) -> None:
     dtype = usual_dtype(model)
     known = (source / UNUSED).is_file()
     kept = stored_in(source / UNUSED) if known else {}
-    release = FAMILIES[kind].release.of_model(config, kept)
+    release = RELEASES[kind].of_model(config, kept)
     if known:
         check_tensors(kept, release.left_out(), source / UNUSED)
     unused = kept or _made_up(source, release, dtype)
@@ -162,7 +171,7 @@ def hf_to_release(source: Path, target: Path) -> None:
 
 def convert(command: Conversion) -> None:
     """Run one conversion."""
-    way = release_to_hf if command.to is Layout.hf else hf_to_release
+    way = release_to_hf if command.to is Target.hf else hf_to_release
     way(Path(command.source), Path(command.target))
 
 

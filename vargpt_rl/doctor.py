@@ -22,24 +22,24 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import resources
-from configs.command import load_command
 from configs.load import load_config
 from configs.schema import LoopConfig
-from vargpt_rl.inputs import check_model
-from vargpt_rl.memory import (
+from vargpt_rl.common.command import load_command
+from vargpt_rl.memory.plan import (
     GIB,
     RELEASE,
     RUNTIME,
     SIZES,
     TEXT_TOKENS,
     Devices,
-    Plan,
+    MemoryPlan,
     Rollout,
-    Training,
+    TrainingMemory,
     model_config,
     plan,
     refusal,
 )
+from vargpt_rl.model.hub import check_model
 
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "ray", "vllm")
 ADVISORIES = (
@@ -116,7 +116,7 @@ def about(found: list[tuple[str, int]]) -> list[str]:
     return [", ".join([python, *versions]), *warnings(installed), *gpus, machine]
 
 
-def _cells(need: Training | Rollout, names: list[str]) -> list[str]:
+def _cells(need: TrainingMemory | Rollout, names: list[str]) -> list[str]:
     return [f"{getattr(need, name) / GIB:.2f}" for name in names]
 
 
@@ -127,7 +127,7 @@ def _table(title: str, left: list[str], right: list[str]) -> Table:
     return table
 
 
-def training_table(training: list[Training]) -> Table:
+def training_table(training: list[TrainingMemory]) -> Table:
     """A row a stage and micro-batch; the activations of the choice that is set are starred."""
     names = ["weights", "gradients", "optimizer", "buffers", "update"]
     right = [*names, "activations", "checkpointed", "sum"]
@@ -153,7 +153,7 @@ def rollout_table(rollouts: list[Rollout]) -> Table:
     return table
 
 
-def notes(found: Plan) -> str:
+def notes(found: MemoryPlan) -> str:
     """How the tables' sums come about."""
     return (
         f"* as set. Sum: weights, gradients, optimizer, and the larger of buffers with activations and of update; with "
@@ -162,7 +162,7 @@ def notes(found: Plan) -> str:
     )
 
 
-def verdict(need: Plan, config: LoopConfig, devices: Devices) -> str | None:
+def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | None:
     """Why the loop would refuse the run; None if it would not."""
     learner = config.learner
     if devices.gpus:

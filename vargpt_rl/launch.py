@@ -4,8 +4,8 @@
 
 Checks the loop's settings as the loop does, then writes into the run's directory what the job runs: its script, the
 settings, and a copy of the code with all changes that are not committed, so that later edits do not reach a job that
-waits. ``--dry-run`` submits nothing. All keys that are not ``Job``'s are the loop's. Exit codes: 0 submitted, 1 Slurm
-refused the job, 2 a setting or an input is wrong.
+waits. ``--dry-run`` submits nothing. All keys that are not ``SlurmJob``'s are the loop's. Exit codes: 0 submitted, 1
+Slurm refused the job, 2 a setting or an input is wrong.
 """
 
 import io
@@ -19,13 +19,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from actors.resources import plan
-from configs.command import load_command
 from configs.schema import LoopConfig
-from configs.secrets import check_shell
-from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.common.command import load_command
+from vargpt_rl.common.secret_check import check_shell
+from vargpt_rl.driver.run import Run
 from vargpt_rl.loop import prepare
-from vargpt_rl.memory import GIB, Devices, check_fits, model_config
-from vargpt_rl.run import Run
+from vargpt_rl.memory.plan import GIB, Devices, check_fits, model_config
+from vargpt_rl.storage.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "slurm/loop.sbatch"
@@ -35,7 +35,7 @@ PLAIN = re.compile(r"[\w.,:+/@%=\[\]-]+")
 
 
 @dataclass
-class Job:
+class SlurmJob:
     """What is asked of Slurm, and what the site needs; null leaves it to Slurm's defaults.
 
     ``memory`` is of a node, as Slurm writes it (``500G``); ``options`` are further ones of sbatch. ``setup`` is shell
@@ -89,14 +89,14 @@ class Job:
         return [*given, *shlex.split(self.options or "")]
 
 
-def split(arguments: list[str]) -> tuple[Job, list[str]]:
+def split(arguments: list[str]) -> tuple[SlurmJob, list[str]]:
     """The job, and the arguments that are the loop's. ValueError for a wrong key of the job."""
-    keys = tuple(f"{field.name}=" for field in fields(Job))
+    keys = tuple(f"{field.name}=" for field in fields(SlurmJob))
     own = [argument for argument in arguments if argument.startswith(keys)]
-    return load_command(Job, own), [argument for argument in arguments if argument not in own]
+    return load_command(SlurmJob, own), [argument for argument in arguments if argument not in own]
 
 
-def check_resources(job: Job, config: LoopConfig, model: str) -> None:
+def check_resources(job: SlurmJob, config: LoopConfig, model: str) -> None:
     """ValueError if what is asked of Slurm cannot hold the run."""
     node = {"CPU": float(job.cpus_per_node or max(1, job.gpus_per_node)), "GPU": float(job.gpus_per_node)}
     learner = config.learner
@@ -140,7 +140,7 @@ def snapshot(directory: Path) -> Path:
     return folder
 
 
-def script(job: Job, code: Path, directory: Path, arguments: list[str]) -> str:
+def script(job: SlurmJob, code: Path, directory: Path, arguments: list[str]) -> str:
     """``slurm/loop.sbatch`` of that code, with what this job asks for and is set to."""
     text = (code / TEMPLATE).read_text()
     options = job.sbatch(directory.name, directory / "slurm" / "%j.log")
@@ -158,7 +158,7 @@ def script(job: Job, code: Path, directory: Path, arguments: list[str]) -> str:
     return text
 
 
-def launch(job: Job, run: Run, arguments: list[str], dry_run: bool) -> int:
+def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> int:
     """Write what the job runs, and submit it; the exit code."""
     directory = run.directory.resolve()
     code = snapshot(directory)

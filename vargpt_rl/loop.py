@@ -15,18 +15,18 @@ from ray.exceptions import RayError
 from actors.cluster import connect, nodes, reserve
 from actors.pool import RolloutPool
 from actors.resources import plan
-from actors.rollout import Rollouts
 from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
-from vargpt_rl.damage import check_steps
-from vargpt_rl.export import export_model, read_best
-from vargpt_rl.inputs import Inputs, gather
-from vargpt_rl.memory import Devices, check_fits, gpu_memory, model_config
-from vargpt_rl.report import show
-from vargpt_rl.run import Run
-from vargpt_rl.steps import Steps
+from vargpt_rl.driver.inputs import Inputs, gather
+from vargpt_rl.driver.report import show
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.steps import Steps
+from vargpt_rl.driver.verify import check_steps
+from vargpt_rl.memory.plan import Devices, check_fits, gpu_memory, model_config
+from vargpt_rl.storage.export import export_model, read_best
 
 SAVE_S = 180.0
 """How long a signal may wait for training to come to the end of a step and to save: of Slurm's 300 s, some are needed

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from vargpt_rl.losses import Noise
+from vargpt_rl.losses.supervised import Noise
 
 PROJECTORS = ("projector_in.", "projector_out.")
 DECODER = ("image_decoder.",)

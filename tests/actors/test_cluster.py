@@ -12,7 +12,7 @@ import ray
 
 from actors.cluster import nodes, reserve
 from actors.resources import PlacementConfig, RolloutConfig, plan
-from tests.access import listening, nodes_shown
+from tests.helpers.access import listening, nodes_shown
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """

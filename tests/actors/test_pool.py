@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 import actors.pool
 from actors.pool import RolloutPool, State
 from actors.resources import RolloutConfig, plan
-from actors.transport import SharedFile
+from actors.transport import SharedFileTransfer
 from actors.weights import checksum
 from actors.worker import Failure
-from tests.tiny import Patches, tiny_checkpoint
+from tests.helpers.tiny import Patches, tiny_checkpoint
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.generate import SamplingConfig
 
@@ -79,7 +79,7 @@ def test_results_come_in_order_and_errors_as_they_were_raised(start, tmp_path):
     assert pool.reward(drawn, SIDE, lambda images, prompts: [len(p) for p in prompts]) == [
         len(p.text) for p in PROMPTS[:8]
     ]
-    paths = pool.pictures(drawn[:2], SIDE, tmp_path, ["a.png", "b.png"])
+    paths = pool.images(drawn[:2], SIDE, tmp_path, ["a.png", "b.png"])
     assert sorted(tmp_path.iterdir()) == paths == [tmp_path / "a.png", tmp_path / "b.png"]
     assert len(pool.answer([("red", "What is it?"), ("blue", "How many?")], SIDE)) == 2
     red, failed = pool.encode(["red", "nothing"], SIDE)
@@ -212,7 +212,7 @@ def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
 
 
 @dataclass(frozen=True)
-class Delayed(SharedFile):
+class Delayed(SharedFileTransfer):
     """A weight set that comes once there is a file ``go``."""
 
     go: Path

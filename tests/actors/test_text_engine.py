@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.resources import RolloutConfig, plan
-from actors.rollout import Rollouts
 from actors.text_engine import start_text_engine
-from actors.transport import SharedFile
+from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import Worker
-from tests.vllm import needs_vllm
+from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.inputs import EMBEDDED
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.run import Run
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.run import Run
 from vargpt_rl.text.layout import is_text
 
 SIDE = 224
@@ -66,7 +66,7 @@ def sets(tmp_path_factory):
 
 
 def everything(writer) -> tuple[list[str], list[str | None]]:
-    """What a pool or a worker says: answers about pictures, and replies before pictures."""
+    """What a pool or a worker says: answers about images, and replies before images."""
     return writer.answer(ASKED, SIDE, 8), writer.reply(TEXTS, 24)
 
 
@@ -81,13 +81,13 @@ def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(
     said = [(answers, replies)]
     for version, name in enumerate(("vision", "understanding", "decoder"), start=1):
         report = text.publish(sets[name], version)
-        worker.receive(version, checksum(sets[name]), SharedFile(layout_of(sets[name]), sets[name]))
+        worker.receive(version, checksum(sets[name]), SharedFileTransfer(layout_of(sets[name]), sets[name]))
         assert report.verified and text.status()[0]["version"] == version
         assert report.checksum == checksum(sets[name], is_text)
         said.append(everything(text))
         assert said[-1] == everything(worker), name
     (start, seen, understood, drawn), _ = zip(*said, strict=True)
-    assert start != seen != understood, "both sets change what is said of pictures"
+    assert start != seen != understood, "both sets change what is said of images"
     assert said[0][1] == said[1][1] != said[2][1], "and the language model's what is said before them"
     assert None in said[2][1] and len(set(said[2][1])) > 5
     assert understood == drawn and report.bytes == 0, "what draws does not concern it"
@@ -97,7 +97,9 @@ def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(
 def test_a_set_that_does_not_fit_changes_nothing(text, sets):
     before, half = everything(text), sets["half a layer"]
     with pytest.raises(ValueError, match=r"k_proj.bias is missing: the set has other tensors of layer .*qkv_proj"):
-        ray.get(text._workers[0].receive.remote(text.version + 1, checksum(half), SharedFile(layout_of(half), half)))
+        ray.get(
+            text._workers[0].receive.remote(text.version + 1, checksum(half), SharedFileTransfer(layout_of(half), half))
+        )
     assert everything(text) == before and text.status()[0]["version"] == text.version
 
 

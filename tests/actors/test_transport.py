@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors import transport
-from actors.transport import Broadcast, Nearest, SharedFile, Shelf, Shelved
-from actors.weights import Layout, layout_of
-from vargpt_rl.network import free_port
+from actors.transport import AutoTransfer, BroadcastTransfer, ChunkServer, ObjectStoreTransfer, SharedFileTransfer
+from actors.weights import WeightLayout, layout_of
+from vargpt_rl.common.network import free_port
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def layout(path) -> Layout:
+def layout(path) -> WeightLayout:
     return layout_of(path)
 
 
 @pytest.fixture(scope="module")
 def shelf():
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield Shelf.remote()
+    yield ChunkServer.remote()
     ray.shutdown()
 
 
@@ -53,21 +53,23 @@ def assert_same(found: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def test_a_shared_file_is_read_tensor_by_tensor(path, layout):
-    assert max(len(chunk) for chunk in SharedFile(layout, path).chunks()) == 1
-    assert_same(taken(SharedFile(layout, path)), path)
+    assert max(len(chunk) for chunk in SharedFileTransfer(layout, path).chunks()) == 1
+    assert_same(taken(SharedFileTransfer(layout, path)), path)
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])
 def test_the_shelf_brings_chunks_of_bounded_size(path, layout, shelf, monkeypatch, limit):
     monkeypatch.setattr(transport, "CHUNK", limit)
-    sizes = [sum(tensor.nbytes for tensor in chunk.values()) for chunk in Shelved(layout, path, shelf).chunks()]
+    sizes = [
+        sum(tensor.nbytes for tensor in chunk.values()) for chunk in ObjectStoreTransfer(layout, path, shelf).chunks()
+    ]
     assert sum(sizes) == layout.bytes
     assert max(sizes) <= max(limit, *map(layout.size, layout.shapes))
-    assert_same(taken(Shelved(layout, path, shelf)), path)
+    assert_same(taken(ObjectStoreTransfer(layout, path, shelf)), path)
 
 
 def test_the_shelf_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, monkeypatch):
-    shelf = transport._Shelf()
+    shelf = transport._ChunkServer()
     monkeypatch.setattr(transport.ray, "put", lambda chunk: chunk)
     path = tmp_path / "set.safetensors"
     save_file({name: torch.ones(3) for name in "abc"}, path)
@@ -82,12 +84,12 @@ def test_the_shelf_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, m
 
 def test_the_nearest_way_is_taken(path, layout, shelf, tmp_path):
     size = path.stat().st_size
-    assert_same(taken(Nearest(layout, path, None, size)), path)  # the file is seen: no shelf is asked
+    assert_same(taken(AutoTransfer(layout, path, None, size)), path)  # the file is seen: no shelf is asked
     other = tmp_path / "other.safetensors"  # seen here, but not the file that the shelf's side means
     save_file({"t0": torch.zeros(1)}, other)
     with pytest.raises(AttributeError):
-        taken(Nearest(layout, other, None, size))
-    assert_same(taken(Nearest(layout, path, shelf, size + 1)), path)
+        taken(AutoTransfer(layout, other, None, size))
+    assert_same(taken(AutoTransfer(layout, path, shelf, size + 1)), path)
 
 
 def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
@@ -95,7 +97,7 @@ def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
 
     def take(rank: int) -> None:
         own = path if rank == 0 else tmp_path / "not here"
-        found[rank] = taken(Broadcast(layout, own, address, rank, world, "cpu", 30.0))
+        found[rank] = taken(BroadcastTransfer(layout, own, address, rank, world, "cpu", 30.0))
 
     threads = [threading.Thread(target=take, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -108,9 +110,12 @@ def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
 
 def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
     with pytest.raises(RuntimeError, match="(?i)time"):
-        taken(Broadcast(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))
+        taken(BroadcastTransfer(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))
 
 
 def test_a_set_of_which_nothing_is_wanted_has_no_chunks(path, shelf):
     nothing = layout_of(path, lambda name: False)
-    assert nothing.bytes == 0 and taken(SharedFile(nothing, path)) == taken(Shelved(nothing, path, shelf)) == {}
+    assert (
+        nothing.bytes == 0
+        and taken(SharedFileTransfer(nothing, path)) == taken(ObjectStoreTransfer(nothing, path, shelf)) == {}
+    )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from actors.weights import Layout, apply, check_fits, checksum, checksum_of, layout_of, read
+from actors.weights import WeightLayout, apply, check_fits, checksum, checksum_of, layout_of, read
 
 
 def model(dtype=torch.float32) -> torch.nn.Module:
@@ -55,17 +55,19 @@ def test_a_set_that_does_not_fit_is_named():
     shapes, fp32 = {"0.weight": (4, 3)}, torch.float32
     with pytest.raises(KeyError, match="2.weight, nobody"):
         shapes_more = shapes | {"nobody": (4, 3), "2.weight": (4, 3)}
-        check_fits(taker, Layout(shapes_more, dict.fromkeys(shapes_more, fp32)))
+        check_fits(taker, WeightLayout(shapes_more, dict.fromkeys(shapes_more, fp32)))
     with pytest.raises(ValueError, match=r"1.bias is \(3,\)"):
-        check_fits(taker, Layout(shapes | {"1.bias": (3,)}, dict.fromkeys(["0.weight", "1.bias"], fp32)))
+        check_fits(taker, WeightLayout(shapes | {"1.bias": (3,)}, dict.fromkeys(["0.weight", "1.bias"], fp32)))
     with pytest.raises(ValueError, match=r"0.weight is .*float64"):
-        check_fits(taker, Layout(shapes, {"0.weight": torch.float64}))
+        check_fits(taker, WeightLayout(shapes, {"0.weight": torch.float64}))
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 60))
 def test_chunks_hold_every_name_once_in_order_and_keep_the_limit(sizes, limit):
     names = [f"t{i}" for i in range(len(sizes))]
-    layout = Layout({name: (size,) for name, size in zip(names, sizes, strict=True)}, dict.fromkeys(names, torch.int8))
+    layout = WeightLayout(
+        {name: (size,) for name, size in zip(names, sizes, strict=True)}, dict.fromkeys(names, torch.int8)
+    )
     chunks = layout.chunks(limit)
     assert [name for chunk in chunks for name in chunk] == names
     for chunk in chunks:

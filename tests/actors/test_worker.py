@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from actors.transport import SharedFile
+from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
-from tests.tiny import BITS, Patches, tiny_checkpoint
-from vargpt_rl.data.batches import DrawExample, SftCollator, shown_picture
+from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
+from vargpt_rl.data.batches import DrawExample, SftCollator, shown_image
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.inference.conversation import Conversation
 from vargpt_rl.model.bits import quantise, replay, unpack
-from vargpt_rl.model.conversation import Conversation
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.likelihood import bit_log_probs
 from vargpt_rl.model.modeling import Drawing
@@ -25,7 +25,7 @@ SIDE = 64
 SCHEDULE = schedule_for(SIDE)
 SAMPLING = SamplingConfig(cfg=2.0, tau=0.7)
 PROMPTS = [
-    Prompt("p0", "Please draw a red circle.", "Here is a picture."),
+    Prompt("p0", "Please draw a red circle.", "Here is an image."),
     Prompt("p1", "two small blue squares above a large green triangle, left of a star"),
     Prompt("p2", "a star", "Here:"),
 ]
@@ -91,7 +91,7 @@ def test_score_alone_is_score_in_a_batch(shared, drawn):
     together = shared.score(drawn, SIDE)
     alone = [shared.score([item], SIDE)[0] for item in drawn]
     assert [score.total for score in together] == pytest.approx([score.total for score in alone], abs=1e-4)
-    assert len({round(score.total, 2) for score in alone}) == len(drawn), "scores that tell pictures apart"
+    assert len({round(score.total, 2) for score in alone}) == len(drawn), "scores that tell images apart"
 
 
 EDITS = [
@@ -106,7 +106,7 @@ def edited(shared):
     return shared.draw(list(zip(EDITS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "")
 
 
-def test_an_edit_depends_on_the_picture_shown_and_not_on_its_neighbours(shared, samples, edited):
+def test_an_edit_depends_on_the_image_shown_and_not_on_its_neighbours(shared, samples, edited):
     alone = [shared.draw([(p, seed)], SIDE, SAMPLING, "")[0] for p, seed in zip(EDITS, [3, 4, 5], strict=True)]
     assert [sample.bits for sample in alone] == [sample.bits for sample in edited]
     assert edited[1].bits == samples[1].bits, "a prompt that shows nothing draws as ever"
@@ -116,10 +116,10 @@ def test_an_edit_depends_on_the_picture_shown_and_not_on_its_neighbours(shared, 
 
 
 def test_an_edit_is_drawn_as_in_a_conversation(shared, edited):
-    picture = shared.source.load("red", SIDE)
+    image = shared.source.load("red", SIDE)
     talk = Conversation(shared.model, shared.chat, (SIDE, SIDE), SAMPLING, seed=3)
     prompt = replace(EDITS[0], reply=REPLY)
-    drawn = talk.say(prompt.text, [picture], draw=True)[1]
+    drawn = talk.say(prompt.text, [image], draw=True)[1]
     sample = shared.draw([(prompt, 3)], SIDE, SAMPLING, "")[0]
     assert (unpack(sample.bits, token_count(SCHEDULE), BITS) == drawn.bits_Ld.numpy()).all()
 
@@ -132,7 +132,7 @@ def test_an_edit_is_scored_as_the_training_batch_would_be(shared, edited):
     prompt, packed = items[0]
     bits_1Ld = torch.from_numpy(unpack(packed, tokens, BITS))[None]
     features = np.zeros((BITS, SIDE // 16, SIDE // 16), np.float16)
-    batch = SftCollator(shared.chat)([DrawExample(prompt, features, shown_picture(prompt, shared.source, shared.chat))])
+    batch = SftCollator(shared.chat)([DrawExample(prompt, features, shown_image(prompt, shared.source, shared.chat))])
     drawing = Drawing(replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_an_edit_is_scored_as_the_training_batch_would_be(shared, edited):
     assert together[0] == pytest.approx(bit_log_probs(logits, bits_1Ld).double().sum().item(), abs=1e-4)
 
 
-def test_pictures_that_cannot_be_shown_are_told(shared):
+def test_images_that_cannot_be_shown_are_told(shared):
     good, bad = shared.faults(["red", "no such colour"], SIDE)
     assert good is None and bad.key == "no such colour" and bad.reason.startswith("ValueError: ")
 
@@ -152,7 +152,7 @@ def test_a_check_sees_whole_prompts(shared, drawn):
     assert shared.check(drawn, SIDE, check) == [(SIDE, "p0"), (SIDE, "p1"), (SIDE, "p2")]
 
 
-def test_pictures_are_encoded_and_failures_told(shared):
+def test_images_are_encoded_and_failures_told(shared):
     red, missing, blue = shared.encode(["red", "no such colour", "blue"], SIDE)
     assert missing == Failure("no such colour", missing.reason)
     assert missing.reason.startswith("ValueError: ")
@@ -169,19 +169,19 @@ def test_pictures_are_encoded_and_failures_told(shared):
     assert (unpack(red.bits, token_count(SCHEDULE), BITS) == expected_1Ld[0].numpy()).all()
 
 
-def test_rewards_see_pictures_and_prompts(shared, drawn):
+def test_rewards_see_images_and_prompts(shared, drawn):
     def rewards(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
         assert [image.size for image in images] == [(SIDE, SIDE)] * 3
         assert prompts == [prompt.text for prompt in PROMPTS]
         return [1, math.nan, None]
 
     assert shared.reward(drawn, SIDE, rewards) == [1.0, None, None]
-    with pytest.raises(ValueError, match="2 values for 3 pictures"):
+    with pytest.raises(ValueError, match="2 values for 3 images"):
         shared.reward(drawn, SIDE, lambda images, prompts: [0.0, 0.0])
 
 
-def test_pictures_are_written_whole(shared, drawn, tmp_path):
-    paths = shared.pictures([(drawn[0], "a.png"), (drawn[1], "b.png")], SIDE, str(tmp_path))
+def test_images_are_written_whole(shared, drawn, tmp_path):
+    paths = shared.images([(drawn[0], "a.png"), (drawn[1], "b.png")], SIDE, str(tmp_path))
     assert sorted(tmp_path.iterdir()) == paths
     assert Image.open(paths[0]).size == (SIDE, SIDE)
     assert np.ptp(np.asarray(Image.open(paths[0]))) > 0
@@ -198,7 +198,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(shared):
 def test_new_weights_are_verified_and_change_the_scores(worker, drawn, tmp_path_factory):
     other = tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1) / "model.safetensors"
     before = worker.score(drawn, SIDE)
-    answer = worker.receive(2, checksum(other), SharedFile(layout_of(other), other))
+    answer = worker.receive(2, checksum(other), SharedFileTransfer(layout_of(other), other))
     assert (answer["version"], answer["checksum"]) == (2, checksum(other))
     assert answer["bytes"] == sum(tensor.nbytes for tensor in load_file(other).values())
     assert worker.score(drawn, SIDE) != before
@@ -212,7 +212,7 @@ def head(shared, tmp_path):
     """A set of one tensor, and its checksum."""
     path = tmp_path / "head.safetensors"
     save_file({"lm_head.weight": shared.model.lm_head.weight.detach() + 1}, path)
-    return checksum(path), SharedFile(layout_of(path), path)
+    return checksum(path), SharedFileTransfer(layout_of(path), path)
 
 
 def test_an_older_version_is_refused(worker, head):
@@ -232,7 +232,7 @@ def test_a_damaged_set_makes_the_worker_stale(worker, drawn, head):
 
 
 def test_a_set_that_breaks_off_makes_the_worker_stale(worker, drawn, head):
-    class Torn(SharedFile):
+    class Torn(SharedFileTransfer):
         def chunks(self):
             yield from super().chunks()
             raise OSError("connection lost")
@@ -249,7 +249,7 @@ def test_a_set_that_does_not_fit_changes_nothing(worker, drawn, tmp_path):
     save_file({"lm_head.weight": head + 1, "nobody": torch.zeros(2)}, path)
     before = worker.score(drawn, SIDE)
     with pytest.raises(KeyError, match="nobody"):
-        worker.receive(1, checksum(path), SharedFile(layout_of(path), path))
+        worker.receive(1, checksum(path), SharedFileTransfer(layout_of(path), path))
     assert worker.score(drawn, SIDE) == before and worker.status()["version"] == 0
 
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from actors.transport import SharedFile
+from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
-from tests.tiny import V1_CODES, V1_SIDES, Patches, tiny_v1_checkpoint
+from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches, tiny_v1_checkpoint
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.generate import SamplingConfig
@@ -19,7 +19,7 @@ from vargpt_rl.model.unified import Drawing
 SIDE = 16 * V1_SIDES[-1]
 TOKENS = sum(side**2 for side in V1_SIDES)
 SAMPLING = SamplingConfig(cfg=1.5, tau=1.0, top_p=0.96)
-PROMPTS = [Prompt("p0", "Please draw a red circle.", "Here is a picture."), Prompt("p1", "a star"), Prompt("p2", "two")]
+PROMPTS = [Prompt("p0", "Please draw a red circle.", "Here is an image."), Prompt("p1", "a star"), Prompt("p2", "two")]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_score_is_the_teacher_forced_log_probability_under_the_condition_of_draw
         assert len(score.hits_by_scale) == len(V1_SIDES)
 
 
-def test_pictures_are_encoded_and_written(worker, drawn, tmp_path):
+def test_images_are_encoded_and_written(worker, drawn, tmp_path):
     red, missing, blue = worker.encode(["red", "no such colour", "blue"], SIDE)
     assert isinstance(missing, Failure)
     assert red.features.shape == (8, V1_SIDES[-1], V1_SIDES[-1]) and red.features.dtype == np.float16
@@ -71,7 +71,7 @@ def test_pictures_are_encoded_and_written(worker, drawn, tmp_path):
     with torch.no_grad():
         labels = worker.model.image_tokenizer.encode(pixels).labels_BLs
     assert blue.bits == pack(labels[0].numpy(), V1_CODES)
-    paths = worker.pictures([(drawn[0], "a.png")], SIDE, str(tmp_path))
+    paths = worker.images([(drawn[0], "a.png")], SIDE, str(tmp_path))
     assert Image.open(paths[0]).size == (SIDE, SIDE)
     sizes = worker.reward(drawn, SIDE, lambda images, prompts: [image.size[0] for image in images])
     assert sizes == [SIDE] * 3
@@ -88,12 +88,12 @@ def test_new_weights_are_verified_and_change_the_scores(v1_checkpoint, drawn, tm
     worker = Worker(str(v1_checkpoint), Patches(), threads=1)
     other = tiny_v1_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
     before = worker.score(drawn, SIDE)
-    worker.receive(1, checksum(other), SharedFile(layout_of(other), other))
+    worker.receive(1, checksum(other), SharedFileTransfer(layout_of(other), other))
     assert worker.score(drawn, SIDE) != before
     head = tmp_path / "head.safetensors"
     save_file({"image_decoder.head.bias": torch.ones(V1_CODES)}, head)
     with pytest.raises(RuntimeError, match="checksum"):
-        worker.receive(2, "0" * 32, SharedFile(layout_of(head), head))
+        worker.receive(2, "0" * 32, SharedFileTransfer(layout_of(head), head))
 
 
 def test_another_resolution_than_the_models_own_is_refused(worker):

@@ -20,10 +20,10 @@ from vargpt_rl.bench.ablations import (
     settings_of,
     start_anew,
 )
-from vargpt_rl.checkpoint import check_checkpoint
+from vargpt_rl.driver.run import Run
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.run import Run
 from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.storage.checkpoint import check_checkpoint
 
 
 def test_all_that_a_stage_trains_is_set_and_what_joins_the_parts_is_anew(checkpoint, tmp_path):
@@ -127,11 +127,11 @@ def test_the_table_is_markdown():
         "variant": "full recipe",
         "steps": 240,
         "drawings": {"overall": 0.5, "overall_stderr": 0.04},
-        "pictures": {"nats": 0.25, "nats_stderr": 0.002},
+        "images": {"nats": 0.25, "nats_stderr": 0.002},
         "questions": {"accuracy": 0.25, "accuracy_stderr": 0.02},
     }
     assert markdown([result]).splitlines() == [
-        "| variant | steps | drawings right | nats a bit of pictures | questions right |",
+        "| variant | steps | drawings right | nats a bit of images | questions right |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| full recipe | 240 | 0.500 ± 0.040 | 0.2500 ± 0.0020 | 0.250 ± 0.020 |",
     ]

@@ -4,7 +4,7 @@ import pytest
 
 from vargpt_rl.bench import feed
 from vargpt_rl.data.records.sources import open_records
-from vargpt_rl.data.records.stream import Reading
+from vargpt_rl.data.records.stream import ReadOptions
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def test_every_format_has_the_same_records(sources):
     folder, found = sources
     said = {}
     for kind, source in found.items():
-        records = open_records(kind, source, Reading(seed=None, block=4), folder / "bad")
+        records = open_records(kind, source, ReadOptions(seed=None, block=4), folder / "bad")
         said[kind] = {record.id: record.messages for record in records}
     assert len(said["jsonl"]) == 16
     assert said["parquet"] == said["jsonl"] == said["webdataset"]

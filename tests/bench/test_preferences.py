@@ -8,7 +8,7 @@ import pytest
 from configs.load import load_config
 from vargpt_rl.bench import preferences
 from vargpt_rl.bench.preferences import Study, fork, loop, main, overrides, table
-from vargpt_rl.run import Run
+from vargpt_rl.driver.run import Run
 
 
 def begun(directory):

@@ -6,7 +6,7 @@ from vargpt_rl.bench import rewards
 
 
 def test_a_hanging_reward_costs_its_deadlines_and_no_scores(capsys):
-    assert rewards.main(["pictures=16", "batch=8", "side=32", "timeout_s=0.5"]) == 0
+    assert rewards.main(["images=16", "batch=8", "side=32", "timeout_s=0.5"]) == 0
     shown = capsys.readouterr().out
     speeds = [float(speed) for speed in re.findall(r"(\d+\.\d)\s+16, 16", shown)]
     ratio = float(re.search(r"ratio (\d\.\d+): -?\d+\.\d s more", shown)[1])

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from vargpt_rl.bench import rollout
-from vargpt_rl.model.generate import SamplingConfig, draw
+from vargpt_rl.model.generate import SamplingConfig, generate_images
 
 
 @pytest.mark.parametrize("side", [48, 128])
-def test_drawing_without_caches_gives_the_same_pictures(model, chat, side):
+def test_drawing_without_caches_gives_the_same_images(model, chat, side):
     args = (model, *rollout.prompts(chat, 3), [4, 5, 6], (side, side), SamplingConfig(cfg=1.0, tau=1.0))
-    fast, slow = draw(*args), rollout.redraw(*args)
+    fast, slow = generate_images(*args), rollout.redraw(*args)
     # float32 in another order of additions: a bit differs where noise and probability agree to some six digits
     assert (fast.bits_BLd != slow.bits_BLd).float().mean() < 1e-3
     assert fast.summed_Bdhw.shape == slow.summed_Bdhw.shape

@@ -68,7 +68,7 @@ def test_batches_are_told_in_words():
     assert recipe.arithmetic(2) == "100 steps of 16 = 4 (micro) x 2 (accumulation) x 2 (ranks)"
 
 
-def test_held_out_pictures_are_judged_by_another_reward_than_the_one_that_trains():
+def test_held_out_images_are_judged_by_another_reward_than_the_one_that_trains():
     path, same = "rewards.technical:sharpness", "rewards.technical:sharpness: that is the training reward"
     with pytest.raises(ValueError, match=same):
         load_config([f"reward.path={path}", f"evaluation.reward.path={path}"])
@@ -100,7 +100,7 @@ def test_sources_of_records_are_named_in_the_settings():
         (["+data.sources.a.files=[x]", "stages=[tokenizer,align]"], "stages: tokenizer needs"),
         (["+data.sources.a.files=[x]", "preference.winners=null"], "preference.winners is not set"),
         (["+data.sources.a.files=[x]", "preference.prompts=null"], "preference.prompts is not set"),
-        (["+data.sources.a.files=[x]", "data.max_tokens=521", "resolutions=[256]"], "data.max_tokens=521: a picture"),
+        (["+data.sources.a.files=[x]", "data.max_tokens=521", "resolutions=[256]"], "data.max_tokens=521: an image"),
         (["data.workers=-1"], "data.workers=-1"),
         (["data.held_out_fraction=1"], "data.held_out_fraction=1"),
         (["data.kind=shapes", "data.encoded=x"], "data.encoded are for data=records"),

@@ -9,7 +9,7 @@ from configs.load import load_config
 from vargpt_rl.data.instruct.__main__ import main
 from vargpt_rl.data.records.schema import DRAWN, placeholders
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import Reading
+from vargpt_rl.data.records.stream import ReadOptions
 
 # Samples, epochs, batch, learning rate, ZeRO stage (Table 2; samples: sections 3.2 and 4.2).
 TABLE = {
@@ -53,7 +53,7 @@ def test_a_folder_such_as_imagenet_gives_the_three_sets(tmp_path):
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
 
     def records(name: str, **source) -> list:
-        return list(open_records(name, RecordSource(**source), Reading(), tmp_path / "bad"))
+        return list(open_records(name, RecordSource(**source), ReadOptions(), tmp_path / "bad"))
 
     classes = records(
         "classes",

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BITS, tiny_checkpoint
+from tests.helpers.tiny import BITS, tiny_checkpoint
 from vargpt_rl.data.batches import MULTIPLE, DrawExample, PairCollator, Row, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import IGNORED, ChatFormat, Drawn
+from vargpt_rl.model.prompt import IGNORED, ChatFormat, ImageToDraw
 from vargpt_rl.model.scales import schedule_for, token_count
 
 TOKENS = token_count(schedule_for(64))
@@ -28,7 +28,7 @@ def features(side: int = 64, value: float = 0.0) -> np.ndarray:
 
 
 def test_drawings_and_questions_share_a_batch_in_order(chat):
-    red, blue = (chat.pictures([Image.new("RGB", (56, 56), colour)]) for colour in ("red", "blue"))
+    red, blue = (chat.vision_inputs([Image.new("RGB", (56, 56), colour)]) for colour in ("red", "blue"))
     batch = SftCollator(chat)(
         [
             DrawExample(Prompt("0", "a star", "Here:"), features(value=1.0)),
@@ -79,14 +79,14 @@ def text(chat, words: str) -> Row:
     return Row(chat.answered("Say it.", words))
 
 
-def drawing(chat, pictures: int, value: float, dtype=np.float16) -> Row:
-    parts = [part for _ in range(pictures) for part in ("Here:", Drawn(TOKENS))]
+def drawing(chat, images: int, value: float, dtype=np.float16) -> Row:
+    parts = [part for _ in range(images) for part in ("Here:", ImageToDraw(TOKENS))]
     shape = (64, 64, 3) if dtype == np.uint8 else (BITS, 4, 4)
-    drawn = tuple(np.full(shape, value + i, dtype) for i in range(pictures))
+    drawn = tuple(np.full(shape, value + i, dtype) for i in range(images))
     return Row(chat.encode([("user", ["Draw."]), ("assistant", parts)]), None, drawn)
 
 
-def test_drawn_pictures_are_in_the_order_of_their_places(chat):
+def test_drawn_images_are_in_the_order_of_their_places(chat):
     batch = SftCollator(chat)([drawing(chat, 2, 1.0), text(chat, "red"), drawing(chat, 1, 3.0)])
     pads = batch["input_ids"] == chat.config.image_gen_pad_token_id
     assert pads.sum(1).tolist() == [2 * TOKENS, 0, TOKENS]
@@ -103,7 +103,7 @@ def test_pixels_stay_pixels(chat):
 def test_short_texts_share_rows_that_are_no_wider_than_the_batch(chat):
     words = ["red", "blue " * 30, "green", "yellow"]
     texts = [text(chat, word) for word in words]
-    shown = chat.pictures([Image.new("RGB", (56, 56), "red")])
+    shown = chat.vision_inputs([Image.new("RGB", (56, 56), "red")])
     seen = Row(chat.answered("What?", "red", shown.image_grid_thw), shown)
     batch = SftCollator(chat, packs=True)([texts[0], seen, *texts[1:], drawing(chat, 1, 1.0)])
     alone = SftCollator(chat)([texts[0], seen, *texts[1:], drawing(chat, 1, 1.0)])
@@ -112,7 +112,7 @@ def test_short_texts_share_rows_that_are_no_wider_than_the_batch(chat):
     assert torch.equal(batch["pixel_values"], alone["pixel_values"])
     assert torch.equal((batch["blocks"] > 0).long(), batch["attention_mask"])
     config = chat.config
-    assert (batch["blocks"][(batch["input_ids"] == config.image_token_id).any(1)] < 2).all(), "pictures are alone"
+    assert (batch["blocks"][(batch["input_ids"] == config.image_token_id).any(1)] < 2).all(), "images are alone"
     assert (batch["blocks"][(batch["input_ids"] == config.image_gen_pad_token_id).any(1)] < 2).all()
     found = []
     for ids, labels, blocks in zip(batch["input_ids"], batch["labels"], batch["blocks"], strict=True):

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.data.records.reading import png
-from tests.streams import COUNT, feed_of, write_sources
-from tests.tiny import tiny_checkpoint
+from tests.helpers.records import png
+from tests.helpers.streams import COUNT, feed_of, write_sources
+from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.data import encode
-from vargpt_rl.data.encode import crops_of, drawn_pictures, features_of, load_image_tokenizer, main
-from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
-from vargpt_rl.data.records.pictures import InRecord, content_sha256, on_disk
-from vargpt_rl.data.records.schema import Conversation, Message
+from vargpt_rl.data.encode import crops_of, drawn_images, features_of, main
+from vargpt_rl.data.features import FeatureCache, load_image_tokenizer, shard_files, tokenizer_checksum
+from vargpt_rl.data.records.images import InRecord, content_sha256, on_disk
+from vargpt_rl.data.records.schema import Message, RecordConversation
 
 SIDE = 32
 
@@ -32,7 +32,7 @@ def record(task: str, number: int, images: list[str]) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven pictures, 0 and 1 the same file twice; 5 is shown and not drawn, 6 is broken, 7 is missing."""
+    """Seven images, 0 and 1 the same file twice; 5 is shown and not drawn, 6 is broken, 7 is missing."""
     folder = tmp_path_factory.mktemp("records")
     for number in range(7):
         (folder / f"{number}.png").write_bytes(png(max(number, 1), (40 + number, 50)))
@@ -61,7 +61,7 @@ def checksum(model):
 
 
 def contents(out: Path, checksum: str, folder: Path, crops: int = 2) -> dict[tuple[int, int], bytes]:
-    """The features in a cache by picture and crop."""
+    """The features in a cache by image and crop."""
     cache = FeatureCache(out, checksum, SIDE)
     found = {}
     for number in range(6):
@@ -73,14 +73,14 @@ def contents(out: Path, checksum: str, folder: Path, crops: int = 2) -> dict[tup
     return found
 
 
-def test_drawn_pictures_are_in_the_cache_with_their_features(folder, sources, checksum, model, tmp_path):
+def test_drawn_images_are_in_the_cache_with_their_features(folder, sources, checksum, model, tmp_path):
     assert main(sources(tmp_path, "good")) == 0
     cache = FeatureCache(tmp_path, checksum, SIDE)
     assert cache.crops == 2 and len(cache) == 2 * 4
     for number in (0, 1, 2, 3, 4):
-        picture = on_disk(folder, f"{number}.png")
-        digest = content_sha256(picture)
-        for crop, pixels in crops_of(picture, digest, SIDE, (0, 1)).items():
+        image = on_disk(folder, f"{number}.png")
+        digest = content_sha256(image)
+        for crop, pixels in crops_of(image, digest, SIDE, (0, 1)).items():
             image_13HW = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
             with torch.no_grad():
                 expected = model.image_tokenizer.features(image_13HW)[0].numpy()
@@ -121,17 +121,17 @@ def test_what_is_there_is_not_even_decoded(folder, sources, tmp_path, monkeypatc
     assert main(sources(tmp_path, "good")) == 0
     assert {path: path.stat().st_mtime_ns for path in shard_files(tmp_path)} == before
     counts = capsys.readouterr().out.splitlines()[-6:]
-    lines = ["6  records", "0  of these bad", "5  pictures to draw", "1  of these the same as an earlier one"]
+    lines = ["6  records", "0  of these bad", "5  images to draw", "1  of these the same as an earlier one"]
     assert [line.strip() for line in counts] == [*lines, "0  crops encoded", "8  kept"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_put_aside_and_counted(sources, checksum, folder, tmp_path, capsys, workers):
+def test_bad_images_are_put_aside_and_counted(sources, checksum, folder, tmp_path, capsys, workers):
     for _ in range(2):  # the second time finds the same again
         assert main(sources(tmp_path, "all", f"workers={workers}", "max_bad_fraction=0.25")) == 0
         out = [line.strip() for line in capsys.readouterr().out.splitlines()]
         assert out[:2] == ["8  records", "2  of these bad"]
-        assert out[6:] == ["1  bad: picture is missing", "1  bad: picture is unreadable (OSError)"]
+        assert out[6:] == ["1  bad: image is missing", "1  bad: image is unreadable (OSError)"]
         lines = [line for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
         assert sorted(json.loads(line)["source"] for line in lines) == [f"{folder}/all.jsonl:{n}" for n in (5, 6)]
     assert main(sources(tmp_path, "all", f"workers={workers}", "max_bad_fraction=0.2")) == 1
@@ -144,7 +144,7 @@ def test_what_was_mended_is_no_longer_counted_as_bad(sources, tmp_path, capsys):
     arguments = [*sources(tmp_path / "out", "all"), "max_bad_fraction=1"]
     arguments = [a for a in arguments if not a.startswith("sources")] + [f"sources.mine.files={tmp_path}/a.jsonl"]
     assert main(arguments) == 0
-    assert "1  bad: picture is missing" in capsys.readouterr().out
+    assert "1  bad: image is missing" in capsys.readouterr().out
     (tmp_path / "a.png").write_bytes(png())
     assert main(arguments) == 0
     assert "bad:" not in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_a_cache_of_another_tokenizer_is_refused_and_left_alone(sources, tmp_pat
 
 def test_records_that_draw_nothing_are_an_error_unless_they_are_a_share(sources, tmp_path, capsys):
     assert main(sources(tmp_path, "seen")) == 2
-    assert "sources mine: no record draws a picture" in capsys.readouterr().err
+    assert "sources mine: no record draws an image" in capsys.readouterr().err
     assert main(sources(tmp_path, "seen", "world=2")) == 0
 
 
@@ -205,7 +205,7 @@ def test_training_takes_what_was_encoded(checkpoint, chat, checksum, tmp_path):
     assert main([*given, f"sources.lines.images={sources['lines'].images}", "workers=0"]) == 0
     feed = feed_of(tmp_path, sources, encoded=tmp_path / "encoded", tokenizer_checksum=checksum)
     known = {content.tobytes() for path in shard_files(tmp_path / "encoded" / "64") for content in load_features(path)}
-    assert len(known) == 2 * (COUNT + COUNT), "pictures 0 to 23 and 100 to 123, drawn twice or once"
+    assert len(known) == 2 * (COUNT + COUNT), "images 0 to 23 and 100 to 123, drawn twice or once"
     loader = feed.loader(feed.mixture(chat, 4, 0, 0, 1), 0)
     seen = [features.numpy().tobytes() for batch in islice(loader, 20) for features in batch["features"]]
     assert len(set(seen)) > 30 and set(seen) <= known
@@ -218,22 +218,22 @@ def load_features(path: Path) -> np.ndarray:
 
 
 def test_crops_follow_from_content_and_number_alone():
-    picture = InRecord(png(1, (90, 60)))
-    content = content_sha256(picture)
-    crops = crops_of(picture, content, SIDE, range(4))
+    image = InRecord(png(1, (90, 60)))
+    content = content_sha256(image)
+    crops = crops_of(image, content, SIDE, range(4))
     assert len({pixels.tobytes() for pixels in crops.values()}) == 4
     assert all(pixels.shape == (SIDE, SIDE, 3) and pixels.dtype == np.uint8 for pixels in crops.values())
-    (alone,) = crops_of(picture, content, SIDE, [2]).values()
+    (alone,) = crops_of(image, content, SIDE, [2]).values()
     assert (alone == crops[2]).all()
-    other = crops_of(picture, content_sha256(InRecord(png(2))), SIDE, range(4))
+    other = crops_of(image, content_sha256(InRecord(png(2))), SIDE, range(4))
     assert any((other[number] != crops[number]).any() for number in crops)
 
 
-def test_a_record_may_draw_several_pictures(tmp_path):
+def test_a_record_may_draw_several_images(tmp_path):
     for number in range(3):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
     images = tuple(on_disk(tmp_path, f"{number}.png") for number in range(3))
     messages = (Message("user", "<image> two more"), Message("assistant", "<image_gen> and <image_gen>"))
-    drawn = drawn_pictures(Conversation("1", "", "editing", messages, images), SIDE, 1, ())
+    drawn = drawn_images(RecordConversation("1", "", "editing", messages, images), SIDE, 1, ())
     assert [one.content for one in drawn] == [content_sha256(image) for image in images[1:]]
     assert [one.crops[0][0, 0, 0] for one in drawn] == [1, 2]

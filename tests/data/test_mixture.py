@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vargpt_rl.data.mixture import Ingredient, Mixture, pack
+from vargpt_rl.data.mixture import Mixture, MixtureSource, pack
 
 
 class Endless:
@@ -39,9 +39,9 @@ class Counting:
 
 def mixture(**settings) -> Mixture:
     ingredients = {
-        "big": Ingredient(Endless("g", 10_000), "generation", 3.0),
-        "small": Ingredient(Endless("s", 2), "generation", 1.0),
-        "asked": Ingredient(Endless("u", 7), "understanding"),
+        "big": MixtureSource(Endless("g", 10_000), "generation", 3.0),
+        "small": MixtureSource(Endless("s", 2), "generation", 1.0),
+        "asked": MixtureSource(Endless("u", 7), "understanding"),
     }
     return Mixture(ingredients, **dict(batch=8, drawing_share=0.75, seed=0) | settings)
 
@@ -82,7 +82,7 @@ def test_a_resumed_mixture_goes_on_where_it_was(taken):
     resumed = iter(mixture())
     resumed.load_state_dict(state)
     assert list(islice(resumed, 30)) == list(islice(batches, 30))
-    other = Mixture({"one": Ingredient(Endless("g", 3), "generation")}, 2, 1.0, 0)
+    other = Mixture({"one": MixtureSource(Endless("g", 3), "generation")}, 2, 1.0, 0)
     with pytest.raises(ValueError, match="resumed with .'one'."):
         iter(other).load_state_dict(state)
 
@@ -103,7 +103,7 @@ def test_batches_are_made_with_a_generator_of_their_own():
 
 
 def test_wrong_use_is_named():
-    drawn, asked = (Ingredient(Endless(kind[0], 5), kind) for kind in ("generation", "understanding"))
+    drawn, asked = (MixtureSource(Endless(kind[0], 5), kind) for kind in ("generation", "understanding"))
     with pytest.raises(ValueError, match="0.01 drawings gives 0 of each batch=8"):
         mixture(drawing_share=0.01)
     with pytest.raises(ValueError, match="2 understanding samples in each batch: no source"):
@@ -111,11 +111,11 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="0 understanding samples in each batch: needless source"):
         Mixture({"drawn": drawn, "asked": asked}, 4, 1.0, 0)
     with pytest.raises(ValueError, match="unknown modality 'editing'"):
-        Ingredient([], "editing")
+        MixtureSource([], "editing")
     with pytest.raises(ValueError, match="weight is 0"):
-        Ingredient([], "generation", 0)
+        MixtureSource([], "generation", 0)
     with pytest.raises(ValueError, match="source short came to an end"):
-        list(Mixture({"short": Ingredient([1, 2, 3], "generation")}, 2, 1.0, 0))
+        list(Mixture({"short": MixtureSource([1, 2, 3], "generation")}, 2, 1.0, 0))
 
 
 # Packing

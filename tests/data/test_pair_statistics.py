@@ -50,10 +50,10 @@ def test_repeats_are_counted(table):
     expected = {
         "pair id": 0,
         "prompt": 3,
-        "chosen picture": 2,
-        "rejected picture": 1,
-        "pair of pictures": 1,
-        "picture on both sides": 1,
+        "chosen image": 2,
+        "rejected image": 1,
+        "pair of images": 1,
+        "image on both sides": 1,
     }
     assert repeats(table) == expected
     assert {f"repeated/{name}": count for name, count in expected.items()}.items() <= statistics(table).items()
@@ -82,7 +82,7 @@ def test_a_table_of_two_resolutions_is_described_in_two_parts(tmp_path, capsys):
         "1 -5.5",
         "crisp 2 0.50",
         "step-90 1 0.25",
-        "picture on both sides 1",
+        "image on both sides 1",
         "prompts without winner 1",
         "dropped: no winner 3",
     ]:

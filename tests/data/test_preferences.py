@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.faults import ask
+from tests.helpers.faults import ask
+from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
-from vargpt_rl.failpoints import VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_table_is_one_line_and_exit_code_2(tmp_path, capsys):
         "nothing": "No such file",
         "folder": "table.parquet",
         "text": "not a Parquet file",
-        "scales": "table.parquet: pictures of one resolution differ in how many scales",
+        "scales": "table.parquet: images of one resolution differ in how many scales",
     }.items():
         path.unlink(missing_ok=True)
         if make == "folder":

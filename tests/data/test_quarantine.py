@@ -10,12 +10,12 @@ def test_records_are_written_and_counted(tmp_path):
     assert not quarantine.path.exists()
     quarantine.add("a.jsonl:1", "{", "not JSON")
     quarantine.add("a.jsonl:7", "é\n\udc80" + "x" * 10_000, "not JSON")
-    quarantine.add("x.png", "x.png", "picture without a caption", lost=False)
+    quarantine.add("x.png", "x.png", "image without a caption", lost=False)
     lines = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
     assert [line["source"] for line in lines] == ["a.jsonl:1", "a.jsonl:7", "x.png"]
     assert lines[0] == {"source": "a.jsonl:1", "reason": "not JSON", "lost": True, "record": "{"}
     assert len(lines[1]["record"]) == LONGEST_RECORD
-    assert quarantine.counts == {"not JSON": 2, "picture without a caption": 1}
+    assert quarantine.counts == {"not JSON": 2, "image without a caption": 1}
     assert quarantine.lost == 2
 
 
@@ -25,7 +25,7 @@ def test_check_permits_up_to_the_fraction(tmp_path):
     for number in range(2):
         quarantine.add(f"a:{number}", "", "not JSON")
     for number in range(10):
-        quarantine.add(f"b:{number}", "", "picture without a caption", lost=False)
+        quarantine.add(f"b:{number}", "", "image without a caption", lost=False)
     quarantine.check(20, 0.1)
     with pytest.raises(ValueError, match=r"2 of 19 records are bad(.|\n)*0.1(.|\n)*2  not JSON"):
         quarantine.check(19, 0.1)

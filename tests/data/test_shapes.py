@@ -60,24 +60,26 @@ def test_no_two_scenes_of_a_caption_are_alike():
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
-        ("a small cross", shapes.Requirement("single_object", (shapes.Wanted("cross", size="small"),))),
-        ("a large red circle", shapes.Requirement("colours", (shapes.Wanted("circle", "red", "large"),))),
-        ("three crosses", shapes.Requirement("counting", (shapes.Wanted("cross", count=3),))),
-        ("two green squares", shapes.Requirement("counting", (shapes.Wanted("square", "green", count=2),))),
+        ("a small cross", shapes.Requirement("single_object", (shapes.Described("cross", size="small"),))),
+        ("a large red circle", shapes.Requirement("colours", (shapes.Described("circle", "red", "large"),))),
+        ("three crosses", shapes.Requirement("counting", (shapes.Described("cross", count=3),))),
+        ("two green squares", shapes.Requirement("counting", (shapes.Described("square", "green", count=2),))),
         (
             "a circle and a square",
-            shapes.Requirement("two_objects", (shapes.Wanted("circle"), shapes.Wanted("square"))),
+            shapes.Requirement("two_objects", (shapes.Described("circle"), shapes.Described("square"))),
         ),
-        ("a red circle at the top", shapes.Requirement("position", (shapes.Wanted("circle", "red"),), place="top")),
+        ("a red circle at the top", shapes.Requirement("position", (shapes.Described("circle", "red"),), place="top")),
         (
             "a red circle left of a blue square",
             shapes.Requirement(
-                "position", (shapes.Wanted("circle", "red"), shapes.Wanted("square", "blue")), relation="left of"
+                "position", (shapes.Described("circle", "red"), shapes.Described("square", "blue")), relation="left of"
             ),
         ),
         (
             "a red circle and a blue square",
-            shapes.Requirement("colour_attribution", (shapes.Wanted("circle", "red"), shapes.Wanted("square", "blue"))),
+            shapes.Requirement(
+                "colour_attribution", (shapes.Described("circle", "red"), shapes.Described("square", "blue"))
+            ),
         ),
     ],
 )
@@ -140,14 +142,14 @@ def test_renders_are_determined_by_the_seed(style, side):
 
 def test_render_draws_the_thing_where_it_is():
     scene = shapes.Scene("a red circle", "colours", (shapes.Thing("circle", "red", 0.3, 0.6, 0.4),))
-    picture = shapes.render(scene, 128, "clean", np.random.default_rng(0))
-    assert picture.getpixel((38, 77)) == shapes.COLOURS["red"]
-    assert picture.getpixel((100, 30)) == shapes.BACKGROUND
-    red = (np.asarray(picture)[..., 2] < 150).mean()
+    image = shapes.render(scene, 128, "clean", np.random.default_rng(0))
+    assert image.getpixel((38, 77)) == shapes.COLOURS["red"]
+    assert image.getpixel((100, 30)) == shapes.BACKGROUND
+    red = (np.asarray(image)[..., 2] < 150).mean()
     assert red == pytest.approx(np.pi / 4 * 0.4**2, rel=0.03)
 
 
-def test_commercial_pictures_have_a_darker_outline():
+def test_commercial_images_have_a_darker_outline():
     scene = shapes.Scene("a red square", "colours", (shapes.Thing("square", "red", 0.5, 0.5, 0.5),))
     clean, commercial = (
         np.asarray(shapes.render(scene, 256, style, np.random.default_rng(0)))[..., 0].min()

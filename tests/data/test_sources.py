@@ -38,16 +38,16 @@ def world():
     return ShapesSource(ShapesConfig())
 
 
-def test_shapes_keys_rebuild_the_very_picture_elsewhere(world):
+def test_shapes_keys_rebuild_the_very_image_elsewhere(world):
     elsewhere = pickle.loads(pickle.dumps(world))
-    keys = [record.picture for record in world.records(5, 0)]
+    keys = [record.image for record in world.records(5, 0)]
     keys += [world.winner_key(prompt) for prompt in world.prompts("held_out", 5, 0)]
     keys += [key for key, *_ in world.questions(5, 0, "train")]
     keys += [key for before, _, after in world.edits(5, 0) for key in (before, after)]
     for key in keys:
-        picture = world.load(key, 64)
-        assert picture.size == (64, 64)
-        assert same(picture, elsewhere.load(key, 64))
+        image = world.load(key, 64)
+        assert image.size == (64, 64)
+        assert same(image, elsewhere.load(key, 64))
 
 
 def test_shapes_prompts_are_stable_and_keep_their_split(world):
@@ -58,18 +58,18 @@ def test_shapes_prompts_are_stable_and_keep_their_split(world):
         assert world.prompts(split, 10, 3) == prompts[:10]
         assert [p.text for p in world.prompts(split, 40, 4)] != [p.text for p in prompts]
     assert all(not shapes.is_held_out(record.prompt.text) for record in world.records(40, 0))
-    assert len({record.picture for record in world.records(40, 0)}) == 40
+    assert len({record.image for record in world.records(40, 0)}) == 40
 
 
 def test_shapes_winners_are_right_and_the_corpus_is_noisy(world):
     prompts = world.prompts("train", 30, 0)
     assert all(check(world.load(world.winner_key(prompt), 128), prompt.text).correct for prompt in prompts)
-    corpus = [np.asarray(world.load(record.picture, 64), float) for record in world.records(5, 0)]
-    assert all(np.abs(np.diff(picture[:4], axis=1)).mean() > 1 for picture in corpus)
+    corpus = [np.asarray(world.load(record.image, 64), float) for record in world.records(5, 0)]
+    assert all(np.abs(np.diff(image[:4], axis=1)).mean() > 1 for image in corpus)
     assert world.winner_key(Prompt("mine-1", "a photograph of a cat")) is None
 
 
-def test_shapes_questions_are_about_their_pictures(world):
+def test_shapes_questions_are_about_their_images(world):
     asked = world.questions(60, 1, "held_out")
     assert {key.split("/")[0] for key, *_ in asked} == {"clean", "commercial"}
     assert len({key.split("/")[1] for key, *_ in asked}) == len(asked)  # layouts of their own
@@ -85,7 +85,7 @@ def test_shapes_questions_are_about_their_pictures(world):
             assert [thing.colour for thing in scene.things if thing.shape == shape] == [answer]
 
 
-def test_shapes_edits_lead_from_one_picture_to_the_other(world):
+def test_shapes_edits_lead_from_one_image_to_the_other(world):
     for before, instruction, after in world.edits(20, 2):
         assert instruction
         scenes = world.scene(before), world.scene(after)
@@ -107,7 +107,7 @@ def test_shapes_bad_input_is_named(world):
         ShapesConfig(winner_style="oil")
 
 
-# Captioned pictures
+# Captioned images
 
 
 def noise(*size: int) -> np.ndarray:
@@ -143,7 +143,7 @@ def folder(tmp_path):
     (tmp_path / "captions.jsonl").write_bytes("\r\n".join(lines).encode() + b"\n\xff\xfe\n")
     for name in ("secret.png", "images/orphan.PNG", "winners/orphan.png"):
         Image.fromarray(noise(8, 8, 3)).save(tmp_path / name)
-    (tmp_path / "images" / "README.md").write_text("not a picture")
+    (tmp_path / "images" / "README.md").write_text("not an image")
     return tmp_path
 
 
@@ -166,13 +166,13 @@ def test_every_fault_is_quarantined_with_its_line_and_reason(folder):
         ("captions.jsonl:15", '"caption" is empty', True),
         ("captions.jsonl:16", '"caption" has characters that are no text', True),
         ("captions.jsonl:17", "list where a JSON object is expected", True),
-        ("captions.jsonl:18", "caption without a picture", True),
-        ("captions.jsonl:19", '"file" leaves the picture folder', True),
-        ("captions.jsonl:20", '"file" leaves the picture folder', True),
+        ("captions.jsonl:18", "caption without an image", True),
+        ("captions.jsonl:19", '"file" leaves the image folder', True),
+        ("captions.jsonl:20", '"file" leaves the image folder', True),
         ("captions.jsonl:21", '"id" is that of an earlier line', True),
-        ("captions.jsonl:22", "caption without a picture", True),
+        ("captions.jsonl:22", "caption without an image", True),
         ("captions.jsonl:23", "not UTF-8", True),
-        ("orphan.PNG", "picture without a caption", False),
+        ("orphan.PNG", "image without a caption", False),
         ("orphan.png", "winner without a prompt", False),
     ]
     assert source.lines == 22
@@ -212,7 +212,7 @@ def test_every_key_loads_in_another_process_and_folder(folder, monkeypatch):
     monkeypatch.chdir(folder / "elsewhere")
     source = pickle.loads(pickle.dumps(source))
     for record in source.records(10, 0):
-        assert source.load(record.picture, 16).size == (16, 16)
+        assert source.load(record.image, 16).size == (16, 16)
         key = source.winner_key(record.prompt)
         assert (key is None) == (record.id == "p9")
         assert key is None or source.load(key, 16).size == (16, 16)
@@ -247,12 +247,12 @@ def test_sixteen_bit_greys_keep_their_brightness(folder):
     assert source.load(key, 4).getpixel((1, 1)) == (0x81,) * 3
 
 
-def test_the_middle_is_kept_and_the_shorter_side_fills_the_picture(folder):
+def test_the_middle_is_kept_and_the_shorter_side_fills_the_image(folder):
     source, _ = captioned(folder)
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
-    for picture in (pixels, pixels.swapaxes(0, 1)):
-        assert np.asarray(source.load(saved(folder, Image.fromarray(picture)), 10))[1:-1, 1:-1].min() > 250
+    for image in (pixels, pixels.swapaxes(0, 1)):
+        assert np.asarray(source.load(saved(folder, Image.fromarray(image)), 10))[1:-1, 1:-1].min() > 250
 
 
 def test_photographs_are_turned_upright(folder):
@@ -261,11 +261,11 @@ def test_photographs_are_turned_upright(folder):
     pixels[:, :10] = 255
     photograph = Image.fromarray(pixels)
     photograph.getexif()[0x0112] = 6  # to be turned by a quarter, which brings the left side to the top
-    picture = np.asarray(source.load(saved(folder, photograph, "odd.png", exif=photograph.getexif()), 10))
-    assert picture[:4].min() > 250 and picture[6:].max() < 5
+    image = np.asarray(source.load(saved(folder, photograph, "odd.png", exif=photograph.getexif()), 10))
+    assert image[:4].min() > 250 and image[6:].max() < 5
 
 
-def test_unreadable_pictures_are_named(folder):
+def test_unreadable_images_are_named(folder):
     source, _ = captioned(folder, max_pixels=900)
     whole = (folder / "images" / "0.png").read_bytes()
     (folder / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
@@ -273,9 +273,9 @@ def test_unreadable_pictures_are_named(folder):
     (folder / "images" / "2.png").unlink()
     Image.new("RGB", (31, 31)).save(folder / "images" / "4.png")
     for file, said in (("0", "truncated"), ("1", "cannot identify"), ("2", "No such file"), ("4", "31 x 31.*900")):
-        with pytest.raises(ValueError, match=rf"images/{file}.png: not a readable picture: .*{said}"):
+        with pytest.raises(ValueError, match=rf"images/{file}.png: not a readable image: .*{said}"):
             source.load(f"images/{file}.png", 16)
-    with pytest.raises(ValueError, match="picture key 'other/1.png': expected"):
+    with pytest.raises(ValueError, match="image key 'other/1.png': expected"):
         source.load("other/1.png", 16)
 
 
@@ -308,8 +308,8 @@ def test_no_line_is_lost_in_silence(lines):
         assert source.lines == 1 + sum(bool(line) for line in written) == 1 + quarantine.lost
 
 
-@pytest.mark.skipif(not (SHARED / "data/emoji").is_dir(), reason=f"no emoji pictures at {SHARED / 'data/emoji'}")
-def test_real_pictures(tmp_path):
+@pytest.mark.skipif(not (SHARED / "data/emoji").is_dir(), reason=f"no emoji images at {SHARED / 'data/emoji'}")
+def test_real_images(tmp_path):
     emoji = SHARED / "data/emoji"
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     config = CaptionedConfig(str(emoji / "captions.jsonl"), str(emoji / "noto"), str(emoji / "twemoji"))
@@ -318,9 +318,9 @@ def test_real_pictures(tmp_path):
     train, held_out = (source.prompts(split, 1000, 0) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 723 and 50 < len(held_out) < 95
     for record in source.records(20, 0):
-        picture, winner = source.load(record.picture, 64), source.load(source.winner_key(record.prompt), 64)
-        assert picture.size == winner.size == (64, 64) and not same(picture, winner)
-        assert picture.getpixel((0, 0)) == (255, 255, 255)
+        image, winner = source.load(record.image, 64), source.load(source.winner_key(record.prompt), 64)
+        assert image.size == winner.size == (64, 64) and not same(image, winner)
+        assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
 # Prompts alone

@@ -26,7 +26,7 @@ def command(checkpoint, tmp_path):
 
 @pytest.fixture
 def painted(monkeypatch):
-    """Pictures of one colour, which follows from their seed, in place of the model's. The lines that were drawn."""
+    """Images of one colour, which follows from their seed, in place of the model's. The lines that were drawn."""
     drawn = []
 
     def paint(model, chat, lines, look):

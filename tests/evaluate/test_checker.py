@@ -9,27 +9,27 @@ RED, BLUE = shapes.COLOURS["red"], shapes.COLOURS["blue"]
 
 
 def right(number: int, side: int, style: str, blur: float = 0) -> float:
-    """Share of freshly rendered pictures that are accepted with their own caption."""
+    """Share of freshly rendered images that are accepted with their own caption."""
     rng = np.random.default_rng(side)
     accepted = 0
     for index in range(number):
         scene = shapes.sample_scene(rng, shapes.TASKS[index % len(shapes.TASKS)])
-        picture = shapes.render(scene, side, style, rng).filter(ImageFilter.GaussianBlur(blur))
-        accepted += checker.check(picture, scene.caption).correct
+        image = shapes.render(scene, side, style, rng).filter(ImageFilter.GaussianBlur(blur))
+        accepted += checker.check(image, scene.caption).correct
     return accepted / number
 
 
 @pytest.mark.parametrize(("side", "least"), [(64, 0.98), (128, 0.995), (256, 0.995)])
 @pytest.mark.parametrize("style", ["clean", "commercial"])
-def test_accepts_right_pictures(style, side, least):
+def test_accepts_right_images(style, side, least):
     assert right(90, side, style) >= least
 
 
-def test_accepts_blurred_pictures():
+def test_accepts_blurred_images():
     assert right(90, 128, "commercial", blur=1) >= 0.98
 
 
-def test_accepts_corpus_pictures_unless_they_are_wrong(monkeypatch):
+def test_accepts_corpus_images_unless_they_are_wrong(monkeypatch):
     monkeypatch.setattr(shapes, "WRONG_RATE", 0.0)
     assert right(90, 128, "corpus") >= 0.97
     monkeypatch.setattr(shapes, "WRONG_RATE", 1.0)
@@ -69,9 +69,9 @@ def test_finds_things_where_they_are(style):
 def test_rejects_another_caption(caption, wrong):
     rng = np.random.default_rng(4)
     for _ in range(4):
-        picture = shapes.render(shapes.scene_for(caption, rng), 64, "commercial", rng)
-        assert checker.check(picture, caption) == checker.Check(True, "", tuple(checker.find_things(picture)))
-        verdict = checker.check(picture, wrong)
+        image = shapes.render(shapes.scene_for(caption, rng), 64, "commercial", rng)
+        assert checker.check(image, caption) == checker.Check(True, "", tuple(checker.find_things(image)))
+        verdict = checker.check(image, wrong)
         assert not verdict.correct
         assert verdict.reason
 
@@ -127,12 +127,12 @@ def test_specks_are_overlooked_and_further_things_are_not():
     assert not checker.check(drawn(further), "a red circle").correct
 
 
-def test_empty_picture():
+def test_empty_image():
     verdict = checker.check(Image.new("RGB", (64, 64), shapes.BACKGROUND), "a circle")
     assert verdict == checker.Check(False, "expected 1 things, found 0", ())
 
 
-def test_refuses_oblong_pictures_and_foreign_captions():
+def test_refuses_oblong_images_and_foreign_captions():
     with pytest.raises(ValueError, match="128 x 64"):
         checker.find_things(Image.new("RGB", (128, 64)))
     with pytest.raises(ValueError, match="a dog"):
@@ -143,13 +143,13 @@ def test_score():
     rng = np.random.default_rng(0)
     asked = ["a circle", "a square", "two red circles", "three red circles"]
     shown = ["a circle", "a square", "two red circles", "four red circles"]
-    pictures = [shapes.render(shapes.scene_for(caption, rng), 64, "clean", rng) for caption in shown]
-    result = checker.score(pictures, asked)
+    images = [shapes.render(shapes.scene_for(caption, rng), 64, "clean", rng) for caption in shown]
+    result = checker.score(images, asked)
     assert result == {
         "single_object": 1.0, "counting": 0.5, "overall": 0.75, "overall_stderr": pytest.approx((0.25 / 2) ** 0.5 / 2),
         "n": 4,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         checker.score([], [])
     with pytest.raises(ValueError, match="zip"):
-        checker.score(pictures, asked[:1])
+        checker.score(images, asked[:1])

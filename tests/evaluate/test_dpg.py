@@ -1,4 +1,4 @@
-"""DPG-Bench: grids that the scorer cuts back into the four pictures, its text file read, missing files named."""
+"""DPG-Bench: grids that the scorer cuts back into the four images, its text file read, missing files named."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def scorer(images, outfile) -> list[tuple[str, list[Image.Image]]]:
     return cut
 
 
-def test_the_scorer_cuts_the_pictures_out_of_the_grids_and_its_file_is_read(
+def test_the_scorer_cuts_the_images_out_of_the_grids_and_its_file_is_read(
     command, bench, painted, folder, result, capsys
 ):
     assert command("benchmark=dpg", f"prompts={bench}") == 2
@@ -60,9 +60,9 @@ def test_the_scorer_cuts_the_pictures_out_of_the_grids_and_its_file_is_read(
     )
     cut = scorer(where / "images", where / "dpg_results.txt")
     assert {item for item, _ in cut} == set(ITEMS)
-    for item, pictures in cut:
+    for item, images in cut:
         seeds = [line["seed"] for line in painted if line["prompt"] == ITEMS[item]]
-        assert [picture.getcolors() for picture in pictures] == [[(SIDE * SIDE, colour(seed))] for seed in seeds]
+        assert [image.getcolors() for image in images] == [[(SIDE * SIDE, colour(seed))] for seed in seeds]
 
     grids = {path: path.stat().st_mtime_ns for path in (where / "images").iterdir()}
     assert command("benchmark=dpg", f"prompts={bench}") == 0
@@ -73,10 +73,10 @@ def test_the_scorer_cuts_the_pictures_out_of_the_grids_and_its_file_is_read(
     assert result("dpg")["counts"] == {"items": 3, "unscored": 0, "bad_prompts": 0}
 
 
-def test_a_picture_drawn_again_is_in_the_grid(command, bench, painted, folder):
+def test_a_image_drawn_again_is_in_the_grid(command, bench, painted, folder):
     command("benchmark=dpg", f"prompts={bench}")
     where = folder("dpg")
-    Image.new("RGB", (SIDE, SIDE), "black").save(where / "pictures/1-3.png")
+    Image.new("RGB", (SIDE, SIDE), "black").save(where / "images/1-3.png")
     command("benchmark=dpg", f"prompts={bench}")
     assert Image.open(where / "images/1.png").getpixel((SIDE, SIDE)) == (0, 0, 0)
 
@@ -145,4 +145,4 @@ def test_items_that_the_scorer_passed_over_are_counted(command, bench, painted, 
 
 def test_only_squares(command, bench, painted, capsys):
     assert command("benchmark=dpg", f"prompts={bench}", "resolution=128", "aspect=4:3") == 2
-    assert "error: aspect=4:3: benchmark=dpg needs square pictures" in capsys.readouterr().err
+    assert "error: aspect=4:3: benchmark=dpg needs square images" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def fits(things) -> bool:
 
 
 def verdict(before, after, make, rng) -> Verdict:
-    """On a picture of the things that ``make`` makes, once they can be told apart."""
+    """On an image of the things that ``make`` makes, once they can be told apart."""
     things = next((things for _ in range(100) if fits(things := make())), None)
     assume(things is not None)
     style, side = str(rng.choice(["clean", "commercial"])), int(rng.choice([64, 128]))
@@ -157,8 +157,8 @@ def test_what_is_added_may_stand_anywhere():
     cross = shapes.Thing("cross", "green", 0.5, 0.2, 0.22)
     after = replace(before, things=(*before.things, cross))
     for thing, right in ((cross, True), (replace(cross, x=0.4, y=0.85), True), (replace(cross, colour="red"), False)):
-        picture = shapes.render(replace(before, things=(*before.things, thing)), 128, "clean", rng)
-        assert check_edit(before, after, picture).correct == right
+        image = shapes.render(replace(before, things=(*before.things, thing)), 128, "clean", rng)
+        assert check_edit(before, after, image).correct == right
 
 
 def test_kinds():
@@ -171,8 +171,8 @@ def test_scores_are_shares_with_a_standard_error():
     check = EditCheck(source)
     prompts = [Prompt(after, text, shown=before) for before, text, after in source.edits(8, 0, "held_out")]
     rights = [source.load(prompt.id, 64) for prompt in prompts]
-    pictures = [*rights[:6], *(source.load(prompt.shown, 64) for prompt in prompts[6:])]
-    scores = check.scores(prompts, check(pictures, prompts))
+    images = [*rights[:6], *(source.load(prompt.shown, 64) for prompt in prompts[6:])]
+    scores = check.scores(prompts, check(images, prompts))
     assert scores["overall"] == 0.75 and scores["n"] == 8
     assert scores["overall_stderr"] == pytest.approx(np.std([1] * 6 + [0] * 2, ddof=1) / np.sqrt(8))
     assert scores["done"] == 0.75 and scores["kept"] == 1.0

@@ -15,7 +15,7 @@ D = 6
 
 
 class Layers(torch.nn.Module):
-    """Stands in for Inception: a picture's mean colours and a few products of them, at least a little different."""
+    """Stands in for Inception: an image's mean colours and a few products of them, at least a little different."""
 
     def __init__(self):
         super().__init__()
@@ -50,13 +50,13 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def reference(tmp_path):
-    """A folder of pictures of different sizes, and one below it."""
+    """A folder of images of different sizes, and one below it."""
     rng = np.random.default_rng(0)
     (tmp_path / "real/deeper").mkdir(parents=True)
     for i in range(10):
         pixels = np.full((40 + i, 30, 3), rng.integers(0, 256, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "real" / ("deeper" if i % 2 else "") / f"{i}.png")
-    (tmp_path / "real/notes.txt").write_text("no picture")
+    (tmp_path / "real/notes.txt").write_text("no image")
     return tmp_path / "real"
 
 
@@ -82,7 +82,7 @@ def test_the_distance_is_that_with_the_root_of_the_product(seed, n, m):
         assert distance(first, second) == pytest.approx(expected, **near)
 
 
-def test_pictures_are_resized_without_rounding():
+def test_images_are_resized_without_rounding():
     ramp = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[None, :, None], 3, 2).repeat(8, 0))
     pixels = resized(ramp)
     assert pixels.shape == (SIDE, SIDE, 3) and pixels.dtype == np.float32
@@ -116,7 +116,7 @@ def test_the_command_compares_with_a_folder_and_with_statistics(
     expected = distance(statistics((folder("fid") / "images").iterdir()), real)
     assert expected > 0.01
     assert result("fid")["metrics"] == {"fid": pytest.approx(expected)}
-    assert result("fid")["notes"] == ["FID of 12 pictures: below some 10,000 it comes out too high."]
+    assert result("fid")["notes"] == ["FID of 12 images: below some 10,000 it comes out too high."]
     np.savez(tmp_path / "real.npz", mu=real.mu, sigma=real.sigma)
     assert command(*arguments, f"reference={tmp_path / 'real.npz'}") == 0
     assert result("fid")["metrics"] == {"fid": pytest.approx(expected)}
@@ -133,8 +133,8 @@ def test_what_cannot_be_used_is_named_before_anything_is_drawn(
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "broken.npz").write_text("no arrays")
     for key, path, said in (
-        ("reference", "none", "expected a folder with 2 pictures or more"),
-        ("reference", "nowhere", "expected a folder with 2 pictures or more"),
+        ("reference", "none", "expected a folder with 2 images or more"),
+        ("reference", "nowhere", "expected a folder with 2 images or more"),
         ("reference", "mu.npz", 'expected arrays "mu" and "sigma"'),
         ("reference", "odd.npz", '"mu" is (6,), "sigma" (6, 7)'),
         ("reference", "broken.npz", 'expected arrays "mu" and "sigma"'),

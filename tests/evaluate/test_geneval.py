@@ -22,7 +22,7 @@ PROMPTS = [
 
 
 def scorer(images, outfile, right=lambda number, sample: True) -> None:
-    """Walks the folders as the benchmark's scorer does, and writes a line for each picture as it does."""
+    """Walks the folders as the benchmark's scorer does, and writes a line for each image as it does."""
     rows = []
     for name in os.listdir(images):
         if not (images / name).is_dir() or not name.isdigit():
@@ -45,7 +45,7 @@ def official(path) -> dict[str, float]:
     tasks = {tag: own["correct"].mean() for tag, own in frame.groupby("tag", sort=False)}
     return tasks | {
         "overall": np.mean(list(tasks.values())),
-        "correct_pictures": frame["correct"].mean(),
+        "correct_images": frame["correct"].mean(),
         "correct_prompts": frame.groupby("metadata")["correct"].any().mean(),
     }
 
@@ -57,7 +57,7 @@ def prompts(tmp_path):
     return f"prompts={file}"
 
 
-def test_pictures_lie_as_the_scorer_reads_them_and_its_results_are_read(
+def test_images_lie_as_the_scorer_reads_them_and_its_results_are_read(
     command, prompts, painted, folder, result, capsys, tmp_path
 ):
     assert command("benchmark=geneval", prompts) == 2
@@ -78,7 +78,7 @@ def test_pictures_lie_as_the_scorer_reads_them_and_its_results_are_read(
     assert command("benchmark=geneval", prompts) == 0
     assert len(painted) == SAMPLES * len(PROMPTS), "nothing is drawn again"
     assert result("geneval")["metrics"] == {"single_object": 0.0, "counting": 0.25, "colors": 0.5, "overall": 0.25}
-    counts = {"pictures": 12, "prompts": 3, "unscored": 0, "bad_prompts": 0}
+    counts = {"images": 12, "prompts": 3, "unscored": 0, "bad_prompts": 0}
     assert counts.items() <= result("geneval")["counts"].items()
     table = (tmp_path / "out/geneval.md").read_text()
     assert "| single object | counting | colors | overall |" in table, "tasks that were not measured are left out"
@@ -102,11 +102,11 @@ def test_the_summary_is_that_of_the_benchmark(tmp_path_factory, groups):
     path = tmp_path_factory.mktemp("results") / "results.jsonl"
     pd.DataFrame(rows).to_json(path, orient="records", lines=True)
     ours = summary(rows)
-    found = {**ours.metrics, **{key: ours.details[key] for key in ("correct_pictures", "correct_prompts")}}
+    found = {**ours.metrics, **{key: ours.details[key] for key in ("correct_images", "correct_prompts")}}
     assert found == pytest.approx(official(path), abs=1e-12)
 
 
-def test_results_of_some_pictures_are_not_taken_for_all(command, prompts, painted, folder, result, capsys):
+def test_results_of_some_images_are_not_taken_for_all(command, prompts, painted, folder, result, capsys):
     command("benchmark=geneval", prompts)
     where = folder("geneval")
     scorer(where / "images", where / "results.jsonl")
@@ -115,13 +115,13 @@ def test_results_of_some_pictures_are_not_taken_for_all(command, prompts, painte
     (where / "results.jsonl").write_text("\n".join([*lines[1:], lines[1], foreign, "not JSON"]))
     capsys.readouterr()
     assert command("benchmark=geneval", prompts) == 2
-    assert "usable results of 11 of 12 pictures: run GenEval's scorer" in capsys.readouterr().err
+    assert "usable results of 11 of 12 images: run GenEval's scorer" in capsys.readouterr().err
     assert command("benchmark=geneval", prompts, "max_bad_fraction=0.1") == 0
     assert result("geneval")["counts"]["unscored"] == 1
     reasons = [json.loads(line)["reason"] for line in (where.parent / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(reasons) == [
         "not JSON: Expecting value",
-        *["result of a picture that is not wanted, or a second one"] * 2,
+        *["result of an image that is not wanted, or a second one"] * 2,
     ]
 
 

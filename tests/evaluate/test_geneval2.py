@@ -27,7 +27,7 @@ def prompts(tmp_path):
     return f"prompts={file}"
 
 
-def test_the_scorer_finds_a_picture_for_every_prompt_and_its_lists_are_read(
+def test_the_scorer_finds_a_image_for_every_prompt_and_its_lists_are_read(
     command, prompts, painted, folder, result, capsys
 ):
     assert command("benchmark=geneval2", prompts) == 2
@@ -35,12 +35,12 @@ def test_the_scorer_finds_a_picture_for_every_prompt_and_its_lists_are_read(
     said = capsys.readouterr().err
     for part in (where / "prompts.jsonl", where / "images.json", where / "score_lists.json"):
         assert str(part) in said
-    pictures = json.loads((where / "images.json").read_text())
+    images = json.loads((where / "images.json").read_text())
     rows = [json.loads(line) for line in (where / "prompts.jsonl").read_text().splitlines()]
-    assert rows == PROMPTS and list(pictures) == [row["prompt"] for row in PROMPTS]
-    for path in pictures.values():
+    assert rows == PROMPTS and list(images) == [row["prompt"] for row in PROMPTS]
+    for path in images.values():
         Image.open(path).load()
-    assert len(set(pictures.values())) == 2
+    assert len(set(images.values())) == 2
 
     (where / "score_lists.json").write_text(json.dumps(SCORES))
     assert command("benchmark=geneval2", prompts) == 0

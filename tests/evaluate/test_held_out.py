@@ -41,11 +41,11 @@ def test_no_change_is_no_preference():
     assert scores["margin"] == 0.0 and scores["accuracy"] == 0.0
 
 
-def test_the_check_reads_pictures():
+def test_the_check_reads_images():
     rng = np.random.default_rng(0)
     scene = sample_scene(rng, "colours")
-    picture = render(scene, 128, "clean", rng)
-    assert shapes_check([picture, picture], [scene.caption, "four red crosses"]) == [1.0, 0.0]
+    image = render(scene, 128, "clean", rng)
+    assert shapes_check([image, image], [scene.caption, "four red crosses"]) == [1.0, 0.0]
 
 
 def test_fidelity_is_the_ratio_of_peak_to_noise():
@@ -53,7 +53,7 @@ def test_fidelity_is_the_ratio_of_peak_to_noise():
     keys = ["clean/1/a circle", "clean/2/a square"]
     off = np.clip(np.asarray(source.load(keys[1], 64), int) - 10, 0, 255)
     error = np.square(off - np.asarray(source.load(keys[1], 64), float)).mean()
-    pictures = [source.load(keys[0], 64), Image.fromarray(off.astype(np.uint8))]
-    same, shifted = Fidelity(source, 64)(pictures, [Prompt(key, "") for key in keys])
+    images = [source.load(keys[0], 64), Image.fromarray(off.astype(np.uint8))]
+    same, shifted = Fidelity(source, 64)(images, [Prompt(key, "") for key in keys])
     assert same == 100.0
     assert shifted == pytest.approx(10 * math.log10(255**2 / error))

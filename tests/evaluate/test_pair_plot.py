@@ -1,4 +1,4 @@
-"""The picture of a preference table shows what the table has."""
+"""The image of a preference table shows what the table has."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -10,7 +10,7 @@ from vargpt_rl.evaluate.pair_plot import plot_pairs
 
 
 @pytest.mark.parametrize("rewarded", [True, False])
-def test_the_picture_of_a_table(tmp_path, monkeypatch, rewarded):
+def test_the_image_of_a_table(tmp_path, monkeypatch, rewarded):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
@@ -19,12 +19,12 @@ def test_the_picture_of_a_table(tmp_path, monkeypatch, rewarded):
     rows = [row | ({} if rewarded else {"chosen_reward": None}) for row in ROWS]
     write_table(tmp_path / "t.parquet", rows, ORIGIN if rewarded else None)
     plot_pairs(read_table(tmp_path / "t.parquet"), tmp_path / "pairs.png")
-    with Image.open(tmp_path / "pairs.png") as picture:
-        assert picture.size == (1000, 650) and len(picture.convert("L").getcolors()) > 10
+    with Image.open(tmp_path / "pairs.png") as image:
+        assert image.size == (1000, 650) and len(image.convert("L").getcolors()) > 10
     reward, reference, scales, sources = figures[0].axes
     title, counts = figures[0].get_suptitle().splitlines()
     assert title == "4 pairs of 2 prompts at 256 px"
-    assert counts.startswith("repeated: prompt 3, chosen picture 2, rejected picture 1, ")
+    assert counts.startswith("repeated: prompt 3, chosen image 2, rejected image 1, ")
     assert counts.endswith("; prompts without winner: 1") == rewarded
     assert [patch.get_data().values.sum() for patch in reward.patches] == ([2] if rewarded else [])
     assert [text.get_text() for text in reward.texts] == ([] if rewarded else ["no rewards"])

@@ -22,11 +22,11 @@ ROWS = [
 
 @pytest.fixture
 def arguments(tmp_path):
-    (tmp_path / "pictures/deeper").mkdir(parents=True)
+    (tmp_path / "images/deeper").mkdir(parents=True)
     for name, colour in (("a.png", "red"), ("deeper/b.png", "blue")):
-        Image.new("RGB", (56, 56), colour).save(tmp_path / "pictures" / name)
+        Image.new("RGB", (56, 56), colour).save(tmp_path / "images" / name)
     write(tmp_path / "questions.jsonl", ROWS)
-    return ["benchmark=questions", f"questions={tmp_path / 'questions.jsonl'}", f"images={tmp_path / 'pictures'}"]
+    return ["benchmark=questions", f"questions={tmp_path / 'questions.jsonl'}", f"images={tmp_path / 'images'}"]
 
 
 def write(path, rows) -> None:
@@ -35,7 +35,7 @@ def write(path, rows) -> None:
 
 @pytest.fixture
 def said(monkeypatch):
-    """Answers given in place of the model's, by question; what was asked, with the picture's colour."""
+    """Answers given in place of the model's, by question; what was asked, with the image's colour."""
     words, asked = {}, []
 
     def answer(model, chat, questions, max_tokens):
@@ -54,14 +54,14 @@ def test_answers_are_scored_in_all_ways(command, arguments, said, result):
     assert command(*arguments, "max_tokens=7") == 0
     red, blue = (255, 0, 0), (0, 0, 255)
     assert asked == [(row["question"], blue if row["image"] == "deeper/b.png" else red, 7) for row in ROWS], (
-        "every question is asked about its own picture"
+        "every question is asked about its own image"
     )
     row = result("questions")
-    # existence: 3 of 4 right, one of two pictures wholly; count: one question only, no pair.
+    # existence: 3 of 4 right, one of two images wholly; count: one question only, no pair.
     assert row["metrics"] == pytest.approx({"accuracy": 5 / 6, "yes_no_accuracy": 4 / 5, "mme": 75 + 50})
     assert row["details"]["by_category"] == pytest.approx({"existence": 0.75, "count": 1.0, "": 1.0})
     assert row["details"]["mme_by_category"] == {"existence": 125.0}
-    counts = {"questions": 6, "yes_no_questions": 5, "unpaired_pictures": 1, "unanswered": 0, "bad_questions": 0}
+    counts = {"questions": 6, "yes_no_questions": 5, "unpaired_images": 1, "unanswered": 0, "bad_questions": 0}
     assert row["counts"] == counts
     assert command(*arguments, "max_tokens=7") == 0
     assert len(asked) == len(ROWS), "nothing is asked again"
@@ -115,9 +115,9 @@ def test_without_yes_no_questions_there_is_no_such_score():
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"image": "../a.png"}, '"image" leaves the picture folder'),
-        ({"image": "/a.png"}, '"image" leaves the picture folder'),
-        ({"image": "c.png"}, "there is no such picture"),
+        ({"image": "../a.png"}, '"image" leaves the image folder'),
+        ({"image": "/a.png"}, '"image" leaves the image folder'),
+        ({"image": "c.png"}, "there is no such image"),
         ({"question": ""}, '"question" is no text or empty'),
         ({"answer": 3}, '"answer" is neither words nor a list of words'),
         ({"answer": []}, '"answer" is neither words nor a list of words'),
@@ -136,8 +136,8 @@ def test_lines_that_cannot_be_used_are_put_down(command, arguments, said, tmp_pa
     assert (put_down["source"], put_down["reason"]) == (f"{tmp_path / 'questions.jsonl'}:1", reason)
 
 
-def test_a_picture_that_cannot_be_read_loses_its_questions_only(command, arguments, said, tmp_path, result, capsys):
-    (tmp_path / "pictures/deeper/b.png").write_bytes(b"no picture")
+def test_a_image_that_cannot_be_read_loses_its_questions_only(command, arguments, said, tmp_path, result, capsys):
+    (tmp_path / "images/deeper/b.png").write_bytes(b"no image")
     said[0].update({row["question"]: "yes" for row in ROWS})
     assert command(*arguments) == 2
     assert "2 of 6 records are bad" in capsys.readouterr().err
@@ -148,7 +148,7 @@ def test_a_picture_that_cannot_be_read_loses_its_questions_only(command, argumen
 
 def test_what_is_missing_is_named(command, arguments, tmp_path, capsys):
     for wrong, said in (
-        ([*arguments[:2], "images=nowhere"], "images=nowhere: no such folder of pictures"),
+        ([*arguments[:2], "images=nowhere"], "images=nowhere: no such folder of images"),
         ([arguments[0], "questions=nowhere.jsonl", arguments[2]], "questions=nowhere.jsonl: no such file"),
         (arguments[:2], "images is not given: benchmark=questions needs images=..."),
     ):

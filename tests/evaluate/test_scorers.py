@@ -1,4 +1,4 @@
-"""CLIP score and HPSv2 of drawn pictures are the rewards' own values, in hundreds."""
+"""CLIP score and HPSv2 of drawn images are the rewards' own values, in hundreds."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 from rewards.clip import ClipScore
 from rewards.hps import HPSv2
-from tests.rewards.tiny_models import clip_model, clip_settings, open_clip_state
+from tests.helpers.tiny_reward_models import clip_model, clip_settings, open_clip_state
 from vargpt_rl.evaluate import scorers
 
 PROMPTS = ("a red circle", "two blue squares", "a star at night")
@@ -43,23 +43,23 @@ def test_the_score_is_a_hundred_times_the_mean_of_the_reward(
         options = [f"weights={models / 'hps.pt'}", f"base={models / 'base'}"]
         reward = HPSv2(str(models / "hps.pt"), str(models / "base"))
     assert command(f"benchmark={benchmark}", prompts, *options) == 0
-    pictures = [Image.open(path) for path in sorted((folder(benchmark) / "images").iterdir())]
-    values = 100 * np.array(reward(pictures, list(PROMPTS)))
+    images = [Image.open(path) for path in sorted((folder(benchmark) / "images").iterdir())]
+    values = 100 * np.array(reward(images, list(PROMPTS)))
     metric = {"clip": "clip_score", "hps": "hps"}[benchmark]
     row = result(benchmark)
     assert row["metrics"] == {metric: pytest.approx(values.mean())}
     assert row["errors"] == {metric: pytest.approx(values.std(ddof=1) / len(values) ** 0.5)}
-    assert row["counts"] == {"pictures": 3, "unscored": 0, "bad_prompts": 0}
+    assert row["counts"] == {"images": 3, "unscored": 0, "bad_prompts": 0}
 
 
-def test_pictures_without_a_score_are_no_zeros(command, prompts, painted, result, monkeypatch, models, capsys):
+def test_images_without_a_score_are_no_zeros(command, prompts, painted, result, monkeypatch, models, capsys):
     def some(self, images, prompts):
         return [None if "star" in prompt else 0.5 for prompt in prompts]
 
     monkeypatch.setattr(ClipScore, "__call__", some)
     arguments = ["benchmark=clip", prompts, f"weights={models / 'clip'}"]
     assert command(*arguments) == 2
-    assert "only 2 of 3 pictures have a clip_score" in capsys.readouterr().err
+    assert "only 2 of 3 images have a clip_score" in capsys.readouterr().err
     assert command(*arguments, "max_bad_fraction=0.5") == 0
     assert result("clip")["metrics"] == {"clip_score": 50.0}
     assert result("clip")["counts"]["unscored"] == 1
@@ -82,6 +82,6 @@ def test_bad_prompts_are_counted_every_time(command, painted, tmp_path, result, 
     arguments = ["benchmark=clip", f"prompts={file}", f"weights={models / 'clip'}"]
     for _ in range(2):
         assert command(*arguments, "max_bad_fraction=0.4") == 0
-        assert result("clip")["counts"] == {"pictures": 2, "unscored": 0, "bad_prompts": 1}
+        assert result("clip")["counts"] == {"images": 2, "unscored": 0, "bad_prompts": 1}
         assert command(*arguments) == 2
         assert "1 of 3 records are bad" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The shapes world as a benchmark: right and wrong pictures, edits and answers; what is there is not made again."""
+"""The shapes world as a benchmark: right and wrong images, edits and answers; what is there is not made again."""
 
 import json
 import shutil
@@ -29,19 +29,19 @@ def artist(monkeypatch):
 
     def draw(model, chat, lines, look):
         asked.extend(lines)
-        pictures = []
+        images = []
         for line in lines:
             right = line["prompt"] not in wrong
             if line["image"]:
                 assert look(line["image"]).size == (224, 224)
                 key = EDITS[line["image"], line["prompt"]] if right else line["image"]
-                pictures.append(SOURCE.load(key, line["size"][0]))
+                images.append(SOURCE.load(key, line["size"][0]))
             else:
                 rng = np.random.default_rng(line["seed"])
                 scene = shapes.scene_for(line["prompt"], rng)
                 blank = Image.new("RGB", tuple(line["size"]), "white")
-                pictures.append(shapes.render(scene, line["size"][0], "clean", rng) if right else blank)
-        return pictures
+                images.append(shapes.render(scene, line["size"][0], "clean", rng) if right else blank)
+        return images
 
     monkeypatch.setattr(generate, "draw_batch", draw)
     monkeypatch.setattr(subject, "load", lambda *_: (None, None))
@@ -81,7 +81,7 @@ def test_what_is_right_scores_one_and_what_is_wrong_less(command, artist, result
 
 
 def test_the_real_model_draws_the_same_whatever_the_batch_and_the_shard(command, tmp_path, capsys):
-    def pictures(out) -> dict[str, bytes]:
+    def images(out) -> dict[str, bytes]:
         (folder,) = (path for path in (tmp_path / out / "shapes").iterdir() if path.is_dir())
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
@@ -90,10 +90,10 @@ def test_the_real_model_draws_the_same_whatever_the_batch_and_the_shard(command,
     for shard in (1, 0):
         assert command(*arguments, f"out={tmp_path / 'parts'}", "batch_size=1", "num_shards=2", f"shard={shard}") == 0
         assert f"part {shard} of 2 is there" in capsys.readouterr().out
-        assert len(pictures("parts")) == {1: 2, 0: 4}[shard]
+        assert len(images("parts")) == {1: 2, 0: 4}[shard]
     assert not (tmp_path / "parts/shapes.json").exists()
-    whole = pictures("whole")
-    assert pictures("parts") == whole and len(set(whole.values())) == 4
+    whole = images("whole")
+    assert images("parts") == whole and len(set(whole.values())) == 4
     assert command(*arguments, f"out={tmp_path / 'parts'}") == 0
     measured = [json.loads((tmp_path / out / "shapes.json").read_text())["measured"] for out in ("whole", "parts")]
     assert measured[0][0]["metrics"] == measured[1][0]["metrics"]
@@ -103,19 +103,19 @@ def test_what_is_there_is_not_made_again_and_other_settings_are_refused(command,
     _, asked = artist
     arguments = ["benchmark=shapes", f"limit={LIMIT}"]
     assert command(*arguments) == 0
-    (picture,) = (tmp_path / "out/shapes").glob("*/drawings/00003.png")
-    before = picture.read_bytes()
-    picture.unlink()
+    (image,) = (tmp_path / "out/shapes").glob("*/drawings/00003.png")
+    before = image.read_bytes()
+    image.unlink()
     asked.clear()
     assert command(*arguments) == 0
-    assert [line["file"] for line in asked] == ["drawings/00003.png"] and picture.read_bytes() == before
+    assert [line["file"] for line in asked] == ["drawings/00003.png"] and image.read_bytes() == before
     for setting, said in (("cfg=2", "cfg=1.0, now it is 2.0"), ("seed=1", "prompt="), ("tau=0.7", "tau=0.5")):
         capsys.readouterr()
         assert command(*arguments, setting) == 2
         assert f"was made with {said}" in capsys.readouterr().err
 
 
-def test_pictures_of_other_weights_are_not_taken_for_these(command, artist, checkpoint, tmp_path, capsys):
+def test_images_of_other_weights_are_not_taken_for_these(command, artist, checkpoint, tmp_path, capsys):
     own = shutil.copytree(checkpoint, tmp_path / "own")
     arguments = ["benchmark=shapes", f"limit={LIMIT}", f"checkpoint={own}"]
     assert command(*arguments) == 0
@@ -168,8 +168,8 @@ def test_another_seed_is_other_captions(artist):
         (["benchmark=shapes", "shard=1"], "shard=1: expected less than num_shards=1"),
         (["benchmark=shapes", "num_shards=0"], "num_shards=0: expected 1 or more"),
         (["benchmark=shapes", "max_bad_fraction=2"], "max_bad_fraction=2.0: expected 0 to 1"),
-        (["benchmark=shapes", "resolution=48"], "benchmark=shapes needs square pictures of 64 px or more, not 48x48"),
-        (["benchmark=shapes", "resolution=128", "aspect=4:3"], "benchmark=shapes needs square pictures"),
+        (["benchmark=shapes", "resolution=48"], "benchmark=shapes needs square images of 64 px or more, not 48x48"),
+        (["benchmark=shapes", "resolution=128", "aspect=4:3"], "benchmark=shapes needs square images"),
         (["benchmark=shapes", "checkpoint=/nowhere"], "checkpoint=/nowhere: no such directory"),
         (
             ["benchmark=shapes", "checkpoint=/nowhere", "checkpoints=[a]"],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vargpt_rl.evaluate.report import reported
 from vargpt_rl.evaluate.understanding import TASKS, numbers
-from vargpt_rl.model.answer import answer
+from vargpt_rl.inference.answer import answer
 
 ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("LMMS_EVAL_PYTHON")

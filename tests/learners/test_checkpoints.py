@@ -6,7 +6,7 @@ import pytest
 
 from learners.checkpoints import check, last_checkpoint, mark, prune
 from learners.config import LearnerConfig
-from vargpt_rl.checkpoint import MARKER
+from vargpt_rl.storage.checkpoint import MARKER
 
 
 @pytest.fixture

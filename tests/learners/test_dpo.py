@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from learners.config import DpoConfig
 from learners.dpo import ImageDpoTrainer, ImagePolicy, log_prob_scale
-from tests.tiny import BITS
+from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import PairCollator
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
@@ -172,7 +172,7 @@ def test_gradients_come_from_image_tokens_alone(trainer, shared_model, batch):
 
     found = gradients(batch)
     assert not any(name.startswith(("lm_head", "image_tokenizer", "model.visual")) for name in found)
-    # The words after the picture are no part of the loss.
+    # The words after the image are no part of the loss.
     closing = batch | {"input_ids": batch["input_ids"].clone()}
     after = (batch["completion_mask"].cumsum(1) == TOKENS) & (batch["completion_mask"] == 0)
     assert after.any(1).all()

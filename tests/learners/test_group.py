@@ -19,19 +19,19 @@ from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
 from learners.sft import SftTrainer
-from tests.faults import ask
-from tests.streams import feed_of, write_sources
-from tests.tiny import BITS, Patches, tiny_checkpoint
-from vargpt_rl.checkpoint import check_checkpoint, load_weights_into
+from tests.helpers.faults import ask
+from tests.helpers.streams import feed_of, write_sources
+from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
+from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.types import Probe, Prompt
-from vargpt_rl.failpoints import VARIABLE
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.storage.checkpoint import check_checkpoint, load_weights_into
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -250,7 +250,7 @@ def test_a_stage_learns_from_streamed_records(group, start, probe, tmp_path):
     assert not children, "the processes that read are gone with the stage"
 
 
-def test_pictures_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_path):
+def test_images_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = SftTrainer(STAGES["sft"], None, model.image_tokenizer, model=model, args=arguments)
     worker = Worker(start.model, Patches(), threads=1)

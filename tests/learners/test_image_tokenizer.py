@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from learners.image_tokenizer import learning_rate, picture_batches, reconstruction_loss, train_image_tokenizer
-from tests.tiny import BITS, Patches
+from learners.image_tokenizer import image_batches, learning_rate, reconstruction_loss, train_image_tokenizer
+from tests.helpers.tiny import BITS, Patches
 from vargpt_rl.model.configuration import ImageTokenizerConfig
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
 
@@ -20,7 +20,7 @@ def tokenizer() -> ImageTokenizer:
 
 
 def squares(batch: int) -> torch.Tensor:
-    """White pictures with a coloured quarter each."""
+    """White images with a coloured quarter each."""
     images = torch.ones(batch, 3, SIDE, SIDE)
     for i, image in enumerate(images):
         image[i % 3, (i % 2) * 16 :][:16, :16] = -1
@@ -65,7 +65,7 @@ def test_what_is_trained_is_what_is_decoded():
     torch.testing.assert_close(trained.clamp(-1, 1), decoded, rtol=0, atol=1e-5)
 
 
-def test_the_loss_is_zero_for_equal_pictures_and_weighs_things_above_background():
+def test_the_loss_is_zero_for_equal_images_and_weighs_things_above_background():
     target = torch.ones(1, 3, 8, 8)
     target[..., :2, :2] = -1
     assert reconstruction_loss(target, target).item() == 0
@@ -84,16 +84,16 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     assert all(a > b for a, b in itertools.pairwise(rates[700:]))
 
 
-def test_batches_are_drawn_from_the_pictures_that_load():
-    batches, failures = picture_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, seed=0)
+def test_batches_are_drawn_from_the_images_that_load():
+    batches, failures = image_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, seed=0)
     assert [key for key, _ in failures] == ["nothing"]
     images = torch.cat(list(itertools.islice(batches, 4)))
     assert images.shape == (24, 3, SIDE, SIDE)
     assert {tuple(image[:, 0, 0].tolist()) for image in images} == {(1.0, -1.0, -1.0), (-1.0, -1.0, -1.0)}
-    again = torch.cat(list(itertools.islice(picture_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, 0)[0], 4)))
+    again = torch.cat(list(itertools.islice(image_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, 0)[0], 4)))
     assert torch.equal(again, images), "the order is the seed's"
 
 
-def test_pictures_that_none_can_be_loaded_are_an_error():
-    with pytest.raises(ValueError, match="none of 1 pictures could be loaded"):
-        picture_batches(Patches(), ["nothing"], SIDE, 2, seed=0)
+def test_images_that_none_can_be_loaded_are_an_error():
+    with pytest.raises(ValueError, match="none of 1 images could be loaded"):
+        image_batches(Patches(), ["nothing"], SIDE, 2, seed=0)

@@ -16,15 +16,15 @@ from learners.group import LearnerGroup
 from learners.jobs import QuestionSet, SftJob, Start
 from learners.modalities import ModalityGradients
 from learners.sft import BalancedBatches, Drawings, Questions
-from tests.tiny import BITS, Patches
-from vargpt_rl.checkpoint import check_checkpoint
+from tests.helpers.tiny import BITS, Patches
 from vargpt_rl.data.batches import SftCollator
 from vargpt_rl.data.types import Probe, Prompt
-from vargpt_rl.losses import modality_losses
+from vargpt_rl.losses.supervised import modality_losses
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import NO_NOISE, STAGES, freeze
+from vargpt_rl.storage.checkpoint import check_checkpoint
 
 SIDE = 32
 TOKENS = token_count(schedule_for(SIDE))

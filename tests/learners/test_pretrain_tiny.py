@@ -36,7 +36,7 @@ def seen(image: Image.Image) -> list[tuple[str, str]]:
     return sorted((thing.colour, thing.shape) for thing in find_things(image))
 
 
-def test_an_edit_shows_the_picture_before_and_teaches_the_one_after(embedded, chat):
+def test_an_edit_shows_the_image_before_and_teaches_the_one_after(embedded, chat):
     edits = encode_edits(embedded, 16, 128, seed=3)
     assert len(edits) == 16 and len({edit.instruction for edit in edits}) > 8
     features_Bdhw = torch.from_numpy(np.stack([edit.features for edit in edits])).float()

@@ -16,9 +16,8 @@ from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.jobs import DpoJob, SftJob, Start, training_checkpoints
 from learners.resume import SafeReader, checkpoint_bytes
-from tests.streams import feed_of, write_sources
-from tests.tiny import BITS
-from vargpt_rl.checkpoint import check_checkpoint
+from tests.helpers.streams import feed_of, write_sources
+from tests.helpers.tiny import BITS
 from vargpt_rl.data.preferences import join_parts, part_path, write_table
 from vargpt_rl.data.types import Probe, Prompt
 from vargpt_rl.model.bits import pack, replay
@@ -27,6 +26,7 @@ from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.storage.checkpoint import check_checkpoint
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)

@@ -10,22 +10,22 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from learners.sft import BalancedBatches, Drawings, Questions
-from tests.tiny import Patches, tiny_checkpoint
+from tests.helpers.tiny import Patches, tiny_checkpoint
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 
 
-def corpus(folder, pictures: int, prompts: int):
-    features = np.arange(pictures * 8, dtype=np.float16).reshape(-1, 2, 2, 2)
+def corpus(folder, images: int, prompts: int):
+    features = np.arange(images * 8, dtype=np.float16).reshape(-1, 2, 2, 2)
     save_file({"features": features}, folder / "features.safetensors")
     rows = [json.dumps({"id": str(i), "text": f"{i} stars", "reply": "Here:"}) for i in range(prompts)]
     (folder / "prompts.jsonl").write_text("\n".join(rows))
     return folder
 
 
-def test_drawings_are_the_pictures_and_prompts_of_a_folder(tmp_path):
+def test_drawings_are_the_images_and_prompts_of_a_folder(tmp_path):
     drawings = Drawings(corpus(tmp_path, 3, 3))
     assert len(drawings) == 3
     example = drawings[1]
@@ -36,25 +36,25 @@ def test_drawings_are_the_pictures_and_prompts_of_a_folder(tmp_path):
 
 
 def test_a_folder_whose_halves_disagree_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}: 3 pictures for 2 prompts"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: 3 images for 2 prompts"):
         Drawings(corpus(tmp_path, 3, 2))
 
 
-def test_drawings_come_with_the_pictures_that_prompts_show(tmp_path, checkpoint, chat):
+def test_drawings_come_with_the_images_that_prompts_show(tmp_path, checkpoint, chat):
     features = np.zeros((2, 2, 2, 2), np.float16)
     save_file({"features": features}, tmp_path / "features.safetensors")
     prompts = [Prompt("0", "make it blue", "Here:", "red", 56), Prompt("1", "a star")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(asdict(prompt)) for prompt in prompts))
     edit, drawing = (Drawings(tmp_path, Patches(), chat)[i] for i in range(2))
-    assert [edit.prompt, drawing.prompt] == prompts and drawing.pictures is None
-    red = chat.pictures([Image.new("RGB", (56, 56), "red")])
-    assert (edit.pictures.pixel_values == red.pixel_values).all()
+    assert [edit.prompt, drawing.prompt] == prompts and drawing.images is None
+    red = chat.vision_inputs([Image.new("RGB", (56, 56), "red")])
+    assert (edit.images.pixel_values == red.pixel_values).all()
     batch = SftCollator(chat)([edit, drawing])
     assert (batch["input_ids"] == chat.config.image_token_id).sum(1).tolist() == [4, 0], "56 px are 2 x 2 tokens"
     assert len(batch["pixel_values"]) == 16 and len(batch["features"]) == 2
 
 
-def test_questions_are_about_the_pictures_of_a_source(tmp_path):
+def test_questions_are_about_the_images_of_a_source(tmp_path):
     folder = tiny_checkpoint(tmp_path)
     chat = ChatFormat(folder, Vargpt.config_class.from_pretrained(folder))
     questions = Questions([("red", "What colour?", "red"), ("blue", "?", "blue")], Patches(), chat, 56)
@@ -62,8 +62,8 @@ def test_questions_are_about_the_pictures_of_a_source(tmp_path):
     example = questions[1]
     assert isinstance(example, TextExample)
     assert (example.question, example.answer) == ("?", "blue")
-    blue = chat.pictures([Image.new("RGB", (56, 56), "blue")])
-    assert (example.pictures.pixel_values == blue.pixel_values).all()
+    blue = chat.vision_inputs([Image.new("RGB", (56, 56), "blue")])
+    assert (example.images.pixel_values == blue.pixel_values).all()
 
 
 DRAWINGS, QUESTIONS = [f"d{i}" for i in range(10)], [f"q{i}" for i in range(3)]

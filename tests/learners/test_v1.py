@@ -16,16 +16,16 @@ from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.image_tokenizer import reconstruction_loss, train_image_tokenizer
 from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
-from tests.tiny import V1_CODES, V1_SIDES, Patches
-from vargpt_rl.checkpoint import check_checkpoint
+from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.types import Probe, Prompt
-from vargpt_rl.losses import Noise, forward_batch, sft_loss
+from vargpt_rl.losses.supervised import Noise, forward_batch, sft_loss
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_model
 from vargpt_rl.model.v1.image_tokenizer import PATIENCE, conv_of_scale
 from vargpt_rl.stages import NO_NOISE, STAGES, freeze
+from vargpt_rl.storage.checkpoint import check_checkpoint
 
 SIDE = 16 * V1_SIDES[-1]
 TOKENS = sum(side**2 for side in V1_SIDES)
@@ -56,8 +56,8 @@ def test_the_loss_is_cross_entropy_over_the_codebook_with_equal_weights(v1_model
         features = batch["features"].float()
         expected = v1_model.image_tokenizer.quantise(features, v1_model.image_tokenizer.schedule_for(SIDE)).labels_BLs
     assert torch.equal(labels, expected)
-    picture = F.cross_entropy(output.image_logits.flatten(0, 1), labels.flatten().long())
-    assert metrics["loss/image"] == pytest.approx(picture.item(), abs=1e-5)
+    image = F.cross_entropy(output.image_logits.flatten(0, 1), labels.flatten().long())
+    assert metrics["loss/image"] == pytest.approx(image.item(), abs=1e-5)
     assert loss.item() == pytest.approx(metrics["loss/text"] + metrics["loss/image"], abs=1e-5)
     hits = (output.image_logits.argmax(-1) == labels[..., 0]).float()
     assert metrics["index_accuracy"] == pytest.approx(hits.mean().item())
@@ -100,7 +100,7 @@ def test_each_stage_trains_the_same_parts_as_in_the_other_family(v1_model, stage
 
 
 def test_no_loss_reaches_what_is_left_out(v1_model, v1_chat):
-    shown = v1_chat.pictures([Image.new("RGB", (28, 28), "red")])
+    shown = v1_chat.vision_inputs([Image.new("RGB", (28, 28), "red")])
     features = np.random.default_rng(0).standard_normal((8, *[V1_SIDES[-1]] * 2)).astype(np.float16)
     batch = SftCollator(v1_chat)([DrawExample(PROMPT, features, shown)])
     v1_model.requires_grad_(True)
@@ -209,7 +209,7 @@ def test_the_image_tokenizer_is_trained_with_its_codebook(group, start, tmp_path
     assert same == {f"image_tokenizer.residual.{conv}.{part}" for conv in unused for part in ("weight", "bias")}
 
 
-def test_codes_learn_from_the_distance_and_features_from_the_pictures_too(v1_checkpoint):
+def test_codes_learn_from_the_distance_and_features_from_the_images_too(v1_checkpoint):
     tokenizer = load_model(v1_checkpoint, "auto").image_tokenizer
     images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -218,11 +218,11 @@ def test_codes_learn_from_the_distance_and_features_from_the_pictures_too(v1_che
         tokenizer.training_loss(images, criterion).backward()
         return {name: p.grad.clone() for name, p in tokenizer.named_parameters() if p.grad is not None}
 
-    with_pictures, without = gradients(reconstruction_loss), gradients(lambda output, target: 0 * output.sum())
+    with_images, without = gradients(reconstruction_loss), gradients(lambda output, target: 0 * output.sum())
     for name in ("codebook.weight", "residual.0.weight"):
-        torch.testing.assert_close(with_pictures[name], without[name])
+        torch.testing.assert_close(with_images[name], without[name])
         assert without[name].abs().max() > 0
-    assert (with_pictures["to_latent.weight"] - without["to_latent.weight"]).abs().max() > 1e-6
+    assert (with_images["to_latent.weight"] - without["to_latent.weight"]).abs().max() > 1e-6
 
 
 def test_codes_that_nothing_uses_begin_anew_where_they_are_of_use(v1_checkpoint):

@@ -127,7 +127,7 @@ def test_labels_after_flips_are_what_the_flipped_bits_left_over(height, width, s
         assert torch.equal((rest_Bnd > 0)[sure], flipped.bits_BLd[:, at].bool()[sure])
 
 
-def test_flips_have_a_rate_for_each_picture_and_scale():
+def test_flips_have_a_rate_for_each_image_and_scale():
     schedule, given = schedule_for(256), features(256, 256)
     rates_BK = torch.zeros(2, len(schedule))
     rates_BK[0, -1], rates_BK[1, -2] = 0.3, 1.0

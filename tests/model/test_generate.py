@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BITS
+from tests.helpers.tiny import BITS
 from vargpt_rl.model import generate
 from vargpt_rl.model.bits import replay
-from vargpt_rl.model.generate import SamplingConfig, draw, draw_bits, to_pictures, to_uint8
+from vargpt_rl.model.generate import SamplingConfig, draw_bits, generate_images, to_images, to_uint8
 from vargpt_rl.model.modeling import Drawing
 from vargpt_rl.model.scales import schedule_for, token_count
 
@@ -18,30 +18,30 @@ TEXTS = ("a star", "two small blue squares above a large green triangle", "Pleas
 
 
 @pytest.fixture(scope="module")
-def pictures(chat):
-    return chat.pictures([Image.new("RGB", (56, 56), "red")])
+def images(chat):
+    return chat.vision_inputs([Image.new("RGB", (56, 56), "red")])
 
 
-def sample(model, chat, rows, seeds, sampling, pictures=None, size=SIZE):
+def sample(model, chat, rows, seeds, sampling, images=None, size=SIZE):
     ids, mask = chat.pad(rows, "left"), chat.pad([[1] * len(row) for row in rows], "left", value=0)
-    return draw(model, ids, mask, seeds, size, sampling, *(pictures or ()))
+    return generate_images(model, ids, mask, seeds, size, sampling, *(images or ()))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model, chat, pictures, guidance):
+def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model, chat, images, guidance):
     sampling, seeds = SamplingConfig(cfg=guidance, tau=1.0), [5, 6, 7, 8]
     rows = [chat.drawing_prompt(text, "") for text in TEXTS]
-    rows.append(chat.drawing_prompt("Recolour it.", "Here:", pictures.image_grid_thw))
+    rows.append(chat.drawing_prompt("Recolour it.", "Here:", images.image_grid_thw))
     assert len({len(row) for row in rows}) == len(rows)
-    together = sample(model, chat, rows, seeds, sampling, pictures)
+    together = sample(model, chat, rows, seeds, sampling, images)
     assert together.bits_BLd.shape == (4, token_count(SCHEDULE), BITS)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-        alone = sample(model, chat, [row], [seed], sampling, pictures if i == 3 else None)
+        alone = sample(model, chat, [row], [seed], sampling, images if i == 3 else None)
         assert torch.equal(alone.bits_BLd[0], together.bits_BLd[i])
-    other = sample(model, chat, rows, [seed + 10 for seed in seeds], sampling, pictures)
-    assert (other.bits_BLd != together.bits_BLd).flatten(1).any(1).all(), "another seed, another picture"
+    other = sample(model, chat, rows, [seed + 10 for seed in seeds], sampling, images)
+    assert (other.bits_BLd != together.bits_BLd).flatten(1).any(1).all(), "another seed, another image"
     same_seed = sample(model, chat, rows[:3], [5, 5, 5], sampling)
-    assert (same_seed.bits_BLd[0] != same_seed.bits_BLd[1]).any(), "another prompt, another picture"
+    assert (same_seed.bits_BLd[0] != same_seed.bits_BLd[1]).any(), "another prompt, another image"
 
 
 def test_the_latent_sum_is_that_of_the_bits(model, chat):
@@ -50,10 +50,10 @@ def test_the_latent_sum_is_that_of_the_bits(model, chat):
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, pictures, monkeypatch, seen):
+def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, images, monkeypatch, seen):
     logits = []
     monkeypatch.setattr(generate, "draw_bits", lambda x, *rest: logits.append(x) or draw_bits(x, *rest))
-    given, grid = (pictures, pictures.image_grid_thw) if seen else (None, None)
+    given, grid = (images, images.image_grid_thw) if seen else (None, None)
     tau = 0.5
     rows = [chat.drawing_prompt("a star", "Here:", grid)]
     bits = sample(model, chat, rows, [3], SamplingConfig(cfg=1.0, tau=tau), given).bits_BLd
@@ -101,7 +101,7 @@ def test_bits_have_the_probability_of_their_logits():
     assert (draw_bits(logits, SamplingConfig(top_k=1), generators) == 1).all()
 
 
-def test_pictures_become_bytes():
+def test_images_become_bytes():
     image = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(1, 3, 2, 4)
     pixels = to_uint8(image)
     assert pixels.dtype == torch.uint8
@@ -109,14 +109,14 @@ def test_pictures_become_bytes():
     assert pixels[0, 0, 0].tolist() == [0, 128, 255]
 
 
-def test_latent_sums_become_pictures(model):
+def test_latent_sums_become_images(model):
     summed = torch.randn(2, BITS, 4, 3, generator=torch.Generator().manual_seed(0))
-    pictures = to_pictures(model, summed)
-    assert [picture.size for picture in pictures] == [(48, 64)] * 2
-    for picture, latent in zip(pictures, summed, strict=True):
+    images = to_images(model, summed)
+    assert [image.size for image in images] == [(48, 64)] * 2
+    for image, latent in zip(images, summed, strict=True):
         with torch.no_grad():
             pixels = to_uint8(model.image_tokenizer.decode(latent[None]))[0]
-        assert np.array_equal(np.asarray(picture), pixels)
+        assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_what_cannot_be_drawn_is_refused(model, chat):

@@ -3,11 +3,11 @@
 ``VARGPT_GOLDEN`` names the directory; every size and token id is read from its ``config.json``, so another directory
 of the same files will do. Without the directory these tests are skipped.
 
-What is compared of a teacher-forced pass: the published code gives a picture Lp positions (L rounded up to a multiple
+What is compared of a teacher-forced pass: the published code gives an image Lp positions (L rounded up to a multiple
 of 128), our rows have L. The stored rows are cut to the first L of them and right-padded to a common length. Everything
 up to the last image token is compared: states, context, logits, log-probabilities. Nothing of it can differ, for the
 language model is causal and the surplus pads come after all L image tokens; only the two or three tokens that follow
-them see another past, and those serve no picture.
+them see another past, and those serve no image.
 
 Tolerances: fp32 on CPU, where the two sides differ by the order of additions. Features accumulate about 5e-6 (the
 published code between one thread and two), a deep stack of layers up to 1e-4 at values of a few units; generation
@@ -26,15 +26,15 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vargpt_rl.losses import image_loss
+from vargpt_rl.losses.supervised import image_loss
 from vargpt_rl.model import generate
 from vargpt_rl.model.bits import replay
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.generate import SamplingConfig, to_uint8
-from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
+from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
-from vargpt_rl.model.release import from_release, our_name
 from vargpt_rl.model.scales import schedule_for
+from vargpt_rl.release.v1_1_names import from_release, our_name
 
 GOLDEN = Path(os.environ.get("VARGPT_GOLDEN", Path(__file__).parents[3] / "shared/golden/v1_1_tiny"))
 
@@ -140,18 +140,18 @@ def cut(ids_BT: torch.Tensor, mask_BT: torch.Tensor, config: VargptConfig, token
 
 
 @pytest.mark.parametrize("side", [256, 512])
-def test_pictures_become_the_same_bits_and_come_back(model, tokenizer_data, side):
+def test_images_become_the_same_bits_and_come_back(model, tokenizer_data, side):
     image = tokenizer_data[f"image_{side}"].float()
     with torch.no_grad():
         features = model.image_tokenizer.features(image)
         encoded = model.image_tokenizer.encode(image)
-        picture = model.image_tokenizer.decode(encoded.summed_Bdhw)
+        original = model.image_tokenizer.decode(encoded.summed_Bdhw)
     assert worst(features, tokenizer_data[f"raw_features_{side}"]) <= FEATURES
     assert torch.equal(encoded.bits_BLd, tokenizer_data[f"gt_BL_{side}"])
     inputs, recon = tokenizer_data[f"x_BLC_wo_prefix_{side}"], tokenizer_data[f"recon_{side}"]
     assert worst(encoded.inputs_BLd, inputs) <= half_or(FEATURES, inputs)
     assert worst(encoded.summed_Bdhw, tokenizer_data[f"summed_codes_{side}"]) <= FEATURES
-    assert worst(picture, recon) <= half_or(IMAGES, recon)
+    assert worst(original, recon) <= half_or(IMAGES, recon)
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +206,12 @@ def test_the_decoder_is_given_the_same(forward_data, teacher_forced):
 def test_image_logits_and_log_probs_agree(forward_data, teacher_forced):
     logits, bits = teacher_forced[1].image_logits, forward_data["image_gen_labels"]
     assert worst(logits, forward_data["image_gen_logits"]) <= LOGITS
-    assert worst(picture_log_probs(bit_log_probs(logits, bits)), forward_data["image_logps_f64"]) <= LOG_PROBS
+    assert worst(image_log_probs(bit_log_probs(logits, bits)), forward_data["image_logps_f64"]) <= LOG_PROBS
     assert worst(image_loss(logits, bits)[None], forward_data["image_loss"]) <= LOSS
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_generation_draws_the_same_picture(model, config, settings, monkeypatch, guidance):
+def test_generation_draws_the_same_image(model, config, settings, monkeypatch, guidance):
     stored, made = load_file(GOLDEN / "generate.safetensors"), settings["generate"]
     expected = {key: stored[f"cfg{guidance}.{key}"] for key in ("bits", "logits", "summed_codes", "image")}
     logits, draw_bits = [], generate.draw_bits
@@ -224,15 +224,17 @@ def test_generation_draws_the_same_picture(model, config, settings, monkeypatch,
     start = torch.tensor([[config.image_gen_start_token_id]])
     ids = torch.cat([stored["prompt_ids"], start], dim=1)
     sampling = SamplingConfig(cfg=guidance, tau=made["tau"], top_k=made["top_k"])
-    drawn = generate.draw(model, ids, torch.ones_like(ids), [0], tuple(expected["image"].shape[-2:]), sampling)
+    drawn = generate.generate_images(
+        model, ids, torch.ones_like(ids), [0], tuple(expected["image"].shape[-2:]), sampling
+    )
     assert torch.equal(drawn.bits_BLd, expected["bits"])
     assert worst(torch.cat(logits, 1), expected["logits"]) <= GENERATION_LOGITS
     assert worst(drawn.summed_Bdhw, expected["summed_codes"]) <= FEATURES
     with torch.no_grad():
-        picture = model.image_tokenizer.decode(drawn.summed_Bdhw)
-    assert worst(picture, expected["image"]) <= IMAGES
+        original = model.image_tokenizer.decode(drawn.summed_Bdhw)
+    assert worst(original, expected["image"]) <= IMAGES
     # The published code truncates, this one rounds: at most one step of 256 apart.
-    assert worst(to_uint8(picture), stored[f"cfg{guidance}.image_uint8_bgr"].flip(-1)) <= 1
+    assert worst(to_uint8(original), stored[f"cfg{guidance}.image_uint8_bgr"].flip(-1)) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +252,10 @@ def test_understanding_is_qwen2_vl(model, config, settings, understanding_data):
 
     ids, mask, grid = data["input_ids"], data["attention_mask"], data["image_grid_thw"]
     assert torch.equal(model.positions(ids, mask, grid), data["position_ids"])
-    pictures = {"pixel_values": data["pixel_values"], "image_grid_thw": grid}
+    images = {"pixel_values": data["pixel_values"], "image_grid_thw": grid}
     with torch.no_grad():
-        features = torch.cat(model.get_image_features(**pictures).pooler_output)
-        logits = model(ids, mask, **pictures).logits
+        features = torch.cat(model.get_image_features(**images).pooler_output)
+        logits = model(ids, mask, **images).logits
     assert worst(features, data["image_embeds"]) <= STATES
     assert worst(logits, data["logits"]) <= LOGITS
 
@@ -306,7 +308,7 @@ def dpo(model, config, rename, tokenizer_data, dpo_data):
 
     def log_probs(scorer: Vargpt) -> torch.Tensor:
         logits = scorer(rows.ids, rows.mask, Drawing(inputs, size), text_logits=False).image_logits
-        return picture_log_probs(bit_log_probs(logits, bits))
+        return image_log_probs(bit_log_probs(logits, bits))
 
     with torch.no_grad():
         reference_B = log_probs(model)

@@ -3,7 +3,7 @@
 ``VARGPT_GOLDEN_V1`` names the directory; every size and token id is read from its ``config.json``. Without the
 directory these tests are skipped.
 
-Stored rows serve as they are: the published v1 gives a picture L positions, as this model does. Big tensors are stored
+Stored rows serve as they are: the published v1 gives an image L positions, as this model does. Big tensors are stored
 as strided subsets, with sums over the whole rows beside them.
 
 Tolerances: fp32 on CPU, those that the data's notes suggest, at about ten times what the published code differs from
@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from vargpt_rl.losses import image_loss, text_loss
+from vargpt_rl.losses.supervised import image_loss, text_loss
 from vargpt_rl.model import generate
 from vargpt_rl.model.generate import SamplingConfig, to_uint8
-from vargpt_rl.model.likelihood import picture_log_probs, scale_sums, symbol_log_probs
+from vargpt_rl.model.likelihood import image_log_probs, scale_sums, symbol_log_probs
 from vargpt_rl.model.prompt import IGNORED
 from vargpt_rl.model.scales import scale_slices
 from vargpt_rl.model.unified import replayed
@@ -31,7 +31,7 @@ from vargpt_rl.model.v1 import modeling
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.image_tokenizer import conv_of_scale
 from vargpt_rl.model.v1.modeling import VargptV1
-from vargpt_rl.model.v1.release import from_release
+from vargpt_rl.release.v1_names import from_release
 
 GOLDEN = Path(os.environ.get("VARGPT_GOLDEN_V1", Path(__file__).parents[3] / "shared/golden/v1_tiny"))
 
@@ -123,18 +123,18 @@ def test_scales_share_convolutions_as_published(settings):
     assert conv_of_scale(len(vae["phi_index_per_scale"]), vae["share_quant_resi"]) == vae["phi_index_per_scale"]
 
 
-def test_pictures_become_the_same_indices_and_come_back(model, tokenizer_data):
+def test_images_become_the_same_indices_and_come_back(model, tokenizer_data):
     data = tokenizer_data
     with torch.no_grad():
         features = model.image_tokenizer.features(data["image"].float())
         encoded = model.image_tokenizer.encode(data["image"].float())
-        picture = model.image_tokenizer.decode(encoded.summed_Bdhw[:1])
+        image = model.image_tokenizer.decode(encoded.summed_Bdhw[:1])
     assert worst(features, data["raw_features"]) <= FEATURES
     assert torch.equal(encoded.labels_BLs[..., 0], data["idx"])
     assert worst(encoded.inputs_BLd, data["x_BLCv_wo_first_l"]) <= FEATURES
     assert worst(encoded.summed_Bdhw, data["f_hat"]) <= FEATURES
-    assert worst(picture[:, :, ::16], data["recon_0_rows_fp32"]) <= IMAGES
-    assert worst(picture, data["recon_0"]) <= HALF
+    assert worst(image[:, :, ::16], data["recon_0_rows_fp32"]) <= IMAGES
+    assert worst(image, data["recon_0"]) <= HALF
 
 
 def test_the_latent_sum_agrees_after_every_scale(model, schedule, tokenizer_data):
@@ -221,7 +221,7 @@ def test_image_logits_and_log_probs_agree(teacher_forced, schedule, forward_data
     assert sums(logits, data, "image_logits") <= LOGITS
     assert torch.equal(logits.argmax(-1).int(), data["image_logits_argmax"])
     log_probs = symbol_log_probs(logits, labels)
-    assert worst(picture_log_probs(log_probs), data["image_logps_f64"]) <= LOG_PROBS
+    assert worst(image_log_probs(log_probs), data["image_logps_f64"]) <= LOG_PROBS
     assert worst(scale_sums(log_probs, schedule), data["image_logps_per_scale_f64"]) <= LOG_PROBS
     assert worst(image_loss(logits, labels)[None], data["image_loss"]) <= LOSS
 
@@ -236,9 +236,9 @@ def test_text_and_image_losses_add_up_as_published(model, config, schedule, forw
         drawing = drawing._replace(unconditional_N=torch.zeros(len(labels), dtype=torch.bool))
         output = model(data["input_ids"], data["attention_mask"], drawing)
     targets = data["input_ids"].masked_fill(data["input_ids"] == config.image_gen_pad_token_id, IGNORED)
-    words, picture = text_loss(output.logits, targets), image_loss(output.image_logits, labels)
+    words, image = text_loss(output.logits, targets), image_loss(output.image_logits, labels)
     assert worst(words[None], data["text_loss"]) <= LOSS
-    assert worst((words + model.image_weight * picture)[None], data["loss"]) <= LOSS
+    assert worst((words + model.image_weight * image)[None], data["loss"]) <= LOSS
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -250,7 +250,7 @@ def test_under_the_dropped_condition_logits_agree_and_it_is_what_drawing_uses(mo
     with torch.no_grad():
         logits = model(data["input_ids"], data["attention_mask"], drawing, text_logits=False).image_logits
     assert worst(logits[:, ::8, ::64], data["null.image_logits_sub"]) <= LOGITS
-    assert worst(picture_log_probs(symbol_log_probs(logits, labels)), data["null.image_logps_f64"]) <= LOG_PROBS
+    assert worst(image_log_probs(symbol_log_probs(logits, labels)), data["null.image_logps_f64"]) <= LOG_PROBS
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def generate_data():
 
 
 @pytest.mark.parametrize("guidance", ["0", "1.5"])
-def test_generation_draws_the_same_picture(model, config, generate_data, monkeypatch, guidance):
+def test_generation_draws_the_same_image(model, config, generate_data, monkeypatch, guidance):
     stored = {name.removeprefix(f"cfg{guidance}."): tensor for name, tensor in generate_data.items()}
     noise, drawn_so_far, logits, raw = stored["gaussian_noise"].float(), 0, [], []
 
@@ -278,7 +278,7 @@ def test_generation_draws_the_same_picture(model, config, generate_data, monkeyp
     start = torch.tensor([[config.image_gen_start_token_id]])
     ids = torch.cat([stored["prompt_ids"], start], dim=1)
     sampling = SamplingConfig(cfg=float(guidance), tau=1.0, top_k=1)
-    drawn = generate.draw(model, ids, torch.ones_like(ids), [0], stored["image_uint8"].shape[:2], sampling)
+    drawn = generate.generate_images(model, ids, torch.ones_like(ids), [0], stored["image_uint8"].shape[:2], sampling)
     hook.remove()
     logits, raw = torch.cat(logits, 1), torch.cat(raw, 1)
     assert torch.equal(drawn.labels_BLs[..., 0], stored["idx"])
@@ -291,11 +291,11 @@ def test_generation_draws_the_same_picture(model, config, generate_data, monkeyp
         assert worst(raw[1:, :, ::64], stored["raw_uncond_logits_sub"]) <= LOGITS
         assert worst(raw[1:].logsumexp(-1), stored["raw_uncond_logits_lse"]) <= LOGITS
     with torch.no_grad():
-        picture = model.image_tokenizer.decode(drawn.summed_Bdhw)
+        image = model.image_tokenizer.decode(drawn.summed_Bdhw)
     if guidance != "0":
-        assert worst(picture[:, :, ::16], stored["image_rows_fp32"]) <= IMAGES
+        assert worst(image[:, :, ::16], stored["image_rows_fp32"]) <= IMAGES
     # The published code truncates, this one rounds: at most one step of 256 apart.
-    assert worst(to_uint8(picture)[0], stored["image_uint8"]) <= 1
+    assert worst(to_uint8(image)[0], stored["image_uint8"]) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_understanding_is_llava(model, settings, understanding_data):
     pixels = processor(images=list(data["image_uint8"].numpy()), return_tensors="pt")["pixel_values"]
     assert worst(pixels, data["pixel_values"]) <= FEATURES
     with torch.no_grad():
-        assert worst(model.picture_features(data["pixel_values"]), data["image_features"][0]) <= STATES
+        assert worst(model.image_features(data["pixel_values"]), data["image_features"][0]) <= STATES
         logits = model(data["input_ids"], data["attention_mask"], pixel_values=data["pixel_values"]).logits
         both = model(data["batch2.input_ids"], data["batch2.attention_mask"], pixel_values=data["batch2.pixel_values"])
     assert worst(logits, data["logits"]) <= LOGITS

@@ -11,17 +11,16 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from tests.hub_server import Hub
-from vargpt_rl.inputs import check_model
-from vargpt_rl.model.conversation import load
-from vargpt_rl.model.hub import FETCHED, model_folder
+from tests.helpers.hub_server import Hub
+from vargpt_rl.inference.conversation import load
+from vargpt_rl.model.hub import FETCHED, check_model, model_folder
 
 COMMIT = "a" * 40
 PUSH_AND_FETCH = """
 import sys
 import torch
-from vargpt_rl.model.conversation import load
-from vargpt_rl.inputs import check_model
+from vargpt_rl.inference.conversation import load
+from vargpt_rl.driver.inputs import check_model
 folder = sys.argv[1]
 model, chat = load(folder, "cpu")
 model.push_to_hub("org/pushed")

@@ -7,7 +7,7 @@ from vargpt_rl.model.likelihood import (
     bit_entropy,
     bit_hits,
     bit_log_probs,
-    picture_log_probs,
+    image_log_probs,
     scale_means,
     scale_sums,
     symbol_entropy,
@@ -66,7 +66,7 @@ def test_low_precision_logits_are_reduced_in_fp32(logits, bits):
 def test_sums_are_exact_where_fp32_is_not():
     # 2^24 + 1 is the first whole number fp32 cannot hold.
     values = torch.cat([torch.full((1, 1, 1), -(2.0**24)), torch.full((1, 20, 1), -1.0)], dim=1)
-    total = picture_log_probs(values)
+    total = image_log_probs(values)
     assert total.dtype == torch.float64
     assert total.tolist() == [-(2.0**24) - 20]
     assert scale_sums(values, SCHEDULE).sum().item() == total.item()
@@ -76,7 +76,7 @@ def test_scale_sums_add_up_and_scale_means_are_means(logits, bits):
     log_probs = bit_log_probs(logits, bits)
     sums = scale_sums(log_probs, SCHEDULE)
     assert sums.dtype == torch.float64
-    torch.testing.assert_close(sums.sum(1), picture_log_probs(log_probs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums.sum(1), image_log_probs(log_probs), rtol=1e-12, atol=0)
     counts = torch.tensor([(at.stop - at.start) * DEPTH for at in scale_slices(SCHEDULE)])
     torch.testing.assert_close(scale_means(log_probs, SCHEDULE).double(), sums / counts, rtol=1e-5, atol=0)
 

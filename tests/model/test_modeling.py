@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BITS
+from tests.helpers.tiny import BITS
 from vargpt_rl.model.bits import replay
 from vargpt_rl.model.decoder import DecoderBlock, drop_branch
-from vargpt_rl.model.likelihood import bit_log_probs, picture_log_probs
+from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
 
@@ -20,15 +20,15 @@ SAME = {"rtol": 0.0, "atol": 2e-5}
 
 @pytest.fixture(scope="module")
 def bits():
-    """Of three pictures."""
+    """Of three images."""
     shape = (3, TOKENS, BITS)
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def pictures(chat):
-    """Two understood pictures."""
-    return chat.pictures([Image.new("RGB", (56, 56), colour) for colour in ("red", "#102030")])
+def images(chat):
+    """Two understood images."""
+    return chat.vision_inputs([Image.new("RGB", (56, 56), colour) for colour in ("red", "#102030")])
 
 
 def drawing(bits_NLd: torch.Tensor) -> Drawing:
@@ -36,10 +36,10 @@ def drawing(bits_NLd: torch.Tensor) -> Drawing:
 
 
 @torch.no_grad()
-def run(model, chat, rows, bits_NLd=None, pictures=None, multiple=1):
+def run(model, chat, rows, bits_NLd=None, images=None, multiple=1):
     ids = chat.pad(rows, "right", multiple=multiple)
     mask = chat.pad([[1] * len(row) for row in rows], "right", value=0, multiple=multiple)
-    seen = {} if pictures is None else pictures._asdict()
+    seen = {} if images is None else images._asdict()
     return model(ids, mask, drawing=None if bits_NLd is None else drawing(bits_NLd), **seen)
 
 
@@ -56,12 +56,12 @@ def test_saved_and_loaded_models_are_bitwise_equal(model, chat, bits, tmp_path):
     assert torch.equal(a.logits, b.logits)
 
 
-def test_rows_with_several_one_and_no_drawing_are_as_if_alone(model, chat, bits, pictures):
-    grid = pictures.image_grid_thw[:1]
+def test_rows_with_several_one_and_no_drawing_are_as_if_alone(model, chat, bits, images):
+    grid = images.image_grid_thw[:1]
     several = chat.drawn("a star", "", TOKENS).ids + chat.drawn("two small blue squares", "Here:", TOKENS).ids
     none = chat.answered("What colour is the square?", "red").ids
-    one = chat.drawn("a large green triangle", "Here is a picture.", TOKENS, grid).ids
-    seen = pictures._replace(pixel_values=pictures.pixel_values[: int(grid.prod())], image_grid_thw=grid)
+    one = chat.drawn("a large green triangle", "Here is an image.", TOKENS, grid).ids
+    seen = images._replace(pixel_values=images.pixel_values[: int(grid.prod())], image_grid_thw=grid)
 
     together = run(model, chat, [several, none, one], bits, seen)
     first = run(model, chat, [several], bits[:2])
@@ -96,7 +96,7 @@ def test_left_padding_changes_nothing(model, chat, bits):
     torch.testing.assert_close(padded.image_logits, plain.image_logits, **SAME)
 
 
-def test_pictures_depend_on_their_prompt(model, chat, bits):
+def test_images_depend_on_their_prompt(model, chat, bits):
     rows = [chat.drawn(text, "", TOKENS).ids for text in ("a red circle", "a blue star")]
     logits = run(model, chat, rows, bits[[0, 0]]).image_logits
     assert (logits[0] - logits[1]).abs().max() > 1e-3
@@ -125,7 +125,7 @@ def test_the_decoders_context_is_what_stands_before_image_gen_start(model, chat,
     assert contexts[0].mask_NT.tolist() == expected
 
 
-def test_a_pass_leaves_no_trace_on_any_module(checkpoint, chat, bits, pictures):
+def test_a_pass_leaves_no_trace_on_any_module(checkpoint, chat, bits, images):
     model = Vargpt.from_pretrained(checkpoint).eval()
 
     def traces() -> dict:
@@ -137,13 +137,13 @@ def test_a_pass_leaves_no_trace_on_any_module(checkpoint, chat, bits, pictures):
         }
 
     before = traces()
-    seen = pictures.image_grid_thw
-    run(model, chat, [chat.drawn("a star", "", TOKENS, seen).ids], bits[:1], pictures)
-    run(model, chat, [chat.answered("What?", "red", seen).ids], pictures=pictures)
+    seen = images.image_grid_thw
+    run(model, chat, [chat.drawn("a star", "", TOKENS, seen).ids], bits[:1], images)
+    run(model, chat, [chat.answered("What?", "red", seen).ids], images=images)
     assert traces() == before
 
 
-def test_dropped_conditions_reach_their_own_picture_only(model, chat, bits):
+def test_dropped_conditions_reach_their_own_image_only(model, chat, bits):
     row = chat.drawn("a red circle", "", TOKENS).ids
     ids = torch.tensor([row, row])
     same = drawing(bits[[0, 0]])
@@ -167,7 +167,7 @@ def test_drop_path_is_off_unless_asked_for_even_in_training(model, chat, bits):
     assert (dropped - a).abs().max() > 1e-3
 
 
-def test_drop_path_grows_with_depth_and_drops_whole_branches_of_pictures(model, chat, bits):
+def test_drop_path_grows_with_depth_and_drops_whole_branches_of_images(model, chat, bits):
     ids, rates = torch.tensor([chat.drawn("a red circle", "", TOKENS).ids]), []
     blocks = model.image_decoder.blocks
     hooks = [block.register_forward_pre_hook(lambda module, args: rates.append(args[5])) for block in blocks]
@@ -216,16 +216,16 @@ def test_text_head_is_left_out_on_request(model, chat, bits):
     assert output.image_logits.shape == (1, TOKENS, 2 * BITS)
 
 
-def test_rows_that_do_not_fit_the_drawings_are_refused(model, chat, bits, pictures):
-    with pytest.raises(ValueError, match="1 runs of image_gen_pad with 20 tokens in all, expected 1 pictures of 21"):
+def test_rows_that_do_not_fit_the_drawings_are_refused(model, chat, bits, images):
+    with pytest.raises(ValueError, match="1 runs of image_gen_pad with 20 tokens in all, expected 1 images of 21"):
         run(model, chat, [chat.drawn("a star", "", TOKENS - 1).ids], bits[:1])
-    with pytest.raises(ValueError, match="1 runs of image_gen_pad with 21 tokens in all, expected 2 pictures of 21"):
+    with pytest.raises(ValueError, match="1 runs of image_gen_pad with 21 tokens in all, expected 2 images of 21"):
         run(model, chat, [chat.drawn("a star", "", TOKENS).ids], bits[:2])
-    with pytest.raises(ValueError, match="0 image_pad tokens, but the pictures have 8 features"):
-        run(model, chat, [chat.drawn("a star", "", TOKENS).ids], bits[:1], pictures)
+    with pytest.raises(ValueError, match="0 image_pad tokens, but the images have 8 features"):
+        run(model, chat, [chat.drawn("a star", "", TOKENS).ids], bits[:1], images)
 
 
-def test_bf16_scores_pictures_as_fp32_does_within_its_precision(checkpoint, model, chat, bits):
+def test_bf16_scores_images_as_fp32_does_within_its_precision(checkpoint, model, chat, bits):
     """bf16 has 8 significant bits: a logit of a few units is off by some hundredths, a mean over all bits by less."""
     half = Vargpt.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     row = chat.drawn("a star", "", TOKENS).ids
@@ -238,5 +238,5 @@ def test_bf16_scores_pictures_as_fp32_does_within_its_precision(checkpoint, mode
     exact = bit_log_probs(run(model, chat, [row], bits[:1]).image_logits, bits[:1])
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().mean() < 0.03
-    assert picture_log_probs(ours).dtype == torch.float64
-    assert abs((picture_log_probs(ours) - picture_log_probs(exact)).item()) < 0.01 * ours.numel()
+    assert image_log_probs(ours).dtype == torch.float64
+    assert abs((image_log_probs(ours) - image_log_probs(exact)).item()) < 0.01 * ours.numel()

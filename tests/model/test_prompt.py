@@ -1,13 +1,13 @@
-"""The chat markup: what is marked up, what is learned, how rows are padded, and how pictures are read."""
+"""The chat markup: what is marked up, what is learned, how rows are padded, and how images are read."""
 
 import pytest
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.tiny import SPECIAL_TOKENS
+from tests.helpers.tiny import SPECIAL_TOKENS
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import IGNORED, SYSTEM, ChatFormat, Drawn, Shown
+from vargpt_rl.model.prompt import IGNORED, SYSTEM, ChatFormat, ImageToDraw, ShownImage
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_a_drawing_is_the_prompt_the_image_tokens_and_the_closing(chat):
     assert config.image_gen_pad_token_id not in labels
 
 
-def test_a_conversation_has_pictures_where_they_are_shown_and_drawn(chat):
+def test_a_conversation_has_images_where_they_are_shown_and_drawn(chat):
     turns = [
-        ("user", ["Mix ", Shown(4), " and ", Shown(1), "."]),
-        ("assistant", ["One:", Drawn(3), "two:", Drawn(3), "both."]),
+        ("user", ["Mix ", ShownImage(4), " and ", ShownImage(1), "."]),
+        ("assistant", ["One:", ImageToDraw(3), "two:", ImageToDraw(3), "both."]),
         ("user", ["Thanks."]),
-        ("assistant", [Drawn(3)]),
+        ("assistant", [ImageToDraw(3)]),
     ]
     ids, labels = chat.encode(turns)
     seen = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (4, 1)]
@@ -75,25 +75,25 @@ def test_a_conversation_has_pictures_where_they_are_shown_and_drawn(chat):
     assert learned == "".join(replies).replace("<|image_gen_pad|>", "")
 
 
-def test_shown_pictures_have_at_most_so_many_pixels(checkpoint):
+def test_shown_images_have_at_most_so_many_pixels(checkpoint):
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 140 * 140})
     chat = ChatFormat(str(checkpoint), Vargpt.config_class.from_pretrained(checkpoint))
     chat.image_processor = processor
     wide = Image.effect_noise((300, 100), 50).convert("RGB")
     for limit, bound in ((None, 140 * 140), (10**9, 140 * 140), (56 * 56, 56 * 56), (28 * 28 - 1, 28 * 28)):
-        pictures = chat.pictures([wide], limit)
-        assert pictures.image_grid_thw.prod() * 14**2 <= bound
-        assert pictures.image_grid_thw[0, 2] >= pictures.image_grid_thw[0, 1]
-        assert len(pictures.pixel_values) == pictures.image_grid_thw.prod()
-    assert torch.equal(chat.pictures([wide]).pixel_values, chat.pictures([wide], 10**9).pixel_values)
+        vision = chat.vision_inputs([wide], limit)
+        assert vision.image_grid_thw.prod() * 14**2 <= bound
+        assert vision.image_grid_thw[0, 2] >= vision.image_grid_thw[0, 1]
+        assert len(vision.pixel_values) == vision.image_grid_thw.prod()
+    assert torch.equal(chat.vision_inputs([wide]).pixel_values, chat.vision_inputs([wide], 10**9).pixel_values)
 
 
-def test_understood_pictures_come_first_in_the_users_turn_with_their_features(chat):
-    pictures = chat.pictures([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")])
-    assert pictures.image_grid_thw.dtype == torch.int64
-    assert len(pictures.pixel_values) == pictures.image_grid_thw.prod(1).sum()
-    ids = chat.question("What?", pictures.image_grid_thw)
-    features = pictures.image_grid_thw.prod(1) // 4  # merged two by two
+def test_understood_images_come_first_in_the_users_turn_with_their_features(chat):
+    vision = chat.vision_inputs([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")])
+    assert vision.image_grid_thw.dtype == torch.int64
+    assert len(vision.pixel_values) == vision.image_grid_thw.prod(1).sum()
+    ids = chat.question("What?", vision.image_grid_thw)
+    features = vision.image_grid_thw.prod(1) // 4  # merged two by two
     assert ids.count(chat.config.image_token_id) == features.sum()
     start = ids.index(chat.config.vision_start_token_id)
     end = start + 1 + int(features[0])

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from rewards.clip import Aesthetic, ClipScore, PickScore, load_clip
-from rewards.testing import PROMPTS, check_reward, pictures
-from tests.rewards.tiny_models import EMBED, clip_model
+from rewards.testing import PROMPTS, check_reward, images
+from tests.helpers.tiny_reward_models import EMBED, clip_model
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +22,22 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(folder):
-    """The whole model's outputs for the pictures and prompts, by the library's own forward."""
+    """The whole model's outputs for the images and prompts, by the library's own forward."""
     clip = load_clip(folder, folder, "cpu")
     rows = clip.tokenizer(PROMPTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
-    pixels = clip.pixels(pictures(), return_tensors="pt").pixel_values
+    pixels = clip.pixels(images(), return_tensors="pt").pixel_values
     with torch.inference_mode():
         return clip.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, pixel_values=pixels)
 
 
 def test_clip_score_is_the_cosine(folder, outputs):
     expected = torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
-    assert ClipScore(folder)(pictures(), PROMPTS) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert ClipScore(folder)(images(), PROMPTS) == pytest.approx(expected.tolist(), abs=1e-5)
     assert len({round(value, 3) for value in expected.tolist()}) == len(PROMPTS)
 
 
 def test_pick_score_is_the_models_own_logit(folder, outputs):
-    scores = PickScore(folder, folder)(pictures(), PROMPTS)
+    scores = PickScore(folder, folder)(images(), PROMPTS)
     assert scores == pytest.approx(outputs.logits_per_image.diagonal().tolist(), abs=1e-4)
 
 
@@ -51,13 +51,13 @@ def test_aesthetic_heads_of_several_layers(folder, outputs, tmp_path, suffix):
     torch.save(state, file) if suffix == "pth" else save_file(state, file)
     with torch.inference_mode():
         expected = layers[10](layers[2](layers[0](normalize(outputs.image_embeds, dim=-1))))[:, 0].tolist()
-    assert Aesthetic(str(file), folder)(pictures(), PROMPTS) == pytest.approx(expected, abs=1e-5)
+    assert Aesthetic(str(file), folder)(images(), PROMPTS) == pytest.approx(expected, abs=1e-5)
 
 
 def test_aesthetic_heads_of_one_layer(folder, outputs, tmp_path):
     torch.save({"weight": torch.ones(1, EMBED), "bias": torch.tensor([0.5])}, tmp_path / "head.pth")
     expected = (outputs.image_embeds.sum(-1) + 0.5).tolist()
-    assert Aesthetic(str(tmp_path / "head.pth"), folder)(pictures(), PROMPTS) == pytest.approx(expected, abs=1e-5)
+    assert Aesthetic(str(tmp_path / "head.pth"), folder)(images(), PROMPTS) == pytest.approx(expected, abs=1e-5)
 
 
 class Evil:
@@ -66,15 +66,15 @@ class Evil:
 
 
 def test_bad_files_of_weights_are_named(folder, tmp_path, capsys):
-    images, prompts = pictures()[:1], PROMPTS[:1]
+    first, prompts = images()[:1], PROMPTS[:1]
     with pytest.raises(ValueError, match=r"there is no file of weights .*none\.pth"):
-        Aesthetic(str(tmp_path / "none.pth"), folder)(images, prompts)
+        Aesthetic(str(tmp_path / "none.pth"), folder)(first, prompts)
     torch.save({"layers.0.weight": torch.ones(2, EMBED), "layers.0.bias": torch.ones(2)}, tmp_path / "two.pth")
     with pytest.raises(ValueError, match="end in one number"):
-        Aesthetic(str(tmp_path / "two.pth"), folder)(images, prompts)
+        Aesthetic(str(tmp_path / "two.pth"), folder)(first, prompts)
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        Aesthetic(str(tmp_path / "evil.pth"), folder)(images, prompts)
+        Aesthetic(str(tmp_path / "evil.pth"), folder)(first, prompts)
     assert "was run" not in capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def test_models_without_all_their_weights_are_refused(folder, tmp_path):
     state = {name: value for name, value in model.state_dict().items() if name != "visual_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"1 weights are missing, e\.g\. visual_projection\.weight"):
-        ClipScore(str(tmp_path))(pictures()[:1], PROMPTS[:1])
+        ClipScore(str(tmp_path))(images()[:1], PROMPTS[:1])
 
 
 def test_they_keep_the_contract(folder, tmp_path):
@@ -91,5 +91,5 @@ def test_they_keep_the_contract(folder, tmp_path):
     check_reward("rewards.clip:ClipScore", model=folder)
     check_reward("rewards.clip:PickScore", model=folder, processor=folder)
     check_reward("rewards.clip:Aesthetic", head=str(tmp_path / "head.pth"), model=folder)
-    with pytest.raises(ValueError, match="1 pictures but 2 prompts"):
+    with pytest.raises(ValueError, match="1 images but 2 prompts"):
         ClipScore(folder)([Image.new("RGB", (9, 9))], ["a", "b"])

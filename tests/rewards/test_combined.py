@@ -14,15 +14,15 @@ import pytest
 import ray
 from PIL import Image
 
-from actors.rollout import Rollouts
-from actors.worker import Encoded, Score
+from actors.worker import EncodedImage, ImageScore
 from configs.load import load_config
 from rewards.combined import Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
-from rewards.processes import MAX_RESTARTS, Term
+from rewards.processes import MAX_RESTARTS, RewardTerm
 from vargpt_rl.data.types import Prompt, Sample
-from vargpt_rl.inputs import gather
-from vargpt_rl.run import Run
+from vargpt_rl.driver.inputs import gather
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.run import Run
 
 PLUGIN = """
 import os
@@ -80,8 +80,8 @@ def cluster():
     ray.shutdown()
 
 
-def term(**settings) -> Term:
-    return Term("m:f", **settings)
+def term(**settings) -> RewardTerm:
+    return RewardTerm("m:f", **settings)
 
 
 def images(count: int) -> list[Image.Image]:
@@ -148,7 +148,7 @@ def test_no_terms_are_an_error():
         WeightedSum({})
 
 
-def test_each_failure_loses_its_own_picture_and_is_counted(cluster, plugin):
+def test_each_failure_loses_its_own_image_and_is_counted(cluster, plugin):
     moods = ["fine", "raise", "hang", "nan", "none", "die", "long", "fine"]
     reward = WeightedSum(
         {
@@ -181,7 +181,7 @@ def test_each_failure_loses_its_own_picture_and_is_counted(cluster, plugin):
     assert (mood["scored"], mood["mean"], mood["restarts"]) == (2, 4.0, 2)
     assert mood["errors"]["raised ValueError"] == "a bad mood"
     assert mood["errors"]["timeout"] == "no answer in 4 s"
-    assert mood["errors"]["wrong length"] == "2 values for 1 pictures"
+    assert mood["errors"]["wrong length"] == "2 values for 1 images"
     json.dumps(report)
 
 
@@ -238,18 +238,18 @@ def test_a_reward_in_an_environment_of_its_own(cluster, tmp_path):
 
 
 class Pool:
-    """Stands in for the workers: pictures are as wide as their bits say, and every picture is as likely."""
+    """Stands in for the workers: images are as wide as their bits say, and every image is as likely."""
 
     version = 5
 
     def encode(self, keys, resolution):
-        return [Encoded(key, b"\x40", None) for key in keys]
+        return [EncodedImage(key, b"\x40", None) for key in keys]
 
     def reward(self, items, resolution, reward):
         return reward([Image.new("RGB", (bits[0], 8)) for _, bits in items], [prompt.text for prompt, _ in items])
 
     def score(self, items, resolution, batch_size):
-        return [Score(-1.0, [-1.0], [0.5])] * len(items)
+        return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
 
 def test_what_was_not_scored_is_in_the_books(cluster, plugin, tmp_path):
@@ -272,5 +272,5 @@ def test_what_was_not_scored_is_in_the_books(cluster, plugin, tmp_path):
         "reward/mood": 2,
         "reward/width": None,
     }
-    with pytest.raises(ValueError, match="none of 2 pictures was scored by the reward.*a bad mood"):
+    with pytest.raises(ValueError, match="none of 2 images was scored by the reward.*a bad mood"):
         rollouts.write_pairs(table, samples[:1], reward_gated, reward, 2)

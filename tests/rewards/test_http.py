@@ -76,14 +76,14 @@ def test_scores_come_back_as_the_reward_gave_them(server):
     assert HttpReward(server)([], []) == []
 
 
-def test_pictures_arrive_to_the_last_bit(server):
+def test_images_arrive_to_the_last_bit(server):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[0, 0, 0] = 201
     assert HttpReward(server)([Image.fromarray(pixels)], ["a"]) == [402.0]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [("raise", "500: .*ValueError: a bad mood"), ("short", "500: .*0 values for 1 pictures")]
+    ("prompt", "said"), [("raise", "500: .*ValueError: a bad mood"), ("short", "500: .*0 values for 1 images")]
 )
 def test_errors_of_the_reward_reach_the_client(server, prompt, said):
     with pytest.raises(OSError, match=said):

@@ -11,9 +11,10 @@ from configs.load import load_config
 from rewards.combined import WeightedSum, scorers
 from rewards.judge import QUESTION, VlmJudge
 from rewards.testing import check_reward
-from tests.vllm import needs_vllm
+from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.inputs import EMBEDDED, gather
+from vargpt_rl.driver.inputs import gather
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 
@@ -46,7 +47,7 @@ def folder(whole, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown():
-    """Six pictures for each thing: three that show it and three that show the next."""
+    """Six images for each thing: three that show it and three that show the next."""
     source = ShapesSource(ShapesConfig())
     pairs = [(thing, THINGS[(i + step) % len(THINGS)]) for i, thing in enumerate(THINGS) for step in (0, 1)]
     images = [source.load(f"clean/{seed}/{other}", SIDE) for _, other in pairs for seed in range(3)]
@@ -55,12 +56,12 @@ def shown():
 
 @pytest.fixture(scope="module")
 def expected(whole, shown):
-    """By a forward pass of each picture alone: the share of "yes" in "yes" and "no", mean of the two questions."""
+    """By a forward pass of each image alone: the share of "yes" in "yes" and "no", mean of the two questions."""
     chat = ChatFormat(str(EMBEDDED), whole.config)
     yes, no = chat.text("yes")[0], chat.text("no")[0]
     scores = []
     for image, prompt in zip(*shown, strict=True):
-        seen, shares = chat.pictures([image]), []
+        seen, shares = chat.vision_inputs([image]), []
         for question in ASKED:
             ids = torch.tensor([chat.question(question.replace("{prompt}", prompt), seen.image_grid_thw)])
             with torch.no_grad():
@@ -78,7 +79,7 @@ def test_transformers_is_the_plain_forward_pass(folder, shown, expected):
 
 
 def test_it_can_tell_what_is_there(expected):
-    """The mean over pictures that show the prompt, and over those that show something else."""
+    """The mean over images that show the prompt, and over those that show something else."""
     rows = torch.tensor(expected).view(len(THINGS), 2, 3).mean((0, 2))
     assert rows[0] > rows[1] + 0.1
 

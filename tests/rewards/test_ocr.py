@@ -1,4 +1,4 @@
-"""Text in pictures, read by the real reader with its real weights."""
+"""Text in images, read by the real reader with its real weights."""
 
 import pytest
 from PIL import Image, ImageDraw, ImageFont

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from configs.load import load_config
 from rewards.combined import Total
 from rewards.preferences import (
-    Pair,
+    PreferencePair,
     best_of_n,
     check_books,
     external_winner,
@@ -21,7 +21,7 @@ from rewards.preferences import (
 )
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.types import Prompt, Sample, Winner
-from vargpt_rl.inputs import gather
+from vargpt_rl.driver.inputs import gather
 
 
 def sample(prompt: str, bits: bytes, seed: int = 0, resolution: int = 256) -> Sample:
@@ -35,7 +35,7 @@ def winner(prompt: str, bits: bytes, resolution: int = 256) -> Winner:
 WINNERS = {"a": winner("a", b"A"), "b": winner("b", b"B")}
 
 
-def bits(pairs: list[Pair]) -> list[tuple[bytes, bytes]]:
+def bits(pairs: list[PreferencePair]) -> list[tuple[bytes, bytes]]:
     return [(pair.chosen.bits, pair.rejected.bits) for pair in pairs]
 
 

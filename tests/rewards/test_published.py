@@ -1,7 +1,7 @@
 """HPSv2 and ImageReward from checkpoints in their published layouts, with small random tensors.
 
 The numbers are what the published code (hpsv2 1.2.0 with open_clip 3.3.0; image-reward 1.5) makes of the same tensors,
-pictures and token ids. HPSv3 is its authors' package, for which something with the same interface stands in here.
+images and token ids. HPSv3 is its authors' package, for which something with the same interface stands in here.
 """
 
 import sys
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from rewards.hps import HPSv2, HPSv3
 from rewards.image_reward import ImageReward
-from rewards.testing import PROMPTS, check_reward, pictures
-from tests.rewards.tiny_models import blip_settings, clip_settings, image_reward_state, open_clip_state
+from rewards.testing import PROMPTS, check_reward, images
+from tests.helpers.tiny_reward_models import blip_settings, clip_settings, image_reward_state, open_clip_state
 
 HPS = [-0.08580099, -0.21145894, -0.13665631, -0.15836266, -0.25259274]
 IMAGE_REWARD = [-0.65956235, -0.66029680, -0.66518456, -0.66517210, -0.65289867]
@@ -23,7 +23,7 @@ IMAGE_REWARD = [-0.65956235, -0.66029680, -0.66518456, -0.66517210, -0.65289867]
 def test_hps_scores_as_published(tmp_path):
     clip_settings(tmp_path)
     torch.save({"epoch": 1, "state_dict": open_clip_state()}, tmp_path / "hps.pt")
-    assert HPSv2(str(tmp_path / "hps.pt"), str(tmp_path))(pictures(), PROMPTS) == pytest.approx(HPS, abs=1e-6)
+    assert HPSv2(str(tmp_path / "hps.pt"), str(tmp_path))(images(), PROMPTS) == pytest.approx(HPS, abs=1e-6)
     check_reward("rewards.hps:HPSv2", weights=str(tmp_path / "hps.pt"), base=str(tmp_path))
 
 
@@ -40,7 +40,7 @@ def test_image_reward_scores_as_published(tmp_path):
     blip_settings(tmp_path)
     save_file(image_reward_state(), tmp_path / "reward.safetensors")
     reward = ImageReward(str(tmp_path / "reward.safetensors"), str(tmp_path))
-    assert reward(pictures(), PROMPTS) == pytest.approx(IMAGE_REWARD, abs=1e-6)
+    assert reward(images(), PROMPTS) == pytest.approx(IMAGE_REWARD, abs=1e-6)
     check_reward("rewards.image_reward:ImageReward", weights=str(tmp_path / "reward.safetensors"), base=str(tmp_path))
 
 
@@ -50,7 +50,7 @@ def test_checkpoints_of_another_model_are_refused(tmp_path):
     del state["visual.proj"]
     torch.save(state, tmp_path / "half.pt")
     with pytest.raises(RuntimeError, match=r"visual_projection\.weight"):
-        HPSv2(str(tmp_path / "half.pt"), str(tmp_path))(pictures()[:1], PROMPTS[:1])
+        HPSv2(str(tmp_path / "half.pt"), str(tmp_path))(images()[:1], PROMPTS[:1])
 
 
 PACKAGE = """

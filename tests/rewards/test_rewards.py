@@ -6,22 +6,22 @@ from PIL import Image, ImageFilter
 
 from rewards.shapes import shapes_reward
 from rewards.technical import block_free, sharpness
+from vargpt_rl.common.plugins import load_plugin, make_callable
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.plugins import load_plugin, make_callable
 
 
 def test_shapes_reward_tells_right_from_wrong_and_leaves_other_prompts():
     source = ShapesSource(ShapesConfig())
-    picture = source.load("commercial/1/a red circle", 64)
+    image = source.load("commercial/1/a red circle", 64)
     prompts = ["a red circle", "a blue circle", "two circles", "a photograph of a cat"]
-    assert shapes_reward([picture] * 4, prompts) == [1.0, 0.0, 0.0, None]
+    assert shapes_reward([image] * 4, prompts) == [1.0, 0.0, 0.0, None]
     with pytest.raises(ValueError, match="zip"):
-        shapes_reward([picture], prompts)
+        shapes_reward([image], prompts)
 
 
 def test_sharpness_falls_with_blur():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    blurred = [picture, *(picture.filter(ImageFilter.GaussianBlur(radius)) for radius in (1, 2, 4))]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    blurred = [image, *(image.filter(ImageFilter.GaussianBlur(radius)) for radius in (1, 2, 4))]
     scores = sharpness(blurred, [""] * 4)
     assert scores == sorted(scores, reverse=True) and 0 < scores[-1] < scores[0] < 1
     assert sharpness([Image.new("RGBA", (3, 3))], [""]) == [0.0]
@@ -44,11 +44,11 @@ def test_rewards_are_found_by_path(path):
 def test_jpeg_blocks_are_seen():
     across = np.linspace(0, 200, 96)
     smooth = np.random.default_rng(0).normal(across[:, None] + across[None] / 8, 3)
-    picture = Image.fromarray(smooth.clip(0, 255).astype(np.uint8)).convert("RGB")
-    saved = [picture]
+    image = Image.fromarray(smooth.clip(0, 255).astype(np.uint8)).convert("RGB")
+    saved = [image]
     for quality in (30, 10, 3):
         file = BytesIO()
-        picture.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=quality)
         saved.append(Image.open(file))
     untouched, *compressed = block_free(saved, [""] * 4)
     assert untouched > 0.95 and max(compressed) < 0.8 and compressed[-1] == min(compressed), (untouched, compressed)

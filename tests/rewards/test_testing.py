@@ -9,7 +9,7 @@ from rewards.testing import check_reward
 
 BREAKS = {
     "one number or None": "lambda images, prompts: ['good'] * len(images)",
-    "BROKEN  one number or None for each picture: AssertionError: 4 values": "lambda i, p: [1.0] * (len(i) - 1)",
+    "BROKEN  one number or None for each image: AssertionError: 4 values": "lambda i, p: [1.0] * (len(i) - 1)",
     "an empty list": "lambda images, prompts: [float(len(images)) / len(images)] * len(images)",
     "the same score alone": "lambda images, prompts: [float(len(images))] * len(images)",
     "in the order": "lambda images, prompts: sorted(mean(i) for i in images)",

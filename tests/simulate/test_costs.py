@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from tests.simulate.test_iteration import FREE
-from vargpt_rl.run import CONFIG, SUMMARY
-from vargpt_rl.simulate.__main__ import Settings, split
+from vargpt_rl.driver.run import CONFIG, SUMMARY
+from vargpt_rl.simulate.__main__ import SimulateSettings, split
 from vargpt_rl.simulate.__main__ import run as predict
 from vargpt_rl.simulate.costs import Costs
 
@@ -46,14 +46,14 @@ def test_a_run_gives_its_own_costs(tmp_path):
     (tmp_path / SUMMARY).write_text(json.dumps({"iterations": [last]}))
     found = SOME.of_run(tmp_path)
     assert (found.batch, found.micro_batch, found.dispatch_s) == (8, 2, SOME.dispatch_s)
-    assert found.draw_s == pytest.approx(6.0), "80 pictures are 10 batches, of which 3 workers do one every 2 s"
+    assert found.draw_s == pytest.approx(6.0), "80 images are 10 batches, of which 3 workers do one every 2 s"
     assert found.score_s == pytest.approx(3.0) and found.micro_batch_s == pytest.approx(1.0)
     assert found.swap_byte_s * found.weight_bytes == pytest.approx(0.5)
 
 
 def test_the_driver_is_the_limit_of_many_gpus(tmp_path, capsys):
     SOME.write(tmp_path / "costs.json")
-    predict(Settings(str(tmp_path / "costs.json"), gpus=[2, 4000], prompts=8000, steps=5, pairs=4))
+    predict(SimulateSettings(str(tmp_path / "costs.json"), gpus=[2, 4000], prompts=8000, steps=5, pairs=4))
     first, second = capsys.readouterr().out.strip().splitlines()[-2:]
     assert first.split()[-1] == "workers" and second.split()[-1] == "driver"
 

@@ -16,9 +16,9 @@ from urllib.error import HTTPError
 import psutil
 import pytest
 
-from tests.access import listening, nodes_shown
+from tests.helpers.access import listening, nodes_shown
+from tests.helpers.tiny import tiny_checkpoint
 from tests.slurm.conftest import Slurm, wait_for
-from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

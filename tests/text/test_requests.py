@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.text.requests import Request, answers, replies
+from vargpt_rl.text.requests import TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 REQUESTS = [
-    Request("What colour is the square?", Image.new("RGB", (64, 64), "red")),
-    Request("two small blue squares above a large green triangle"),
-    Request("How many?", Image.new("RGB", (48, 96), "blue")),
+    TextRequest("What colour is the square?", Image.new("RGB", (64, 64), "red")),
+    TextRequest("two small blue squares above a large green triangle"),
+    TextRequest("How many?", Image.new("RGB", (48, 96), "blue")),
 ]
 
 
@@ -25,7 +25,7 @@ class Scripted:
         return [list(row[:max_tokens]) for row in self.rows]
 
 
-def test_a_reply_is_what_stands_before_the_picture(chat):
+def test_a_reply_is_what_stands_before_the_image(chat):
     start, words = chat.config.image_gen_start_token_id, chat.text(REPLY)
     odd = [*chat.text(" two\n"), start]
     engine = Scripted(chat, [*words, start], [start], odd, [*words, chat.im_end], words, [*words[:3], start, *words])
@@ -42,7 +42,7 @@ def test_answers_are_words(chat):
 
 def alone(model, chat, request, count):
     """Greedy tokens and the first token's log-probabilities, by teacher forcing without a cache."""
-    seen = chat.pictures([request.image]) if request.image else None
+    seen = chat.vision_inputs([request.image]) if request.image else None
     ids = chat.question(request.text, seen.image_grid_thw if seen else None)
     written, first = [], None
     for _ in range(count):

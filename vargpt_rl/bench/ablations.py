@@ -2,7 +2,7 @@
 
 VARGPT's ablations (Tables 4 and 5) in miniature: the recipe of pretraining, understanding SFT and SFT against itself
 without a stage, or with a part frozen. Each variant is measured on held-out captions (drawings that are exactly
-right; how well the true pictures' bits are predicted, of which chance is ln 2) and held-out questions. The keys are
+right; how well the true images' bits are predicted, of which chance is ln 2) and held-out questions. The keys are
 the loop's, over ``SETTINGS``.
 
 The embedded model is trained already, so what joins its parts is made anew: the generation projectors and the vision
@@ -24,16 +24,17 @@ from omegaconf import OmegaConf
 from actors.cluster import connect, nodes
 from actors.pool import RolloutPool
 from actors.resources import plan
-from actors.rollout import Rollouts
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
-from vargpt_rl.checkpoint import save_checkpoint, write_atomically
-from vargpt_rl.inputs import Inputs, gather
+from vargpt_rl.driver.inputs import Inputs, gather
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.steps import Steps
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.run import Run
 from vargpt_rl.stages import PROJECTORS, VISION_PROJECTOR
-from vargpt_rl.steps import Steps
+from vargpt_rl.storage.checkpoint import save_checkpoint
+from vargpt_rl.storage.files import write_atomically
 
 SETTINGS = [
     "name=ablations",
@@ -101,19 +102,19 @@ def run_variant(variant: Variant, steps: Steps, run: Run, trained: dict[tuple, P
             trained[work] = steps.checkpoint(f"{steps.name}-sft" if stage == "sft" else stage) / "final"
         steps.weights = (*steps.weights, trained[work])
         count += getattr(steps.config, stage).recipe.steps
-    measured = {"drawings": steps.draws, "pictures": steps.predicts, "questions": steps.understands}
+    measured = {"drawings": steps.draws, "images": steps.predicts, "questions": steps.understands}
     return {"variant": variant.name, "steps": count, **{name: run.step(name, work) for name, work in measured.items()}}
 
 
 def markdown(results: list[dict]) -> str:
     """The table: a row a variant."""
-    titles = "variant", "steps", "drawings right", "nats a bit of pictures", "questions right"
+    titles = "variant", "steps", "drawings right", "nats a bit of images", "questions right"
     rows = [titles, ("---", *["---:"] * (len(titles) - 1))]
     for result in results:
-        drawings, pictures, questions = result["drawings"], result["pictures"], result["questions"]
+        drawings, images, questions = result["drawings"], result["images"], result["questions"]
         drawn = f"{drawings['overall']:.3f} ± {drawings['overall_stderr']:.3f}"
         answered = f"{questions['accuracy']:.3f} ± {questions['accuracy_stderr']:.3f}"
-        predicted = f"{pictures['nats']:.4f} ± {pictures['nats_stderr']:.4f}"
+        predicted = f"{images['nats']:.4f} ± {images['nats_stderr']:.4f}"
         rows.append((result["variant"], str(result["steps"]), drawn, predicted, answered))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

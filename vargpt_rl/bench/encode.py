@@ -1,6 +1,6 @@
 """SFT with cached features against running the image tokenizer in the step: ``python -m vargpt_rl.bench.encode``.
 
-Pictures of the shapes world are encoded by the real command (their rate includes starting it up), then steps of SFT on
+Images of the shapes world are encoded by the real command (their rate includes starting it up), then steps of SFT on
 the embedded model, with the micro-batches of the demo, take turns: features read from the cache, or made of the decoded
 crops by the image tokenizer. Both give the loss the same features. Times are the best of several, in one process.
 
@@ -25,22 +25,22 @@ from configs.load import load_config
 from vargpt_rl.data.batches import DrawExample, SftCollator
 from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
 from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
-from vargpt_rl.data.records.pictures import content_sha256, on_disk
+from vargpt_rl.data.records.images import content_sha256, on_disk
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.shapes import render, sample_scene
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.inputs import EMBEDDED
-from vargpt_rl.losses import sft_loss
+from vargpt_rl.losses.supervised import sft_loss
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.stages import STAGES, freeze
 
 RESOLUTIONS = (128, 256)
-PICTURES, CROPS, ROUNDS = 256, 2, 9
+IMAGES, CROPS, ROUNDS = 256, 2, 9
 
 
 @dataclass(frozen=True)
-class Measured:
+class EncodeResult:
     """Seconds of a step both ways, the largest difference of their features, and what encoding took."""
 
     cached: float
@@ -51,7 +51,7 @@ class Measured:
 
 
 def write_records(folder: Path, count: int, side: int) -> list[str]:
-    """``count`` pictures and their records, ``records.jsonl``; the captions."""
+    """``count`` images and their records, ``records.jsonl``; the captions."""
     rng, captions, lines = np.random.default_rng(0), [], []
     for number in range(count):
         scene = sample_scene(rng)
@@ -80,14 +80,14 @@ def stepper(model: Vargpt, chat: ChatFormat) -> Callable[[list[str], np.ndarray]
     return step
 
 
-def measure(resolution: int, micro_batch: int, pictures: int = PICTURES, rounds: int = ROUNDS) -> Measured:
-    """Encode ``pictures`` and train on them, ``rounds`` steps each way and one before that is not counted."""
+def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int = ROUNDS) -> EncodeResult:
+    """Encode ``images`` and train on them, ``rounds`` steps each way and one before that is not counted."""
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
     chat = ChatFormat(str(EMBEDDED), model.config)
     step = stepper(model, chat)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        captions = write_records(folder, pictures, 2 * resolution)
+        captions = write_records(folder, images, 2 * resolution)
         source = RecordSource([str(folder / "records.jsonl")])
         began = time.perf_counter()
         counts = encode(Encoding(folder / "cache", {"shapes": source}, resolution=resolution, crops=CROPS))
@@ -97,7 +97,7 @@ def measure(resolution: int, micro_batch: int, pictures: int = PICTURES, rounds:
 
         cached, tokenized, difference = [], [], 0.0
         for number in range(rounds + 1):
-            chosen = [(number * micro_batch + i) % pictures for i in range(micro_batch)]
+            chosen = [(number * micro_batch + i) % images for i in range(micro_batch)]
             files = [on_disk(folder, f"{i}.png") for i in chosen]
             names = [content_sha256(file) for file in files]
             crops = [crops_of(file, digest, resolution, [1])[1] for file, digest in zip(files, names, strict=True)]
@@ -114,7 +114,7 @@ def measure(resolution: int, micro_batch: int, pictures: int = PICTURES, rounds:
             cached.append(between - began)
             tokenized.append(ended - between)
             difference = max(difference, float(np.abs(read_Bdhw.astype(np.float32) - made_Bdhw).max()))
-    return Measured(min(cached[1:]), min(tokenized[1:]), difference, size, rate)
+    return EncodeResult(min(cached[1:]), min(tokenized[1:]), difference, size, rate)
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Does training wait for its data? ``python -m vargpt_rl.bench.feed``.
 
-The same pictures of the shapes world, at twice the resolution and with a caption each, as JSON lines beside a folder,
+The same images of the shapes world, at twice the resolution and with a caption each, as JSON lines beside a folder,
 as Parquet and as a WebDataset tar. Each is streamed by the loader of a learner rank: read, checked, decoded, cropped,
 encoded and batched in worker processes. First as fast as it goes (samples a second), then with a step of SFT of the
 embedded model on every micro-batch, the image tokenizer's features included as without a cache: the share of the time
@@ -25,21 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from vargpt_rl.bench.encode import write_records
-from vargpt_rl.data.records.feed import Feed
+from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.records.sources import RecordSource
-from vargpt_rl.inputs import EMBEDDED
-from vargpt_rl.losses import sft_loss
+from vargpt_rl.losses.supervised import sft_loss
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.stages import STAGES, freeze
 
 RESOLUTION, MICRO_BATCH, WORKERS = 128, 16, 2
-PICTURES, BATCHES, STEPS = 512, 40, 20
+IMAGES, BATCHES, STEPS = 512, 40, 20
 WARMUP = 8  # batches that are not counted: all that the workers prepare ahead while they start
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadResult:
     """``wait``: the share of the steps' time until their batches were there."""
 
     samples_a_second: float
@@ -51,12 +51,12 @@ def write_sources(folder: Path, count: int, side: int) -> dict[str, RecordSource
     """The same records in each format."""
     write_records(folder, count, side)
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    pictures = {row["id"]: (folder / row["images"][0]).read_bytes() for row in rows}
-    inside = [row | {"images": [{"bytes": pictures[row["id"]], "path": None}]} for row in rows]
+    images = {row["id"]: (folder / row["images"][0]).read_bytes() for row in rows}
+    inside = [row | {"images": [{"bytes": images[row["id"]], "path": None}]} for row in rows]
     pq.write_table(pa.Table.from_pylist(inside), folder / "records.parquet", row_group_size=64)
     with tarfile.open(folder / "records.tar", "w") as archive:
         for row in rows:
-            for suffix, data in (("json", json.dumps(row | {"images": []}).encode()), ("png", pictures[row["id"]])):
+            for suffix, data in (("json", json.dumps(row | {"images": []}).encode()), ("png", images[row["id"]])):
                 member = tarfile.TarInfo(f"{row['id']}.{suffix}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -66,13 +66,13 @@ def write_sources(folder: Path, count: int, side: int) -> dict[str, RecordSource
 
 def measure(
     source: RecordSource, folder: Path, resolution: int, micro_batch: int, batches: int, steps: int
-) -> Measured:
+) -> LoadResult:
     """Stream ``batches`` micro-batches without training, then train ``steps`` on as many."""
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
     chat, stage = ChatFormat(str(EMBEDDED), model.config), STAGES["sft"]
     freeze(model.train(), stage)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    feed = Feed(
+    feed = RecordStream(
         {"shapes": source}, {"shapes": "generation"}, folder / "quarantine", held_out_fraction=0.0,
         max_bad_fraction=0.0, block=128, max_tokens=4096, seen_pixels=0, packs=True, workers=WORKERS,
         resolution=resolution,
@@ -101,7 +101,7 @@ def measure(
         optimizer.zero_grad()
         if step >= WARMUP:
             waited, spent = waited + there - began, spent + time.perf_counter() - began
-    return Measured(rate, spent / steps, waited / spent)
+    return LoadResult(rate, spent / steps, waited / spent)
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def main() -> int:
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, source in write_sources(folder, PICTURES, 2 * RESOLUTION).items():
+        for kind, source in write_sources(folder, IMAGES, 2 * RESOLUTION).items():
             found = measure(source, folder / kind, RESOLUTION, MICRO_BATCH, BATCHES, STEPS)
             figures = f"{found.samples_a_second:.0f}", f"{found.step_seconds:.2f}", f"{found.wait:.1%}"
             table.add_row(kind, *figures)

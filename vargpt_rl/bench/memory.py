@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learners.config import Recipe
-from vargpt_rl.inputs import EMBEDDED
-from vargpt_rl.ledger import META, skeleton
-from vargpt_rl.losses import sft_loss
-from vargpt_rl.memory import RUNTIME, Training, activations, batch, parameter_sizes, preference_loss, states
+from vargpt_rl.losses.supervised import sft_loss
+from vargpt_rl.memory.plan import RUNTIME, TrainingMemory, activations, batch, parameter_sizes, preference_loss, states
+from vargpt_rl.memory.tracker import META, skeleton
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
@@ -39,7 +39,7 @@ TEXT = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One step; ``micro_batch`` counts pictures, or pairs of them in DPO."""
+    """One step; ``micro_batch`` counts images, or pairs of them in DPO."""
 
     model: str
     stage: str
@@ -93,7 +93,7 @@ def estimate(case: Case) -> int:
         whole = Vargpt(config)
     kept = activations(skeleton(config, torch.float32), stage, loss, case.checkpointing)
     held = states(parameter_sizes(whole, stage), torch.float32, case.zero, 1, True, True)
-    return Training(case.stage, case.resolution, Recipe(), **held, activations=kept).total - RUNTIME
+    return TrainingMemory(case.stage, case.resolution, Recipe(), **held, activations=kept).total - RUNTIME
 
 
 def real_loss(case: Case, model: Callable, module: Vargpt, resolution: int) -> torch.Tensor:

@@ -17,10 +17,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run_command
 from vargpt_rl.bench.tiny_loop import start
+from vargpt_rl.common.command import run_command
 from vargpt_rl.data.preferences import read_table
-from vargpt_rl.steps import Steps
+from vargpt_rl.driver.steps import Steps
 
 CASES = {
     "the final policy draws all": "sft.checkpoints=[]",
@@ -29,7 +29,7 @@ CASES = {
 
 
 @dataclass
-class Settings:
+class OverlapSettings:
     """``prompts`` are drawn once each, in rounds of ``min_pairs``; then ``steps`` steps of DPO on 16 pairs."""
 
     prompts: int = 96
@@ -51,7 +51,7 @@ def iterate(steps: Steps, name: str, changes: list[str]) -> tuple[float, float, 
     return made, time.perf_counter() - began, result
 
 
-def bench(settings: Settings) -> None:
+def bench(settings: OverlapSettings) -> None:
     """Print a row a case."""
     table = Table(title="an iteration's pairs and DPO, seconds", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "pairs", "DPO", "one after the other", "with overlap", "of the larger", "of the sum", "waited"):
@@ -77,4 +77,4 @@ def bench(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Settings, bench))
+    sys.exit(run_command(OverlapSettings, bench))

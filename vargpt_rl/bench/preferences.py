@@ -1,4 +1,4 @@
-"""Which pairs make better pictures? ``python -m vargpt_rl.bench.preferences [seeds=3 prompts=... held_out=...]``.
+"""Which pairs make better images? ``python -m vargpt_rl.bench.preferences [seeds=3 prompts=... held_out=...]``.
 
 For each seed the loop aligns the embedded model on the shapes world twice: with external winners (and the control, SFT
 on the same winners), and with the best against the worst of the model's own samples, ranked by the exact checker, which
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.command import load_command
-from vargpt_rl.run import STATE, SUMMARY
+from vargpt_rl.common.command import load_command
+from vargpt_rl.driver.run import STATE, SUMMARY
 
 SHARED = ("checkpoints/iter-00-sft", "preferences/iter-00-held-out.parquet")
 """What later steps need of those before the pairs."""

@@ -1,9 +1,9 @@
-"""What a reward that hangs costs the others: ``python -m vargpt_rl.bench.rewards [pictures=... timeout_s=...]``.
+"""What a reward that hangs costs the others: ``python -m vargpt_rl.bench.rewards [images=... timeout_s=...]``.
 
-Pictures of the shapes world are scored batch by batch, once by two healthy rewards and once by the same two beside one
+Images of the shapes world are scored batch by batch, once by two healthy rewards and once by the same two beside one
 that never answers. That one costs at most `rewards.processes.MAX_RESTARTS` + 1 deadlines and as many starts of a
-process, then it is given up; so the ratio depends on how many pictures there are. All processes are started inside the
-measured time, as in a run. Exit code 1 if a healthy reward missed a picture.
+process, then it is given up; so the ratio depends on how many images there are. All processes are started inside the
+measured time, as in a run. Exit code 1 if a healthy reward missed an image.
 """
 
 import sys
@@ -16,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import load_command
 from rewards.combined import WeightedSum, scorers
+from vargpt_rl.common.command import load_command
 from vargpt_rl.data.shapes import render, sample_scene
 from vargpt_rl.loop import connect
 
@@ -28,23 +28,23 @@ HEALTHY = {"checker": {"path": "rewards.shapes:shapes_reward"}, "sharpness": {"p
 class Bench:
     """``timeout_s`` is the hanging reward's deadline for a batch; ``side`` in pixels."""
 
-    pictures: int = 2048
+    images: int = 2048
     side: int = 128
     batch: int = 64
     timeout_s: float = 1.0
 
 
 def measure(bench: Bench, terms: dict[str, dict]) -> tuple[float, dict[str, dict]]:
-    """Pictures a second, and what became of them by reward."""
+    """Images a second, and what became of them by reward."""
     rng = np.random.default_rng(0)
-    scenes = [sample_scene(rng) for _ in range(bench.pictures)]
+    scenes = [sample_scene(rng) for _ in range(bench.images)]
     images = [render(scene, bench.side, "clean", rng) for scene in scenes]
     prompts, began = [scene.caption for scene in scenes], time.perf_counter()
     with scorers(WeightedSum(terms)) as running:
-        for first in range(0, bench.pictures, bench.batch):
+        for first in range(0, bench.images, bench.batch):
             running(images[first : first + bench.batch], prompts[first : first + bench.batch])
         report = running.report()
-    return bench.pictures / (time.perf_counter() - began), report
+    return bench.images / (time.perf_counter() - began), report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,16 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         ray.shutdown()
     lost = ", ".join(f"{reason}: {count}" for reason, count in report["hangs"]["unscored"].items())
-    table = Table(title=f"{bench.pictures} pictures of {bench.side} px", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("rewards", "pictures/s", "scored by each", "lost by the one that hangs"):
+    table = Table(title=f"{bench.images} images of {bench.side} px", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("rewards", "images/s", "scored by each", "lost by the one that hangs"):
         table.add_column(column, justify="left" if column == "rewards" else "right")
     table.add_row("two healthy ones", f"{alone:.1f}", _scored(report_alone), "-")
     table.add_row("the two, and one that hangs", f"{beside:.1f}", _scored(report), lost)
     console = Console()
     console.width = max(console.width, 120)
     console.print(table)
-    console.print(f"ratio {beside / alone:.3f}: {bench.pictures / beside - bench.pictures / alone:.1f} s more")
-    everything = all(term["scored"] == bench.pictures for name, term in report.items() if name in HEALTHY)
+    console.print(f"ratio {beside / alone:.3f}: {bench.images / beside - bench.images / alone:.1f} s more")
+    everything = all(term["scored"] == bench.images for name, term in report.items() if name in HEALTHY)
     return 0 if everything else 1
 
 

@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from vargpt_rl.bench.memory import peak
 from vargpt_rl.data.shapes import sample_scene
-from vargpt_rl.inputs import EMBEDDED
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
-from vargpt_rl.model.generate import Drawn, SamplingConfig, draw, draw_bits
+from vargpt_rl.model.generate import GeneratedImages, SamplingConfig, draw_bits, generate_images
+from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.model.scales import STRIDE, schedule_for
@@ -41,8 +41,8 @@ def redraw(
     seeds: list[int],
     size: tuple[int, int],
     sampling: SamplingConfig,
-) -> Drawn:
-    """What ``draw`` gives, up to rounding, with no state kept between scales. Square pictures, no guidance."""
+) -> GeneratedImages:
+    """What ``generate_images`` gives, up to rounding, with no state kept between scales. Square images, no guidance."""
     schedule, depth = schedule_for(*size), model.config.image_tokenizer_config.bits
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     summed_Bdhw = torch.zeros(len(seeds), depth, *schedule[-1])
@@ -52,19 +52,19 @@ def redraw(
         pads_BL = input_ids_BT.new_full((len(seeds), 1 + inputs_BLd.shape[1]), model.config.image_gen_pad_token_id)
         ids = torch.cat([input_ids_BT, pads_BL], dim=1)
         mask = torch.cat([attention_mask_BT, torch.ones_like(pads_BL)], dim=1)
-        # The scales up to this one are those of a whole picture of its grid.
+        # The scales up to this one are those of a whole image of its grid.
         drawing = Drawing(inputs_BLd, (grid[0] * STRIDE, grid[1] * STRIDE))
         logits = model(ids, mask, drawing=drawing, text_logits=False).image_logits[:, -grid[0] * grid[1] :]
         bits.append(draw_bits(logits / sampling.tau, sampling, generators))
         summed_Bdhw = summed_Bdhw + resize(to_map(to_codes(bits[-1]), grid), schedule[-1])
         if k + 1 < len(schedule):
             inputs.append(to_tokens(resize(summed_Bdhw, schedule[k + 1])))
-    return Drawn(torch.cat(bits, 1), summed_Bdhw)
+    return GeneratedImages(torch.cat(bits, 1), summed_Bdhw)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds a batch and bytes at most, of ``draw`` and of ``redraw``; ``same``: share of bits that agree."""
+class RolloutResult:
+    """Seconds per batch and peak bytes, of ``generate_images`` and of ``redraw``; ``same``: share of equal bits."""
 
     draw_s: float
     redraw_s: float
@@ -80,7 +80,7 @@ def prompts(chat: ChatFormat, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return chat.pad(rows, "left"), chat.pad([[1] * len(row) for row in rows], "left", value=0)
 
 
-def timed(function: Callable, *args) -> tuple[float, Drawn]:
+def timed(function: Callable, *args) -> tuple[float, GeneratedImages]:
     began = time.perf_counter()
     result = function(*args)
     return time.perf_counter() - began, result
@@ -93,16 +93,16 @@ def memory(function: Callable, *args) -> int:
     return peak(profiler)
 
 
-def measure(model: Vargpt, chat: ChatFormat, resolution: int, batch: int, rounds: int = ROUNDS) -> Measured:
+def measure(model: Vargpt, chat: ChatFormat, resolution: int, batch: int, rounds: int = ROUNDS) -> RolloutResult:
     """Draw a batch both ways, ``rounds`` times each, once more under the profiler."""
     args = (model, *prompts(chat, batch), list(range(batch)), (resolution, resolution), SAMPLING)
-    used = memory(draw, *args), memory(redraw, *args)
+    used = memory(generate_images, *args), memory(redraw, *args)
     best = [float("inf")] * 2
     for _ in range(rounds):
-        (fast, drawn), (slow, again) = timed(draw, *args), timed(redraw, *args)
+        (fast, drawn), (slow, again) = timed(generate_images, *args), timed(redraw, *args)
         best = [min(best[0], fast), min(best[1], slow)]
     same = (drawn.bits_BLd == again.bits_BLd).float().mean().item()
-    return Measured(*best, *used, same)
+    return RolloutResult(*best, *used, same)
 
 
 def main() -> int:
@@ -110,7 +110,7 @@ def main() -> int:
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
     chat = ChatFormat(str(EMBEDDED), model.config)
     table = Table(title="drawing with caches and without", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("px", "batch", "pictures/s", "without", "ratio", "same bits", "MB", "without"):
+    for column in ("px", "batch", "images/s", "without", "ratio", "same bits", "MB", "without"):
         table.add_column(column, justify="right")
     for resolution in RESOLUTIONS:
         for batch in BATCHES:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from actors.cluster import connect, nodes, reserve
 from actors.pool import RolloutPool
 from actors.resources import plan
-from actors.rollout import Rollouts
 from learners.group import LearnerGroup
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.steps import Steps
 from vargpt_rl.loop import prepare
-from vargpt_rl.steps import Steps
 
 
 def start(folder: str, resolution: int, *arguments: str) -> Steps:

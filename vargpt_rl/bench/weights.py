@@ -22,10 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from actors.transport import CHUNK, Broadcast, Parcel, SharedFile, Shelf, Shelved
-from actors.weights import Layout, apply, layout_of
-from configs.command import run_command
-from vargpt_rl.network import free_port
+from actors.transport import (
+    CHUNK,
+    BroadcastTransfer,
+    ChunkServer,
+    ObjectStoreTransfer,
+    SharedFileTransfer,
+    WeightTransfer,
+)
+from actors.weights import WeightLayout, apply, layout_of
+from vargpt_rl.common.command import run_command
+from vargpt_rl.common.network import free_port
 
 TENSOR = 64 * 2**20
 """Bytes of a tensor of the sets: that of a wide layer."""
@@ -34,7 +41,7 @@ ROOM = 3 * CHUNK
 
 
 @dataclass
-class Settings:
+class TransferSettings:
     """``sizes`` in GB; ``folder`` for the files, which needs room for the largest."""
 
     sizes: list[float] = field(default_factory=lambda: [0.2, 1.0, 4.0])
@@ -58,13 +65,13 @@ def _own_memory() -> int:
 class Receiver:
     """Tensors like those of the set, and what it takes to have them replaced."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: WeightLayout):
         names = layout.shapes
         self.module = torch.nn.Module()
         for name in names:
             self.module.register_buffer(name, torch.ones(layout.shapes[name], dtype=layout.dtypes[name]))
 
-    def take(self, parcel: Parcel) -> tuple[float, int]:
+    def take(self, parcel: WeightTransfer) -> tuple[float, int]:
         """Seconds, and the most by which memory rose."""
         before, highest, start = _own_memory(), 0, time.perf_counter()
         for chunk in parcel.chunks():
@@ -93,17 +100,17 @@ def hashing() -> float:
     return TENSOR / (time.perf_counter() - start)
 
 
-def parcels(way: str, layout: Layout, path: Path, shelf, count: int) -> list[Parcel]:
+def parcels(way: str, layout: WeightLayout, path: Path, shelf, count: int) -> list[WeightTransfer]:
     """One for each receiver."""
     if way == "shared file":
-        return [SharedFile(layout, path)] * count
+        return [SharedFileTransfer(layout, path)] * count
     if way == "object store":
-        return [Shelved(layout, path, shelf)] * count
+        return [ObjectStoreTransfer(layout, path, shelf)] * count
     address = ("127.0.0.1", free_port())
-    return [Broadcast(layout, path, address, rank, count, "cpu", 300.0) for rank in range(count)]
+    return [BroadcastTransfer(layout, path, address, rank, count, "cpu", 300.0) for rank in range(count)]
 
 
-def bench(settings: Settings) -> int:
+def bench(settings: TransferSettings) -> int:
     """Print a row a case."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     console = Console()
@@ -111,7 +118,7 @@ def bench(settings: Settings) -> int:
     table = Table(title="weights on their way to workers", title_justify="left", box=SIMPLE_HEAD)
     for column in ("way", "GB", "receivers", "GB/s each", "plain copy GB/s", "ratio", "memory rose MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    shelf = Shelf.remote()
+    shelf = ChunkServer.remote()
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         for gigabytes in settings.sizes:
             path = Path(folder) / "set.safetensors"
@@ -146,4 +153,4 @@ def bench(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Settings, bench))
+    sys.exit(run_command(TransferSettings, bench))

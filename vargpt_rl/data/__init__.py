@@ -1,1 +1,1 @@
-"""Where pictures, captions, questions and edits come from."""
+"""Where images, captions, questions and edits come from."""

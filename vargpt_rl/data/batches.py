@@ -18,64 +18,64 @@ from PIL import Image
 from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.bits import unpack
-from vargpt_rl.model.prompt import IGNORED, Encoded, Markup, Pictures
+from vargpt_rl.model.prompt import IGNORED, ChatTemplate, EncodedText, VisionInputs
 from vargpt_rl.model.scales import STRIDE, token_count
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this, as tensor cores like it."""
 
 
-class PictureSource(Protocol):
-    """Where pictures come from: ``load`` gives the RGB picture of a key, ``side`` x ``side`` pixels."""
+class ImageSource(Protocol):
+    """Where images come from: ``load`` gives the RGB image of a key, ``side`` x ``side`` pixels."""
 
     def load(self, key: str, side: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class DrawExample:
-    """A request answered by a picture: ``features`` float16 [d, h, w]. An edit also has the picture to be edited."""
+    """A request answered by an image: ``features`` float16 [d, h, w]. An edit also has the image to be edited."""
 
     prompt: Prompt
     features: np.ndarray
-    pictures: Pictures | None = None
+    vision: VisionInputs | None = None
 
 
 @dataclass(frozen=True)
 class TextExample:
-    """A question, possibly about pictures, answered in words."""
+    """A question, possibly about images, answered in words."""
 
     question: str
     answer: str
-    pictures: Pictures | None = None
+    vision: VisionInputs | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """An encoded conversation, its shown pictures, and those it draws in order, all of one size.
+    """An encoded conversation, its shown images, and those it draws in order, all of one size.
 
-    A drawn picture is float16 features [d, h, w], or uint8 pixels [H, W, 3] of which the learner takes the features.
+    A drawn image is float16 features [d, h, w], or uint8 pixels [H, W, 3] of which the learner takes the features.
     """
 
-    text: Encoded
-    pictures: Pictures | None = None
+    text: EncodedText
+    vision: VisionInputs | None = None
     drawn: tuple[np.ndarray, ...] = ()
 
 
 Example = Row | DrawExample | TextExample
 
 
-def shown_picture(prompt: Prompt, source: PictureSource, chat: Markup) -> Pictures | None:
-    """The picture that a prompt shows, if it shows one, for the vision tower."""
-    return chat.pictures([source.load(prompt.shown, prompt.shown_side)]) if prompt.shown is not None else None
+def shown_image(prompt: Prompt, source: ImageSource, chat: ChatTemplate) -> VisionInputs | None:
+    """The image that a prompt shows, if it shows one, for the vision tower."""
+    return chat.vision_inputs([source.load(prompt.shown, prompt.shown_side)]) if prompt.shown is not None else None
 
 
-def joined(pictures: Iterable[Pictures | None]) -> dict[str, torch.Tensor]:
-    """``pixel_values`` and ``image_grid_thw`` of the rows that have pictures, in order; nothing if none has."""
-    seen = [picture for picture in pictures if picture is not None]
-    return {field: torch.cat([getattr(picture, field) for picture in seen]) for field in Pictures._fields if seen}
+def joined(vision: Iterable[VisionInputs | None]) -> dict[str, torch.Tensor]:
+    """``pixel_values`` and ``image_grid_thw`` of the rows that have images, in order; nothing if none has."""
+    seen = [image for image in vision if image is not None]
+    return {field: torch.cat([getattr(image, field) for image in seen]) for field in VisionInputs._fields if seen}
 
 
-def _pad_rows(chat: Markup, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+def _pad_rows(chat: ChatTemplate, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": chat.pad(rows, "right", multiple=MULTIPLE),
         "attention_mask": chat.pad([[1] * len(row) for row in rows], "right", value=0, multiple=MULTIPLE),
@@ -85,46 +85,46 @@ def _pad_rows(chat: Markup, rows: list[list[int]]) -> dict[str, torch.Tensor]:
 class SftCollator:
     """Examples -> a batch of right-padded rows; drawings of one size. Texts are labels, pads and prompts are not.
 
-    With ``packs``, texts without pictures share rows as far as the batch gets no wider; ``blocks`` int64 [B, T] then
+    With ``packs``, texts without images share rows as far as the batch gets no wider; ``blocks`` int64 [B, T] then
     counts the texts of each row from 1 (0 at pads), for the model to keep them apart. With ``shows``, a batch without
-    understood pictures gets a blank one, of which nothing is learned: ranks that reduce gradients together, or gather
+    understood images gets a blank one, of which nothing is learned: ranks that reduce gradients together, or gather
     the vision tower's weights together, must all run it.
     """
 
-    def __init__(self, chat: Markup, packs: bool = False, shows: bool = False):
+    def __init__(self, chat: ChatTemplate, packs: bool = False, shows: bool = False):
         self.chat, self.packs, self.shows = chat, packs, shows
 
     def _row(self, example: Example) -> Row:
         if isinstance(example, Row):
             return example
-        grid = example.pictures.image_grid_thw if example.pictures else None
+        grid = example.vision.image_grid_thw if example.vision else None
         if isinstance(example, TextExample):
-            return Row(self.chat.answered(example.question, example.answer, grid), example.pictures)
+            return Row(self.chat.answered(example.question, example.answer, grid), example.vision)
         height, width = (side * STRIDE for side in example.features.shape[1:])
         tokens = token_count(self.chat.config.image_tokenizer_config.schedule_for(height, width))
         text = self.chat.drawn(example.prompt.text, example.prompt.reply, tokens, grid)
-        return Row(text, example.pictures, (example.features,))
+        return Row(text, example.vision, (example.features,))
 
     def _grouped(self, rows: list[Row]) -> list[list[Row]]:
         """Which examples share a row."""
-        texts = [row for row in rows if row.pictures is None and not row.drawn] if self.packs else []
+        texts = [row for row in rows if row.vision is None and not row.drawn] if self.packs else []
         if len(texts) < 2:
             return [[row] for row in rows]
         widest = max(len(row.text.ids) for row in rows)
         limit = -(-widest // MULTIPLE) * MULTIPLE
         packs = pack([len(row.text.ids) for row in texts], limit)
-        alone = [[row] for row in rows if row.pictures is not None or row.drawn]
+        alone = [[row] for row in rows if row.vision is not None or row.drawn]
         return alone + [[texts[index] for index in found.indices] for found in packs]
 
     def _blank(self) -> Row:
         side = self.chat.least_side
-        pictures = self.chat.pictures([Image.new("RGB", (side, side))], side**2)
-        ids = [id for shown in self.chat.shown(pictures.image_grid_thw) for id in self.chat.seen(shown.features)]
-        return Row(Encoded(ids, [IGNORED] * len(ids)), pictures)
+        vision = self.chat.vision_inputs([Image.new("RGB", (side, side))], side**2)
+        ids = [id for shown in self.chat.shown(vision.image_grid_thw) for id in self.chat.seen(shown.features)]
+        return Row(EncodedText(ids, [IGNORED] * len(ids)), vision)
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         groups = self._grouped([self._row(example) for example in examples])
-        if self.shows and not any(row.pictures for group in groups for row in group):
+        if self.shows and not any(row.vision for group in groups for row in group):
             groups[-1].append(self._blank())
         rows = [row for group in groups for row in group]
         batch = _pad_rows(self.chat, [[id for row in group for id in row.text.ids] for group in groups])
@@ -133,11 +133,11 @@ class SftCollator:
         if len(groups) < len(rows):
             blocks = [[number for number, row in enumerate(group, 1) for _ in row.text.ids] for group in groups]
             batch["blocks"] = self.chat.pad(blocks, "right", value=0, multiple=MULTIPLE)
-        drawn = [picture for row in rows for picture in row.drawn]
+        drawn = [image for row in rows for image in row.drawn]
         if drawn:
             pixels = drawn[0].dtype == np.uint8
             batch["crops" if pixels else "features"] = torch.from_numpy(np.stack(drawn))
-        return batch | joined(row.pictures for row in rows)
+        return batch | joined(row.vision for row in rows)
 
 
 class PairCollator:
@@ -146,7 +146,7 @@ class PairCollator:
     ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO.
     """
 
-    def __init__(self, chat: Markup):
+    def __init__(self, chat: ChatTemplate):
         self.chat = chat
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,22 +1,22 @@
-"""Encode the pictures of training records once, so that supervised training never runs the image tokenizer:
+"""Encode the images of training records once, so that supervised training never runs the image tokenizer:
 
     python -m vargpt_rl.data.encode checkpoint=DIR out=DIR resolution=256 crops=2 \\
         'sources.NAME.files=[FILE,...]' sources.NAME.format=jsonl sources.NAME.layout=native
 
-The pictures that records have the model draw, edits included, are cut to ``crops`` squares each (see
-``vargpt_rl.data.pictures.random_crop``) and their features written to the cache ``out`` (``vargpt_rl.data.features``).
-All crops are random, the first too, as in the published training; where one lies follows from the picture file's
+The images that records have the model draw, edits included, are cut to ``crops`` squares each (see
+``vargpt_rl.data.images.random_crop``) and their features written to the cache ``out`` (``vargpt_rl.data.features``).
+All crops are random, the first too, as in the published training; where one lies follows from the image file's
 sha256 and the crop's number alone. A file that comes up several times is encoded once.
 
 The same command goes on where it was interrupted; more ``crops`` or sources add to the cache. ``world`` processes
-share the records, each with its own ``rank``, on GPUs in turn where there are any. A picture that several of them meet
+share the records, each with its own ``rank``, on GPUs in turn where there are any. An image that several of them meet
 may be encoded by each. Features do not depend on all this: every batch has the same shape, filled up if need be, so
-that each picture is added up in the same order.
+that each image is added up in the same order.
 
 Records that cannot be used are written to ``out/quarantine``. Exit codes: 0 done, 1 more than ``max_bad_fraction`` of
 the records are bad (the others are encoded), 2 a setting or an input is wrong.
 
-Shape legend: B batch, H W square pictures, d bits a token, h w latent grid.
+Shape legend: B batch, H W square images, d bits a token, h w latent grid.
 """
 
 import shutil
@@ -34,27 +34,25 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from configs.command import load_command
-from configs.schema import TINY
-from vargpt_rl.data.features import FeatureCache, FeatureWriter, shard_files, tokenizer_checksum
-from vargpt_rl.data.pictures import random_crop
+from vargpt_rl.common.command import load_command
+from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_tokenizer, shard_files, tokenizer_checksum
+from vargpt_rl.data.images import random_crop
 from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.data.records.pictures import Picture, content_sha256, load
-from vargpt_rl.data.records.schema import DRAWN, Conversation, placeholders
+from vargpt_rl.data.records.images import ImageRef, content_sha256, load
+from vargpt_rl.data.records.schema import DRAWN, RecordConversation, placeholders
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import Reading, Records
-from vargpt_rl.inputs import check_model
-from vargpt_rl.model.families import AnyImageTokenizer, family_of, load_config
+from vargpt_rl.data.records.stream import ReadOptions, Records
+from vargpt_rl.model.families import AnyImageTokenizer
+from vargpt_rl.model.hub import TINY, check_model
 from vargpt_rl.model.scales import schedule_for
-from vargpt_rl.shards import check_tensors, stored_in_folder
 
-PICTURES, SAME, ENCODED, KEPT = "pictures to draw", "of these the same as an earlier one", "crops encoded", "kept"
+IMAGES, SAME, ENCODED, KEPT = "images to draw", "of these the same as an earlier one", "crops encoded", "kept"
 RECORDS, BAD = "records", "of these bad"
 
 
 @dataclass
 class Encoding:
-    """``checkpoint`` is "tiny" or a model directory; ``workers`` processes decode pictures for each encoding one."""
+    """``checkpoint`` is "tiny" or a model directory; ``workers`` processes decode images for each encoding one."""
 
     out: Path
     sources: dict[str, RecordSource] = field(default_factory=dict)
@@ -80,28 +78,30 @@ class Encoding:
             raise ValueError("sources are not given: expected sources.NAME.files=[FILE,...]")
 
 
-class Drawn(NamedTuple):
-    """A picture that a record has drawn: its file's sha256, and uint8 [H, W, 3] by number of each crop to encode."""
+class CropsToEncode(NamedTuple):
+    """An image that a record has drawn: its file's sha256, and uint8 [H, W, 3] by number of each crop to encode."""
 
     content: str
     crops: dict[int, np.ndarray]
 
 
-def crops_of(picture: Picture, content: str, resolution: int, numbers: Iterable[int]) -> dict[int, np.ndarray]:
-    """uint8 [H, W, 3] of the crops with these numbers. Raises BadRecord for a picture that cannot be decoded."""
-    image = load(picture)
+def crops_of(reference: ImageRef, content: str, resolution: int, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+    """uint8 [H, W, 3] of the crops with these numbers. Raises BadRecord for an image that cannot be decoded."""
+    image = load(reference)
     generators = {number: np.random.default_rng([int(content, 16), number]) for number in numbers}
     return {number: np.asarray(random_crop(image, resolution, rng)) for number, rng in generators.items()}
 
 
-def drawn_pictures(record: Conversation, resolution: int, crops: int, there: Container[tuple[str, int]]) -> list[Drawn]:
-    """The pictures that ``record`` draws; only crops that are not ``there`` are made. Raises BadRecord."""
+def drawn_images(
+    record: RecordConversation, resolution: int, crops: int, there: Container[tuple[str, int]]
+) -> list[CropsToEncode]:
+    """The images that ``record`` draws; only crops that are not ``there`` are made. Raises BadRecord."""
     marks = [mark for message in record.messages for mark in placeholders(message.text)]
     drawn = []
-    for picture in (image for image, mark in zip(record.images, marks, strict=True) if mark == DRAWN):
-        content = content_sha256(picture)
+    for reference in (image for image, mark in zip(record.images, marks, strict=True) if mark == DRAWN):
+        content = content_sha256(reference)
         missing = [number for number in range(crops) if (content, number) not in there]
-        drawn.append(Drawn(content, crops_of(picture, content, resolution, missing) if missing else {}))
+        drawn.append(CropsToEncode(content, crops_of(reference, content, resolution, missing) if missing else {}))
     return drawn
 
 
@@ -111,7 +111,7 @@ class Counted(IterableDataset):
     def __init__(self, records: Records):
         self.records = records
 
-    def __iter__(self) -> Iterator[list[Drawn] | tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[CropsToEncode] | tuple[int, int]]:
         iterator = iter(self.records)
         yield from iterator
         state = iterator.state_dict()
@@ -123,8 +123,8 @@ def fresh_crops(
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """sha256, number and uint8 [H, W, 3] of each crop that is not ``there``; ``counts`` what was read."""
     # What is too much is decided over all workers, at the end.
-    reading = Reading(command.rank, command.world, seed=None, max_bad_fraction=1.0)
-    step = partial(drawn_pictures, resolution=command.resolution, crops=command.crops, there=there)
+    reading = ReadOptions(command.rank, command.world, seed=None, max_bad_fraction=1.0)
+    step = partial(drawn_images, resolution=command.resolution, crops=command.crops, there=there)
     opened = [open_records(name, source, reading, quarantine, (step,)) for name, source in command.sources.items()]
     seen: set[bytes] = set()
     for records in opened:
@@ -136,34 +136,21 @@ def fresh_crops(
                 continue
             for drawn in item:
                 content = bytes.fromhex(drawn.content)
-                counts.update({PICTURES: 1, SAME: content in seen})
+                counts.update({IMAGES: 1, SAME: content in seen})
                 if content not in seen:
                     seen.add(content)
                     counts.update({ENCODED: len(drawn.crops), KEPT: command.crops - len(drawn.crops)})
                     yield from ((drawn.content, number, pixels) for number, pixels in drawn.crops.items())
 
 
-def load_image_tokenizer(folder: Path) -> AnyImageTokenizer:
-    """That of a model directory, float32; nothing else of the model is read. ValueError for what is not right in it."""
-    prefix = "image_tokenizer."
-    config = load_config(folder)
-    tokenizer = family_of(config).image_tokenizer(config.image_tokenizer_config).eval()
-    stored = {name: one for name, one in stored_in_folder(folder).items() if name.startswith(prefix)}
-    check_tensors(stored, {f"{prefix}{name}": tuple(t.shape) for name, t in tokenizer.state_dict().items()}, folder)
-    tokenizer.load_state_dict({name.removeprefix(prefix): one.read() for name, one in stored.items()})
-    return tokenizer
-
-
 @torch.inference_mode()
-def features_of(
-    tokenizer: AnyImageTokenizer, pictures: list[np.ndarray], batch: int, device: torch.device
-) -> np.ndarray:
-    """float16 [B, d, h, w] of at most ``batch`` pictures uint8 [H, W, 3], each the same in whatever company."""
-    images_BHW3 = np.stack(pictures + [pictures[-1]] * (batch - len(pictures)))
+def features_of(tokenizer: AnyImageTokenizer, images: list[np.ndarray], batch: int, device: torch.device) -> np.ndarray:
+    """float16 [B, d, h, w] of at most ``batch`` images uint8 [H, W, 3], each the same in whatever company."""
+    images_BHW3 = np.stack(images + [images[-1]] * (batch - len(images)))
     images_B3HW = (torch.from_numpy(images_BHW3).to(device).float() / 127.5 - 1).permute(0, 3, 1, 2)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         features_Bdhw = tokenizer.features(images_B3HW)
-    return features_Bdhw[: len(pictures)].half().cpu().numpy()
+    return features_Bdhw[: len(images)].half().cpu().numpy()
 
 
 def encode(command: Encoding) -> Counter[str]:
@@ -191,8 +178,8 @@ def encode(command: Encoding) -> Counter[str]:
                 writer.add(content, number, features_dhw)
     for path in sorted(quarantine.rglob("*.jsonl")):
         counts.update({f"bad: {reason}": count for reason, count in Quarantine(path).counts.items()})
-    if command.world == 1 and not counts[PICTURES] and not counts[BAD]:
-        raise ValueError(f"sources {', '.join(command.sources)}: no record draws a picture")
+    if command.world == 1 and not counts[IMAGES] and not counts[BAD]:
+        raise ValueError(f"sources {', '.join(command.sources)}: no record draws an image")
     return counts
 
 
@@ -204,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for what in (RECORDS, BAD, PICTURES, SAME, ENCODED, KEPT, *sorted(what for what in counts if ": " in what)):
+    for what in (RECORDS, BAD, IMAGES, SAME, ENCODED, KEPT, *sorted(what for what in counts if ": " in what)):
         print(f"{counts[what]:8d}  {what}")
     if counts[BAD] > command.max_bad_fraction * counts[RECORDS]:
         print(

@@ -2,15 +2,15 @@
 
 Bits would take a sixteenth of the space, but bitwise self-correction flips bits and recomputes the labels of later
 scales, for which the features are needed (Infinity, section 3.4). They are kept as float16 [d, h, w], as drawings
-travel: 16 KiB a picture at 256 px and d = 32, 64 KiB at 512 px.
+travel: 16 KiB an image at 256 px and d = 32, 64 KiB at 512 px.
 
 A cache is a folder of shards ``features-*.safetensors``. Each is written at once and never changed, and named after
 the keys in it, so that any number of processes may write to one folder. In a shard are ``features`` [n, d, h, w],
-``keys`` uint8 [n, 36] (sha256 of the picture file, number of the crop as four bytes, highest first) and ``checks``
-uint32 [n] (crc32 of each picture's features). Its metadata name the image tokenizer, by its checksum, and the
+``keys`` uint8 [n, 36] (sha256 of the image file, number of the crop as four bytes, highest first) and ``checks``
+uint32 [n] (crc32 of each image's features). Its metadata name the image tokenizer, by its checksum, and the
 resolution; a blake2b there guards keys, checks, and the type and shape of the features.
 
-Shape legend: n pictures of a shard, d bits a token, h w latent grid.
+Shape legend: n images of a shard, d bits a token, h w latent grid.
 """
 
 import zlib
@@ -25,12 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.model.families import AnyImageTokenizer, family_of, load_config
 from vargpt_rl.model.scales import STRIDE
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.sharded import check_tensors, stored_in_folder
 
 FORMAT = "1"
 SHARD = 1 << 26
-"""Bytes of features in a full shard: 4096 pictures at 256 px."""
+"""Bytes of features in a full shard: 4096 images at 256 px."""
 _KEY = 36
 _PLACE = np.dtype([("shard", np.int32), ("row", np.int32), ("check", np.uint32)])
 
@@ -102,7 +104,7 @@ def _read_index(path: Path, tokenizer: str, resolution: int) -> _Index:
 
 
 class FeatureCache(Container):
-    """Random access to a cache: reads one picture's features at a time, and holds 48 bytes for each picture there is.
+    """Random access to a cache: reads one image's features at a time, and holds 48 bytes for each image there is.
 
     A shard is opened for each access (some 60 microseconds), so that copies in other processes need no care. Raises
     ValueError where there are no shards, or one is damaged or of another image tokenizer or resolution.
@@ -119,13 +121,13 @@ class FeatureCache(Container):
         places["row"] = np.concatenate([np.arange(len(index.keys)) for index in indices])
         places["check"] = np.concatenate([index.checks for index in indices])
         self.crops = 1 + int(keys[:, -4:].copy().view(">u4").max())
-        """How many crops of a picture there are at most: their numbers are below."""
-        # Processes that met the same picture each wrote it; the first of them is taken.
+        """How many crops of an image there are at most: their numbers are below."""
+        # Processes that met the same image each wrote it; the first of them is taken.
         self._keys, first = np.unique(keys.view(f"S{_KEY}")[:, 0], return_index=True)
         self._places = places[first]
 
     def __len__(self) -> int:
-        """Crops of pictures in the cache."""
+        """Crops of images in the cache."""
         return len(self._keys)
 
     def __contains__(self, item: tuple[str, int]) -> bool:
@@ -138,7 +140,7 @@ class FeatureCache(Container):
         return self._places[at] if (self._keys[at : at + 1] == wanted).any() else None
 
     def get(self, content_sha256: str, crop: int) -> np.ndarray | None:
-        """float16 [d, h, w] of the crop with this number of the picture file with this sha256, None if not there.
+        """float16 [d, h, w] of the crop with this number of the image file with this sha256, None if not there.
 
         ValueError, naming the shard, if it was damaged since it was written.
         """
@@ -192,3 +194,14 @@ class FeatureWriter:
         name = blake2b(keys.tobytes(), digest_size=8).hexdigest()
         write_atomically(self.folder / f"features-{name}.safetensors", data)
         self._keys, self._features = [], []
+
+
+def load_image_tokenizer(folder: Path) -> AnyImageTokenizer:
+    """That of a model directory, float32; nothing else of the model is read. ValueError for what is not right in it."""
+    prefix = "image_tokenizer."
+    config = load_config(folder)
+    tokenizer = family_of(config).image_tokenizer(config.image_tokenizer_config).eval()
+    stored = {name: one for name, one in stored_in_folder(folder).items() if name.startswith(prefix)}
+    check_tensors(stored, {f"{prefix}{name}": tuple(t.shape) for name, t in tokenizer.state_dict().items()}, folder)
+    tokenizer.load_state_dict({name.removeprefix(prefix): one.read() for name, one in stored.items()})
+    return tokenizer

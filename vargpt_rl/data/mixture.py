@@ -1,6 +1,6 @@
 """Batches drawn from several sources of records, and short texts packed into rows.
 
-Each batch holds the same share of pictures to draw and of questions, whatever the lengths of the sources ("dynamic
+Each batch holds the same share of images to draw and of questions, whatever the lengths of the sources ("dynamic
 batch balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has gradients for the same
 parameters. Within a modality the sources are drawn by weight.
 """
@@ -19,7 +19,7 @@ _ENDED = object()
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class MixtureSource:
     """A source of a mixture. ``data`` gives endless iterators with ``state_dict`` and ``load_state_dict``.
 
     Edits count as "generation". ``weight`` is relative to the other sources of the same modality.
@@ -45,7 +45,7 @@ class Mixture(IterableDataset):
 
     def __init__(
         self,
-        ingredients: Mapping[str, Ingredient],
+        ingredients: Mapping[str, MixtureSource],
         batch: int,
         drawing_share: float,
         seed: int,

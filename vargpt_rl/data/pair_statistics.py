@@ -1,4 +1,4 @@
-"""What a preference table has: margins, where its pictures come from, and what is in it more than once.
+"""What a preference table has: margins, where its images come from, and what is in it more than once.
 
 Margins are chosen minus rejected, of rewards and of the reference policy's log-probabilities (nats). `vargpt_rl.data.
 preferences` has the columns.
@@ -12,9 +12,9 @@ BINS = 20
 REPEATED = {
     "pair id": ["pair_id"],
     "prompt": ["prompt"],
-    "chosen picture": ["prompt_id", "chosen_bits"],
-    "rejected picture": ["prompt_id", "rejected_bits"],
-    "pair of pictures": ["prompt_id", "chosen_bits", "rejected_bits"],
+    "chosen image": ["prompt_id", "chosen_bits"],
+    "rejected image": ["prompt_id", "rejected_bits"],
+    "pair of images": ["prompt_id", "chosen_bits", "rejected_bits"],
 }
 """What may occur more than once, and the columns that are equal then."""
 
@@ -32,23 +32,23 @@ def histogram(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scale_margins(table: pd.DataFrame) -> pd.Series:
-    """Mean reference margin by scale. ValueError unless every picture has as many scales: one resolution at a time."""
+    """Mean reference margin by scale. ValueError unless every image has as many scales: one resolution at a time."""
     sides = [np.array(table[f"reference_{side}_by_scale"].tolist(), dtype=object) for side in ("chosen", "rejected")]
     if any(side.ndim != 2 for side in sides) or sides[0].shape != sides[1].shape:
-        raise ValueError("pictures of one resolution differ in how many scales their log-probabilities have")
+        raise ValueError("images of one resolution differ in how many scales their log-probabilities have")
     return pd.Series((sides[0] - sides[1]).astype(float).mean(axis=0))
 
 
 def sources(table: pd.DataFrame, side: str) -> pd.Series:
-    """How many pictures of ``side`` come from where: a checkpoint, or the folder or style of a winner's key."""
+    """How many images of ``side`` come from where: a checkpoint, or the folder or style of a winner's key."""
     names, drawn = table[f"{side}_source"], table[f"{side}_seed"].notna()
     return names.where(drawn, names.str.split("/").str[0]).value_counts()
 
 
 def repeats(table: pd.DataFrame) -> dict[str, int]:
-    """How many rows repeat an earlier one, by what they repeat; also those with the same picture on both sides."""
+    """How many rows repeat an earlier one, by what they repeat; also those with the same image on both sides."""
     counts = {name: int(table.duplicated(columns).sum()) for name, columns in REPEATED.items()}
-    return counts | {"picture on both sides": int((table.chosen_bits == table.rejected_bits).sum())}
+    return counts | {"image on both sides": int((table.chosen_bits == table.rejected_bits).sum())}
 
 
 def statistics(table: pd.DataFrame) -> dict[str, float | list[float]]:

@@ -17,13 +17,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vargpt_rl.checkpoint import sync
+from vargpt_rl.common.failpoints import point
 from vargpt_rl.data.pair_statistics import describe
-from vargpt_rl.failpoints import point
+from vargpt_rl.storage.files import sync
 
-# Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over a picture's bits or by
+# Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over an image's bits or by
 # scale over those of each; a reward is null where none was asked for; seed (32 bits) and policy version are null where
-# no policy drew the picture; sampling is a JSON object.
+# no policy drew the image; sampling is a JSON object.
 COLUMNS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -4,7 +4,7 @@
 
 Reads midjourney-prompts Parquet files row by row and writes a line ``{"id", "prompt", "commands"}`` for each prompt,
 commands such as ``--ar 16:9`` split off, as `preference.prompts` and ``vargpt_rl.generate`` read them. An id follows
-from the whole prompt, so that the stronger system's pictures can be named after it. Rows that cannot be used are in
+from the whole prompt, so that the stronger system's images can be named after it. Rows that cannot be used are in
 ``<out>.quarantine``. Exit codes: 0 done, 2 an argument or input is wrong, or more than ``max_bad_fraction`` is bad.
 """
 
@@ -14,15 +14,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import midjourney
 from vargpt_rl.data.records.sources import RecordSource
-from vargpt_rl.data.records.stream import Reading, Records
+from vargpt_rl.data.records.stream import ReadOptions, Records
 
 
 @dataclass
-class Command:
+class PromptsCommand:
     """``files`` may be globs; ``limit``: at most so many different prompts."""
 
     files: list[str]
@@ -35,9 +35,9 @@ class Command:
             raise ValueError(f"limit={self.limit}: expected 1 or more")
 
 
-def execute(command: Command) -> None:
+def execute(command: PromptsCommand) -> None:
     """Write the prompts, each once; ``out`` appears when it is whole."""
-    reading = Reading(seed=None, max_bad_fraction=command.max_bad_fraction)
+    reading = ReadOptions(seed=None, max_bad_fraction=command.max_bad_fraction)
     quarantine, unfinished = (command.out.with_name(command.out.name + end) for end in (".quarantine", ".unfinished"))
     paths = RecordSource(command.files, "parquet").paths()
     written: set[str] = set()
@@ -55,7 +55,7 @@ def execute(command: Command) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; the exit code."""
-    return run_command(Command, execute, arguments)
+    return run_command(PromptsCommand, execute, arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from vargpt_rl.data.lines import trim
+from vargpt_rl.storage.lines import trim
 
 LONGEST_RECORD = 500  # characters kept of a record
 

@@ -1,4 +1,4 @@
-"""The shapes world: captions, the scenes they describe, and pictures of those scenes.
+"""The shapes world: captions, the scenes they describe, and images of those scenes.
 
 A caption comes from a small closed grammar with the six tasks of GenEval in miniature. The grammar is written out in
 full (some two thousand captions), so that `parse` is a look-up and exactly inverts it. A scene is a layout that
@@ -6,8 +6,8 @@ satisfies its caption: what the caption leaves open (a colour, a place) is as is
 measures a little differently each time. `render` draws it in one of three styles:
 
 - "clean": plain near-white background, saturated colours;
-- "commercial": the same with a thin darker outline, the pictures of a strong system;
-- "corpus": tinted background, dull colours, small rotations, blur and noise, and now and then a picture that
+- "commercial": the same with a thin darker outline, the images of a strong system;
+- "corpus": tinted background, dull colours, small rotations, blur and noise, and now and then an image that
   disagrees with its caption.
 """
 
@@ -44,10 +44,10 @@ MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "bel
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
-MARGIN = 0.04  # least distance of a thing from the picture's edge
+MARGIN = 0.04  # least distance of a thing from the image's edge
 GAP = 0.07  # least distance between two things
 HELD_OUT_SHARE = 0.12
-WRONG_RATE = 0.1  # share of "corpus" pictures that disagree with their caption
+WRONG_RATE = 0.1  # share of "corpus" images that disagree with their caption
 MAX_TILT = 5.0  # degrees, "corpus" only
 BACKGROUND = (250, 250, 250)
 
@@ -84,7 +84,7 @@ JITTER = 0.03  # how far from there
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; centre (`x` to the right, `y` down) and diameter as fractions of the picture's side."""
+    """One coloured shape; centre (`x` to the right, `y` down) and diameter as fractions of the image's side."""
 
     shape: str
     colour: str
@@ -103,7 +103,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Described:
     """`count` things of one shape; a colour or size class ("small", "large") of None leaves it free."""
 
     shape: str
@@ -121,12 +121,12 @@ class Requirement:
     """
 
     task: str
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Described, ...]
     place: str | None = None
     relation: str | None = None
 
 
-def _noun_phrase(wanted: Wanted) -> str:
+def _noun_phrase(wanted: Described) -> str:
     number, noun = ("a", wanted.shape) if wanted.count == 1 else (NUMBERS[wanted.count], PLURALS[wanted.shape])
     return " ".join(word for word in (number, wanted.size, wanted.colour, noun) if word)
 
@@ -140,12 +140,12 @@ def _caption(requirement: Requirement) -> str:
 
 def _forms() -> Iterator[list[Requirement]]:
     """The whole grammar, one list for each form of caption."""
-    coloured = [Wanted(shape, colour) for colour in COLOURS for shape in SHAPES]
+    coloured = [Described(shape, colour) for colour in COLOURS for shape in SHAPES]
     pairs = [(a, b) for a, b in itertools.permutations(coloured, 2) if a.shape != b.shape and a.colour != b.colour]
-    yield [Requirement("single_object", (Wanted(shape),)) for shape in SHAPES]
-    yield [Requirement("single_object", (Wanted(shape, size=size),)) for shape in SHAPES for size in SIZES]
-    yield [Requirement("two_objects", (Wanted(a), Wanted(b))) for a, b in itertools.permutations(SHAPES, 2)]
-    yield [Requirement("counting", (Wanted(shape, count=n),)) for shape in SHAPES for n in (2, 3, 4)]
+    yield [Requirement("single_object", (Described(shape),)) for shape in SHAPES]
+    yield [Requirement("single_object", (Described(shape, size=size),)) for shape in SHAPES for size in SIZES]
+    yield [Requirement("two_objects", (Described(a), Described(b))) for a, b in itertools.permutations(SHAPES, 2)]
+    yield [Requirement("counting", (Described(shape, count=n),)) for shape in SHAPES for n in (2, 3, 4)]
     yield [Requirement("counting", (replace(thing, count=n),)) for thing in coloured for n in (2, 3, 4)]
     yield [Requirement("colours", (thing,)) for thing in coloured]
     yield [Requirement("colours", (replace(thing, size=size),)) for thing in coloured for size in SIZES]
@@ -216,7 +216,9 @@ def scene_for(caption: str, rng: np.random.Generator) -> Scene:
     return Scene(caption, requirement.task, things)
 
 
-def _place(wanted: Wanted, centre: tuple[float, float], sizes: tuple[float, float], rng: np.random.Generator) -> Thing:
+def _place(
+    wanted: Described, centre: tuple[float, float], sizes: tuple[float, float], rng: np.random.Generator
+) -> Thing:
     at_x, at_y = (at + rng.uniform(-JITTER, JITTER) for at in centre)
     size = float(rng.uniform(*sizes))
     least = MARGIN + size / 2
@@ -272,7 +274,7 @@ def _unit_outline(shape: str) -> np.ndarray:
 
 
 def render(scene: Scene, side: int, style: str, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture of `scene`, `side` pixels wide and high, in one of `STYLES`. Raises ValueError for others."""
+    """An RGB image of `scene`, `side` pixels wide and high, in one of `STYLES`. Raises ValueError for others."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}, expected one of {STYLES}")
     supersampling = 4 if side <= 256 else 2

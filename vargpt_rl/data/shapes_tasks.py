@@ -30,7 +30,7 @@ ASKED_RELATION_LEAST = 0.15  # displacement that makes a relation plain to see
 
 
 def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a picture of `scene` that has one right answer, and that one-word answer."""
+    """A question about an image of `scene` that has one right answer, and that one-word answer."""
     return _first_possible((_ask_colour, _ask_shape, _ask_number, _ask_presence, _ask_relation), scene, rng)
 
 
@@ -167,7 +167,7 @@ def _clearance(thing: Thing, others: Sequence[Thing]) -> float:
 
 
 def _fit(things: tuple[Thing, ...]) -> bool:
-    """Whether all things are large enough to see, inside the picture and apart."""
+    """Whether all things are large enough to see, inside the image and apart."""
     inside = all(
         thing.size >= LEAST_DIAMETER and max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= 0.5 - MARGIN - thing.size / 2
         for thing in things

@@ -1,6 +1,6 @@
-"""Where pictures and prompts come from: the shapes world, or a folder of captioned pictures.
+"""Where images and prompts come from: the shapes world, or a folder of captioned images.
 
-A picture is named by a key, a string that travels in place of pixels; only the process that needs the picture loads
+An image is named by a key, a string that travels in place of pixels; only the process that needs the image loads
 it. `prompts_from_file` reads prompts alone.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vargpt_rl.data import shapes, shapes_tasks
-from vargpt_rl.data.pictures import MAX_PIXELS, read_picture
+from vargpt_rl.data.images import MAX_PIXELS, read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.types import Prompt, Record
 from vargpt_rl.model.prompt import REPLY
@@ -26,21 +26,21 @@ SPLITS = ("train", "held_out")
 
 
 class Source(Protocol):
-    """Pictures with their prompts. Pickled into rollout workers, so it holds a config and small tables only."""
+    """Images with their prompts. Pickled into rollout workers, so it holds a config and small tables only."""
 
     name: str
 
     def load(self, key: str, side: int) -> Image.Image:
-        """The picture of ``key``, RGB, ``side`` pixels wide and high. Raises ValueError for one that is unreadable."""
+        """The image of ``key``, RGB, ``side`` pixels wide and high. Raises ValueError for one that is unreadable."""
 
     def records(self, count: int, seed: int) -> list[Record]:
-        """``count`` training pictures for SFT; they repeat in cycles where there are not as many."""
+        """``count`` training images for SFT; they repeat in cycles where there are not as many."""
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
         """``count`` prompts of a split ("train" or "held_out"), or as many different ones as there are."""
 
     def winner_key(self, prompt: Prompt) -> str | None:
-        """The key of the stronger system's picture for ``prompt``, or None if there is none."""
+        """The key of the stronger system's image for ``prompt``, or None if there is none."""
 
 
 def _stable_int(text: str) -> int:
@@ -55,7 +55,7 @@ def is_held_out(identity: str, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Styles (of `shapes.STYLES`) of the SFT corpus and of the stronger system's pictures."""
+    """Styles (of `shapes.STYLES`) of the SFT corpus and of the stronger system's images."""
 
     corpus_style: str = "corpus"
     winner_style: str = "commercial"
@@ -79,7 +79,7 @@ class ShapesSource:
         self.config = config
 
     def scene(self, key: str) -> shapes.Scene:
-        """The scene that the picture of ``key`` shows. Raises ValueError for a malformed key."""
+        """The scene that the image of ``key`` shows. Raises ValueError for a malformed key."""
         return self._rebuild(key)[1]
 
     def load(self, key: str, side: int) -> Image.Image:
@@ -117,7 +117,7 @@ class ShapesSource:
         return f"{self.config.winner_style}/{_stable_int(f'winner {prompt.id}')}/{prompt.text}"
 
     def questions(self, count: int, seed: int, split: str) -> list[tuple[str, str, str]]:
-        """``count`` times the key of a plain or winner-style picture, a question about it and the answer."""
+        """``count`` times the key of a plain or winner-style image, a question about it and the answer."""
         asked = []
         for index, caption in enumerate(_captions(split, count, seed)):
             style = ("clean", self.config.winner_style)[index % 2]
@@ -127,7 +127,7 @@ class ShapesSource:
         return asked
 
     def edits(self, count: int, seed: int, split: str = "train") -> list[tuple[str, str, str]]:
-        """``count`` times the key of a winner-style picture, an instruction, and the key of the picture after it."""
+        """``count`` times the key of a winner-style image, an instruction, and the key of the image after it."""
         edits = []
         for index, caption in enumerate(_captions(split, count, seed)):
             layout = f"{_stable_int(f'edit {split} {seed} {index}')}/{caption}"
@@ -144,9 +144,9 @@ def _captions(split: str, count: int, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionedConfig:
-    """A JSON lines file of captions, a folder of their pictures, and one of a stronger system's under the same names.
+    """A JSON lines file of captions, a folder of their images, and one of a stronger system's under the same names.
 
-    The ``*_field`` are keys of the caption lines; pictures with alpha are laid on ``background`` (RGB); pictures of
+    The ``*_field`` are keys of the caption lines; images with alpha are laid on ``background`` (RGB); images of
     more than ``max_pixels`` are refused.
     """
 
@@ -172,9 +172,9 @@ class _Entry:
 
 
 class CaptionedSource:
-    """Captioned pictures of one's own. Keys are "images/<file>" and "winners/<file>".
+    """Captioned images of one's own. Keys are "images/<file>" and "winners/<file>".
 
-    Reading the captions quarantines malformed lines and those whose picture is missing. Pictures and winners that no
+    Reading the captions quarantines malformed lines and those whose image is missing. Images and winners that no
     caption names, and captions without a winner (good for SFT, not for pairs), are noted there as well. ``lines`` is
     how many captions were read: the total to check the quarantine against. Raises ValueError where the file or a
     folder is missing, or no caption is usable.
@@ -203,8 +203,8 @@ class CaptionedSource:
                 self._with_winner.add(entry.prompt.id)
             else:
                 quarantine.add(where, _readable(line), "caption without a winner", lost=False)
-        for kind, fault in (("images", "picture without a caption"), ("winners", "winner without a prompt")):
-            for file in sorted(picture_files(self._folders[kind]) - named):
+        for kind, fault in (("images", "image without a caption"), ("winners", "winner without a prompt")):
+            for file in sorted(image_files(self._folders[kind]) - named):
                 quarantine.add(str(self._folders[kind] / file), file, fault, lost=False)
         if not self._entries:
             raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
@@ -215,14 +215,14 @@ class CaptionedSource:
         identity, caption, file = _fields(line, names)
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f'"{self.config.image_field}" leaves the picture folder')
+            raise ValueError(f'"{self.config.image_field}" leaves the image folder')
         return _Entry(Prompt(identity, caption, REPLY), str(path))
 
     def _admit(self, entry: _Entry) -> None:
         if entry.prompt.id in self._entries:
             raise ValueError(f'"{self.config.id_field}" is that of an earlier line')
         if not self._exists("images", entry.file):
-            raise ValueError("caption without a picture")
+            raise ValueError("caption without an image")
         self._entries[entry.prompt.id] = entry
 
     def _exists(self, kind: str, file: str) -> bool:
@@ -231,9 +231,9 @@ class CaptionedSource:
     def load(self, key: str, side: int) -> Image.Image:
         kind, _, file = key.partition("/")
         if kind not in self._folders or not file:
-            raise ValueError(f"picture key {key!r}: expected 'images/<file>' or 'winners/<file>'")
+            raise ValueError(f"image key {key!r}: expected 'images/<file>' or 'winners/<file>'")
         path = self._folders[kind] / file
-        image = read_picture(path, self.config.max_pixels, tuple(self.config.background))
+        image = read_image(path, self.config.max_pixels, tuple(self.config.background))
         return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
     def records(self, count: int, seed: int) -> list[Record]:
@@ -260,12 +260,12 @@ class CaptionedSource:
 def _folder(path: str) -> Path:
     folder = Path(path).resolve()
     if not folder.is_dir():
-        raise ValueError(f"{path}: no such folder of pictures")
+        raise ValueError(f"{path}: no such folder of images")
     return folder
 
 
-def picture_files(folder: Path) -> set[str]:
-    """The picture files below ``folder``, relative to it."""
+def image_files(folder: Path) -> set[str]:
+    """The image files below ``folder``, relative to it."""
     suffixes = Image.registered_extensions()
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     return {path.relative_to(folder).as_posix() for path in files}

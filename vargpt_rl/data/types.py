@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Prompt:
-    """A drawing request: ``text`` is what the user says, ``reply`` what the model says before the picture.
+    """A drawing request: ``text`` is what the user says, ``reply`` what the model says before the image.
 
-    An edit also shows a picture: ``shown`` is its key, loaded at ``shown_side`` pixels a side.
+    An edit also shows an image: ``shown`` is its key, loaded at ``shown_side`` pixels a side.
     """
 
     id: str
@@ -19,16 +19,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Record:
-    """A training picture with its prompt. ``picture`` is a key that its data source can load."""
+    """A training image with its prompt. ``image`` is a key that its data source can load."""
 
     id: str
     prompt: Prompt
-    picture: str
+    image: str
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture drawn by a policy. ``bits`` are packed (``vargpt_rl.model.bits.pack``), L tokens at ``resolution``."""
+    """An image drawn by a policy. ``bits`` are packed (``vargpt_rl.model.bits.pack``), L tokens at ``resolution``."""
 
     prompt: Prompt
     bits: bytes
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Winner:
-    """A stronger system's picture of a prompt, as packed bits; ``source`` says where it came from."""
+    """A stronger system's image of a prompt, as packed bits; ``source`` says where it came from."""
 
     prompt: Prompt
     bits: bytes
@@ -51,7 +51,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Probe:
-    """One fixed picture: learner and workers must agree on its log-probability after a swap."""
+    """One fixed image: learner and workers must agree on its log-probability after a swap."""
 
     prompt: Prompt
     bits: bytes

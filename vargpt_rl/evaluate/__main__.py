@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
 from vargpt_rl.evaluate.dpg import DpgBench
 from vargpt_rl.evaluate.fid import FrechetDistance
 from vargpt_rl.evaluate.geneval import GenEval
@@ -21,9 +21,9 @@ from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.scorers import clip_score, hps
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
-from vargpt_rl.evaluate.subject import Subject
+from vargpt_rl.evaluate.subject import EvaluatedModel
 from vargpt_rl.evaluate.understanding import Understanding
-from vargpt_rl.generate import make_folder
+from vargpt_rl.inference.images import make_folder
 
 BENCHMARKS = {
     Benchmark.shapes: Shapes,
@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> None:
     make_folder(str(config.folder))
     quarantine_of(config).path.unlink(missing_ok=True)
     benchmark = BENCHMARKS[config.benchmark](config)
-    subjects = [Subject(config, name) for name in config.checkpoints]
+    subjects = [EvaluatedModel(config, name) for name in config.checkpoints]
     for subject in subjects:
         benchmark.make(subject)
         subject.release()

@@ -1,8 +1,8 @@
-"""An exact judge of shapes-world pictures: finds the things in a picture and compares them with what was asked.
+"""An exact judge of shapes-world images: finds the things in an image and compares them with what was asked.
 
 Things are connected regions that differ from the background. Each is normalised to its own area and centroid and
 compared with templates of the shapes; what fits no shape or no colour of the world is reported as `UNKNOWN`, so that
-smudges, merged or two-coloured things count against a picture.
+smudges, merged or two-coloured things count against an image.
 """
 
 import math
@@ -18,9 +18,9 @@ from vargpt_rl.data import shapes
 from vargpt_rl.data.shapes import Requirement, Thing
 
 UNKNOWN = "unknown"
-WORKING_SIDE = 128  # larger pictures are shrunk to this
+WORKING_SIDE = 128  # larger images are shrunk to this
 CONTRAST = 60.0  # RGB distance from the background that makes a pixel part of a thing
-LEAST_AREA = 0.006  # of the picture; smaller regions are specks
+LEAST_AREA = 0.006  # of the image; smaller regions are specks
 # Intersection over union with the best template below which a region has no known shape. Blur costs corners most, and
 # a round region is like a circle long before it is one.
 LEAST_OVERLAP = {"circle": 0.89, "square": 0.85, "triangle": 0.85, "cross": 0.79}
@@ -35,7 +35,7 @@ TEMPLATE_SIDE = 32
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a picture is right, why not (empty if right), and what was found in it."""
+    """Whether an image is right, why not (empty if right), and what was found in it."""
 
     correct: bool
     reason: str
@@ -51,9 +51,9 @@ class _Template:
 
 
 def find_things(image: Image.Image) -> list[Thing]:
-    """The things in a square picture of 64 pixels or more. Raises ValueError where it is not square."""
+    """The things in a square image of 64 pixels or more. Raises ValueError where it is not square."""
     if image.width != image.height:
-        raise ValueError(f"expected a square picture, got {image.width} x {image.height}")
+        raise ValueError(f"expected a square image, got {image.width} x {image.height}")
     image = image.convert("RGB")
     if image.width > WORKING_SIDE:
         image = image.resize((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
@@ -185,16 +185,16 @@ def _in_place(thing: Thing, place: str) -> bool:
 
 
 def score(images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
-    """Share of right pictures for each task present, and over all.
+    """Share of right images for each task present, and over all.
 
-    "overall" is the mean over the tasks, "overall_stderr" its standard error, "n" the number of pictures. Raises
+    "overall" is the mean over the tasks, "overall_stderr" its standard error, "n" the number of images. Raises
     ValueError where there is nothing to score or the two lengths differ.
     """
     results: dict[str, list[bool]] = {}
     for image, caption in zip(images, captions, strict=True):
         results.setdefault(shapes.parse(caption).task, []).append(check(image, caption).correct)
     if not results:
-        raise ValueError("no pictures to score")
+        raise ValueError("no images to score")
     shares = {task: sum(results[task]) / len(results[task]) for task in shapes.TASKS if task in results}
     variance = sum(share * (1 - share) / len(results[task]) for task, share in shares.items())
     return shares | {

@@ -1,11 +1,11 @@
-"""DPG-Bench: grids of four pictures as its scorer reads them, and the scorer's results as our metrics.
+"""DPG-Bench: grids of four images as its scorer reads them, and the scorer's results as our metrics.
 
 ``prompts`` is the benchmark's folder (``dpg_bench`` of github.com/TencentQQGYLab/ELLA), with ``prompts/<item>.txt`` and
 ``dpg_bench.csv``. The scorer, ``compute_dpg_bench.py`` there, cuts ``images/<item>.png`` into four squares (left to
 right, top to bottom), asks mPLUG the item's questions about each and writes a text file: a line for each item with its
 four scores and their mean, then scores by category and the DPG-Bench score, all in percent.
 
-The scorer leaves out the first row of the CSV and passes over pictures that fail with a line on its terminal; here,
+The scorer leaves out the first row of the CSV and passes over images that fail with a line on its terminal; here,
 such items are counted as unscored.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.data.images import read_image
 from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject, Wanted
-from vargpt_rl.generate import save_picture
+from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
+from vargpt_rl.inference.images import save_image
 
-ACROSS = 2  # pictures in a row of the grid, and rows
+ACROSS = 2  # images in a row of the grid, and rows
 SAMPLES = ACROSS**2
 RESULTS, QUESTIONS = "dpg_results.txt", "dpg_bench.csv"
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")
@@ -31,18 +31,18 @@ SAME = 1e-6  # of two ways to the same mean, in percent
 
 
 class DpgBench:
-    """A grid of four pictures of every prompt."""
+    """A grid of four images of every prompt."""
 
     columns = [Column(name, name) for name in (*CATEGORIES, "overall")]
 
     def __init__(self, config: EvaluateConfig):
         height, width = config.size
         if height != width:
-            raise ValueError(f"aspect={config.aspect}: benchmark=dpg needs square pictures")
+            raise ValueError(f"aspect={config.aspect}: benchmark=dpg needs square images")
         self.config, self.folder = config, Path(config.prompts)
         self.prompts, self.bad = self._read()
         self.wanted = [
-            Wanted(f"pictures/{item}-{k}.png", prompt, index, k)
+            ImageRequest(f"images/{item}-{k}.png", prompt, index, k)
             for index, (item, prompt) in enumerate(self.prompts.items())
             for k in range(SAMPLES)
         ]
@@ -71,10 +71,10 @@ class DpgBench:
         quarantine.check(len(files), self.config.max_bad_fraction, bad)
         return dict(list(prompts.items())[: self.config.limit]), bad
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.wanted)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         """ValueError that says how to run the scorer, where there are no results yet or not all of them."""
         paths = subject.paths(self.wanted)
         for index, item in enumerate(self.prompts):
@@ -86,7 +86,7 @@ class DpgBench:
             f"--csv {(self.folder / QUESTIONS).resolve()} --res-path {results.resolve()}, then this command again"
         )
         if not results.is_file():
-            raise ValueError(f"{subject.name}: the pictures are drawn, but {results} is not there: {again}")
+            raise ValueError(f"{subject.name}: the images are drawn, but {results} is not there: {again}")
         try:
             scores, items = read_results(results.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -108,17 +108,17 @@ def _items(path: Path) -> set[str]:
     return set(table["item_id"].dropna())
 
 
-def write_grid(pictures: list[Path], path: Path) -> None:
-    """Lay square pictures out in rows, unless ``path`` is newer than all of them."""
-    if path.exists() and path.stat().st_mtime_ns > max(picture.stat().st_mtime_ns for picture in pictures):
+def write_grid(paths: list[Path], path: Path) -> None:
+    """Lay square images out in rows, unless ``path`` is newer than all of them."""
+    if path.exists() and path.stat().st_mtime_ns > max(each.stat().st_mtime_ns for each in paths):
         return
-    images = [read_picture(picture) for picture in pictures]
+    images = [read_image(each) for each in paths]
     side = images[0].width
     grid = Image.new("RGB", (ACROSS * side, ACROSS * side))
     for k, image in enumerate(images):
         grid.paste(image, (k % ACROSS * side, k // ACROSS * side))
     path.parent.mkdir(exist_ok=True)
-    save_picture(grid, path)
+    save_image(grid, path)
 
 
 def read_results(text: str) -> tuple[Scores, dict[str, float]]:

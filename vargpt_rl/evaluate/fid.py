@@ -1,11 +1,11 @@
-"""Fréchet Inception distance between pictures of prompts and a reference, as clean-fid computes it ("clean" mode).
+"""Fréchet Inception distance between images of prompts and a reference, as clean-fid computes it ("clean" mode).
 
-Pictures are scaled to 299 x 299 by Pillow's bicubic filter, channel by channel and without rounding; the features are
+Images are scaled to 299 x 299 by Pillow's bicubic filter, channel by channel and without rounding; the features are
 those of the Inception network in TorchScript that clean-fid and StyleGAN use, ``inception-2015-12-05.pt``, of which the
 part "layers" takes pixels from -1 to 1. The published packages cannot be used here: clean-fid 0.1.35 and torch-fidelity
 0.4 import torchvision, which does not load beside a CPU build of torch. This module needs torch, Pillow and SciPy.
 
-``reference`` is a folder of pictures, squeezed into squares as they are, or an .npz with "mu" and "sigma".
+``reference`` is a folder of images, squeezed into squares as they are, or an .npz with "mu" and "sigma".
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from scipy import linalg
 
-from vargpt_rl.data.records.formats import PICTURES
+from vargpt_rl.data.records.formats import IMAGES
 from vargpt_rl.evaluate.report import Column, Scores
-from vargpt_rl.evaluate.scorers import batched, picture_of_each, read_prompts
+from vargpt_rl.evaluate.scorers import batched, image_of_each, read_prompts
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject
-from vargpt_rl.model.conversation import device_and_dtype
+from vargpt_rl.evaluate.subject import EvaluatedModel
+from vargpt_rl.inference.conversation import device_and_dtype
 
 SIDE = 299
 FEW = 10_000
@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 class FrechetDistance:
-    """One picture of every prompt, against the reference."""
+    """One image of every prompt, against the reference."""
 
     columns = [Column("fid", "FID")]
 
@@ -43,7 +43,7 @@ class FrechetDistance:
         self.prompts, self.bad = read_prompts(config)
         if len(self.prompts) < 2:
             raise ValueError(f"prompts={config.prompts}: the distance needs 2 prompts or more")
-        self.wanted = picture_of_each(self.prompts)
+        self.wanted = image_of_each(self.prompts)
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.network = load_network(config.weights, self.device)
         self.reference = None if config.num_shards > 1 else self._reference(Path(config.reference))
@@ -51,23 +51,23 @@ class FrechetDistance:
     def _reference(self, path: Path) -> Statistics:
         if path.suffix == ".npz":
             return read_statistics(path)
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else []
-        if len(pictures) < 2:
-            raise ValueError(f"reference={path}: expected a folder with 2 pictures or more, or an .npz of statistics")
-        return self.statistics(pictures, "reference")
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES) if path.is_dir() else []
+        if len(images) < 2:
+            raise ValueError(f"reference={path}: expected a folder with 2 images or more, or an .npz of statistics")
+        return self.statistics(images, "reference")
 
     def statistics(self, paths: list[Path], label: str) -> Statistics:
-        """Of the features of pictures. ValueError where one cannot be read."""
+        """Of the features of images. ValueError where one cannot be read."""
         features_ND = np.concatenate([features(self.network, images) for images in batched(paths, label)])
         return Statistics(features_ND.mean(axis=0), np.cov(features_ND, rowvar=False))
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.wanted)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         drawn = self.statistics(subject.paths(self.wanted), subject.name)
-        counts = {"pictures": len(self.wanted), "bad_prompts": self.bad}
-        notes = [f"FID of {len(self.wanted)} pictures: below some {FEW:,} it comes out too high."]
+        counts = {"images": len(self.wanted), "bad_prompts": self.bad}
+        notes = [f"FID of {len(self.wanted)} images: below some {FEW:,} it comes out too high."]
         return Scores({"fid": distance(drawn, self.reference)}, counts=counts, notes=notes[len(self.wanted) >= FEW :])
 
 
@@ -84,7 +84,7 @@ def load_network(path: str, device: torch.device) -> torch.jit.ScriptModule:
 
 @torch.inference_mode()
 def features(network: torch.jit.ScriptModule, images: list[Image.Image]) -> np.ndarray:
-    """float64 [B, D] of RGB pictures of any size."""
+    """float64 [B, D] of RGB images of any size."""
     pixels_BHW3 = torch.from_numpy(np.stack([resized(image) for image in images]))
     device = next(network.parameters()).device
     pixels_B3HW = ((pixels_BHW3 - 128) / 128).permute(0, 3, 1, 2).contiguous().to(device)

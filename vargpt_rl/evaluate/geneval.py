@@ -1,10 +1,10 @@
-"""GenEval: pictures in the layout that its scorer reads, and the scorer's results as our metrics.
+"""GenEval: images in the layout that its scorer reads, and the scorer's results as our metrics.
 
 ``prompts`` is the benchmark's ``evaluation_metadata.jsonl``. The layout is that of the README of
-github.com/djghosh13/geneval: line N of the file goes to ``images/<N, five digits>/metadata.jsonl``, four pictures of it
+github.com/djghosh13/geneval: line N of the file goes to ``images/<N, five digits>/metadata.jsonl``, four images of it
 to ``samples/0000.png`` to ``0003.png``. Its ``evaluation/evaluate_images.py`` (which needs a GPU and mmdet) writes a
-line for each picture; the scores are those of its ``evaluation/summary_scores.py``: by task the share of right
-pictures, and overall the mean over the tasks.
+line for each image; the scores are those of its ``evaluation/summary_scores.py``: by task the share of right
+images, and overall the mean over the tasks.
 
 The papers drew prompts that were rewritten by a language model. ``rewrites`` is a JSON object of prompts and what is
 drawn in their place; the metadata that the scorer reads stay as they are.
@@ -14,12 +14,12 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from vargpt_rl.checkpoint import write_atomically
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of, read_rows, sift, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject, Wanted
+from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
+from vargpt_rl.storage.files import write_atomically
 
 SAMPLES = 4
 RESULTS = "results.jsonl"
@@ -27,7 +27,7 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 
 
 class GenEval:
-    """Four pictures of every prompt."""
+    """Four images of every prompt."""
 
     columns = [Column(name, name.replace("_", " ")) for name in (*TASKS, "overall")]
 
@@ -36,15 +36,15 @@ class GenEval:
         self.rows, self.bad = read_rows(config, "prompts", _check)
         drawn = _rewrites(config.rewrites, [row["prompt"] for _, row in self.rows])
         self.wanted = [
-            Wanted(f"images/{number:05d}/samples/{k:04d}.png", drawn.get(row["prompt"], row["prompt"]), number, k)
+            ImageRequest(f"images/{number:05d}/samples/{k:04d}.png", drawn.get(row["prompt"], row["prompt"]), number, k)
             for number, row in self.rows
             for k in range(SAMPLES)
         ]
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.wanted)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         """ValueError that says how to run the scorer, where there are no results yet or not all of them."""
         subject.paths(self.wanted)
         for number, row in self.rows:
@@ -55,24 +55,24 @@ class GenEval:
             f"--outfile {results.resolve()} --model-path DETECTOR_FOLDER, then this command again"
         )
         if not results.is_file():
-            raise ValueError(f"{subject.name}: the pictures are drawn, but {results} is not there: {again}")
+            raise ValueError(f"{subject.name}: the images are drawn, but {results} is not there: {again}")
         rows = self._results(results)
         unscored = len(self.wanted) - len(rows)
         if unscored > self.config.max_bad_fraction * len(self.wanted) or not rows:
-            raise ValueError(f"{results}: usable results of {len(rows)} of {len(self.wanted)} pictures: {again}")
+            raise ValueError(f"{results}: usable results of {len(rows)} of {len(self.wanted)} images: {again}")
         scores = summary(rows)
         scores.counts |= {"unscored": unscored, "bad_prompts": self.bad}
         return scores
 
     def _results(self, path: Path) -> list[dict]:
-        """The usable lines of the scorer's file, one for each picture at most."""
+        """The usable lines of the scorer's file, one for each image at most."""
         left = {wanted.file.removeprefix("images/") for wanted in self.wanted}
 
         def check(row: dict) -> None:
-            picture = _picture(row)
-            if picture not in left:
-                raise BadRecord("result of a picture that is not wanted, or a second one")
-            left.remove(picture)
+            image = _image(row)
+            if image not in left:
+                raise BadRecord("result of an image that is not wanted, or a second one")
+            left.remove(image)
 
         return [row for _, row in sift(path, check, quarantine_of(self.config))[0]]
 
@@ -98,8 +98,8 @@ def _rewrites(path: str | None, prompts: list[str]) -> dict[str, str]:
     return table
 
 
-def _picture(row: dict) -> str:
-    """Which picture a result is of, as "00000/samples/0000.png"; BadRecord for a malformed result."""
+def _image(row: dict) -> str:
+    """Which image a result is of, as "00000/samples/0000.png"; BadRecord for a malformed result."""
     text(row, "tag")
     text(row, "metadata")
     if not isinstance(row.get("correct"), bool):
@@ -108,9 +108,9 @@ def _picture(row: dict) -> str:
 
 
 def summary(rows: list[dict]) -> Scores:
-    """GenEval's own summary: shares by task, "overall" their mean, and the shares of right pictures and prompts.
+    """GenEval's own summary: shares by task, "overall" their mean, and the shares of right images and prompts.
 
-    A prompt counts as right where any picture of it is; prompts are told apart by their metadata.
+    A prompt counts as right where any image of it is; prompts are told apart by their metadata.
     """
     tasks, prompts = defaultdict(list), defaultdict(list)
     for row in rows:
@@ -119,9 +119,9 @@ def summary(rows: list[dict]) -> Scores:
     shares = {task: sum(correct) / len(correct) for task, correct in tasks.items()}
     return Scores(
         shares | {"overall": sum(shares.values()) / len(shares)},
-        counts={"pictures": len(rows), "prompts": len(prompts), **{task: len(tasks[task]) for task in tasks}},
+        counts={"images": len(rows), "prompts": len(prompts), **{task: len(tasks[task]) for task in tasks}},
         details={
-            "correct_pictures": sum(row["correct"] for row in rows) / len(rows),
+            "correct_images": sum(row["correct"] for row in rows) / len(rows),
             "correct_prompts": sum(any(correct) for correct in prompts.values()) / len(prompts),
         },
     )

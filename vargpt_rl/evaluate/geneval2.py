@@ -1,7 +1,7 @@
-"""GenEval 2: one picture of every prompt, a table of them for its scorer, and the scorer's results as our metrics.
+"""GenEval 2: one image of every prompt, a table of them for its scorer, and the scorer's results as our metrics.
 
 ``prompts`` is the benchmark's ``geneval2_data.jsonl`` (github.com/facebookresearch/GenEval2; keys "prompt",
-"atom_count", "vqa_list" and "skills"). Its ``evaluation.py`` takes the prompts and a JSON object of prompts and picture
+"atom_count", "vqa_list" and "skills"). Its ``evaluation.py`` takes the prompts and a JSON object of prompts and image
 files, and writes a list of scores for each prompt, a score from 0 to 1 for each question of its "vqa_list". Metrics, in
 percent: Soft-TIFA AM, the mean over prompts of the arithmetic mean of their scores; Soft-TIFA GM, of their geometric
 mean; and as in its ``soft_tifa_analysis.py`` the mean score of each skill, and GM by "atom_count".
@@ -14,46 +14,46 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import gmean
 
-from vargpt_rl.checkpoint import write_atomically
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import different, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject, Wanted
+from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
+from vargpt_rl.storage.files import write_atomically
 
-RESULTS, PICTURES, PROMPTS = "score_lists.json", "images.json", "prompts.jsonl"
+RESULTS, IMAGES, PROMPTS = "score_lists.json", "images.json", "prompts.jsonl"
 SKILLS = ("object", "attribute", "count", "position", "verb")
 
 
 class GenEval2:
-    """One picture of every prompt."""
+    """One image of every prompt."""
 
     columns = [Column("soft_tifa_am", "Soft-TIFA AM"), Column("soft_tifa_gm", "Soft-TIFA GM")]
     columns += [Column(skill, skill) for skill in SKILLS]
 
     def __init__(self, config: EvaluateConfig):
         self.rows, self.bad = read_rows(config, "prompts", different(_check, "prompt"))
-        self.wanted = [Wanted(f"images/{number:05d}.png", row["prompt"], number) for number, row in self.rows]
+        self.wanted = [ImageRequest(f"images/{number:05d}.png", row["prompt"], number) for number, row in self.rows]
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.wanted)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         """ValueError that says how to run the scorer, where there are no results yet or they do not fit."""
         paths = [str(path.resolve()) for path in subject.paths(self.wanted)]
-        pictures = {w.prompt: path for w, path in zip(self.wanted, paths, strict=True)}
+        images = {w.prompt: path for w, path in zip(self.wanted, paths, strict=True)}
         rows = [row for _, row in self.rows]
-        write_atomically(subject.out / PICTURES, json.dumps(pictures, indent=2).encode())
+        write_atomically(subject.out / IMAGES, json.dumps(images, indent=2).encode())
         write_atomically(subject.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         results = subject.out / RESULTS
         again = (
             f"run GenEval 2's scorer, python evaluation.py --benchmark_data {(subject.out / PROMPTS).resolve()} "
-            f"--image_filepath_data {(subject.out / PICTURES).resolve()} --method soft_tifa_gm "
+            f"--image_filepath_data {(subject.out / IMAGES).resolve()} --method soft_tifa_gm "
             f"--output_file {results.resolve()}, then this command again"
         )
         if not results.is_file():
-            raise ValueError(f"{subject.name}: the pictures are drawn, but {results} is not there: {again}")
+            raise ValueError(f"{subject.name}: the images are drawn, but {results} is not there: {again}")
         try:
             lists = read_scores(results, rows)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Held-out measures of a policy: what its pictures show, and what it prefers. Pure functions of what workers return."""
+"""Held-out measures of a policy: what its images show, and what it prefers. Pure functions of what workers return."""
 
 import math
 from collections import defaultdict
@@ -15,15 +15,15 @@ from vargpt_rl.evaluate.checker import check
 
 
 def shapes_check(images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """1.0 where a picture shows exactly what its caption demands, else 0.0."""
+    """1.0 where an image shows exactly what its caption demands, else 0.0."""
     return [float(check(image, prompt).correct) for image, prompt in zip(images, prompts, strict=True)]
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Peak signal-to-noise ratio, in dB, of pictures against those of a source; a prompt's id is the picture's key.
+    """Peak signal-to-noise ratio, in dB, of images against those of a source; a prompt's id is the image's key.
 
-    Equal pictures count as 100 dB.
+    Equal images count as 100 dB.
     """
 
     source: Source
@@ -46,7 +46,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def task_scores(prompts: Sequence[str], correct: Sequence[float]) -> dict[str, float]:
-    """Share of right pictures by task of the shapes world, over all ("overall") and its standard error."""
+    """Share of right images by task of the shapes world, over all ("overall") and its standard error."""
     by_task = defaultdict(list)
     for prompt, value in zip(prompts, correct, strict=True):
         by_task[parse(prompt).task].append(value)
@@ -65,7 +65,7 @@ def preference_scores(
     """DPO's own measures on pairs that were not trained on, from summed log-probabilities in nats.
 
     ``margin`` is beta x the mean log-ratio difference, ``accuracy`` the share of pairs where it is above 0;
-    ``chosen_logp_change`` tells whether the winners themselves became likelier (nats a picture).
+    ``chosen_logp_change`` tells whether the winners themselves became likelier (nats an image).
     """
     change_chosen = np.subtract(chosen, reference_chosen)
     margins = beta * (change_chosen - np.subtract(rejected, reference_rejected))

@@ -2,11 +2,11 @@
 
 Arguments (``--model_args``): ``checkpoint``, a directory or hub name; ``device`` and ``dtype``, both "auto"; and
 ``answers``, a file in which answers are kept as they come, so that an interrupted run need not ask again. Answers are
-greedy; pictures come before the words, as in training. The module needs lmms-eval, torch and transformers only:
+greedy; images come before the words, as in training. The module needs lmms-eval, torch and transformers only:
 lmms-eval cannot be installed beside this package's other dependencies (it wants another antlr4 than Hydra), so it has
 an environment of its own. There, this package is installed without dependencies.
 
-``python -m vargpt_rl.evaluate.lmms JSON`` is what `understanding` runs in that environment; see `Job`.
+``python -m vargpt_rl.evaluate.lmms JSON`` is what `understanding` runs in that environment; see `LmmsTasks`.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.checkpoint import write_atomically
-from vargpt_rl.data.lines import as_lines, read_records
-from vargpt_rl.data.pictures import as_rgb
-from vargpt_rl.model.answer import answer
-from vargpt_rl.model.conversation import load
+from vargpt_rl.data.images import as_rgb
+from vargpt_rl.inference.answer import answer
+from vargpt_rl.inference.conversation import load
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.lines import as_lines, read_records
 
 MAX_TOKENS = 128
 """Of an answer, where a task does not say."""
@@ -70,7 +70,7 @@ class VargptLmms(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request, in order."""
         known = {line["key"]: line["answer"] for line in read_records(self.answers)} if self.answers else {}
-        asked = [Request(self, request) for request in requests]
+        asked = [LmmsRequest(self, request) for request in requests]
         missing = [request for request in asked if request.key not in known]
         missing.sort(key=lambda request: request.max_tokens)  # of a batch, all have the same limit
         if missing and self.answers:
@@ -90,7 +90,7 @@ class VargptLmms(lmms):
         return [known[request.key] for request in asked]
 
 
-class Request:
+class LmmsRequest:
     """One question of a task. ValueError where it asks for something else than the likeliest words."""
 
     def __init__(self, model: VargptLmms, instance: Instance):
@@ -105,10 +105,10 @@ class Request:
         self.key = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
     def question(self) -> tuple[str, Sequence[Image.Image]]:
-        """Words and pictures. ValueError where there is something else to see."""
+        """Words and images. ValueError where there is something else to see."""
         shown = (self.visual(self.docs[self.doc]) if self.visual else None) or []
         if not all(isinstance(image, Image.Image) for image in shown):
-            raise ValueError(f"expected pictures, not {[type(image).__name__ for image in shown]}")
+            raise ValueError(f"expected images, not {[type(image).__name__ for image in shown]}")
         return self.text.replace("<image>", "").strip(), [as_rgb(image) for image in shown]
 
     def cut(self, words: str) -> str:
@@ -117,7 +117,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Job:
+class LmmsTasks:
     """Tasks to run: each one's results go to ``out``/<task>.json as it ends, with what ``about`` says of the task."""
 
     checkpoint: str
@@ -132,7 +132,7 @@ class Job:
     about: dict[str, dict]
 
 
-def run(job: Job) -> None:
+def run(job: LmmsTasks) -> None:
     """Run a job in this process."""
     from lmms_eval.evaluator import simple_evaluate  # slow, and not needed by lmms-eval's own command
     from lmms_eval.tasks import TaskManager
@@ -157,4 +157,4 @@ def run(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    run(Job(**json.loads(sys.argv[1])))
+    run(LmmsTasks(**json.loads(sys.argv[1])))

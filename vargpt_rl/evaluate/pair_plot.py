@@ -1,4 +1,4 @@
-"""A picture of a preference table: margins of rewards and of the reference policy, by scale too, sources and counts."""
+"""An image of a preference table: margins of rewards and of the reference policy, by scale too, sources and counts."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def plot_pairs(table: pd.DataFrame, path: Path) -> None:
     bars = shares.barh([f"{side}: {name}" for side, name in counts.index], counts)
     shares.bar_label(bars, [f"{count / len(table):.0%}" for count in counts])
     shares.margins(x=0.15)  # room for the last label
-    shares.set(xlabel="pairs", title="where pictures come from")
+    shares.set(xlabel="pairs", title="where images come from")
     figure.savefig(path, dpi=100)
 
 

@@ -1,14 +1,14 @@
-"""Questions of one's own about pictures, with answers: exact matches, yes and no, and MME's paired score.
+"""Questions of one's own about images, with answers: exact matches, yes and no, and MME's paired score.
 
-``questions`` is a JSON lines file, ``images`` the folder of its pictures:
+``questions`` is a JSON lines file, ``images`` the folder of its images:
 
     {"image": "a/1.png", "question": "Is there a dog? Answer yes or no.", "answer": "yes", "category": "existence"}
 
 "answer" may be a list of answers that are all right; "category" may be missing. Answers are compared without case,
 punctuation and surplus blanks. A question whose right answer is yes or no is answered by the first word said.
 
-MME (Fu et al., 2023) asks two such questions about each picture. A category scores the share of right answers plus the
-share of pictures with both answers right, each times a hundred; the score is the sum over categories. Pictures with
+MME (Fu et al., 2023) asks two such questions about each image. A category scores the share of right answers plus the
+share of images with both answers right, each times a hundred; the score is the sum over categories. Images with
 another number of yes-no questions in a category are left out of it and counted.
 """
 
@@ -18,13 +18,13 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Asked, Subject
+from vargpt_rl.evaluate.subject import EvaluatedModel, QuestionRequest
 
 YES_OR_NO = ({"yes"}, {"no"})
 PAIR = 2
@@ -38,32 +38,32 @@ class Questions:
     def __init__(self, config: EvaluateConfig):
         self.config, self.folder = config, Path(config.images)
         if not self.folder.is_dir():
-            raise ValueError(f"images={config.images}: no such folder of pictures")
+            raise ValueError(f"images={config.images}: no such folder of images")
         self.rows, self.bad = read_rows(config, "questions", self._check)
         self.quarantine = quarantine_of(config)
-        self.asked = [Asked(f"line {number + 1}", row["question"], row["image"]) for number, row in self.rows]
+        self.asked = [QuestionRequest(f"line {number + 1}", row["question"], row["image"]) for number, row in self.rows]
 
     def _check(self, row: dict) -> None:
         path = PurePosixPath(text(row, "image"))
         if path.is_absolute() or ".." in path.parts:
-            raise BadRecord('"image" leaves the picture folder')
+            raise BadRecord('"image" leaves the image folder')
         if not (self.folder / path).is_file():
-            raise BadRecord("there is no such picture")
+            raise BadRecord("there is no such image")
         text(row, "question")
         right_answers(row)
         if not isinstance(row.get("category", ""), str):
             raise BadRecord('"category" is no text')
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         self._answers(subject)
 
     def _look(self, name: str) -> Image.Image:
-        return read_picture(self.folder / name)
+        return read_image(self.folder / name)
 
-    def _answers(self, subject: Subject) -> dict[str, str]:
+    def _answers(self, subject: EvaluatedModel) -> dict[str, str]:
         return subject.answer(self.asked, self._look, self.config.max_tokens, self.quarantine)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         answers = self._answers(subject)
         answered = [
             (row, answers[asked.key])
@@ -112,22 +112,22 @@ def score_answers(answered: list[tuple[dict, str]]) -> Scores:
     return Scores(
         {name: mean for name, (mean, _) in means.items()} | ({"mme": sum(paired.values())} if paired else {}),
         {name: error for name, (_, error) in means.items()},
-        {"questions": len(results), "yes_no_questions": len(yes_no), "unpaired_pictures": unpaired},
+        {"questions": len(results), "yes_no_questions": len(yes_no), "unpaired_images": unpaired},
         {"by_category": {name: sum(own) / len(own) for name, own in categories.items()}, "mme_by_category": paired},
     )
 
 
 def mme_scores(yes_no: list[tuple[dict, bool]]) -> tuple[dict[str, float], int]:
-    """MME's score, 0 to 200, of each category, and how many pictures have no pair of questions in theirs."""
-    pictures = defaultdict(list)
+    """MME's score, 0 to 200, of each category, and how many images have no pair of questions in theirs."""
+    images = defaultdict(list)
     for row, correct in yes_no:
-        pictures[row.get("category", ""), row["image"]].append(correct)
+        images[row.get("category", ""), row["image"]].append(correct)
     pairs = defaultdict(list)
-    for (category, _), correct in pictures.items():
+    for (category, _), correct in images.items():
         if len(correct) == PAIR:
             pairs[category].append(correct)
     scores = {
         category: 100 * (sum(sum(pair) / PAIR for pair in own) + sum(all(pair) for pair in own)) / len(own)
         for category, own in pairs.items()
     }
-    return scores, len(pictures) - sum(len(own) for own in pairs.values())
+    return scores, len(images) - sum(len(own) for own in pairs.values())

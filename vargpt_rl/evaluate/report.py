@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vargpt_rl.checkpoint import write_atomically
+from vargpt_rl.storage.files import write_atomically
 
 REPORTED = Path(__file__).parent / "reported.yaml"
 

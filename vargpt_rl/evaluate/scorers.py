@@ -1,6 +1,6 @@
-"""CLIP score and HPSv2 of pictures of one's own prompts, by the rewards of the same names.
+"""CLIP score and HPSv2 of images of one's own prompts, by the rewards of the same names.
 
-Both are cosines of picture and prompt and are given times a hundred, as usual. ``prompts`` is a .txt or .jsonl file.
+Both are cosines of image and prompt and are given times a hundred, as usual. ``prompts`` is a .txt or .jsonl file.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.common.plugins import make_plugin
+from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
 from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject, Wanted
-from vargpt_rl.model.conversation import device_and_dtype
-from vargpt_rl.plugins import make_plugin
+from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
+from vargpt_rl.inference.conversation import device_and_dtype
 
-BATCH = 16  # pictures that are scored at once
+BATCH = 16  # images that are scored at once
 
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[str], int]:
@@ -36,15 +36,15 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[str], int]:
     return [prompt.text for prompt in prompts][: config.limit], bad
 
 
-def picture_of_each(prompts: list[str]) -> list[Wanted]:
-    return [Wanted(f"images/{i:05d}.png", prompt, i) for i, prompt in enumerate(prompts)]
+def image_of_each(prompts: list[str]) -> list[ImageRequest]:
+    return [ImageRequest(f"images/{i:05d}.png", prompt, i) for i, prompt in enumerate(prompts)]
 
 
 def batched(paths: list[Path], label: str) -> Iterator[list[Image.Image]]:
-    """The pictures, some at a time, with a bar."""
-    remaining = iter(tqdm(paths, label, unit="picture"))
+    """The images, some at a time, with a bar."""
+    remaining = iter(tqdm(paths, label, unit="image"))
     while batch := list(islice(remaining, BATCH)):
-        yield [read_picture(path) for path in batch]
+        yield [read_image(path) for path in batch]
 
 
 class Rewarded:
@@ -53,7 +53,7 @@ class Rewarded:
     def __init__(self, config: EvaluateConfig, metric: str, heading: str, path: str, options: dict[str, str | None]):
         self.config, self.metric, self.columns = config, metric, [Column(metric, heading)]
         self.prompts, self.bad = read_prompts(config)
-        self.wanted = picture_of_each(self.prompts)
+        self.wanted = image_of_each(self.prompts)
         given = {key: value for key, value in options.items() if value is not None}
         device, _ = device_and_dtype(config.device, config.dtype)
         self.reward = make_plugin(path, {**given, "device": str(device)})
@@ -65,18 +65,18 @@ class Rewarded:
                 names = " ".join(f"{key}={value}" for key, value in given.items())
                 raise ValueError(f"{path} cannot be used with {names or 'its defaults'}: {said}") from error
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.wanted)
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         values, remaining = [], iter(self.prompts)
         for images in batched(subject.paths(self.wanted), self.metric):
             values += self.reward(images, list(islice(remaining, len(images))))
         scored = [100 * value for value in values if value is not None]
         if len(scored) < (1 - self.config.max_bad_fraction) * len(values):
-            raise ValueError(f"{subject.name}: only {len(scored)} of {len(values)} pictures have a {self.metric}")
+            raise ValueError(f"{subject.name}: only {len(scored)} of {len(values)} images have a {self.metric}")
         mean, error = mean_and_error(scored)
-        counts = {"pictures": len(scored), "unscored": len(values) - len(scored), "bad_prompts": self.bad}
+        counts = {"images": len(scored), "unscored": len(values) - len(scored), "bad_prompts": self.bad}
         return Scores({self.metric: mean}, {self.metric: error}, counts)
 
 

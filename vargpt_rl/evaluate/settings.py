@@ -4,8 +4,8 @@ import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.schema import TINY
-from vargpt_rl.generate import DrawingSettings
+from vargpt_rl.inference.images import DrawingSettings
+from vargpt_rl.model.hub import TINY
 
 
 class Benchmark(enum.Enum):
@@ -47,7 +47,7 @@ class EvaluateConfig(DrawingSettings):
     ``prompts/*.txt`` and ``dpg_bench.csv``; clip, hps and fid a .txt or .jsonl of prompts. ``rewrites``: JSON, what is
     drawn in place of a prompt. ``weights``: clip a CLIP model's directory or hub name, hps the published checkpoint,
     fid the Inception network in TorchScript. ``base``: the CLIP model that HPSv2 was trained from. ``reference``: a
-    folder of pictures or an .npz with "mu" and "sigma". ``questions``: JSON lines, their pictures in ``images``,
+    folder of images or an .npz with "mu" and "sigma". ``questions``: JSON lines, their images in ``images``,
     answered in ``max_tokens`` at most. ``tasks``, ``include`` and ``python``: names of lmms-eval's tasks, a
     folder of further ones, the interpreter that has lmms-eval.
     """

@@ -8,8 +8,8 @@ file also has the edits by kind.
 from collections import defaultdict
 from collections.abc import Sequence
 
-from configs.schema import DataConfig
-from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.data.config import DataConfig
+from vargpt_rl.data.images import read_image
 from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.data.types import Prompt
@@ -17,11 +17,11 @@ from vargpt_rl.evaluate.edits import EditCheck
 from vargpt_rl.evaluate.held_out import mean_and_error, shapes_check
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Asked, Subject, Wanted
+from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest, QuestionRequest
 
 COUNT = 300
 """Captions, edits and questions, each, unless ``limit`` says otherwise."""
-LEAST_SIDE = 64  # of pictures that the checker can read
+LEAST_SIDE = 64  # of images that the checker can read
 ANSWER_TOKENS = 8
 EDITS, DRAWINGS = 1, 0  # tell the seeds of an edit and of a drawing with the same number apart
 
@@ -32,15 +32,17 @@ class Shapes:
     def __init__(self, config: EvaluateConfig):
         height, width = config.size
         if height != width or height < LEAST_SIDE:
-            raise ValueError(f"benchmark=shapes needs square pictures of {LEAST_SIDE} px or more, not {width}x{height}")
+            raise ValueError(f"benchmark=shapes needs square images of {LEAST_SIDE} px or more, not {width}x{height}")
         count = config.limit or COUNT
         self.source = ShapesSource(ShapesConfig())
         self.captions = [prompt.text for prompt in self.source.prompts("held_out", count, config.seed)]
         self.edits = self.source.edits(count, config.seed, "held_out")
         self.questions = self.source.questions(count, config.seed, "held_out")
-        self.drawings = [Wanted(f"drawings/{i:05d}.png", text, i, DRAWINGS) for i, text in enumerate(self.captions)]
+        self.drawings = [
+            ImageRequest(f"drawings/{i:05d}.png", text, i, DRAWINGS) for i, text in enumerate(self.captions)
+        ]
         self.edited = [
-            Wanted(f"edits/{i:05d}.png", instruction, i, EDITS, before)
+            ImageRequest(f"edits/{i:05d}.png", instruction, i, EDITS, before)
             for i, (before, instruction, _) in enumerate(self.edits)
         ]
 
@@ -49,24 +51,24 @@ class Shapes:
         names = ("overall", *TASKS, "edits", "questions")
         return [Column(name, name.replace("_", " "), 3) for name in names]
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         subject.draw(self.drawings)
-        subject.draw(self.edited, self._look, "pictures-edits")
+        subject.draw(self.edited, self._look, "images-edits")
         self._answers(subject)
 
     def _look(self, key: str):
         return self.source.load(key, DataConfig.seen_side)
 
-    def _answers(self, subject: Subject) -> list[str]:
-        asked = [Asked(f"question {i}", question, key) for i, (key, question, _) in enumerate(self.questions)]
+    def _answers(self, subject: EvaluatedModel) -> list[str]:
+        asked = [QuestionRequest(f"question {i}", question, key) for i, (key, question, _) in enumerate(self.questions)]
         return list(subject.answer(asked, self._look, ANSWER_TOKENS).values())
 
-    def score(self, subject: Subject) -> Scores:
-        pictures = [read_picture(path) for path in subject.paths(self.drawings)]
-        drawn = shapes_check(pictures, self.captions)
+    def score(self, subject: EvaluatedModel) -> Scores:
+        images = [read_image(path) for path in subject.paths(self.drawings)]
+        drawn = shapes_check(images, self.captions)
         groups = {"overall": drawn, **by_task(self.captions, drawn)}
         check, asked = EditCheck(self.source), [Prompt(after, text, shown=before) for before, text, after in self.edits]
-        verdicts = check([read_picture(path) for path in subject.paths(self.edited)], asked)
+        verdicts = check([read_image(path) for path in subject.paths(self.edited)], asked)
         groups["edits"] = [float(verdict.correct) for verdict in verdicts]
         answers = self._answers(subject)
         groups["questions"] = [

@@ -11,23 +11,23 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.checkpoint import write_atomically
-from vargpt_rl.data.lines import as_lines, read_records
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.generate import batches, check_unchanged, draw_missing, make_folder, picture_line
-from vargpt_rl.inputs import check_model
-from vargpt_rl.model.answer import answer
-from vargpt_rl.model.conversation import device_and_dtype, load
-from vargpt_rl.model.prompt import Markup
+from vargpt_rl.inference.answer import answer
+from vargpt_rl.inference.conversation import device_and_dtype, load
+from vargpt_rl.inference.images import batches, check_unchanged, draw_missing, image_line, make_folder
+from vargpt_rl.model.hub import check_model
+from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.lines import as_lines, read_records
 
 Look = Callable[[str], Image.Image]
-"""The picture that a name stands for; ValueError where it cannot be read."""
+"""The image that a name stands for; ValueError where it cannot be read."""
 
 
-class Wanted(NamedTuple):
-    """A picture to be drawn: its seed follows from the numbers ``index`` and ``number``, ``image`` is to be edited."""
+class ImageRequest(NamedTuple):
+    """An image to be drawn: its seed follows from the numbers ``index`` and ``number``, ``image`` is to be edited."""
 
     file: str
     prompt: str
@@ -36,18 +36,18 @@ class Wanted(NamedTuple):
     image: str | None = None
 
 
-class Asked(NamedTuple):
-    """A question about the picture that ``image`` names; ``key`` is the question's own name."""
+class QuestionRequest(NamedTuple):
+    """A question about the image that ``image`` names; ``key`` is the question's own name."""
 
     key: str
     question: str
     image: str
 
 
-class Subject:
+class EvaluatedModel:
     """The checkpoint ``name``. ``out`` has all that is made with it; ``weights`` is a hash of its files.
 
-    Pictures and answers are recorded with that hash and with all settings, so that those of another model in the same
+    Images and answers are recorded with that hash and with all settings, so that those of another model in the same
     place are noticed and not taken for this one's.
     """
 
@@ -61,7 +61,7 @@ class Subject:
         self.weights = digest(self.path)
 
     @cached_property
-    def _loaded(self) -> tuple[Unified, Markup]:
+    def _loaded(self) -> tuple[Unified, ChatTemplate]:
         return load(self.path, self.config.device, self.config.dtype)
 
     def release(self) -> None:
@@ -70,33 +70,33 @@ class Subject:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def draw(self, wanted: Sequence[Wanted], look: Look | None = None, records: str = "pictures") -> None:
+    def draw(self, wanted: Sequence[ImageRequest], look: Look | None = None, records: str = "images") -> None:
         """Draw what is not in ``out`` yet, or this process's part of it. ValueError where settings have changed.
 
-        ``records`` begins with "pictures" and names the record, so that different kinds of pictures have their own.
+        ``records`` begins with "images" and names the record, so that different kinds of images have their own.
         """
         lines = [
-            picture_line(self.config, w.file, w.prompt, w.index, w.number, w.image)
+            image_line(self.config, w.file, w.prompt, w.index, w.number, w.image)
             | {"weights": self.weights, "dtype": self.dtype}
             for w in wanted
         ]
         config = self.config
         draw_missing(lines, self.out, lambda: self._loaded, config.batch_size, look, config.part, config.own(records))
 
-    def paths(self, wanted: Sequence[Wanted]) -> list[Path]:
-        """Where the pictures are. ValueError where one is missing."""
+    def paths(self, wanted: Sequence[ImageRequest]) -> list[Path]:
+        """Where the images are. ValueError where one is missing."""
         paths = [self.out / w.file for w in wanted]
         for path in paths:
             if not path.exists():
-                raise ValueError(f"{path}: no such picture")
+                raise ValueError(f"{path}: no such image")
         return paths
 
     def answer(
-        self, asked: Sequence[Asked], look: Look, max_tokens: int, quarantine: Quarantine | None = None
+        self, asked: Sequence[QuestionRequest], look: Look, max_tokens: int, quarantine: Quarantine | None = None
     ) -> dict[str, str]:
         """Words to each question by its key, from earlier runs or now; this process's part of the new ones.
 
-        A question whose picture cannot be read is put down in ``quarantine`` and has no answer.
+        A question whose image cannot be read is put down in ``quarantine`` and has no answer.
         """
         lines = [
             {**question._asdict(), "max_tokens": max_tokens, "weights": self.weights, "dtype": self.dtype}

@@ -2,7 +2,7 @@
 
 ``tasks`` are lmms-eval's names; by default those of the papers' eleven benchmarks (VARGPT-v1.1, section 5). ``python``
 is the interpreter of the environment that has lmms-eval and this package. Scores of the papers' benchmarks are given as
-there: MME's perception score, SEED-Bench on pictures, all others in percent. Those of further tasks are given as they
+there: MME's perception score, SEED-Bench on images, all others in percent. Those of further tasks are given as they
 are. lmms-eval fetches its data sets from the hub or finds them in the cache. MMBench asks a judge (OPENAI_API_KEY)
 about answers that are no plain option; ``mmbench_en_dev_static`` does without.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import Subject
-from vargpt_rl.generate import check_unchanged
+from vargpt_rl.evaluate.subject import EvaluatedModel
+from vargpt_rl.inference.images import check_unchanged
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Understanding:
                 "and, installed with --no-deps, this package (README, Evaluation), and name its interpreter"
             )
 
-    def _about(self, subject: Subject, task: str) -> dict:
+    def _about(self, subject: EvaluatedModel, task: str) -> dict:
         return {"task": task, "weights": subject.weights, "dtype": subject.dtype, "limit": self.config.limit}
 
-    def make(self, subject: Subject) -> None:
+    def make(self, subject: EvaluatedModel) -> None:
         """Run the tasks that have no results yet. CalledProcessError where lmms-eval fails."""
         missing = [task for task in self.tasks if not self._results(subject, task)]
         if not missing:
@@ -98,7 +98,7 @@ class Understanding:
         }
         self._run("-m", "vargpt_rl.evaluate.lmms", json.dumps(job), check=True)
 
-    def _results(self, subject: Subject, task: str) -> dict | None:
+    def _results(self, subject: EvaluatedModel, task: str) -> dict | None:
         """lmms-eval's results of a task, if there are any. ValueError where they are of other settings."""
         path = subject.out / f"{task}.json"
         if not path.exists():
@@ -107,7 +107,7 @@ class Understanding:
         check_unchanged(subject.out, path.name, self._about(subject, task), found["about"])
         return found
 
-    def score(self, subject: Subject) -> Scores:
+    def score(self, subject: EvaluatedModel) -> Scores:
         """ValueError where a task has no results."""
         scores = Scores({})
         for task in self.tasks:

@@ -57,7 +57,7 @@ def quantise(
 ) -> Quantised:
     """Encode features as bits, scale by scale (specification, section 2).
 
-    ``flip_BK``: per picture and scale, the probability that a bit is flipped before it is fed on (bitwise
+    ``flip_BK``: per image and scale, the probability that a bit is flipped before it is fed on (bitwise
     self-correction, Infinity section 3.4). Labels stay those of the true remainder, so later scales learn to repair
     the flips.
     """
@@ -84,7 +84,7 @@ def _width(values: int) -> int:
 def pack(labels_Ls: np.ndarray, values: int = 2) -> bytes:
     """Integers below ``values`` [L, s] -> bytes, in no more bits each than needed, the highest bit first.
 
-    A picture at 256 px takes 2.1 kB as 32 bits a token, 1.0 kB as an index of 4096 a token.
+    An image at 256 px takes 2.1 kB as 32 bits a token, 1.0 kB as an index of 4096 a token.
     """
     shifts = np.arange(_width(values))[::-1].astype(labels_Ls.dtype)
     return np.packbits((labels_Ls[..., None] >> shifts & 1).astype(np.uint8), axis=None).tobytes()

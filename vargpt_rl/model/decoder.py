@@ -5,7 +5,7 @@ attention to the prompt's states (specification, section 4, steps 1, 2, 8 and 9;
 vector is attention-pooled from a single learned row, so the softmax of that pool is 1 and only its value path is
 computed; its query and key weights are kept so that released checkpoints convert without loss.
 
-Shape legend: N pictures, L image tokens, T prompt positions, C width, h heads, e head width, d bits a token.
+Shape legend: N images, L image tokens, T prompt positions, C width, h heads, e head width, d bits a token.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ MAX_LOG_SCALE = 4.605170185988092  # ln 100: cosine attention is never sharper t
 
 
 class Condition(NamedTuple):
-    """What every layer of the decoder is conditioned on, a row a picture."""
+    """What every layer of the decoder is conditioned on, a row an image."""
 
     start_N1C: torch.Tensor  # input of the first scale's only token
     modulation_N16C: torch.Tensor  # shared adaptive layer norm, before each block's own offset
@@ -38,7 +38,7 @@ class DecoderContext(NamedTuple):
 
 
 class ScaleCache:
-    """Keys and values of one picture batch over the scales drawn so far, for every block; made for one generation."""
+    """Keys and values of one image batch over the scales drawn so far, for every block; made for one generation."""
 
     def __init__(self, depth: int):
         self.self_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
@@ -86,7 +86,7 @@ class ConditionEncoder(nn.Module):
         self.head_modulation = nn.Linear(c, 2 * c)
 
     def forward(self, unconditional_N: torch.Tensor) -> Condition:
-        """bool [N], True where the picture's condition is dropped."""
+        """bool [N], True where the image's condition is dropped."""
         row_NC = torch.where(unconditional_N[:, None], self.unconditional[0], self.start_embedding)
         cond_NC = self.pool(self.norm(row_NC))
         active_NC = F.silu(cond_NC)
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
 
 
 def drop_branch(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
-    """Stochastic depth: drop a picture's whole branch with probability ``rate``, rescale the others."""
+    """Stochastic depth: drop an image's whole branch with probability ``rate``, rescale the others."""
     if rate == 0.0:
         return branch_NLC
     keep_N11 = torch.rand(len(branch_NLC), 1, 1, device=branch_NLC.device) >= rate

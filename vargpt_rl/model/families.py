@@ -9,30 +9,27 @@ from transformers import AutoConfig, PreTrainedConfig
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import ChatFormat, Markup
-from vargpt_rl.model.release_config import Release
+from vargpt_rl.model.prompt import ChatFormat, ChatTemplate
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.image_tokenizer import V1ImageTokenizer
 from vargpt_rl.model.v1.modeling import VargptV1
 from vargpt_rl.model.v1.prompt import VicunaFormat
-from vargpt_rl.model.v1.release_config import V1Release
 
 AnyImageTokenizer = ImageTokenizer | V1ImageTokenizer
 
 
 class Family(NamedTuple):
-    """What serves a configuration: model, image tokenizer, markup, and the layout of the published checkpoint."""
+    """What serves a configuration: model, image tokenizer and markup."""
 
     model: type[Unified]
     image_tokenizer: type[AnyImageTokenizer]
-    markup: type[Markup]
-    release: type[Release] | type[V1Release]
+    markup: type[ChatTemplate]
 
 
 FAMILIES: dict[str, Family] = {
-    VargptConfig.model_type: Family(Vargpt, ImageTokenizer, ChatFormat, Release),
-    VargptV1Config.model_type: Family(VargptV1, V1ImageTokenizer, VicunaFormat, V1Release),
+    VargptConfig.model_type: Family(Vargpt, ImageTokenizer, ChatFormat),
+    VargptV1Config.model_type: Family(VargptV1, V1ImageTokenizer, VicunaFormat),
 }
 
 
@@ -58,6 +55,6 @@ def load_model(path: str | Path, dtype: torch.dtype | str) -> Unified:
     return family_of(load_config(path)).model.from_pretrained(path, dtype=dtype)
 
 
-def markup_for(path: str | Path, config: PreTrainedConfig) -> Markup:
+def markup_for(path: str | Path, config: PreTrainedConfig) -> ChatTemplate:
     """The markup of a directory whose model has this configuration."""
     return family_of(config).markup(str(path), config)

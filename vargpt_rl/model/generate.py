@@ -1,4 +1,4 @@
-"""Drawing pictures: next-scale sampling with key-value caches and classifier-free guidance.
+"""Drawing images: next-scale sampling with key-value caches and classifier-free guidance.
 
 The language model reads the prompt once, or goes on from what it has read; then each scale takes one pass of language
 model and visual decoder over the tokens of that scale alone (specification, section 5). What the unconditional branch
@@ -6,7 +6,7 @@ of guidance is, and how strong, is each family's own affair.
 
 Deviations from the published code: any batch size, prompts of different lengths; each sample draws its noise from its
 own seed, so it does not depend on its neighbours; what is read is kept in an object of its own, not on the model, and
-may hold any number of drawn pictures.
+may hold any number of drawn images.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
 scale, L image tokens, d bits or s symbols a token, D logits a token, C decoder width, H language-model width.
@@ -46,8 +46,8 @@ class SamplingConfig:
             raise ValueError(f"sampling.top_p={self.top_p}: expected a number in (0, 1]")
 
 
-class Drawn(NamedTuple):
-    """``labels_BLs`` integers; ``summed_Bdhw`` the latent sum that decodes to the pictures."""
+class GeneratedImages(NamedTuple):
+    """``labels_BLs`` integers; ``summed_Bdhw`` the latent sum that decodes to the images."""
 
     labels_BLs: torch.Tensor
     summed_Bdhw: torch.Tensor
@@ -89,10 +89,10 @@ def draw_labels(logits_BnD: torch.Tensor, symbols: Symbols, *how) -> torch.Tenso
     return draw_bits(logits_BnD, *how) if symbols.values == 2 else draw_indices(logits_BnD, *how)
 
 
-class Reading:
+class GenerationState:
     """What the language model has read of a batch of rows so far: its cache and its states.
 
-    The states of all that was read are kept, drawn tokens included: they are the context of pictures drawn later.
+    The states of all that was read are kept, drawn tokens included: they are the context of images drawn later.
     """
 
     def __init__(self, model: Unified, batch: int):
@@ -103,7 +103,7 @@ class Reading:
         self.states: list[torch.Tensor] = []
 
     def read(self, input_ids_BT, attention_mask_BT, pixel_values=None, image_grid_thw=None) -> None:
-        """Read token ids and the understood pictures among them; every row ends with a token, not with padding."""
+        """Read token ids and the understood images among them; every row ends with a token, not with padding."""
         positions = self.model.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
         embeds_BTH = self.model.embed(input_ids_BT, pixel_values, image_grid_thw)
         self._step(embeds_BTH, attention_mask_BT, positions + self.next_position_B[:, None])
@@ -127,14 +127,14 @@ class Reading:
         return states
 
     def context(self) -> DecoderContext:
-        """The decoder's context of a picture that begins here, when ``image_gen_start`` was read last."""
+        """The decoder's context of an image that begins here, when ``image_gen_start`` was read last."""
         rows = torch.arange(len(self.mask_BT), device=self.mask_BT.device)
         first_N2 = torch.stack([rows, torch.full_like(rows, self.mask_BT.shape[1])], dim=1)
         return self.model.context(torch.cat(self.states, dim=1), self.mask_BT, first_N2)
 
 
 @torch.inference_mode()
-def draw(
+def generate_images(
     model: Unified,
     input_ids_BT: torch.Tensor,
     attention_mask_BT: torch.Tensor,
@@ -143,8 +143,8 @@ def draw(
     sampling: SamplingConfig,
     pixel_values: torch.Tensor | None = None,
     image_grid_thw: torch.Tensor | None = None,
-) -> Drawn:
-    """Draw one picture of ``size`` (height, width) pixels for each prompt.
+) -> GeneratedImages:
+    """Draw one image of ``size`` (height, width) pixels for each prompt.
 
     int64 [B, T] left-padded prompts whose last token is ``image_gen_start``; one seed a sample. Raises ValueError when
     the prompts do not end so or the seeds are not one a sample.
@@ -154,14 +154,16 @@ def draw(
     if (input_ids_BT[:, -1] != model.config.image_gen_start_token_id).any():
         raise ValueError("each prompt must end with image_gen_start; pad on the left")
     model.image_tokenizer.schedule_for(*size)  # refuses a bad size before the prompts are read
-    reading = Reading(model, len(seeds))
+    reading = GenerationState(model, len(seeds))
     reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
     return draw_next(reading, seeds, size, sampling)
 
 
 @torch.inference_mode()
-def draw_next(reading: Reading, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig) -> Drawn:
-    """Draw one picture a row after what was read, ``image_gen_start`` last; its L tokens are then read as well."""
+def draw_next(
+    reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
+) -> GeneratedImages:
+    """Draw one image a row after what was read, ``image_gen_start`` last; its L tokens are then read as well."""
     model, tokenizer, decoder = reading.model, reading.model.image_tokenizer, reading.model.image_decoder
     schedule, symbols = tokenizer.schedule_for(*size), model.config.image_tokenizer_config.symbols
     slices, batch, guided = scale_slices(schedule), len(seeds), model.guided(sampling.cfg)
@@ -182,17 +184,17 @@ def draw_next(reading: Reading, seeds: list[int], size: tuple[int, int], samplin
         if k + 1 < len(schedule):
             inputs_BnD = tokenizer.inputs(summed, schedule[k + 1])
             words_MnC = decoder.words(inputs_BnD, slices[k + 1]).repeat(1 + guided, 1, 1)
-    return Drawn(torch.cat(labels, 1), summed)
+    return GeneratedImages(torch.cat(labels, 1), summed)
 
 
 @torch.inference_mode()
 def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] -> uint8 [B, H, W, 3]."""
+    """Images in [-1, 1] -> uint8 [B, H, W, 3]."""
     return ((images_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @torch.inference_mode()
-def to_pictures(model: Unified, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
-    """The pictures that latent sums decode to, one by one, so that no pixel is rounded otherwise in another batch."""
+def to_images(model: Unified, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
+    """The images that latent sums decode to, one by one, so that no pixel is rounded otherwise in another batch."""
     decoded = (model.image_tokenizer.decode(summed_1dhw) for summed_1dhw in summed_Bdhw.split(1))
     return [Image.fromarray(to_uint8(image_13HW)[0].cpu().numpy()) for image_13HW in decoded]

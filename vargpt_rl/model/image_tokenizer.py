@@ -3,7 +3,7 @@
 Follows the released VAE (specification, section 2). Deviation: the number of groups of the group norms is a setting,
 because the tiny model's narrow layers do not divide into the release's 32.
 
-Shape legend: B batch, H W picture, h w latent grid, d bits a token, L image tokens.
+Shape legend: B batch, H W image, h w latent grid, d bits a token, L image tokens.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from vargpt_rl.model.bits import Bits, residual, resize, to_codes
 from vargpt_rl.model.multiscale import Quantised, to_map, to_tokens
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Reconstructed and original pictures float [B, 3, H, W] -> a scalar."""
+"""Reconstructed and original images float [B, 3, H, W] -> a scalar."""
 
 
 class ResidualBlock(nn.Module):
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
 
 
 class ImageTokenizer(nn.Module, Bits):
-    """Pictures in [-1, 1] to bits and back."""
+    """Images in [-1, 1] to bits and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,19 +148,19 @@ class ImageTokenizer(nn.Module, Bits):
         return self.encoder(images_B3HW)
 
     def encode(self, images_B3HW: torch.Tensor) -> Quantised:
-        """Pictures -> bits and decoder inputs, on the schedule of their size."""
+        """Images -> bits and decoder inputs, on the schedule of their size."""
         return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
-        """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
+        """Summed codes -> images float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(summed_Bdhw).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
-        """Scalar: what ``criterion`` says of the round trip's pictures, before the clamp, and their originals."""
+        """Scalar: what ``criterion`` says of the round trip's images, before the clamp, and their originals."""
         return criterion(self.reconstruct(images_B3HW), images_B3HW)
 
     def reconstruct(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Differentiable round trip for training the tokenizer; pictures before the clamp.
+        """Differentiable round trip for training the tokenizer; images before the clamp.
 
         Straight-through estimator scale by scale: the gradient of each code is that of the unit-length remainder it
         rounds, with the coarser scales held constant.

@@ -1,6 +1,6 @@
 """Log-likelihood of image tokens, and what is read off it. Pure functions, reduced in fp32 or better.
 
-Shape legend: N pictures, L image tokens, d bits or s symbols a token, D logits a token, V values a symbol, K scales.
+Shape legend: N images, L image tokens, d bits or s symbols a token, D logits a token, V values a symbol, K scales.
 """
 
 import torch
@@ -16,8 +16,8 @@ def bit_log_probs(logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor) -> torch.Te
     return F.logsigmoid(torch.where(bits_NLd.bool(), difference, -difference))
 
 
-def picture_log_probs(log_probs_NLd: torch.Tensor) -> torch.Tensor:
-    """float64 [N]: sum over all bits of a picture (16,672 of them at 256 px and d = 32).
+def image_log_probs(log_probs_NLd: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: sum over all bits of an image (16,672 of them at 256 px and d = 32).
 
     In double precision: at about -1.5e4 the spacing of fp32 is 1e-3, coarser than the log-ratios to be compared.
     """

@@ -1,14 +1,14 @@
 """VARGPT-v1.1: Qwen2-VL with a visual decoder for next-scale prediction and an image tokenizer.
 
-The pass for text and pictures is ``unified``; the states before ``image_gen_start`` are the decoder's context
-(specification, section 4). Positions follow m-rope after an understood picture, in training as in sampling.
+The pass for text and images is ``unified``; the states before ``image_gen_start`` are the decoder's context
+(specification, section 4). Positions follow m-rope after an understood image, in training as in sampling.
 
 With guidance, the unconditional branch is the one the released weights were sampled with: its language model sees only
 the tokens of the current scale, at positions from 0, while its visual decoder does remember earlier scales; its context
 is the learned unconditional rows (specification, section 5). A prompt longer than these rows uses all of them, where
 the published code crashes.
 
-Shape legend: B rows, T positions, H language-model width, N drawn pictures in the batch (row-major), U unconditional
+Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), U unconditional
 rows, M rows of a guided drawing (conditional, then unconditional), n tokens of one scale, D logits a token.
 """
 
@@ -85,11 +85,11 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
             input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
         )
 
-    def picture_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """[P, H]: the merged patches of all understood pictures."""
+    def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """[P, H]: the merged patches of all understood images."""
         return torch.cat(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
-    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+    def blank_images(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
         vision = self.config.vision_config
         merge, patch = vision.spatial_merge_size, vision.patch_size
         seen = max(1, round(side / (patch * merge)))
@@ -101,12 +101,12 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
         """int64 [3, B, T]: m-rope positions (temporal, row, column); the same for training and sampling.
 
-        Text, and drawn tokens, count up one by one from the first real token; an understood picture spans its grid.
+        Text, and drawn tokens, count up one by one from the first real token; an understood image spans its grid.
         """
         if image_grid_thw is not None:
-            is_picture_BT = (input_ids_BT == self.config.image_token_id).int()
+            is_image_BT = (input_ids_BT == self.config.image_token_id).int()
             return self.model.get_rope_index(
-                input_ids_BT, is_picture_BT, image_grid_thw=image_grid_thw, attention_mask=attention_mask_BT
+                input_ids_BT, is_image_BT, image_grid_thw=image_grid_thw, attention_mask=attention_mask_BT
             )[0]
         return text_positions(attention_mask_BT).expand(3, -1, -1)
 
@@ -115,7 +115,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         return torch.cat([plain_BT[None], positions])
 
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> DecoderContext:
-        """What each picture's cross attention sees: the projected states strictly before its ``image_gen_start``."""
+        """What each image's cross attention sees: the projected states strictly before its ``image_gen_start``."""
         row_N, end_N = first_N2[:, 0], first_N2[:, 1] - 1
         longest = int(end_N.max())
         before_NT = torch.arange(longest, device=end_N.device) < end_N[:, None]

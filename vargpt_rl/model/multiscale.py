@@ -60,7 +60,7 @@ class MultiScale:
     """The schedule and the three steps that a family defines, and the loops over scales that follow from them."""
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
-        """The grids of a picture of ``height`` x ``width`` pixels (square when width is left out).
+        """The grids of an image of ``height`` x ``width`` pixels (square when width is left out).
 
         Raises ValueError for a size that the family does not draw.
         """

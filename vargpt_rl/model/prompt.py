@@ -1,6 +1,6 @@
-"""From conversations to token ids: a chat markup with the special tokens of pictures. Here v1.1's, which is Qwen2's.
+"""From conversations to token ids: a chat markup with the special tokens of images. Here v1.1's, which is Qwen2's.
 
-A drawn picture is ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``; an answer has any number of them among
+A drawn image is ``image_gen_start``, L x ``image_gen_pad``, ``image_gen_end``; an answer has any number of them among
 its words (specification, section 3; the published code of v1.1 pads L up to a multiple of 128, this model does not).
 """
 
@@ -17,56 +17,56 @@ from vargpt_rl.model.configuration import VargptConfig
 
 SYSTEM = "You are a helpful assistant."
 REPLY = "Here is the picture."
-"""What the assistant says before a picture, where a picture is asked for in so many words."""
+"""What the assistant says before an image, where an image is asked for in so many words."""
 IGNORED = -100
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """One row: token ids and the label of each (``IGNORED`` where it is not to be learned), both lists of T ints."""
 
     ids: list[int]
     labels: list[int]
 
 
-class Shown(NamedTuple):
-    """The place of a picture that the user shows, and how many features the vision tower has for it."""
+class ShownImage(NamedTuple):
+    """The place of an image that the user shows, and how many features the vision tower has for it."""
 
     features: int
 
 
-class Drawn(NamedTuple):
-    """The place of a picture that the assistant draws, of L ``tokens``."""
+class ImageToDraw(NamedTuple):
+    """The place of an image that the assistant draws, of L ``tokens``."""
 
     tokens: int
 
 
-Part = str | Shown | Drawn
-"""A piece of a turn: words, or the place of a picture."""
+Part = str | ShownImage | ImageToDraw
+"""A piece of a turn: words, or the place of an image."""
 
 
-class Pictures(NamedTuple):
-    """Understood pictures, ready for the vision tower, and the grid of patches of each.
+class VisionInputs(NamedTuple):
+    """Understood images, ready for the vision tower, and the grid of patches of each.
 
-    ``pixel_values`` float: patches [P, 1176] in v1.1, pictures [pictures, 3, side, side] in v1; ``image_grid_thw``
-    int64 [pictures, 3].
+    ``pixel_values`` float: patches [P, 1176] in v1.1, images [images, 3, side, side] in v1; ``image_grid_thw``
+    int64 [images, 3].
     """
 
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
 
 
-class Markup:
+class ChatTemplate:
     """Rows of a conversation. ``path`` is a directory (or hub name) with tokenizer files.
 
     A family says what begins a conversation (``system``), what its turns are made of (``pieces``, ``asked``,
     ``seen``), which token is the ``end`` of the assistant's turn and what stands ``between`` two turns, and how its
-    vision tower takes pictures (``shown``, ``pictures``).
+    vision tower takes images (``shown``, ``images``).
     """
 
     end: int
     between: list[int]
     least_side: int
-    """Pixels a side of the smallest picture that the vision tower takes."""
+    """Pixels a side of the smallest image that the vision tower takes."""
 
     def __init__(self, path: str, config: PreTrainedConfig):
         self.config = config
@@ -81,23 +81,23 @@ class Markup:
         raise NotImplementedError
 
     def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
-        """A user's turn, pictures first."""
+        """A user's turn, images first."""
         return [*self.shown(image_grid_thw), text]
 
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
-        """A user's turn (pictures first) and the opening of the assistant's turn."""
+        """A user's turn (images first) and the opening of the assistant's turn."""
         raise NotImplementedError
 
     def seen(self, features: int) -> list[int]:
-        """The ids of a picture that is shown."""
+        """The ids of an image that is shown."""
         raise NotImplementedError
 
-    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
-        """The places of pictures that were read into these grids."""
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[ShownImage]:
+        """The places of images that were read into these grids."""
         raise NotImplementedError
 
-    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
-        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+    def vision_inputs(self, images: list[Image.Image], max_pixels: int | None = None) -> VisionInputs:
+        """PIL images -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
 
         ValueError for one that it cannot take.
         """
@@ -112,19 +112,19 @@ class Markup:
         config = self.config
         for part in parts:
             match part:
-                case Shown(features):
+                case ShownImage(features):
                     yield self.seen(features), False
-                case Drawn(tokens):
+                case ImageToDraw(tokens):
                     yield [config.image_gen_start_token_id], True
                     yield [config.image_gen_pad_token_id] * tokens, False
                     yield [config.image_gen_end_token_id], True
                 case str():
                     yield self.text(part), True
 
-    def encode(self, turns: Iterable[tuple[str, Iterable[Part]]]) -> Encoded:
+    def encode(self, turns: Iterable[tuple[str, Iterable[Part]]]) -> EncodedText:
         """A whole conversation, the turns of user and assistant after the system's.
 
-        Labels: the words of the assistant, the marks before and after the pictures it draws, and the end of its turns.
+        Labels: the words of the assistant, the marks before and after the images it draws, and the end of its turns.
         """
         ids = self.system()
         labels = [IGNORED] * len(ids)
@@ -133,7 +133,7 @@ class Markup:
                 ids += piece
                 labels += piece if is_text and role == "assistant" else [IGNORED] * len(piece)
         length = len(ids) - len(self.between)  # nothing follows the last turn
-        return Encoded(ids[:length], labels[:length])
+        return EncodedText(ids[:length], labels[:length])
 
     @property
     def closing(self) -> list[int]:
@@ -141,14 +141,14 @@ class Markup:
         return [self.end, *self.between]
 
     def question(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
-        """System turn, user turn (pictures first), and the opening of the assistant's turn."""
+        """System turn, user turn (images first), and the opening of the assistant's turn."""
         return self.system() + self.user(text, image_grid_thw)
 
-    def replied(self, text: str, reply: Sequence[Part], image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """One turn of the user (pictures first) and the assistant's reply to it."""
+    def replied(self, text: str, reply: Sequence[Part], image_grid_thw: torch.Tensor | None = None) -> EncodedText:
+        """One turn of the user (images first) and the assistant's reply to it."""
         return self.encode([("user", self.asked(text, image_grid_thw)), ("assistant", reply)])
 
-    def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> Encoded:
+    def answered(self, text: str, answer: str, image_grid_thw: torch.Tensor | None = None) -> EncodedText:
         """A question and its answer in words."""
         return self.replied(text, [answer], image_grid_thw)
 
@@ -156,9 +156,9 @@ class Markup:
         """A request up to and including ``image_gen_start``: what sampling continues."""
         return [*self.question(text, image_grid_thw), *self.text(reply), self.config.image_gen_start_token_id]
 
-    def drawn(self, text: str, reply: str, tokens: int, image_grid_thw: torch.Tensor | None = None) -> Encoded:
-        """A request answered by a picture of ``tokens`` image tokens."""
-        return self.replied(text, [reply, Drawn(tokens)], image_grid_thw)
+    def drawn(self, text: str, reply: str, tokens: int, image_grid_thw: torch.Tensor | None = None) -> EncodedText:
+        """A request answered by an image of ``tokens`` image tokens."""
+        return self.replied(text, [reply, ImageToDraw(tokens)], image_grid_thw)
 
     def pad(self, rows: list[list[int]], side: str, value: int | None = None, multiple: int = 1) -> torch.Tensor:
         """int64 [B, T]: rows padded on ``side`` ("left" for sampling, "right" for training) to a common length."""
@@ -171,7 +171,7 @@ class Markup:
         return padded
 
 
-class ChatFormat(Markup):
+class ChatFormat(ChatTemplate):
     """v1.1's markup, Qwen2's."""
 
     def __init__(self, path: str, config: VargptConfig):
@@ -198,18 +198,18 @@ class ChatFormat(Markup):
         config = self.config
         return [config.vision_start_token_id, *[config.image_token_id] * features, config.vision_end_token_id]
 
-    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
-        """The places of pictures that were read into these grids."""
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[ShownImage]:
+        """The places of images that were read into these grids."""
         merged = self.config.vision_config.spatial_merge_size**2
-        return [Shown(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
+        return [ShownImage(int(grid.prod()) // merged) for grid in (() if image_grid_thw is None else image_grid_thw)]
 
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
-        """A user's turn (pictures first) and the opening of the assistant's turn."""
+        """A user's turn (images first) and the opening of the assistant's turn."""
         content = [id for ids, _ in self.content(self.asked(text, image_grid_thw)) for id in ids]
         return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
 
-    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
-        """PIL pictures -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
+    def vision_inputs(self, images: list[Image.Image], max_pixels: int | None = None) -> VisionInputs:
+        """PIL images -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.
 
         ValueError for one that is more than 200 times as long as wide.
         """
@@ -217,6 +217,6 @@ class ChatFormat(Markup):
         if max_pixels is not None:
             bounds = {name: min(pixels, max_pixels) for name, pixels in bounds.items()}
         batch = self.image_processor(images=images, return_tensors="np", size=bounds)
-        return Pictures(
+        return VisionInputs(
             torch.from_numpy(np.asarray(batch["pixel_values"], np.float32)), torch.from_numpy(batch["image_grid_thw"])
         )

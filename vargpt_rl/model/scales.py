@@ -1,6 +1,6 @@
-"""Scale schedules: which token grids a picture of a given size is drawn on, from 1x1 to the full latent grid.
+"""Scale schedules: which token grids an image of a given size is drawn on, from 1x1 to the full latent grid.
 
-A picture of H x W pixels has a latent grid of H/16 x W/16. Next-scale prediction draws it as a sequence of growing
+An image of H x W pixels has a latent grid of H/16 x W/16. Next-scale prediction draws it as a sequence of growing
 grids. The release uses hand-made sequences for fifteen aspect ratios (Infinity, supplementary; h/w from 3 to 1/3),
 each cut after 7 (about 256x256 px), 10 (512x512), 12 (768x768) or 13 (1024x1024) grids. A size outside that table
 gets the grids of the nearest aspect ratio that are smaller than its own grid, then its own grid.
@@ -52,7 +52,7 @@ def full_schedule(height: int, width: int) -> Schedule:
 
 @lru_cache
 def schedule_for(height: int, width: int | None = None) -> Schedule:
-    """Schedule of a picture of ``height`` x ``width`` pixels (square when width is left out).
+    """Schedule of an image of ``height`` x ``width`` pixels (square when width is left out).
 
     Raises ValueError when a side is not a positive multiple of 16.
     """

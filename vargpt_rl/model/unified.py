@@ -1,13 +1,13 @@
-"""What the families share: one forward pass for text and drawn pictures.
+"""What the families share: one forward pass for text and drawn images.
 
 Image tokens travel through the language model (causal over every token) in the places of ``image_gen_pad``; its states
 there feed the visual decoder (specification, sections 3 and 4).
 
-Deviations from the published code, in both families: L image positions a picture and no more; text positions count real
-tokens; any number of drawn pictures a row, beside understood ones; no state is kept on the module; stochastic training
+Deviations from the published code, in both families: L image positions an image and no more; text positions count real
+tokens; any number of drawn images a row, beside understood ones; no state is kept on the module; stochastic training
 aids (condition drop, drop path) are arguments, so that a scoring pass cannot meet them by accident.
 
-Shape legend: B rows, T positions, H language-model width, N drawn pictures in the batch (row-major), L image tokens,
+Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), L image tokens,
 C decoder width, d latent channels, s symbols a token, M rows of a guided drawing, n tokens of one scale.
 """
 
@@ -36,7 +36,7 @@ class Projector(nn.Module):
 
 
 class Drawing(NamedTuple):
-    """The drawn pictures of a batch for a teacher-forced pass.
+    """The drawn images of a batch for a teacher-forced pass.
 
     ``inputs_NLd`` are those of the scales after the first (L - 1 tokens); ``size`` is (height, width) in pixels;
     ``unconditional_N`` is True where the condition is dropped, None for what the family samples with.
@@ -72,7 +72,7 @@ class Unified:
     """Mixed into a family's language-and-vision model, which has these parts besides its own:
 
     ``image_tokenizer``, ``projector_in``, ``projector_out`` and ``image_decoder``. A family also says how it reads
-    pictures (``picture_features``), counts positions (``positions``, ``block_positions``), what its decoder sees of the
+    images (``image_features``), counts positions (``positions``, ``block_positions``), what its decoder sees of the
     prompt (``context``) and how it is guided (``guided``, ``start_drawing``, ``drawing_states``, ``guide``).
     """
 
@@ -84,12 +84,12 @@ class Unified:
     unreached: tuple[str, ...] = ()
     """What the names of parameters begin with that no loss depends on."""
     draws_unconditionally = False
-    """Whether pictures are sampled, and scored, under the dropped condition."""
+    """Whether images are sampled, and scored, under the dropped condition."""
 
-    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
-        """``pixel_values`` of zeros and ``image_grid_thw`` of pictures to be shown, and how many features each has.
+    def blank_images(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+        """``pixel_values`` of zeros and ``image_grid_thw`` of images to be shown, and how many features each has.
 
-        ``side``: of a picture in pixels, where the family shows more than one size.
+        ``side``: of an image in pixels, where the family shows more than one size.
         """
         raise NotImplementedError
 
@@ -152,29 +152,29 @@ class Unified:
         positions = positions - positions.gather(-1, first_BT.expand_as(positions))
         return None, self.block_positions(place_BT - first_BT, positions)
 
-    def find_drawings(self, input_ids_BT: torch.Tensor, pictures: int, tokens: int) -> torch.Tensor:
-        """int64 [N, 2]: row and position of the first ``image_gen_pad`` of each drawn picture.
+    def find_drawings(self, input_ids_BT: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
+        """int64 [N, 2]: row and position of the first ``image_gen_pad`` of each drawn image.
 
-        Raises ValueError unless the pads form exactly ``pictures`` runs of ``tokens``.
+        Raises ValueError unless the pads form exactly ``images`` runs of ``tokens``.
         """
         pads = (input_ids_BT == self.config.image_gen_pad_token_id).long()
         starts_N2 = (pads.diff(dim=1, prepend=pads.new_zeros(len(pads), 1)) == 1).nonzero()
-        if len(starts_N2) != pictures or pads.sum() != pictures * tokens:
+        if len(starts_N2) != images or pads.sum() != images * tokens:
             raise ValueError(
                 f"{len(starts_N2)} runs of image_gen_pad with {int(pads.sum())} tokens in all, "
-                f"expected {pictures} pictures of {tokens} tokens"
+                f"expected {images} images of {tokens} tokens"
             )
         return starts_N2
 
     def embed(self, input_ids_BT, pixel_values=None, image_grid_thw=None) -> torch.Tensor:
-        """[B, T, H]: token embeddings, with understood pictures in the places of ``image_pad``."""
+        """[B, T, H]: token embeddings, with understood images in the places of ``image_pad``."""
         embeds_BTH = self.get_input_embeddings()(input_ids_BT)
         if pixel_values is None:
             return embeds_BTH
-        features = self.picture_features(pixel_values, image_grid_thw)
+        features = self.image_features(pixel_values, image_grid_thw)
         at_BT1 = (input_ids_BT == self.config.image_token_id)[..., None]
         if at_BT1.sum() != len(features):
-            raise ValueError(f"{int(at_BT1.sum())} image_pad tokens, but the pictures have {len(features)} features")
+            raise ValueError(f"{int(at_BT1.sum())} image_pad tokens, but the images have {len(features)} features")
         return embeds_BTH.masked_scatter(at_BT1, features.to(embeds_BTH.dtype))
 
 

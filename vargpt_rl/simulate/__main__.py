@@ -17,13 +17,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run_command
+from vargpt_rl.common.command import run_command
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
 
 
 @dataclass
-class Settings:
+class SimulateSettings:
     """The paper's iteration at 256 px, unless told otherwise. ``draw_share`` of the GPUs draw, the others train;
     ``sources``: so many SFT checkpoints draw; ``min_pairs`` as ``dpo.min_pairs``, null for no overlap.
     """
@@ -61,7 +61,7 @@ def shares(found: Forecast, machine: Machine) -> dict[str, float]:
     return {"workers": drawn / machine.workers / total, "ranks": busy["train"] / total, **driven}
 
 
-def run(settings: Settings) -> None:
+def run(settings: SimulateSettings) -> None:
     """Print a row a number of GPUs."""
     costs = Costs.read(Path(settings.costs))
     if settings.run:
@@ -97,4 +97,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Settings, run))
+    sys.exit(run_command(SimulateSettings, run))

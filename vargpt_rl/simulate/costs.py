@@ -7,17 +7,17 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from configs.schema import LoopConfig
-from vargpt_rl.run import CONFIG, SUMMARY
+from vargpt_rl.driver.run import CONFIG, SUMMARY
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. Of a worker or learner rank: for a batch of ``batch`` pictures drawn, encoded or scored, for one of
+    """Seconds. Of a worker or learner rank: for a batch of ``batch`` images drawn, encoded or scored, for one of
     ``micro_batch`` pairs trained on, and for a step beside its micro-batches. Of the driver: for a batch handed out and
     taken back, for a byte of its result, and for a pair written to the table. To swap in new weights: once, and for a
     byte.
 
-    ``result_bytes`` of a drawn picture and ``encoded_bytes`` of an encoded one come back from a worker,
+    ``result_bytes`` of a drawn image and ``encoded_bytes`` of an encoded one come back from a worker,
     ``weight_bytes`` go to it.
     """
 

@@ -109,7 +109,7 @@ class _Simulation:
         yield from self._map("draw", items, costs.draw_s, costs.result_bytes * costs.batch)
 
     def _pairs(self) -> Generator:
-        """``vargpt_rl.losers``: every policy draws an equal share, the last one by rounds."""
+        """``vargpt_rl.driver.losers``: every policy draws an equal share, the last one by rounds."""
         costs, prompts, sources = self.costs, self.work.prompts, self.work.sources
         shares = [len(range(source, prompts, sources)) for source in range(sources)]
         for share in shares[:-1]:

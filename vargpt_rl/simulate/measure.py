@@ -21,24 +21,24 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from actors.pool import RolloutPool
-from actors.resources import Plan
-from actors.worker import Drawn
-from configs.command import run_command
+from actors.resources import Placement
+from actors.worker import PromptedBits
 from learners.jobs import DpoJob, Start
 from vargpt_rl.bench.tiny_loop import start
-from vargpt_rl.checkpoint import check_checkpoint, save_checkpoint
+from vargpt_rl.common.command import run_command
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.driver.steps import Steps
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Machine, Work, simulate
-from vargpt_rl.steps import Steps
+from vargpt_rl.storage.checkpoint import check_checkpoint, save_checkpoint
 
 BATCHES, IDLE_BATCHES, PAYLOAD = 4, 200, 2**16
 """Batches that are timed, those that workers without work answer, and bytes an item that these send back."""
 
 
 @dataclass
-class Settings:
+class MeasureSettings:
     """``out``: the file of costs. ``prompts`` are drawn to check them, at ``resolution``."""
 
     out: str = "costs.json"
@@ -86,7 +86,7 @@ def driver_costs(steps: Steps) -> tuple[float, float]:
 
 
 def idle_pool(steps: Steps) -> RolloutPool:
-    one = Plan(1, {"num_cpus": 0}, 0, {}, 1, False, False)
+    one = Placement(1, {"num_cpus": 0}, 0, {}, 1, False, False)
     return RolloutPool(steps.config.rollout, one, steps.inputs.model, steps.inputs.source, kind=Idle)
 
 
@@ -131,7 +131,7 @@ def measure(steps: Steps) -> Costs:
 
     draw(batch)
     samples = draw(2)
-    items: list[Drawn] = [(prompt, samples[0].bits) for prompt in prompts]
+    items: list[PromptedBits] = [(prompt, samples[0].bits) for prompt in prompts]
     draw_s = timed(time.perf_counter, draw, len(prompts)) / BATCHES
     encode_s = timed(time.perf_counter, pool.encode, keys, side) / BATCHES
     pool.score(items[:2], side)
@@ -186,7 +186,7 @@ def check(steps: Steps, costs: Costs, counts: list[int]) -> list[dict]:
     return found
 
 
-def run(settings: Settings) -> None:
+def run(settings: MeasureSettings) -> None:
     """Write the costs and print both tables."""
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
@@ -205,4 +205,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Settings, run))
+    sys.exit(run_command(MeasureSettings, run))

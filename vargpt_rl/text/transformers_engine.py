@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationMixin
 
-from vargpt_rl.model.prompt import Markup
-from vargpt_rl.text.requests import Request
+from vargpt_rl.model.prompt import ChatTemplate
+from vargpt_rl.text.requests import TextRequest
 
 
 class TransformersEngine:
     """A VARGPT of either family, or the language-and-vision model that it is. All requests of a call are one batch."""
 
-    def __init__(self, model: GenerationMixin, chat: Markup):
+    def __init__(self, model: GenerationMixin, chat: ChatTemplate):
         self.model, self.chat = model, chat
 
     @torch.inference_mode()
-    def write(self, requests: Sequence[Request], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
+    def write(self, requests: Sequence[TextRequest], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         inputs = self._inputs(requests)
         written_BT = self.model.generate(
             **inputs,
@@ -32,22 +32,22 @@ class TransformersEngine:
         return [_cut(row, stops) for row in written_BT.tolist()]
 
     @torch.inference_mode()
-    def log_probs(self, requests: Sequence[Request], tokens: Sequence[int]) -> list[list[float]]:
+    def log_probs(self, requests: Sequence[TextRequest], tokens: Sequence[int]) -> list[list[float]]:
         logits_BV = self.model(**self._inputs(requests), logits_to_keep=1).logits[:, -1]
         return logits_BV.float().log_softmax(-1)[:, list(tokens)].tolist()
 
-    def _inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def _inputs(self, requests: Sequence[TextRequest]) -> dict[str, torch.Tensor]:
         """A batch padded on the left, on the model's device."""
         images = [request.image for request in requests if request.image is not None]
-        pictures = self.chat.pictures(images) if images else None
-        grids = iter(pictures.image_grid_thw.split(1) if pictures else ())
+        vision = self.chat.vision_inputs(images) if images else None
+        grids = iter(vision.image_grid_thw.split(1) if vision else ())
         rows = [self.chat.question(text, None if image is None else next(grids)) for text, image in requests]
         ids_BT = self.chat.pad(rows, "left")
         inputs = {
             "input_ids": ids_BT,
             "attention_mask": self.chat.pad([[1] * len(row) for row in rows], "left", value=0),
             "mm_token_type_ids": (ids_BT == self.chat.config.image_token_id).int(),
-            **(pictures._asdict() if pictures else {}),
+            **(vision._asdict() if vision else {}),
         }
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 

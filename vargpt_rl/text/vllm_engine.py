@@ -13,13 +13,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from vargpt_rl.model.prompt import ChatFormat
-from vargpt_rl.shards import stored_in_folder
+from vargpt_rl.storage.sharded import stored_in_folder
 from vargpt_rl.text.layout import check_set, is_text
-from vargpt_rl.text.requests import Request
+from vargpt_rl.text.requests import TextRequest
 from vargpt_rl.text.vllm_plugin import ARCHITECTURE, NAME, TakesWeights
 
 MAX_TOKENS = 4096
-"""Of a request with its picture and answer; a picture of 1024 px is 1369."""
+"""Of a request with its image and answer; an image of 1024 px is 1369."""
 CACHE_TOKENS = 8 * MAX_TOKENS
 """Of the key-value cache; one of the 7B model in bfloat16 is 1.75 GiB."""
 ENVIRONMENT = {
@@ -62,11 +62,11 @@ class VllmEngine:
             mm_processor_cache_gb=1,
         )
 
-    def write(self, requests: Sequence[Request], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
+    def write(self, requests: Sequence[TextRequest], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         outputs = self._generate(requests, max_tokens=max_tokens, stop_token_ids=list(stops), ignore_eos=True)
         return [list(output.token_ids) for output in outputs]
 
-    def log_probs(self, requests: Sequence[Request], tokens: Sequence[int]) -> list[list[float]]:
+    def log_probs(self, requests: Sequence[TextRequest], tokens: Sequence[int]) -> list[list[float]]:
         outputs = self._generate(requests, max_tokens=1, logprob_token_ids=list(tokens))
         return [[output.logprobs[0][token].logprob for token in tokens] for output in outputs]
 
@@ -84,7 +84,7 @@ class VllmEngine:
         if set(held) != {version} or not forgot:
             raise RuntimeError(f"weights of version {version}: the engine holds {held}, prefix cache reset: {forgot}")
 
-    def _generate(self, requests: Sequence[Request], **params: object) -> list:
+    def _generate(self, requests: Sequence[TextRequest], **params: object) -> list:
         """The only completion of each request, greedy."""
         from vllm import SamplingParams
 
@@ -92,8 +92,8 @@ class VllmEngine:
         prompts = [self._prompt(request) for request in requests]
         return [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
-    def _prompt(self, request: Request) -> dict[str, object]:
-        """Token ids with one ``image_pad`` in the place of the picture: vLLM repeats it as the picture needs."""
+    def _prompt(self, request: TextRequest) -> dict[str, object]:
+        """Token ids with one ``image_pad`` in the place of the image: vLLM repeats it as the image needs."""
         if request.image is None:
             return {"prompt_token_ids": self.chat.question(request.text)}
         merge = self.chat.config.vision_config.spatial_merge_size

@@ -1,7 +1,7 @@
 """The model class that vLLM runs: its Qwen2-VL, fed from a checkpoint that has a visual decoder too.
 
-Pictures are prepared by the Pillow processor of `vargpt_rl.model.prompt`, on every machine, so that both engines see
-the same pixels; vLLM's own way needs torchvision and a video processor. Only pictures are taken, no videos.
+Images are prepared by the Pillow processor of `vargpt_rl.model.prompt`, on every machine, so that both engines see
+the same pixels; vLLM's own way needs torchvision and a video processor. Only images are taken, no videos.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vargpt_rl.text.layout import is_text
 
 
-class PictureProcessor:
-    """What vLLM needs of a processor where there are only pictures: pixels and grids, and names of placeholders."""
+class ImageProcessor:
+    """What vLLM needs of a processor where there are only images: pixels and grids, and names of placeholders."""
 
     image_token, video_token = "<|image_pad|>", "<|video_pad|>"
 
@@ -33,12 +33,12 @@ class PictureProcessor:
         return self.image_processor(images=images, return_tensors="pt")
 
 
-class PicturesOnly(Qwen2VLProcessingInfo):
+class ImagesOnly(Qwen2VLProcessingInfo):
     @cached_property
-    def _processor(self) -> PictureProcessor:
-        return PictureProcessor(self.ctx.model_config.model)
+    def _processor(self) -> ImageProcessor:
+        return ImageProcessor(self.ctx.model_config.model)
 
-    def get_hf_processor(self, **kwargs: object) -> PictureProcessor:
+    def get_hf_processor(self, **kwargs: object) -> ImageProcessor:
         return self._processor
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
@@ -51,11 +51,11 @@ class PicturesOnly(Qwen2VLProcessingInfo):
         return {"image": self.get_max_image_tokens()}
 
 
-class DummyPictures(Qwen2VLDummyInputsBuilder):
+class DummyImages(Qwen2VLDummyInputsBuilder):
     """For vLLM's measurements at its start."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return PictureProcessor.image_token * mm_counts.get("image", 0)
+        return ImageProcessor.image_token * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping) -> dict:
         width, height = self.info.get_image_size_with_most_features()
@@ -63,7 +63,7 @@ class DummyPictures(Qwen2VLDummyInputsBuilder):
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
 
 
-@MULTIMODAL_REGISTRY.register_processor(Qwen2VLMultiModalProcessor, info=PicturesOnly, dummy_inputs=DummyPictures)
+@MULTIMODAL_REGISTRY.register_processor(Qwen2VLMultiModalProcessor, info=ImagesOnly, dummy_inputs=DummyImages)
 class VargptText(Qwen2VLForConditionalGeneration):
     """The language model and the vision tower; what else a checkpoint holds is left where it is."""
 

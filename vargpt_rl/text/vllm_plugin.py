@@ -16,7 +16,7 @@ NAME = "vargpt"
 ARCHITECTURE = "Vargpt"
 """As ``config.json`` of a checkpoint has it."""
 
-_PICTURES = "transformers.models.qwen2_vl.image_processing_"
+_IMAGES = "transformers.models.qwen2_vl.image_processing_"
 
 
 def register() -> None:
@@ -27,7 +27,7 @@ def register() -> None:
 
     if not is_torchvision_available():
         # vLLM imports one function from the torchvision variant; the one built on Pillow has the same.
-        sys.modules.setdefault(f"{_PICTURES}qwen2_vl", importlib.import_module(f"{_PICTURES}pil_qwen2_vl"))
+        sys.modules.setdefault(f"{_IMAGES}qwen2_vl", importlib.import_module(f"{_IMAGES}pil_qwen2_vl"))
     ModelRegistry.register_model(ARCHITECTURE, "vargpt_rl.text.vllm_model:VargptText")
 
 

@@ -21,7 +21,7 @@ KEY = "sk-very-secret"
 
 @pytest.fixture(scope="module")
 def server():
-    script = Path(__file__).with_name("chat_server.py")
+    script = Path(__file__).parents[2] / "helpers" / "chat_server.py"
     with subprocess.Popen([sys.executable, str(script), KEY], stdout=subprocess.PIPE, text=True) as process:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         process.kill()

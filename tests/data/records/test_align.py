@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.streams import COUNT, feed_of, native, picture, write_sources
+from tests.helpers.streams import COUNT, encoded_image, feed_of, native, write_sources
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
-from vargpt_rl.data.records.pictures import InArchive, OnDisk
+from vargpt_rl.data.records.images import InArchive, OnDisk
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.sources import is_held_out
 from vargpt_rl.data.types import Prompt
@@ -26,7 +26,7 @@ def sources(tmp_path):
     return write_sources(tmp_path / "data")
 
 
-def test_held_out_records_are_prompts_with_their_own_pictures(sources, tmp_path):
+def test_held_out_records_are_prompts_with_their_own_images(sources, tmp_path):
     feed = feed_of(tmp_path, sources, held_out_fraction=FRACTION)
     found = held_out_of(feed, 1000, tmp_path / "held_out")
     expected = {f"line-{n}" for n in range(COUNT) if n % 6} | {f"tar-{n}" for n in range(COUNT)}
@@ -35,18 +35,21 @@ def test_held_out_records_are_prompts_with_their_own_pictures(sources, tmp_path)
         kind, _, number = prompt.id.partition("-")
         if kind == "line":
             assert prompt == Prompt(prompt.id, f"Draw number {number}.", REPLY) and isinstance(image, OnDisk)
-            assert image.open().read() == picture(int(number))
+            assert image.open().read() == encoded_image(int(number))
         else:
             assert prompt == Prompt(prompt.id, f"Draw {number}, please.", "") and isinstance(image, InArchive)
-            assert image.open().read() == picture(100 + int(number))
+            assert image.open().read() == encoded_image(100 + int(number))
     some = held_out_of(feed, 4, tmp_path / "held_out")
     assert [prompt.id.partition("-")[0] for prompt, _ in some] == ["line", "tar"] * 2, "sources in turn"
     with pytest.raises(ValueError, match="no record of data.sources is held out .* is 0.0"):
         held_out_of(replace(feed, held_out_fraction=0.0), 4, tmp_path)
 
 
-def test_pictures_that_came_in_records_are_written_down_and_broken_ones_left_out(tmp_path):
-    rows = [native(f"r{n}", "generation", ["draw", "<image_gen>"], [{"bytes": picture(n), "path": ""}]) for n in (1, 2)]
+def test_images_that_came_in_records_are_written_down_and_broken_ones_left_out(tmp_path):
+    rows = [
+        native(f"r{n}", "generation", ["draw", "<image_gen>"], [{"bytes": encoded_image(n), "path": ""}])
+        for n in (1, 2)
+    ]
     rows.append(native("r3", "generation", ["draw", "<image_gen>"], [{"bytes": b"none", "path": ""}]))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
     held = RecordSource([str(tmp_path / "all.parquet")], "parquet")
@@ -55,11 +58,11 @@ def test_pictures_that_came_in_records_are_written_down_and_broken_ones_left_out
     found = held_out_of(feed, 10, tmp_path / "held_out")
     assert [prompt.id for prompt, _ in found] == ["r1", "r2"]
     assert all(image.root == tmp_path / "held_out" for _, image in found)
-    assert [image.open().read() for _, image in found] == [picture(1), picture(2)]
+    assert [image.open().read() for _, image in found] == [encoded_image(1), encoded_image(2)]
 
 
 def held_out(folder: Path) -> list:
-    (folder / "own.png").write_bytes(picture(5))
+    (folder / "own.png").write_bytes(encoded_image(5))
     return [(Prompt(f"h{n}", f"held {n}", REPLY), OnDisk(folder, "own.png")) for n in range(2)]
 
 

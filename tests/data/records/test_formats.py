@@ -9,10 +9,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.records.reading import add, png, write_tar
+from tests.helpers.records import add, png, write_tar
 from vargpt_rl.data.records import formats
 from vargpt_rl.data.records.formats import FORMATS, Fault
-from vargpt_rl.data.records.pictures import InArchive
+from vargpt_rl.data.records.images import InArchive
 
 
 def rows(kind: str, path: Path, start: int = 0, step: int = 1) -> list:
@@ -243,7 +243,7 @@ def test_damaged_tars_give_what_comes_before(tmp_path):
     assert rows("webdataset", path) == [(0, lost)]
 
 
-# Folders of pictures by class
+# Folders of images by class
 
 
 def test_synsets_take_turns(tmp_path):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.records.reading import add, png, write_tar
+from tests.helpers.records import add, png, write_tar
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import (
     Import,
@@ -20,24 +20,24 @@ from vargpt_rl.data.records.layouts import (
     midjourney,
     native,
 )
-from vargpt_rl.data.records.schema import Conversation, Limit, loaded
-from vargpt_rl.data.records.stream import Reading, Records
+from vargpt_rl.data.records.schema import Limit, RecordConversation, loaded
+from vargpt_rl.data.records.stream import ReadOptions, Records
 from vargpt_rl.data.sources import REPLY
 
 
 def read(files: list[Path], kind: str, steps: list, quarantine: Path) -> tuple[list, list[tuple[str, str]]]:
     """What the steps make of the files, in their order, and what is bad: place and reason."""
-    found = list(Records(files, FORMATS[kind], steps, quarantine, Reading(seed=None, max_bad_fraction=1.0)))
+    found = list(Records(files, FORMATS[kind], steps, quarantine, ReadOptions(seed=None, max_bad_fraction=1.0)))
     written = quarantine / "shard-0-of-1.jsonl"
     lines = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
     return found, [(Path(line["source"]).name, line["reason"]) for line in lines]
 
 
-def said(record: Conversation) -> list[tuple[str, str]]:
+def said(record: RecordConversation) -> list[tuple[str, str]]:
     return [(message.role, message.text) for message in record.messages]
 
 
-def picture(path: Path, seed: int = 0) -> None:
+def write_image(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(seed))
 
@@ -52,7 +52,7 @@ def turns(*values: str) -> list[dict[str, str]]:
 
 
 def test_llava_1_5(tmp_path):
-    picture(tmp_path / "images/coco/train2017/000000033471.jpg")
+    write_image(tmp_path / "images/coco/train2017/000000033471.jpg")
     rows = [
         {"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
          "conversations": turns("<image>\nWhat are the colors of the bus?", "White and red.", "Is it moving?", "No.")},
@@ -82,14 +82,14 @@ def test_llava_1_5(tmp_path):
     assert loaded(found[0])[1][0].size == (6, 4)
     assert bad == [
         ("llava_v1_5_mix665k.json:4", "first turn is not the user's"),
-        ("llava_v1_5_mix665k.json:5", "number of placeholders is not the number of pictures"),
+        ("llava_v1_5_mix665k.json:5", "number of placeholders is not the number of images"),
         ("llava_v1_5_mix665k.json:6", "empty answer"),
-        ("llava_v1_5_mix665k.json:7", "picture is of type list, expected str or dict"),
+        ("llava_v1_5_mix665k.json:7", "image is of type list, expected str or dict"),
         ("llava_v1_5_mix665k.json:8", "turn of 'system', expected human or gpt"),
         ("llava_v1_5_mix665k.json:9", '"conversations" is of type str, expected list'),
         ("llava_v1_5_mix665k.json:10", '"conversations" has other items than objects'),
         ("llava_v1_5_mix665k.json:11", '"value" is of type int, expected str'),
-        ("llava_v1_5_mix665k.json:12", "picture path leaves its folder"),
+        ("llava_v1_5_mix665k.json:12", "image path leaves its folder"),
         ("llava_v1_5_mix665k.json:13", "longer than 200 characters"),
         ("llava_v1_5_mix665k.json:14", '"id" is of type bool, expected str'),
         ("llava_v1_5_mix665k.json:15", '"id" is missing'),
@@ -108,19 +108,19 @@ def test_llava_onevision(tmp_path):
         row("elsewhere", {"bytes": None, "path": "b.png"}, "<image>", "A chart."),
         row("nowhere", {"bytes": None, "path": None}, "<image>", "A chart."),
     ]
-    picture(tmp_path / "images/b.png", 2)
+    write_image(tmp_path / "images/b.png", 2)
     file = tmp_path / "train-00000-of-00001.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file)
     steps = [Import(llava, "onevision", tmp_path / "images"), loaded]
     found, bad = read([file], "parquet", steps, tmp_path / "bad")
-    assert [(record.id, len(pictures)) for record, pictures in found] == [
+    assert [(record.id, len(images)) for record, images in found] == [
         ("a.png", 1),
         ("text only", 0),
         ("elsewhere", 1),
     ]
     assert [reason for _, reason in bad] == [
-        "number of placeholders is not the number of pictures",
-        "picture is unreadable (UnidentifiedImageError)",
+        "number of placeholders is not the number of images",
+        "image is unreadable (UnidentifiedImageError)",
         '"path" is of type NoneType, expected str',
     ]
 
@@ -138,7 +138,7 @@ def test_journeydb(tmp_path):
         {"img_path": "./001/2c3d.jpg", "prompt": "fox", "Task2": {"Caption": ["none"]}},
         {"prompt": "fox"},
     ]  # fmt: skip
-    picture(tmp_path / "imgs/000/0a1b.jpg")
+    write_image(tmp_path / "imgs/000/0a1b.jpg")
     file = as_jsonl(tmp_path / "train_anno.jsonl", rows)
     found, bad = read([file], "jsonl", [Import(journeydb, "journeydb", tmp_path / "imgs")], tmp_path / "bad")
     assert [(record.id, record.task) for record in found] == [("0a1b", "generation"), *[("2c3d", "generation")] * 2]
@@ -147,7 +147,7 @@ def test_journeydb(tmp_path):
     assert loaded(found[0])[1][0].size == (6, 4)
     assert [reason for _, reason in bad] == [
         "empty question",
-        "picture path leaves its folder",
+        "image path leaves its folder",
         '"Task2" is of type str, expected dict',
         '"Caption" is of type list, expected str',
         '"img_path" is missing',
@@ -161,7 +161,7 @@ def test_laion_coco_aesthetic(tmp_path):
 
     rows = [row("000120034", "A bowl of soup."), row("7", "A desk."), row("000000001", "x", "failed_to_download")]
     rows += [row("000000002", None), row("../../x", "x"), row("000000003", "A cat <image_gen>.")]
-    picture(tmp_path / "images/00012/000120034.jpg")
+    write_image(tmp_path / "images/00012/000120034.jpg")
     file = tmp_path / "laion-coco.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file)
     found, bad = read([file], "parquet", [Import(laion, "laion", tmp_path / "images")], tmp_path / "bad")
@@ -172,10 +172,10 @@ def test_laion_coco_aesthetic(tmp_path):
     assert said(found[0]) == [("user", "A bowl of soup."), ("assistant", f"{REPLY}<image_gen>")]
     assert loaded(found[0])[1][0].size == (6, 4)
     assert [reason for _, reason in bad] == [
-        "picture was not fetched",
+        "image was not fetched",
         '"caption" is of type NoneType, expected str',
-        "picture path leaves its folder",
-        "number of placeholders is not the number of pictures",
+        "image path leaves its folder",
+        "number of placeholders is not the number of images",
     ]
     numbered = tmp_path / "numbered.parquet"
     pq.write_table(pa.table({"key": [120034], "caption": ["A bowl of soup."], "url": ["u"]}), numbered)
@@ -220,7 +220,7 @@ def test_x2i_and_stylebooth(tmp_path):
         row(" ", ["a.png"]),
     ]
     for seed, name in enumerate(("a.png", "b.png", style)):
-        picture(tmp_path / "x2i" / name, seed)
+        write_image(tmp_path / "x2i" / name, seed)
     file = as_jsonl(tmp_path / "stylebooth-1.jsonl", rows)
     found, bad = read([file], "jsonl", [Import(editing, "x2i", tmp_path / "x2i")], tmp_path / "bad")
     assert [(record.task, said(record)[0][1], [image.name for image in record.images]) for record in found] == [
@@ -231,12 +231,12 @@ def test_x2i_and_stylebooth(tmp_path):
     ]
     assert said(found[0])[1] == ("assistant", f"{REPLY}<image_gen>") and len(loaded(found[0])[1]) == 2
     assert [reason for _, reason in bad] == [
-        "pictures named in the instruction are not the input pictures",
-        "pictures named in the instruction are not the input pictures",
+        "images named in the instruction are not the input images",
+        "images named in the instruction are not the input images",
         '"output_image" is of type NoneType, expected str',
         '"input_images" is of type str, expected list',
         '"input_images" has a int, expected str',
-        "picture path leaves its folder",
+        "image path leaves its folder",
         '"instruction" is empty',
     ]
 
@@ -244,13 +244,13 @@ def test_x2i_and_stylebooth(tmp_path):
 def test_imagenet(tmp_path):
     train = tmp_path / "ILSVRC/Data/CLS-LOC/train"
     for name in ("n01440764/n01440764_10026", "n01440764/n01440764_10027", "n01443537/n01443537_16", "n9/n9_1"):
-        picture(train / f"{name}.JPEG")
+        write_image(train / f"{name}.JPEG")
     mapping = tmp_path / "LOC_synset_mapping.txt"
     mapping.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
     step = Import(partial(imagenet, names=class_names(mapping)), "imagenet", train)
     found, bad = read([train], "synsets", [step, loaded], tmp_path / "bad")
-    record, pictures = found[0]
-    assert record.id == "n01440764/n01440764_10026.JPEG" and pictures[0].size == (6, 4)
+    record, images = found[0]
+    assert record.id == "n01440764/n01440764_10026.JPEG" and images[0].size == (6, 4)
     assert said(record) == [
         ("user", "Please generate a picture about tench, Tinca tinca"),
         ("assistant", "The picture of the tench, Tinca tinca is as follows: <image_gen>"),
@@ -274,5 +274,5 @@ def test_own_layout_in_tars(tmp_path):
     steps = [Import(native, "own", tmp_path), loaded]
     found, bad = read([tmp_path / "0.tar", tmp_path / "1.tar"], "webdataset", steps, tmp_path / "bad")
     assert [record.id for record, _ in found] == ["r0", "r1", "r2", "8"]
-    assert all(pictures[0].size == (6, 4) for _, pictures in found)
+    assert all(images[0].size == (6, 4) for _, images in found)
     assert bad == [("1.tar:1", "empty answer")]

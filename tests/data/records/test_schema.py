@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.records.reading import png
+from tests.helpers.records import png
 from vargpt_rl.data.quarantine import BadRecord
-from vargpt_rl.data.records.pictures import InRecord, OnDisk
+from vargpt_rl.data.records.images import InRecord, OnDisk
 from vargpt_rl.data.records.schema import (
     DRAWN,
     SHOWN,
-    Conversation,
     Limit,
     Message,
+    RecordConversation,
     checked,
     loaded,
     pieces,
@@ -21,12 +21,12 @@ from vargpt_rl.data.records.schema import (
     problem,
 )
 
-A, B = OnDisk(Path("pictures"), "a.png"), OnDisk(Path("pictures"), "b.png")
+A, B = OnDisk(Path("images"), "a.png"), OnDisk(Path("images"), "b.png")
 
 
-def talk(task: str, *texts: str, images: tuple = ()) -> Conversation:
+def talk(task: str, *texts: str, images: tuple = ()) -> RecordConversation:
     messages = tuple(Message(("user", "assistant")[turn % 2], text) for turn, text in enumerate(texts))
-    return Conversation("r1", "test", task, messages, images)
+    return RecordConversation("r1", "test", task, messages, images)
 
 
 GOOD = [
@@ -55,15 +55,15 @@ def test_good_records(record):
         (talk("understanding", "hello", b"bytes"), "text of turn 2 is of type bytes, expected str"),
         (talk("understanding", "a\0", "b"), "text of turn 1 has characters that are no text"),
         (talk("understanding", "a", "\ud83d"), "text of turn 2 has characters that are no text"),
-        (replace(GOOD[2], images=("a.png",)), "picture is of type str"),
+        (replace(GOOD[2], images=("a.png",)), "image is of type str"),
         (talk("understanding"), "no turns"),
         (replace(GOOD[0], messages=GOOD[0].messages[1:]), "first turn is not the user's"),
         (replace(GOOD[0], messages=GOOD[0].messages[:1] * 2), "turns do not alternate between user and assistant"),
         (talk("understanding", "a", "b", "c"), "last turn is not the assistant's"),
         (talk("understanding", "a", " \n"), "empty answer"),
         (talk("understanding", "", "b"), "empty question"),
-        (talk("understanding", "<image>a", "b"), "number of placeholders is not the number of pictures"),
-        (talk("understanding", "a", "b", images=(A,)), "number of placeholders is not the number of pictures"),
+        (talk("understanding", "<image>a", "b"), "number of placeholders is not the number of images"),
+        (talk("understanding", "a", "b", images=(A,)), "number of placeholders is not the number of images"),
         (talk("generation", "a<image_gen>", "b", images=(A,)), "<image_gen> in the user's turn"),
         (talk("understanding", "a", "b<image>", images=(A,)), "<image> in the assistant's turn"),
         (talk("generation", "a", "b"), "generation without <image_gen>"),
@@ -87,10 +87,10 @@ def test_the_limit_counts_all_turns_in_its_own_unit():
     assert problem(record, replace(words, longest=5)) is None
 
 
-def test_loaded_pictures_come_in_order():
+def test_loaded_images_come_in_order():
     first, second = InRecord(png(1, (3, 5))), InRecord(png(2, (7, 2)))
-    record, pictures = loaded(replace(GOOD[4], images=(first, second)))
-    assert [picture.size for picture in pictures] == [(3, 5), (7, 2)] and record.images == (first, second)
+    record, images = loaded(replace(GOOD[4], images=(first, second)))
+    assert [image.size for image in images] == [(3, 5), (7, 2)] and record.images == (first, second)
     with pytest.raises(BadRecord, match="more than 20 pixels"):
         loaded(replace(GOOD[2], images=(InRecord(png(0, (7, 3))),)), max_pixels=20)
 
@@ -113,13 +113,13 @@ turn = st.lists(st.one_of(st.just("mark"), st.text(alphabet="abc \n", max_size=5
 
 
 @given(st.lists(st.tuples(turn, turn), min_size=1, max_size=3), st.integers(-1, 1))
-def test_only_as_many_pictures_as_placeholders_are_right(turns, more):
+def test_only_as_many_images_as_placeholders_are_right(turns, more):
     texts = ["".join(part.replace("mark", SHOWN) for part in question) + "?" for question, _ in turns]
     answers = ["".join(part.replace("mark", DRAWN) for part in answer) + "!" for _, answer in turns]
     marks = sum(text.count(SHOWN) for text in texts), sum(text.count(DRAWN) for text in answers)
     task = "editing" if all(marks) else "generation" if marks[1] else "understanding"
     said = [text for pair in zip(texts, answers, strict=True) for text in pair]
-    pictures = max(0, sum(marks) + more)
-    found = problem(talk(task, *said, images=(A,) * pictures), Limit())
-    expected = None if pictures == sum(marks) else "number of placeholders is not the number of pictures"
+    images = max(0, sum(marks) + more)
+    found = problem(talk(task, *said, images=(A,) * images), Limit())
+    expected = None if images == sum(marks) else "number of placeholders is not the number of images"
     assert found == expected

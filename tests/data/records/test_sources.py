@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import Reading
+from vargpt_rl.data.records.stream import ReadOptions
 
 
 def write(folder, name: str, count: int) -> None:
@@ -24,7 +24,9 @@ def test_globs_are_read_in_order_and_passed_through_the_steps(tmp_path):
     write(tmp_path, "b", 2)
     write(tmp_path, "a", 1)
     source = RecordSource(files=[str(tmp_path / "*.jsonl")])
-    records = open_records("mine", source, Reading(seed=None), tmp_path / "bad", (lambda one: (one.source, one.id),))
+    records = open_records(
+        "mine", source, ReadOptions(seed=None), tmp_path / "bad", (lambda one: (one.source, one.id),)
+    )
     assert list(records) == [("mine", "a0"), ("mine", "b0"), ("mine", "b1")]
 
 
@@ -33,7 +35,7 @@ def test_class_folders_start_from_themselves(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "set" / "n01" / "x.JPEG")
     (tmp_path / "names.txt").write_text("n01 tench\n")
     source = RecordSource([str(tmp_path / "set")], "synsets", "imagenet", names=str(tmp_path / "names.txt"))
-    (record,) = open_records("classes", source, Reading(), tmp_path / "bad")
+    (record,) = open_records("classes", source, ReadOptions(), tmp_path / "bad")
     assert "tench" in record.messages[0].text and record.images[0].open().read()
 
 
@@ -53,5 +55,5 @@ def test_faults_name_the_source_and_the_key(tmp_path, monkeypatch, settings, nam
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.jsonl").write_text("")
     with pytest.raises(ValueError, match="^.*$") as error:
-        open_records("mine", RecordSource(**settings), Reading(), tmp_path / "bad")
+        open_records("mine", RecordSource(**settings), ReadOptions(), tmp_path / "bad")
     assert named in str(error.value)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.records import reading as world
+from tests.helpers import records as world
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import Import, native
 from vargpt_rl.data.records.schema import loaded
-from vargpt_rl.data.records.stream import Reading, Records
+from vargpt_rl.data.records.stream import ReadOptions, Records
 
 ALL = {f"r{number}" for number in range(world.COUNT)}
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def read(folder, kind, **reading) -> list[str]:
-    return [record.id for record in world.records(folder, kind, Reading(**reading))]
+    return [record.id for record in world.records(folder, kind, ReadOptions(**reading))]
 
 
 def test_resumed_elsewhere_every_stream_gives_exactly_the_rest(folder):
@@ -63,7 +63,7 @@ def test_shards_are_disjoint_and_complete(folder, kind, workers):
 @pytest.mark.parametrize("kind", world.KINDS)
 def test_a_state_at_any_place_is_exact(folder, kind):
     """Also between blocks, at the end of an epoch, and after the last record."""
-    reading = Reading(block=7, epochs=2)
+    reading = ReadOptions(block=7, epochs=2)
     whole = read(folder, kind, block=7, epochs=2)
     assert len(whole) == 2 * world.COUNT
     for place in (0, 1, 6, 7, 8, 42, 59, 60, 61, 63, 119, 120):
@@ -86,13 +86,13 @@ def test_the_seed_shuffles_within_blocks_and_epochs_differ(folder):
     assert (
         set(twice[: world.COUNT]) == set(twice[world.COUNT :]) == ALL and twice[: world.COUNT] != twice[world.COUNT :]
     )
-    endless = islice(world.records(folder, "jsonl", Reading(epochs=None)), 3 * world.COUNT)
+    endless = islice(world.records(folder, "jsonl", ReadOptions(epochs=None)), 3 * world.COUNT)
     assert len({record.id for record in endless}) == world.COUNT
 
 
 def test_a_state_of_another_setup_is_refused(folder):
-    state = iter(world.records(folder, "json", Reading())).state_dict()
-    for other in (Reading(seed=1), Reading(block=9), Reading(world=2), Reading(rank=1, world=2)):
+    state = iter(world.records(folder, "json", ReadOptions())).state_dict()
+    for other in (ReadOptions(seed=1), ReadOptions(block=9), ReadOptions(world=2), ReadOptions(rank=1, world=2)):
         with pytest.raises(ValueError, match="saved as .* resumed as"):
             iter(world.records(folder, "json", other)).load_state_dict(state)
 
@@ -101,7 +101,7 @@ def test_only_a_block_is_held(folder, monkeypatch):
     taken = []
     form = FORMATS["jsonl"]
     counted = type(form)(form.parts, lambda *where: (taken.append(found) or found for found in form.rows(*where)))
-    stream = Records([folder / "0.jsonl"], counted, [], folder / "quarantine/held", Reading(block=5))
+    stream = Records([folder / "0.jsonl"], counted, [], folder / "quarantine/held", ReadOptions(block=5))
     next(iter(stream))
     assert len(taken) == 5
 
@@ -121,8 +121,8 @@ def bad(number: int):
 
 
 def stream_of(folder, tmp_path, steps, **reading) -> Records:
-    steps = [Import(native, "bad", folder / "pictures"), *steps]
-    return Records([folder / "all.json"], FORMATS["json"], steps, tmp_path, Reading(**reading))
+    steps = [Import(native, "bad", folder / "images"), *steps]
+    return Records([folder / "all.json"], FORMATS["json"], steps, tmp_path, ReadOptions(**reading))
 
 
 def written(folder: Path) -> list[dict]:
@@ -180,19 +180,19 @@ def test_a_resumed_stream_counts_as_if_it_had_never_stopped(folder, tmp_path):
     assert len(written(tmp_path)) == 12
 
 
-def test_unreadable_pictures_are_found_when_they_are_decoded(folder, tmp_path):
-    (tmp_path / "pictures").mkdir()
+def test_unreadable_images_are_found_when_they_are_decoded(folder, tmp_path):
+    (tmp_path / "images").mkdir()
     for number in range(world.COUNT):
-        (tmp_path / "pictures" / f"{number}.png").write_bytes(world.png(number))
-    (tmp_path / "pictures" / "3.png").write_bytes(world.png()[:-40])
-    (tmp_path / "pictures" / "4.png").unlink()
-    steps = [Import(native, "bad", tmp_path / "pictures"), loaded]
-    reading = Reading(max_bad_fraction=0.1)
+        (tmp_path / "images" / f"{number}.png").write_bytes(world.png(number))
+    (tmp_path / "images" / "3.png").write_bytes(world.png()[:-40])
+    (tmp_path / "images" / "4.png").unlink()
+    steps = [Import(native, "bad", tmp_path / "images"), loaded]
+    reading = ReadOptions(max_bad_fraction=0.1)
     found = list(Records([folder / "all.json"], FORMATS["json"], steps, tmp_path / "bad", reading))
-    assert len(found) == 58 and all(pictures[0].size == (6, 4) for _, pictures in found)
+    assert len(found) == 58 and all(images[0].size == (6, 4) for _, images in found)
     assert {line["reason"] for line in written(tmp_path / "bad")} == {
-        "picture is missing",
-        "picture is unreadable (OSError)",
+        "image is missing",
+        "image is unreadable (OSError)",
     }
 
 
@@ -203,7 +203,7 @@ def test_a_lost_file_is_reported_once_and_the_others_are_read(folder, tmp_path):
     steps = [Import(native, "bad", tmp_path)]
     found = []
     for rank in range(3):  # more shards than files: each reads every third row of both
-        reading = Reading(rank, world=3, max_bad_fraction=0.5)
+        reading = ReadOptions(rank, world=3, max_bad_fraction=0.5)
         found += list(Records(files, FORMATS["webdataset"], steps, tmp_path / "bad", reading))
     ids = [record.id for record in found]
     assert len(ids) == len(set(ids)) and {f"r{number}" for number in range(12, 24)} < set(ids) < ALL
@@ -214,13 +214,13 @@ def test_a_lost_file_is_reported_once_and_the_others_are_read(folder, tmp_path):
 
 def test_wrong_use_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="no such file: .*nowhere.json"):
-        Records([tmp_path / "nowhere.json"], FORMATS["json"], [], tmp_path, Reading())
+        Records([tmp_path / "nowhere.json"], FORMATS["json"], [], tmp_path, ReadOptions())
     with pytest.raises(ValueError, match="no files"):
-        Records([], FORMATS["json"], [], tmp_path, Reading())
+        Records([], FORMATS["json"], [], tmp_path, ReadOptions())
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        Reading(rank=2, world=2)
+        ReadOptions(rank=2, world=2)
     with pytest.raises(ValueError, match="block is 0"):
-        Reading(block=0)
+        ReadOptions(block=0)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no usable record in shard 0 of 1"):
-        next(iter(Records([tmp_path / "empty.jsonl"], FORMATS["jsonl"], [], tmp_path, Reading(epochs=None))))
+        next(iter(Records([tmp_path / "empty.jsonl"], FORMATS["jsonl"], [], tmp_path, ReadOptions(epochs=None))))

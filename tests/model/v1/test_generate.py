@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import V1_SIDES
+from tests.helpers.tiny import V1_SIDES
 from vargpt_rl.model import generate
-from vargpt_rl.model.generate import SamplingConfig, draw, draw_indices
+from vargpt_rl.model.generate import SamplingConfig, draw_indices, generate_images
 from vargpt_rl.model.unified import replayed
 from vargpt_rl.model.v1 import modeling
 
@@ -14,25 +14,25 @@ SIZE = (16 * V1_SIDES[-1],) * 2
 TEXTS = ("a star", "two small blue squares above a large green triangle", "Please draw a red circle.")
 
 
-def sample(model, chat, rows, seeds, sampling, pictures=None):
+def sample(model, chat, rows, seeds, sampling, vision=None):
     ids, mask = chat.pad(rows, "left"), chat.pad([[1] * len(row) for row in rows], "left", value=0)
-    return draw(model, ids, mask, seeds, SIZE, sampling, *(pictures or ()))
+    return generate_images(model, ids, mask, seeds, SIZE, sampling, *(vision or ()))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(v1_model, v1_chat, guidance):
     sampling, seeds = SamplingConfig(cfg=guidance, tau=1.0, top_p=0.96), [5, 6, 7, 8]
-    pictures = v1_chat.pictures([Image.new("RGB", (28, 28), "red")])
+    vision = v1_chat.vision_inputs([Image.new("RGB", (28, 28), "red")])
     rows = [v1_chat.drawing_prompt(text, "") for text in TEXTS]
-    rows.append(v1_chat.drawing_prompt("Recolour it.", "Here:", pictures.image_grid_thw))
-    together = sample(v1_model, v1_chat, rows, seeds, sampling, pictures)
+    rows.append(v1_chat.drawing_prompt("Recolour it.", "Here:", vision.image_grid_thw))
+    together = sample(v1_model, v1_chat, rows, seeds, sampling, vision)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-        alone = sample(v1_model, v1_chat, [row], [seed], sampling, pictures if i == 3 else None)
+        alone = sample(v1_model, v1_chat, [row], [seed], sampling, vision if i == 3 else None)
         assert torch.equal(alone.labels_BLs[0], together.labels_BLs[i])
-    other = sample(v1_model, v1_chat, rows, [seed + 10 for seed in seeds], sampling, pictures)
-    assert (other.labels_BLs != together.labels_BLs).flatten(1).any(1).all(), "another seed, another picture"
+    other = sample(v1_model, v1_chat, rows, [seed + 10 for seed in seeds], sampling, vision)
+    assert (other.labels_BLs != together.labels_BLs).flatten(1).any(1).all(), "another seed, another image"
     same_seed = sample(v1_model, v1_chat, rows[:3], [5, 5, 5], sampling)
-    assert (same_seed.labels_BLs[0] != same_seed.labels_BLs[1]).any(), "another prompt, another picture"
+    assert (same_seed.labels_BLs[0] != same_seed.labels_BLs[1]).any(), "another prompt, another image"
 
 
 def test_the_latent_sum_is_that_of_the_indices(v1_model, v1_chat):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import V1_CODES, V1_SIDES
+from tests.helpers.tiny import V1_CODES, V1_SIDES
 from vargpt_rl.model.families import load_model
 from vargpt_rl.model.scales import scale_index, scale_slices, token_count
 from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig

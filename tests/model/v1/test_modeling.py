@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from tests.tiny import V1_CODES, V1_SIDES
+from tests.helpers.tiny import V1_CODES, V1_SIDES
 from vargpt_rl.model.families import load_model
 from vargpt_rl.model.scales import scale_index, scale_slices, token_count
 from vargpt_rl.model.unified import Drawing, replayed
@@ -23,22 +23,22 @@ def schedule(v1_model):
 
 @pytest.fixture(scope="module")
 def labels(schedule):
-    """Of three pictures."""
+    """Of three images."""
     shape = (3, token_count(schedule), 1)
     return torch.randint(0, V1_CODES, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
 @pytest.fixture(scope="module")
-def pictures(v1_chat):
-    """Two understood pictures."""
-    return v1_chat.pictures([Image.new("RGB", (56, 40), colour) for colour in ("red", "#102030")])
+def images(v1_chat):
+    """Two understood images."""
+    return v1_chat.vision_inputs([Image.new("RGB", (56, 40), colour) for colour in ("red", "#102030")])
 
 
 @torch.no_grad()
-def run(model, chat, rows, labels_NLs=None, pictures=None, multiple=1, side="right"):
+def run(model, chat, rows, labels_NLs=None, images=None, multiple=1, side="right"):
     ids = chat.pad(rows, side, multiple=multiple)
     mask = chat.pad([[1] * len(row) for row in rows], side, value=0, multiple=multiple)
-    seen = {} if pictures is None else pictures._asdict()
+    seen = {} if images is None else images._asdict()
     return model(ids, mask, drawing=None if labels_NLs is None else replayed(labels_NLs, SIZE), **seen)
 
 
@@ -56,12 +56,12 @@ def test_saved_and_loaded_models_are_bitwise_equal(v1_model, v1_chat, labels, tm
     assert torch.equal(a.image_logits, b.image_logits)
 
 
-def test_rows_with_several_one_and_no_drawing_are_as_if_alone(v1_model, v1_chat, labels, pictures):
-    chat, tokens, grid = v1_chat, labels.shape[1], pictures.image_grid_thw[:1]
+def test_rows_with_several_one_and_no_drawing_are_as_if_alone(v1_model, v1_chat, labels, images):
+    chat, tokens, grid = v1_chat, labels.shape[1], images.image_grid_thw[:1]
     several = chat.drawn("a star", "", tokens).ids + chat.drawn("two small blue squares", "Here:", tokens).ids
     none = chat.answered("What colour is the square?", "red").ids
-    one = chat.drawn("a large green triangle", "Here is a picture.", tokens, grid).ids
-    seen = pictures._replace(pixel_values=pictures.pixel_values[:1], image_grid_thw=grid)
+    one = chat.drawn("a large green triangle", "Here is an image.", tokens, grid).ids
+    seen = images._replace(pixel_values=images.pixel_values[:1], image_grid_thw=grid)
 
     together = run(v1_model, chat, [several, none, one], labels, seen)
     first = run(v1_model, chat, [several], labels[:2])
@@ -71,9 +71,9 @@ def test_rows_with_several_one_and_no_drawing_are_as_if_alone(v1_model, v1_chat,
     torch.testing.assert_close(together.image_logits[2:], last.image_logits, **SAME)
     for b, alone in enumerate((first, text, last)):
         torch.testing.assert_close(together.logits[b, : alone.logits.shape[1]], alone.logits[0], **SAME)
-    other = seen._replace(pixel_values=pictures.pixel_values[1:])
+    other = seen._replace(pixel_values=images.pixel_values[1:])
     moved = run(v1_model, chat, [one], labels[2:], other).image_logits - last.image_logits
-    assert moved.abs().max() > 1e-3, "a drawing sees the pictures that are shown before it"
+    assert moved.abs().max() > 1e-3, "a drawing sees the images that are shown before it"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -84,7 +84,7 @@ def test_padding_changes_nothing(v1_model, v1_chat, labels, side):
     torch.testing.assert_close(padded.image_logits, plain.image_logits, **SAME)
 
 
-def test_pictures_depend_on_their_prompt(v1_model, v1_chat, labels):
+def test_images_depend_on_their_prompt(v1_model, v1_chat, labels):
     rows = [v1_chat.drawn(text, "", labels.shape[1]).ids for text in ("a red circle", "a blue star")]
     logits = run(v1_model, v1_chat, rows, labels[[0, 0]]).image_logits
     assert logits.shape == (2, labels.shape[1], V1_CODES)
@@ -104,7 +104,7 @@ def test_logits_of_a_scale_depend_on_coarser_scales_alone(v1_model, v1_chat, sch
     assert not finer_L.any() or moved_L[finer_L].min() > 1e-4
 
 
-def test_conditions_reach_their_own_picture_only_and_none_means_what_drawing_uses(v1_model, v1_chat, labels):
+def test_conditions_reach_their_own_image_only_and_none_means_what_drawing_uses(v1_model, v1_chat, labels):
     row = v1_chat.drawn("a red circle", "", labels.shape[1]).ids
     ids = torch.tensor([row, row])
     with torch.no_grad():
@@ -162,11 +162,11 @@ def test_gradient_checkpointing_gives_equal_gradients(v1_checkpoint, v1_chat, la
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_rows_that_do_not_fit_are_refused(v1_model, v1_chat, labels, pictures):
+def test_rows_that_do_not_fit_are_refused(v1_model, v1_chat, labels, images):
     tokens = labels.shape[1]
     with pytest.raises(ValueError, match=f"1 runs of image_gen_pad with {tokens - 1} tokens in all"):
         run(v1_model, v1_chat, [v1_chat.drawn("a star", "", tokens - 1).ids], labels[:1])
-    with pytest.raises(ValueError, match="0 image_pad tokens, but the pictures have 8 features"):
-        run(v1_model, v1_chat, [v1_chat.drawn("a star", "", tokens).ids], labels[:1], pictures)
+    with pytest.raises(ValueError, match="0 image_pad tokens, but the images have 8 features"):
+        run(v1_model, v1_chat, [v1_chat.drawn("a star", "", tokens).ids], labels[:1], images)
     with pytest.raises(ValueError, match="this model draws 64x64 pixels only"):
         v1_model(torch.tensor([[1]]), drawing=Drawing(torch.zeros(1, 3, 8), (32, 32)))

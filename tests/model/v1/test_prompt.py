@@ -1,10 +1,10 @@
-"""The markup of v1: what is marked up, what is learned, and how pictures are read."""
+"""The markup of v1: what is marked up, what is learned, and how images are read."""
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import V1_SEEN_SIDE, V1_SPECIAL_TOKENS
+from tests.helpers.tiny import V1_SEEN_SIDE, V1_SPECIAL_TOKENS
 from vargpt_rl.model.prompt import IGNORED
 from vargpt_rl.model.v1.prompt import SYSTEM
 
@@ -39,12 +39,12 @@ def test_a_drawing_is_the_prompt_the_image_tokens_and_the_closing(v1_chat):
     assert [label for label in labels if label != IGNORED] == learned
 
 
-def test_understood_pictures_stand_before_the_words_with_one_token_a_patch(v1_chat):
-    pictures = v1_chat.pictures([Image.new("RGB", (64, 40), colour) for colour in ("red", "blue")])
+def test_understood_images_stand_before_the_words_with_one_token_a_patch(v1_chat):
+    vision = v1_chat.vision_inputs([Image.new("RGB", (64, 40), colour) for colour in ("red", "blue")])
     side = V1_SEEN_SIDE // 14
-    assert pictures.pixel_values.shape == (2, 3, V1_SEEN_SIDE, V1_SEEN_SIDE)
-    assert pictures.image_grid_thw.tolist() == [[1, side, side]] * 2
-    ids = v1_chat.question("What?", pictures.image_grid_thw)
+    assert vision.pixel_values.shape == (2, 3, V1_SEEN_SIDE, V1_SEEN_SIDE)
+    assert vision.image_grid_thw.tolist() == [[1, side, side]] * 2
+    ids = v1_chat.question("What?", vision.image_grid_thw)
     assert ids.count(v1_chat.config.image_token_id) == 2 * side**2
     words = v1_chat.tokenizer.decode([i for i in ids if i != v1_chat.config.image_token_id])
     assert words == f"<s>{SYSTEM}USER: \n\nWhat? ASSISTANT:"

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs.command import load_command
+from vargpt_rl.common.command import load_command
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
 from vargpt_rl.data.instruct.templates import template_pair
-from vargpt_rl.data.instruct.types import Caption, Pair, Reject, Unusable
+from vargpt_rl.data.instruct.types import Caption, Dialogue, Reject, Unusable
 
 
 class Method(enum.Enum):
@@ -35,7 +35,7 @@ class Method(enum.Enum):
 
 
 @dataclass
-class Command:
+class InstructCommand:
     """``captions`` is a .jsonl, .csv or .parquet file with the columns ``*_field``; the image's may be missing.
 
     ``sample`` takes so many captions at random, by ``seed`` and their ids; ``limit`` the first ones only. The keys from
@@ -82,7 +82,7 @@ class Command:
             raise ValueError(f"timeout_s={self.timeout_s}: expected more than 0")
 
 
-def by_llm(command: Command) -> tuple[Callable[[Caption], Pair], Callable]:
+def by_llm(command: InstructCommand) -> tuple[Callable[[Caption], Dialogue], Callable]:
     """A function that asks the model for one caption's dialogue, and a ``map`` that runs it for several at once."""
     try:
         from vargpt_rl.data.instruct import llm  # needs the extra, which the template way does not
@@ -102,7 +102,7 @@ def by_llm(command: Command) -> tuple[Callable[[Caption], Pair], Callable]:
     return llm.asker(endpoint, command.seed), partial(llm.in_order, workers=command.concurrency)
 
 
-def attempt(caption: Caption | Reject, ask: Callable[[Caption], Pair], method: str) -> dict | Reject:
+def attempt(caption: Caption | Reject, ask: Callable[[Caption], Dialogue], method: str) -> dict | Reject:
     """The record of a caption, or why there is none."""
     if isinstance(caption, Reject):
         return caption
@@ -112,7 +112,7 @@ def attempt(caption: Caption | Reject, ask: Callable[[Caption], Pair], method: s
         return Reject(caption.id, caption.source, fault.reason, fault.detail)
 
 
-def execute(command: Command) -> Counter[str]:
+def execute(command: InstructCommand) -> Counter[str]:
     """Write the dialogues and rejects; how many records came to what."""
     fields = Fields(command.id_field, command.caption_field, command.image_field)
     read = partial(read_captions, command.captions, fields)
@@ -139,7 +139,7 @@ def rejects_of(out: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; the exit code."""
     try:
-        command = load_command(Command, sys.argv[1:] if arguments is None else arguments)
+        command = load_command(InstructCommand, sys.argv[1:] if arguments is None else arguments)
         counts = execute(command)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ import openai
 
 from vargpt_rl.data.instruct.banks import bank
 from vargpt_rl.data.instruct.screening import fault, parse
-from vargpt_rl.data.instruct.types import Caption, Pair, Unusable
+from vargpt_rl.data.instruct.types import Caption, Dialogue, Unusable
 
 SHOTS = 4
 SEEDS = ("prompt_seed", "caption_seed", "answer_seed")
@@ -60,7 +60,7 @@ def _message(role: str, content: dict[str, str]) -> dict[str, str]:
     return {"role": role, "content": json.dumps(content, ensure_ascii=False)}
 
 
-def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Pair]:
+def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Dialogue]:
     """A function that has a caption's dialogue written; safe to call in several threads.
 
     It raises Unusable for a caption that comes to nothing, after the client's own retries with growing pauses (429,
@@ -73,7 +73,7 @@ def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Pair]:
         max_retries=endpoint.retries,
     )
 
-    def ask(caption: Caption) -> Pair:
+    def ask(caption: Caption) -> Dialogue:
         messages, seeds, sampling_seed = request(caption.text, caption.id, seed)
         try:
             response = client.chat.completions.with_raw_response.create(
@@ -90,7 +90,7 @@ def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Pair]:
         reason = fault(prompt, answer, caption.text, seeds)
         if reason:
             raise Unusable(reason, reply)
-        return Pair(prompt, answer, {"model": endpoint.model})
+        return Dialogue(prompt, answer, {"model": endpoint.model})
 
     return ask
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vargpt_rl.data.instruct.types import Caption, Pair, Reject
+from vargpt_rl.data.instruct.types import Caption, Dialogue, Reject
 
 IMAGE = "<image_gen>"
 OPENING = b'{"id": '  # of every line, as `line` writes it
@@ -16,7 +16,7 @@ LONGEST_DETAIL = 500  # characters kept of what was found instead
 WRITTEN, KEPT, WITHOUT_PICTURE = "written", "already there", "of these without a picture file"
 
 
-def record(caption: Caption, pair: Pair, method: str) -> dict[str, object]:
+def record(caption: Caption, pair: Dialogue, method: str) -> dict[str, object]:
     """A dialogue as it is written: the layout of VARGPT's Fig. 15, with an id and what it was made by."""
     return {
         "id": caption.id,

@@ -4,11 +4,11 @@ The paper (VARGPT, section 4.2, stage 3) joins up to 400 templates and captions 
 
 - captions that are sentences follow their pattern as a sentence of their own: "Please design a drawing of this: A train
   is on the tracks." instead of "... a drawing of A train is on the tracks.";
-- a caption that names a kind of picture is not made the subject of another: "Please design an oil painting of a cat.";
-- the answer speaks of the same kind of picture as the prompt; there the two are drawn separately, so that a photo
+- a caption that names a kind of image is not made the subject of another: "Please design an oil painting of a cat.";
+- the answer speaks of the same kind of image as the prompt; there the two are drawn separately, so that a photo
   answers a request for a painting.
 
-As there, the kind of picture is drawn by chance and not read off the picture.
+As there, the kind of image is drawn by chance and not read off the image.
 """
 
 import re
@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 
 from vargpt_rl.data.instruct.banks import bank
-from vargpt_rl.data.instruct.types import Caption, Pair
+from vargpt_rl.data.instruct.types import Caption, Dialogue
 
 VOWEL = re.compile(r"(?i)(?!uni[cfoqstv]|us[eu]|eu|uk|uto|ubi|one\b|once\b)[aeiou]|hour|honest|heir|8|11\b|18\b")
 CLOSED = re.compile(r"""[.!?…]["'”’)\]]*$""")  # a text with its last full stop
@@ -32,13 +32,13 @@ class Wording(NamedTuple):
     sentence: str
 
 
-def template_pair(caption: Caption, seed: int) -> Pair:
+def template_pair(caption: Caption, seed: int) -> Dialogue:
     """The dialogue of a caption: the same for the same id and ``seed``, whatever other captions there are."""
     rng = Random(f"{seed} {caption.id}")
     prompts, answers, media = (bank("templates")[part] for part in ("prompts", "answers", "media"))
     prompt, answer, medium = (rng.choice(list(part)) for part in (prompts, answers, media))
     wording = word(caption.text, medium)
-    return Pair(
+    return Dialogue(
         prompt=fill(prompts[prompt], wording),
         answer=fill(answers[answer], wording),
         made_by={"template": {"prompt": prompt, "answer": answer, "medium": medium}},
@@ -46,7 +46,7 @@ def template_pair(caption: Caption, seed: int) -> Pair:
 
 
 def word(caption: str, medium: str) -> Wording:
-    """How patterns speak of a caption, and of its picture as a ``medium`` such as "sketch"."""
+    """How patterns speak of a caption, and of its image as a ``medium`` such as "sketch"."""
     if is_sentence(caption):
         return _of(medium, "this", _as_sentence(caption))
     phrase = _as_phrase(caption)
@@ -103,7 +103,7 @@ def with_article(noun: str) -> str:
 
 @cache
 def _kind_pattern() -> re.Pattern:
-    """Captions that name their kind of picture: "a large oil painting of", "photo of", but not "two prints of"."""
+    """Captions that name their kind of image: "a large oil painting of", "photo of", but not "two prints of"."""
     words = bank("templates")
     kinds = "|".join(words["kinds"])
     plain = r"(?:(?!(?:an?|the|of|in|on|with|at|by|and|for|from|to)\b)[\w'-]+ ){0,5}"

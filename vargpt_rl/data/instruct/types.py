@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caption:
-    """A usable caption, in one line; ``file`` is its picture's, and ``source`` where it was read."""
+    """A usable caption, in one line; ``file`` is its image's, and ``source`` where it was read."""
 
     id: str
     text: str
@@ -14,7 +14,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Dialogue:
     """What the user and the assistant say; ``made_by`` goes into the output: template ids, or a model's name."""
 
     prompt: str

@@ -1,8 +1,8 @@
-"""What the iterations need beside records to train on: prompts, the stronger system's pictures, and held-out records.
+"""What the iterations need beside records to train on: prompts, the stronger system's images, and held-out records.
 
-Prompts are those of a file; a winner is the picture in a folder that is named after its prompt's id. Held out are the
+Prompts are those of a file; a winner is the image in a folder that is named after its prompt's id. Held out are the
 generation records whose id says so (``vargpt_rl.data.sources.is_held_out``): the first of them that are found serve as
-held-out prompts, and where the folder has no winner for one, its own picture stands in.
+held-out prompts, and where the folder has no winner for one, its own image stands in.
 """
 
 from collections.abc import Iterator
@@ -13,30 +13,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vargpt_rl.checkpoint import write_atomically
-from vargpt_rl.data.pictures import read_picture
+from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.data.records.feed import Feed
-from vargpt_rl.data.records.pictures import InRecord, OnDisk, Picture, load
-from vargpt_rl.data.records.schema import DRAWN, Conversation
+from vargpt_rl.data.records.images import ImageRef, InRecord, OnDisk, load
+from vargpt_rl.data.records.loading import RecordStream
+from vargpt_rl.data.records.schema import DRAWN, RecordConversation
 from vargpt_rl.data.records.sources import open_records
-from vargpt_rl.data.records.stream import Reading
-from vargpt_rl.data.sources import SPLITS, is_held_out, picture_files
+from vargpt_rl.data.records.stream import ReadOptions
+from vargpt_rl.data.sources import SPLITS, image_files, is_held_out
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.storage.files import write_atomically
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
-HeldOut = tuple[Prompt, Picture]
+HeldOut = tuple[Prompt, ImageRef]
 
 
-def held_out_of(feed: Feed, count: int, folder: Path) -> list[HeldOut]:
-    """The first ``count`` held-out records, of all sources of drawings in turn, as prompts with their pictures.
+def held_out_of(feed: RecordStream, count: int, folder: Path) -> list[HeldOut]:
+    """The first ``count`` held-out records, of all sources of drawings in turn, as prompts with their images.
 
-    Records of several turns or pictures are not among them. Pictures that came in their records are written to
+    Records of several turns or images are not among them. Images that came in their records are written to
     ``folder``, for workers get a reference. ValueError where there is none.
     """
 
-    def wanted(record: Conversation) -> HeldOut | None:
+    def wanted(record: RecordConversation) -> HeldOut | None:
         single = len(record.messages) == 2 and len(record.images) == 1
         if record.task != "generation" or not single or not is_held_out(record.id, feed.held_out_fraction):
             return None
@@ -44,7 +44,7 @@ def held_out_of(feed: Feed, count: int, folder: Path) -> list[HeldOut]:
         load(record.images[0])  # it has to be readable
         return Prompt(record.id, request.text, reply.text.partition(DRAWN)[0]), record.images[0]
 
-    reading = Reading(seed=None, block=feed.block, max_bad_fraction=feed.max_bad_fraction)
+    reading = ReadOptions(seed=None, block=feed.block, max_bad_fraction=feed.max_bad_fraction)
     names = [name for name, task in feed.tasks.items() if task == "generation"]
     opened = [open_records(name, feed.sources[name], reading, feed.quarantine, (wanted,)) for name in names]
     in_turn = (found for turn in zip_longest(*opened) for found in turn if found is not None)
@@ -52,31 +52,31 @@ def held_out_of(feed: Feed, count: int, folder: Path) -> list[HeldOut]:
     if not chosen:
         raise ValueError(
             f"no record of data.sources is held out (data.held_out_fraction is {feed.held_out_fraction}), but the "
-            f"iterations are measured on such: expected generation records of one request and one picture"
+            f"iterations are measured on such: expected generation records of one request and one image"
         )
-    return [(prompt, _referred(picture, folder)) for prompt, picture in chosen]
+    return [(prompt, _referred(reference, folder)) for prompt, reference in chosen]
 
 
 def _by_id(found: Iterator[HeldOut]) -> Iterator[HeldOut]:
     seen: set[str] = set()
-    for prompt, picture in found:
+    for prompt, reference in found:
         if prompt.id not in seen:
             seen.add(prompt.id)
-            yield prompt, picture
+            yield prompt, reference
 
 
-def _referred(picture: Picture, folder: Path) -> Picture:
-    """The picture as a reference: what came in a record is written down."""
-    if not isinstance(picture, InRecord):
-        return picture
+def _referred(reference: ImageRef, folder: Path) -> ImageRef:
+    """The image as a reference: what came in a record is written down."""
+    if not isinstance(reference, InRecord):
+        return reference
     folder.mkdir(parents=True, exist_ok=True)
-    name = blake2b(picture.data, digest_size=16).hexdigest()
-    write_atomically(folder / name, picture.data)
+    name = blake2b(reference.data, digest_size=16).hexdigest()
+    write_atomically(folder / name, reference.data)
     return OnDisk(folder.resolve(), name)
 
 
 class RecordsSource:
-    """Prompts and pictures of the iterations. Keys are "winners/<file>" and "held_out/<prompt id>".
+    """Prompts and images of the iterations. Keys are "winners/<file>" and "held_out/<prompt id>".
 
     There are no records to be drawn by number and no questions: supervised stages stream theirs. Prompts without a
     winner are noted in the quarantine. A run without iterations has no prompts and no winners. ValueError for a missing
@@ -87,13 +87,13 @@ class RecordsSource:
 
     def __init__(self, prompts: list[Prompt], winners: Path | None, held_out: list[HeldOut], quarantine: Quarantine):
         if winners is not None and not winners.is_dir():
-            raise ValueError(f"preference.winners={winners}: no such folder of pictures")
+            raise ValueError(f"preference.winners={winners}: no such folder of images")
         self._winners = winners and winners.resolve()
-        self._held_out = {prompt.id: (prompt, picture) for prompt, picture in held_out}
+        self._held_out = {prompt.id: (prompt, reference) for prompt, reference in held_out}
         texts = {prompt.text for prompt, _ in held_out}
         # What is measured on is never trained on, also where a file of prompts was made of the same records.
         self._prompts = [p for p in prompts if p.id not in self._held_out and p.text not in texts]
-        files = picture_files(self._winners) if self._winners else set()
+        files = image_files(self._winners) if self._winners else set()
         ids = [*(p.id for p in self._prompts), *self._held_out]
         named = ((identity, f"{identity}{suffix}") for identity in ids for suffix in SUFFIXES)
         self._files = {identity: file for identity, file in named if file in files}
@@ -107,14 +107,14 @@ class RecordsSource:
             )
 
     def load(self, key: str, side: int) -> Image.Image:
-        """The picture of ``key``, RGB, its middle ``side`` pixels wide and high. Raises ValueError."""
+        """The image of ``key``, RGB, its middle ``side`` pixels wide and high. Raises ValueError."""
         kind, _, name = key.partition("/")
         if kind == "winners" and name and self._winners:
-            image = read_picture(self._winners / name)
+            image = read_image(self._winners / name)
         elif kind == "held_out" and name in self._held_out:
             image = load(self._held_out[name][1])
         else:
-            raise ValueError(f"picture key {key!r}: expected 'winners/<file>' or 'held_out/<prompt id>'")
+            raise ValueError(f"image key {key!r}: expected 'winners/<file>' or 'held_out/<prompt id>'")
         return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
@@ -125,7 +125,7 @@ class RecordsSource:
         return [found[index] for index in np.random.default_rng(seed).permutation(len(found))[:count]]
 
     def winner_key(self, prompt: Prompt) -> str | None:
-        """The stronger system's picture, or a held-out record's own."""
+        """The stronger system's image, or a held-out record's own."""
         if prompt.id in self._files:
             return f"winners/{self._files[prompt.id]}"
         return f"held_out/{prompt.id}" if prompt.id in self._held_out else None

@@ -1,4 +1,4 @@
-"""Readers of data files: JSON, JSON lines, Parquet, WebDataset tars, saved Hugging Face data sets, picture folders.
+"""Readers of data files: JSON, JSON lines, Parquet, WebDataset tars, saved Hugging Face data sets, image folders.
 
 A reader gives the rows of a file one by one and holds little more than one at a time. What it cannot read comes as a
 `Fault` in the place of the row, or of all the rows that follow where the rest of the file is lost.
@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_from_disk
 
-from vargpt_rl.data.records.pictures import InArchive
+from vargpt_rl.data.records.images import InArchive
 
 LONGEST = 16 * 2**20
 """Characters (or bytes) of JSON that may make up one row, so that no damaged file fills the memory."""
 BATCH = 64
 """Rows that are turned into Python objects together."""
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 Row = dict[str, Any]
 
@@ -165,7 +165,7 @@ def _parquet_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 def _saved_rows(path: Path, part: int, start: int, step: int) -> Rows:
     try:
-        data = load_from_disk(str(path)).with_format("arrow")  # which leaves pictures encoded
+        data = load_from_disk(str(path)).with_format("arrow")  # which leaves images encoded
     except (pa.ArrowException, OSError) as error:
         yield 0, Fault(f"data set is lost: it cannot be read ({type(error).__name__})")
         return
@@ -181,7 +181,7 @@ def _saved_parts(path: Path) -> int:
 
 
 # WebDataset: members of a tar that have their name up to the first dot in common are a row. Its .json is the row,
-# its pictures become "images" in the order of their names, its .txt becomes "txt", the common name "__key__".
+# its images become "images" in the order of their names, its .txt becomes "txt", the common name "__key__".
 
 
 def _tar_rows(path: Path, part: int, start: int, step: int) -> Rows:
@@ -216,7 +216,7 @@ def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfil
         suffix = PurePosixPath(member.name).suffix.lower()
         if not member.isreg():
             return Fault("archive member is not a plain file", member.name)
-        if suffix in PICTURES:
+        if suffix in IMAGES:
             row["images"].append(InArchive(path, member.offset_data, member.size))
         elif suffix not in (".json", ".txt"):
             return Fault(f"archive member of unknown kind {suffix!r}", member.name)
@@ -232,7 +232,7 @@ def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfil
     return row
 
 
-# Folders of pictures by class: <folder>/<synset>/<picture>. Rows go round the classes, so that neighbours differ.
+# Folders of images by class: <folder>/<synset>/<image>. Rows go round the classes, so that neighbours differ.
 
 
 def _synset_rows(path: Path, part: int, start: int, step: int) -> Rows:

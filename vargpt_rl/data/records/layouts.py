@@ -1,6 +1,6 @@
 """Public data sets' own layouts, mapped to the schema: a function for each makes a conversation of a row.
 
-A row refers to its pictures by their names below the folder ``root``, unless it brings them along.
+A row refers to its images by their names below the folder ``root``, unless it brings them along.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import Any
 
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.formats import Row
-from vargpt_rl.data.records.midjourney import Request, split_commands
-from vargpt_rl.data.records.pictures import InArchive, InRecord, Picture, on_disk
-from vargpt_rl.data.records.schema import DRAWN, SHOWN, Conversation, Limit, Message, checked
+from vargpt_rl.data.records.images import ImageRef, InArchive, InRecord, on_disk
+from vargpt_rl.data.records.midjourney import ImagineRequest, split_commands
+from vargpt_rl.data.records.schema import DRAWN, SHOWN, Limit, Message, RecordConversation, checked
 from vargpt_rl.data.sources import REPLY
 from vargpt_rl.data.types import Prompt
 
@@ -25,16 +25,16 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 class Import:
     """A step of `vargpt_rl.data.records.stream.Records`: rows of a ``layout`` -> checked conversations."""
 
-    layout: Callable[[Row, Path], Conversation]
+    layout: Callable[[Row, Path], RecordConversation]
     source: str
     root: Path
     limit: Limit = Limit()
 
-    def __call__(self, row: Row) -> Conversation:
+    def __call__(self, row: Row) -> RecordConversation:
         return checked(replace(self.layout(row, self.root), source=self.source), self.limit)
 
 
-def native(row: Row, root: Path) -> Conversation:
+def native(row: Row, root: Path) -> RecordConversation:
     """This project's own layout, after figure 15 of the VARGPT paper with ``id`` and ``task`` added.
 
     ``messages`` [{"role", "content"}], ``images`` [a name, or {"bytes", "path"}, or what a tar's reader found]. A row
@@ -42,11 +42,11 @@ def native(row: Row, root: Path) -> Conversation:
     """
     turns = [(_text(turn, "role"), _text(turn, "content", blank=True)) for turn in _objects(row, "messages")]
     messages = tuple(Message(role, text) for role, text in turns)
-    images = tuple(_picture(image, root) for image in _of(row, "images", list))
-    return Conversation(_name(row, "id" if "id" in row else "__key__"), "", _text(row, "task"), messages, images)
+    images = tuple(_image(image, root) for image in _of(row, "images", list))
+    return RecordConversation(_name(row, "id" if "id" in row else "__key__"), "", _text(row, "task"), messages, images)
 
 
-def llava(row: Row, root: Path) -> Conversation:
+def llava(row: Row, root: Path) -> RecordConversation:
     """LLaVA-1.5-665K (JSON, ``image`` a name) and LLaVA-OneVision (Parquet, ``image`` {"bytes", "path"} or null).
 
     Layout: the data sets' cards, and the training code of LLaVA. ``conversations`` [{"from": "human" | "gpt", "value"}]
@@ -57,14 +57,14 @@ def llava(row: Row, root: Path) -> Conversation:
         raise BadRecord(f"turn of {sorted(strangers)[0]!r}, expected human or gpt")
     messages = tuple(Message(_SPEAKERS[speaker], text) for speaker, text in turns)
     image = row.get("image")
-    images = (_picture(image, root),) if image is not None else ()
-    return Conversation(_name(row, "id"), "", "understanding", messages, images)
+    images = (_image(image, root),) if image is not None else ()
+    return RecordConversation(_name(row, "id"), "", "understanding", messages, images)
 
 
-def journeydb(row: Row, root: Path) -> Conversation:
+def journeydb(row: Row, root: Path) -> RecordConversation:
     """JourneyDB (JSON lines): ``img_path`` "./000/<name>.jpg", ``prompt``, ``Task2`` {"Caption"} where it is labelled.
 
-    Layout: the data set's card and public readers of ``train_anno.jsonl``. The caption is the request; a picture
+    Layout: the data set's card and public readers of ``train_anno.jsonl``. The caption is the request; an image
     without one has its prompt, less the Midjourney commands.
     """
     file = _text(row, "img_path")
@@ -75,20 +75,20 @@ def journeydb(row: Row, root: Path) -> Conversation:
     return _drawing(PurePosixPath(file).stem, caption, on_disk(root, file))
 
 
-def laion(row: Row, root: Path) -> Conversation:
-    """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its pictures are fetched by their ``url`` beforehand.
+def laion(row: Row, root: Path) -> RecordConversation:
+    """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its images are fetched by their ``url`` beforehand.
 
     Layout: public readers of the data set, and that of img2dataset's folders, "<first 5 digits>/<key>.jpg". Where
-    img2dataset wrote the table, ``status`` says whether the picture was fetched.
+    img2dataset wrote the table, ``status`` says whether the image was fetched.
     """
     if row.get("status", "success") != "success":
-        raise BadRecord("picture was not fetched")
+        raise BadRecord("image was not fetched")
     key = _name(row, "key").zfill(9)
     return _drawing(key, _text(row, "caption"), on_disk(root, f"{key[:5]}/{key}.jpg"))
 
 
-def midjourney(row: Row) -> Request:
-    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without a picture are no conversation;
+def midjourney(row: Row) -> ImagineRequest:
+    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without an image are no conversation;
     ``vargpt_rl.data.prompts`` writes them down.
 
     Layout: public readers of the data set, which use no other column.
@@ -98,14 +98,14 @@ def midjourney(row: Row) -> Request:
     if not text:
         raise BadRecord("prompt of nothing but commands")
     identity = blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-    return Request(Prompt(f"midjourney-{identity}", text, REPLY), commands)
+    return ImagineRequest(Prompt(f"midjourney-{identity}", text, REPLY), commands)
 
 
-def editing(row: Row, root: Path) -> Conversation:
+def editing(row: Row, root: Path) -> RecordConversation:
     """X2I, StyleBooth within it (JSON lines): ``instruction``, ``input_images`` [names], ``output_image``.
 
     Layout: OmniGen's documentation, which also writes ``output_images``, and its example file. The instruction names
-    its pictures "<img><|image_1|></img>"; where it names none they come first. Without inputs it is a plain drawing.
+    its images "<img><|image_1|></img>"; where it names none they come first. Without inputs it is a plain drawing.
     """
     instruction = _text(row, "instruction")
     inputs = [on_disk(root, _string(name, "input_images")) for name in _of(row, "input_images", list)]
@@ -115,17 +115,17 @@ def editing(row: Row, root: Path) -> Conversation:
         named = list(range(1, len(inputs) + 1))
         instruction = SHOWN * len(inputs) + instruction
     elif set(named) != set(range(1, len(inputs) + 1)):
-        raise BadRecord("pictures named in the instruction are not the input pictures")
+        raise BadRecord("images named in the instruction are not the input images")
     text = re.sub(r"<img><\|image_\d+\|></img>", SHOWN, instruction)
     images = (*(inputs[number - 1] for number in named), on_disk(root, drawn))
     messages = (Message("user", text), Message("assistant", f"{REPLY}{DRAWN}"))
-    return Conversation(drawn, "", "editing" if inputs else "generation", messages, images)
+    return RecordConversation(drawn, "", "editing" if inputs else "generation", messages, images)
 
 
-def imagenet(row: Row, root: Path, names: dict[str, str]) -> Conversation:
+def imagenet(row: Row, root: Path, names: dict[str, str]) -> RecordConversation:
     """ImageNet (rows of the "synsets" reader), as the single-round dialogues of the VARGPT paper's stage 1.
 
-    ``names``: see `class_names`. Layout: "<synset>/<picture>.JPEG"; dialogue: figure 15 of the paper.
+    ``names``: see `class_names`. Layout: "<synset>/<image>.JPEG"; dialogue: figure 15 of the paper.
     """
     if row["synset"] not in names:
         raise BadRecord("synset without a name")
@@ -134,7 +134,7 @@ def imagenet(row: Row, root: Path, names: dict[str, str]) -> Conversation:
         Message("user", f"Please generate a picture about {name}"),
         Message("assistant", f"The picture of the {name} is as follows: {DRAWN}"),
     )
-    return Conversation(row["file"], "", "generation", messages, (on_disk(root, row["file"]),))
+    return RecordConversation(row["file"], "", "generation", messages, (on_disk(root, row["file"]),))
 
 
 def class_names(file: Path) -> dict[str, str]:
@@ -145,18 +145,18 @@ def class_names(file: Path) -> dict[str, str]:
     return names
 
 
-def _drawing(identity: str, request: str, picture: Picture) -> Conversation:
+def _drawing(identity: str, request: str, image: ImageRef) -> RecordConversation:
     messages = (Message("user", request), Message("assistant", f"{REPLY}{DRAWN}"))
-    return Conversation(identity, "", "generation", messages, (picture,))
+    return RecordConversation(identity, "", "generation", messages, (image,))
 
 
-def _picture(value: object, root: Path) -> Picture:
+def _image(value: object, root: Path) -> ImageRef:
     if isinstance(value, InArchive):
         return value
     if isinstance(value, str):
         return on_disk(root, value)
     if not isinstance(value, dict):
-        raise BadRecord(f"picture is of type {type(value).__name__}, expected str or dict")
+        raise BadRecord(f"image is of type {type(value).__name__}, expected str or dict")
     if isinstance(value.get("bytes"), bytes):
         return InRecord(value["bytes"])
     return on_disk(root, _text(value, "path"))

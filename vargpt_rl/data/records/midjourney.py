@@ -45,7 +45,7 @@ _DASHES = ("--", "\u2014", "\u2013")  # telephones turn two hyphens into a dash
 
 
 @dataclass(frozen=True)
-class Request:
+class ImagineRequest:
     """A prompt and its commands: the value of each under its name, "" where it has none."""
 
     prompt: Prompt

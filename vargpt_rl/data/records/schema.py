@@ -1,7 +1,7 @@
-"""What a training record is: a conversation between user and assistant with pictures at marked places.
+"""What a training record is: a conversation between user and assistant with images at marked places.
 
-In the texts ``<image>`` stands for a picture that the user shows and ``<image_gen>`` for one that the assistant draws.
-The pictures of a conversation are listed in the order of these placeholders, over all its turns.
+In the texts ``<image>`` stands for an image that the user shows and ``<image_gen>`` for one that the assistant draws.
+The images of a conversation are listed in the order of these placeholders, over all its turns.
 """
 
 import re
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from vargpt_rl.data.quarantine import BadRecord
-from vargpt_rl.data.records.pictures import MAX_PIXELS, Picture, load
+from vargpt_rl.data.records.images import MAX_PIXELS, ImageRef, load
 
 SHOWN = "<image>"
 DRAWN = "<image_gen>"
 ROLES = ("user", "assistant")
 TASKS = {"understanding": set(), "generation": {DRAWN}, "editing": {SHOWN, DRAWN}}
-"""The placeholders that a task needs. ``understanding`` may do without a picture."""
+"""The placeholders that a task needs. ``understanding`` may do without an image."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class RecordConversation:
     """``source`` names the data set, ``id`` the record in it."""
 
     id: str
     source: str
     task: str
     messages: tuple[Message, ...]
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,24 @@ def placeholders(text: str) -> list[str]:
     return [piece for piece in pieces(text) if piece in (SHOWN, DRAWN)]
 
 
-def problem(record: Conversation, limit: Limit) -> str | None:
+def problem(record: RecordConversation, limit: Limit) -> str | None:
     """Why ``record`` cannot be trained on, or None if it can."""
-    return _wrong_type(record) or _wrong_turns(record) or _wrong_pictures(record) or _too_long(record, limit)
+    return _wrong_type(record) or _wrong_turns(record) or _wrong_images(record) or _too_long(record, limit)
 
 
-def checked(record: Conversation, limit: Limit) -> Conversation:
+def checked(record: RecordConversation, limit: Limit) -> RecordConversation:
     """``record`` itself. Raises BadRecord with the reason if it cannot be trained on."""
     if reason := problem(record, limit):
         raise BadRecord(reason)
     return record
 
 
-def loaded(record: Conversation, max_pixels: int = MAX_PIXELS) -> tuple[Conversation, list[Image.Image]]:
-    """``record`` and its decoded pictures. Raises BadRecord if one is unreadable."""
-    return record, [load(picture, max_pixels) for picture in record.images]
+def loaded(record: RecordConversation, max_pixels: int = MAX_PIXELS) -> tuple[RecordConversation, list[Image.Image]]:
+    """``record`` and its decoded images. Raises BadRecord if one is unreadable."""
+    return record, [load(image, max_pixels) for image in record.images]
 
 
-def _wrong_type(record: Conversation) -> str | None:
+def _wrong_type(record: RecordConversation) -> str | None:
     texts = {"id": record.id, "source": record.source, "task": record.task}
     texts |= {f"text of turn {number}": message.text for number, message in enumerate(record.messages, 1)}
     for name, value in texts.items():
@@ -86,11 +86,11 @@ def _wrong_type(record: Conversation) -> str | None:
         return "id is empty"
     if record.task not in TASKS:
         return f"unknown task, expected one of {', '.join(TASKS)}"
-    strange = [image for image in record.images if not isinstance(image, Picture)]
-    return f"picture is of type {type(strange[0]).__name__}" if strange else None
+    strange = [image for image in record.images if not isinstance(image, ImageRef)]
+    return f"image is of type {type(strange[0]).__name__}" if strange else None
 
 
-def _wrong_turns(record: Conversation) -> str | None:
+def _wrong_turns(record: RecordConversation) -> str | None:
     if not record.messages:
         return "no turns"
     if record.messages[0].role != "user":
@@ -105,10 +105,10 @@ def _wrong_turns(record: Conversation) -> str | None:
     return None
 
 
-def _wrong_pictures(record: Conversation) -> str | None:
+def _wrong_images(record: RecordConversation) -> str | None:
     found = [(message.role, mark) for message in record.messages for mark in placeholders(message.text)]
     if len(found) != len(record.images):
-        return "number of placeholders is not the number of pictures"
+        return "number of placeholders is not the number of images"
     if ("user", DRAWN) in found:
         return f"{DRAWN} in the user's turn"
     if ("assistant", SHOWN) in found:
@@ -121,6 +121,6 @@ def _wrong_pictures(record: Conversation) -> str | None:
     return None
 
 
-def _too_long(record: Conversation, limit: Limit) -> str | None:
+def _too_long(record: RecordConversation, limit: Limit) -> str | None:
     length = sum(limit.measure(message.text) for message in record.messages)
     return f"longer than {limit.longest} {limit.unit}" if length > limit.longest else None

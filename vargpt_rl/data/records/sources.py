@@ -1,4 +1,4 @@
-"""A named set of records as it is configured: its files, their format and layout, and the folder of their pictures."""
+"""A named set of records as it is configured: its files, their format and layout, and the folder of their images."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from vargpt_rl.data.records.layouts import (
     native,
 )
 from vargpt_rl.data.records.schema import Limit
-from vargpt_rl.data.records.stream import Reading, Records
+from vargpt_rl.data.records.stream import ReadOptions, Records
 
 LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": laion, "editing": editing}
 
@@ -28,7 +28,7 @@ LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": la
 class RecordSource:
     """``files``: paths or globs in ``format``; ``layout`` of their rows.
 
-    ``images``: the folder that names of pictures start from, by default that of the first file. ``names``: the file of
+    ``images``: the folder that names of images start from, by default that of the first file. ``names``: the file of
     class names, for the layout imagenet. ``weight`` is relative to the other sources of the same modality in a batch.
     """
 
@@ -70,7 +70,7 @@ class RecordSource:
 def open_records(
     name: str,
     source: RecordSource,
-    reading: Reading,
+    reading: ReadOptions,
     quarantine: Path,
     steps: tuple[Callable, ...] = (),
     limit: Limit | None = None,

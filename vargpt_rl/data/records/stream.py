@@ -23,10 +23,10 @@ _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 20, 200, 80
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How to read. ``seed`` None keeps the order of the files; ``epochs`` None never ends.
 
-    ``block`` rows are shuffled together and held in memory, encoded pictures of Parquet rows included. When more than
+    ``block`` rows are shuffled together and held in memory, encoded images of Parquet rows included. When more than
     ``max_bad_fraction`` of the rows that a worker has read are bad, which is looked at after each block, it stops.
     """
 
@@ -68,7 +68,7 @@ class Records(IterableDataset):
     """
 
     def __init__(
-        self, files: Sequence[Path], form: Format, steps: Sequence[Callable], quarantine: Path, reading: Reading
+        self, files: Sequence[Path], form: Format, steps: Sequence[Callable], quarantine: Path, reading: ReadOptions
     ):
         if missing := [str(path) for path in files if not Path(path).exists()]:
             raise ValueError(f"no such file: {', '.join(missing)}")

@@ -27,7 +27,7 @@ RELEASE_LANGUAGE = {
 class V1DecoderConfig(PreTrainedConfig):
     """The visual decoder (specification, section 4, steps 2, 6 and 7).
 
-    ``draws_unconditionally``: pictures are sampled under the dropped condition, as the released weights were, although
+    ``draws_unconditionally``: images are sampled under the dropped condition, as the released weights were, although
     they were trained under it one time in ten. Scoring follows it, so that the policy that is aligned is the one that
     draws.
     """
@@ -71,7 +71,7 @@ class V1ImageTokenizerConfig(PreTrainedConfig):
         return Symbols(1, self.codes)
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
-        """The grids of a picture. ValueError for any size but the model's own."""
+        """The grids of an image. ValueError for any size but the model's own."""
         side, width = self.sides[-1] * STRIDE, height if width is None else width
         if (height, width) != (side, side):
             raise ValueError(f"resolution {height}x{width}: this model draws {side}x{side} pixels only")

@@ -2,10 +2,10 @@
 
 Block-causal over scales, cosine attention without rotation, adaptive layer norm with weights of each block's own
 (VARGPT, section 7.1; specification, section 4, steps 1, 2, 6 and 7). Learned absolute positions are added before the
-language model and nowhere else; the prompt reaches the picture through the language model alone. Of the published table
+language model and nowhere else; the prompt reaches the image through the language model alone. Of the published table
 of classes only two rows are ever used, and only these are here: "draw" and "condition dropped".
 
-Shape legend: N pictures, L image tokens, n tokens of one scale, C width, d latent channels, V codes.
+Shape legend: N images, L image tokens, n tokens of one scale, C width, d latent channels, V codes.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from vargpt_rl.model.v1.configuration import V1DecoderConfig, V1ImageTokenizerCo
 
 
 class V1Condition(NamedTuple):
-    """What every layer of the decoder is conditioned on, a row a picture."""
+    """What every layer of the decoder is conditioned on, a row an image."""
 
     start_N1C: torch.Tensor  # input of the first scale's only token
     active_NC: torch.Tensor  # what each block's modulation is a linear map of
@@ -82,7 +82,7 @@ class V1VisualDecoder(nn.Module):
         self.head = nn.Linear(c, tokenizer.codes)
 
     def condition(self, unconditional_N: torch.Tensor) -> V1Condition:
-        """bool [N], True where the picture's condition is dropped. Does not see the prompt."""
+        """bool [N], True where the image's condition is dropped. Does not see the prompt."""
         class_NC = self.class_embedding(unconditional_N.long())
         return V1Condition(class_NC[:, None] + self.places(slice(0, 1)), F.silu(class_NC))
 

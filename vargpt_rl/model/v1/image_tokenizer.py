@@ -4,10 +4,10 @@ Each scale is the nearest entries of one codebook to what the coarser scales lef
 convolution that neighbouring scales share (VARGPT, section 7.2; specification, section 2). Unlike bits these steps have
 weights, so inputs can be rebuilt where the image tokenizer is at hand only.
 
-It is trained with VAR's losses of the codebook, and one thing that the published code lacks: codes that no picture has
+It is trained with VAR's losses of the codebook, and one thing that the published code lacks: codes that no image has
 used for a while begin anew where one would be of use.
 
-Shape legend: B batch, H W picture, h w latent grid, d latent channels, V codes, n tokens of one scale.
+Shape legend: B batch, H W image, h w latent grid, d latent channels, V codes, n tokens of one scale.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def shrink(map_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 class V1ImageTokenizer(nn.Module, MultiScale):
-    """Pictures in [-1, 1] to indices of the codebook and back."""
+    """Images in [-1, 1] to indices of the codebook and back."""
 
     def __init__(self, config: V1ImageTokenizerConfig):
         super().__init__()
@@ -90,18 +90,18 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         return self.to_latent(self.encoder(images_B3HW))
 
     def encode(self, images_B3HW: torch.Tensor) -> Quantised:
-        """Pictures -> indices and decoder inputs."""
+        """Images -> indices and decoder inputs."""
         return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
-        """Summed codes -> pictures float [B, 3, H, W] in [-1, 1]."""
+        """Summed codes -> images float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(self.from_latent(summed_Bdhw)).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
-        """Scalar: what ``criterion`` says of the round trip's pictures, before the clamp, and of their originals; and
+        """Scalar: what ``criterion`` says of the round trip's images, before the clamp, and of their originals; and
         the mean squared distance, over scales, between the sum so far and the features.
 
-        The gradient of the pictures passes straight through to the features; codes and shared convolutions learn from
+        The gradient of the images passes straight through to the features; codes and shared convolutions learn from
         the distance.
         """
         schedule = self.schedule_for(*images_B3HW.shape[-2:])
@@ -115,12 +115,12 @@ class V1ImageTokenizer(nn.Module, MultiScale):
             distance = distance + F.mse_loss(summed, features.detach())
             distance = distance + COMMITMENT * F.mse_loss(summed.detach(), features)
         through = features + (summed - features).detach()
-        pictures_B3HW = self.decoder(self.from_latent(through))
-        return criterion(pictures_B3HW, images_B3HW) + distance / len(schedule)
+        originals_B3HW = self.decoder(self.from_latent(through))
+        return criterion(originals_B3HW, images_B3HW) + distance / len(schedule)
 
     @torch.no_grad()
     def _revive(self, features_Bdhw: torch.Tensor, schedule: Schedule) -> None:
-        """Put codes that were idle for long where these pictures have something left over, at random scales."""
+        """Put codes that were idle for long where these images have something left over, at random scales."""
         if not len(self.idle):
             self.idle = torch.zeros(self.config.codes, dtype=torch.int64, device=features_Bdhw.device)
         self.idle += 1

@@ -1,14 +1,14 @@
 """VARGPT v1: LLaVA-1.5 with a VAR decoder for next-scale prediction and an image tokenizer over a codebook.
 
-The pass for text and pictures is ``unified``. With guidance, the unconditional branch has no language model: its states
+The pass for text and images is ``unified``. With guidance, the unconditional branch has no language model: its states
 are Gaussian noise, drawn afresh at every scale (VARGPT, section 7.6; specification, section 5), and its strength grows
 from nothing at the first scale to the full one at the last.
 
-Deviations from the published code (specification, section 9): pictures may be understood and drawn in one row; the
+Deviations from the published code (specification, section 9): images may be understood and drawn in one row; the
 noise of each sample is drawn from that sample's seed.
 
 Shape legend: B rows, T positions, H language-model width, M rows of a guided drawing (conditional, then unconditional),
-n tokens of one scale, P patches of understood pictures, V codes.
+n tokens of one scale, P patches of understood images, V codes.
 """
 
 import torch
@@ -45,7 +45,7 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         self.projector_in = Projector(width, hidden)
         self.projector_out = Projector(hidden, width)
         self.image_decoder = V1VisualDecoder(config.decoder_config, config.image_tokenizer_config)
-        # Pictures are seen through the last but one layer of the vision tower.
+        # Images are seen through the last but one layer of the vision tower.
         first = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
         unused = range(first, config.vision_config.num_hidden_layers)
         self.unreached = ("model.vision_tower.post_layernorm.",) + tuple(
@@ -75,10 +75,10 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
 
         ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
-        Drawings and understood pictures are in rows of one block.
+        Drawings and understood images are in rows of one block.
 
         Raises ValueError when the pads do not fit the drawing. Without one, see ``LlavaForConditionalGeneration``;
-        the grid and the token types of understood pictures, all of one size, say nothing here.
+        the grid and the token types of understood images, all of one size, say nothing here.
         """
         if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
@@ -99,11 +99,11 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
             input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
         )
 
-    def picture_features(self, pixel_values: torch.Tensor, image_grid_thw=None) -> torch.Tensor:
-        """[P, H]: the patches of all understood pictures."""
+    def image_features(self, pixel_values: torch.Tensor, image_grid_thw=None) -> torch.Tensor:
+        """[P, H]: the patches of all understood images."""
         return torch.cat(list(self.get_image_features(pixel_values).pooler_output))
 
-    def blank_pictures(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
+    def blank_images(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
         vision = self.config.vision_config
         cells = vision.image_size // vision.patch_size
         pixel_values = torch.zeros(count, 3, *[vision.image_size] * 2, device=self.device, dtype=self.dtype)
@@ -111,7 +111,7 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         return {"pixel_values": pixel_values, "image_grid_thw": grids}, cells**2
 
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
-        """int64 [B, T]; the same for training and sampling, and for text and pictures."""
+        """int64 [B, T]; the same for training and sampling, and for text and images."""
         return text_positions(attention_mask_BT)
 
     def block_positions(self, plain_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The chat markup of v1: Vicuna's, as LLaVA-1.5 was trained with it, and the special tokens of pictures.
+"""The chat markup of v1: Vicuna's, as LLaVA-1.5 was trained with it, and the special tokens of images.
 
 The system sentence, then ``USER: ... ASSISTANT:`` and the answer with its ``eos``. Deviation from the published code,
 whose training leaves ``bos`` out and whose sampling leaves the system sentence out: every conversation begins with both
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from vargpt_rl.model.prompt import Markup, Part, Pictures, Shown
+from vargpt_rl.model.prompt import ChatTemplate, Part, ShownImage, VisionInputs
 from vargpt_rl.model.v1.configuration import VargptV1Config
 
 SYSTEM = (
@@ -22,7 +22,7 @@ SYSTEM = (
 )
 
 
-class VicunaFormat(Markup):
+class VicunaFormat(ChatTemplate):
     """v1's markup."""
 
     def __init__(self, path: str, config: VargptV1Config):
@@ -39,13 +39,13 @@ class VicunaFormat(Markup):
             yield from self.content(parts)
             yield [self.end], True
             return
-        # Words and markup are one text, cut by pictures only: it is as such that the tokenizer must read them.
+        # Words and markup are one text, cut by images only: it is as such that the tokenizer must read them.
         for is_text, found in groupby(["USER: ", *parts, " ASSISTANT:"], lambda part: isinstance(part, str)):
             pieces = list(found)
             yield from self.content(["".join(pieces)] if is_text else pieces)
 
     def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
-        """A user's turn: each picture on a line of its own, as LLaVA has it, then the words."""
+        """A user's turn: each image on a line of its own, as LLaVA has it, then the words."""
         return [*(part for shown in self.shown(image_grid_thw) for part in (shown, "\n")), text]
 
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
@@ -54,12 +54,12 @@ class VicunaFormat(Markup):
     def seen(self, features: int) -> list[int]:
         return [self.config.image_token_id] * features
 
-    def shown(self, image_grid_thw: torch.Tensor | None) -> list[Shown]:
-        return [Shown(int(grid.prod())) for grid in (() if image_grid_thw is None else image_grid_thw)]
+    def shown(self, image_grid_thw: torch.Tensor | None) -> list[ShownImage]:
+        return [ShownImage(int(grid.prod())) for grid in (() if image_grid_thw is None else image_grid_thw)]
 
-    def pictures(self, images: list[Image.Image], max_pixels: int | None = None) -> Pictures:
+    def vision_inputs(self, images: list[Image.Image], max_pixels: int | None = None) -> VisionInputs:
         """All of one size, whatever ``max_pixels`` says: the vision tower takes no other."""
         batch = self.image_processor(images=images, return_tensors="np")
         pixels = torch.from_numpy(np.asarray(batch["pixel_values"], np.float32))
         side = pixels.shape[-1] // self.config.vision_config.patch_size
-        return Pictures(pixels, torch.tensor([[1, side, side]] * len(images)))
+        return VisionInputs(pixels, torch.tensor([[1, side, side]] * len(images)))

@@ -1,0 +1,78 @@
+"""A run that is killed again and again, at every step and while its files are written, ends as if nothing had been.
+
+Really killed, but without a cluster (see ``tests.helpers.one_process``); with one: ``tests.driver.test_faults``.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tests.driver.test_faults import ROOT, SMALL, STEPS, flip, same
+
+from tests.helpers.tiny import tiny_checkpoint
+from vargpt_rl.common.failpoints import VARIABLE
+
+WRITES = [
+    "prompts.jsonl/written",
+    "iter-00-sft/checkpoint/marked",
+    "iter-00-sft/step-000002/unmarked",
+    "iter-00-sft/final/written",
+    "iter-00.parquet/written",
+    "iter-00-dpo/rank-0/step-2",
+    "iter-00-dpo/rank-0/save",
+    "iter-00-dpo/checkpoint/there",
+    "iter-00-dpo/final/removed",
+    "summary.json/written",
+]
+
+
+def go(folder, name: str, *points: str) -> list[list]:
+    """Each start's point (``end`` for a start that runs to the end), exit code, whether it was missed, and seconds."""
+    settings = [f"runs={folder}", f"checkpoint={folder}/model", f"name={name}", *SMALL.split()]
+    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(settings), *points]
+    environment = os.environ | {VARIABLE: str(folder / f"{name}-faults"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    ends = json.loads(ran.stdout.splitlines()[-1])
+    codes = [0 if point == "end" else -signal.SIGKILL for point in points]
+    assert [end[:3] for end in ends] == [[*each, False] for each in zip(points, codes, strict=True)], ran.stderr[-3000:]
+    return ends
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    tiny_checkpoint(folder / "model")
+    go(folder, "undisturbed", "end")
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("points", [STEPS, pytest.param(WRITES, marks=pytest.mark.faults)], ids=["steps", "writes"])
+def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(folder, points):
+    name = f"killed-{len(points)}-{points[0].split('/')[0]}"
+    go(folder, name, *points, "end")
+    events = same(folder / name, folder / "undisturbed")
+    assert events and all(event.startswith("going on after ") for event in events)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
+    run = folder / "damaged"
+    go(folder, "damaged", "iter-00/pairs")
+    weights = run / "checkpoints/iter-00-sft/final/weights.safetensors"
+    flip(weights)
+    go(folder, "damaged", "iter-00/dpo")
+    trainer = run / "checkpoints/iter-00-dpo/trainer"
+    assert sorted(path.name for path in trainer.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
+    flip(max((trainer / "checkpoint-000002").rglob("*optim_states.pt")))
+    go(folder, "damaged", "end")
+    again, first, _, refused = same(run, folder / "undisturbed")
+    assert again.startswith(f"iter-00/sft is done again: checkpoint {weights.parent}: weights.safetensors is not what")
+    assert first == "going on after iter-00/before"
+    assert refused.startswith(f"training checkpoint {trainer}/checkpoint-000002: ")
+    assert refused.endswith("is not what was written (size or blake2b differs); going on from checkpoint-000001")

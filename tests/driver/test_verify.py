@@ -1,0 +1,59 @@
+"""A run with damaged files goes back to before they were made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.test_preferences import row
+from vargpt_rl.data.preferences import write_table
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.verify import check_steps
+from vargpt_rl.storage.checkpoint import save_checkpoint
+
+STEPS = ["understands/before", "iter-00/sft", "iter-00/after_sft", "iter-00/pairs", "iter-00/dpo", "iter-00/after_dpo"]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run that has done these steps, each with its files."""
+    run = Run(tmp_path / "run", {})
+    for name in ("iter-00-sft/step-000002", "iter-00-sft/final", "iter-00-dpo/final"):
+        save_checkpoint(run.directory / "checkpoints" / name, {"weight": torch.arange(100.0)})
+    (run.directory / "preferences").mkdir()
+    for name in ("iter-00", "iter-00-held-out"):
+        write_table(run.directory / "preferences" / f"{name}.parquet", [row("a", chosen_bits=bytes(range(200)))])
+    for step in STEPS:
+        run.step(step, dict)
+    return run
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[data.index(bytes(range(50, 60))) if file.suffix == ".parquet" else -1] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_whole_run_stays_as_it_is(run):
+    check_steps(run)
+    assert list(run.state["steps"]) == STEPS and run.state["events"] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "step"),
+    [
+        ("checkpoints/iter-00-sft/step-000002/weights.safetensors", "iter-00/sft"),
+        ("checkpoints/iter-00-sft/final/weights.safetensors", "iter-00/sft"),
+        ("checkpoints/iter-00-dpo/final/weights.safetensors", "iter-00/dpo"),
+        ("preferences/iter-00-held-out.parquet", "iter-00/after_sft"),
+        ("preferences/iter-00.parquet", "iter-00/pairs"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["byte", "missing"])
+def test_the_step_whose_file_is_damaged_is_done_again_and_all_after_it(run, file, step, damage):
+    (flip if damage == "byte" else Path.unlink)(run.directory / file)
+    check_steps(run)
+    again = Run(run.directory, {})
+    assert list(again.state["steps"]) == STEPS[: STEPS.index(step)]
+    (event,) = again.state["events"]
+    assert event.startswith(f"{step} is done again: ") and str(Path(file).parent) in event

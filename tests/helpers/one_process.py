@@ -1,0 +1,89 @@
+"""The loop with its worker and its rank in the driver's own process, and many starts of it, quickly.
+
+Each start is a fork of a process that has imported all it needs. ``python -m tests.helpers.one_process ARGUMENTS_JSON
+POINT...`` runs the loop with ``ARGUMENTS_JSON``, killed at each POINT in turn, and then, after a last POINT ``end``, to
+its end; it prints how the starts ended.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import ray
+import torch
+
+from actors.pool import RolloutPool
+from actors.worker import Worker
+from learners.group import LearnerGroup
+from learners.rank import Rank
+from tests.helpers.faults import ask
+from vargpt_rl import loop
+from vargpt_rl.common.failpoints import VARIABLE
+from vargpt_rl.common.network import free_port
+from vargpt_rl.driver.rollout import Rollouts
+from vargpt_rl.driver.steps import Steps
+from vargpt_rl.driver.verify import check_steps
+
+
+class OwnPool(RolloutPool):
+    """The pool's interface to a worker in this process; weights come as they come to one elsewhere."""
+
+    def __init__(self, config, worker: Worker):
+        self.config, self.worker = config, worker
+        self.version, self._published, self.takes, self._shelf = 0, [], lambda name: True, None
+
+    def map(self, method, items, *args, label, batch_size=None):
+        size = batch_size or self.config.batch_size
+        batches = [items[at : at + size] for at in range(0, len(items), size)]
+        return [result for batch in batches for result in getattr(self.worker, method)(batch, *args)]
+
+    def reward(self, items, resolution, rewards):
+        return self.map("reward", items, resolution, rewards, label="reward")
+
+    def _every(self, method, *args):
+        return [getattr(self.worker, method)(*args)]
+
+
+class OwnRank(LearnerGroup):
+    """The group's interface to a rank in this process."""
+
+    def __init__(self, config, note):
+        self.rank, self.note = Rank(0, config, threads=1, use_gpu=False), note
+        self.rank.join(ray.util.get_node_ip_address(), free_port())
+
+    def _run(self, method, job, on_log):
+        yield from ()  # never waits
+        return getattr(self.rank, method)(self._resumed(job))
+
+
+def start(arguments: list[str]) -> None:
+    """What ``loop.start`` does, without a cluster."""
+    torch.set_num_threads(1)
+    config, _, inputs, run = loop.prepare(arguments)
+    check_steps(run)
+    if run.state["steps"]:
+        run.note(f"going on after {list(run.state['steps'])[-1]}")
+    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1))
+    rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
+    steps = Steps(config, run, inputs, rollouts, OwnRank(config.learner, run.note))
+    run.finish(loop.execute(steps, run, config, inputs))
+
+
+def main(arguments: list[str], points: list[str]) -> None:
+    faults, ends = Path(os.environ[VARIABLE]), []
+    for point in points:
+        if point != "end":
+            ask(faults, point)
+        began = time.monotonic()
+        if (child := os.fork()) == 0:
+            start(arguments)
+            os._exit(0)  # nothing of this process is to be cleared away twice
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends.append([point, code, (faults / point).exists(), round(time.monotonic() - began, 1)])
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2:])

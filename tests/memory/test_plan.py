@@ -1,0 +1,265 @@
+"""What a run needs: states by ZeRO stage, activations counted on skeletons, and the refusal of what cannot fit."""
+
+import copy
+
+import pytest
+import torch
+
+from actors.resources import PlacementConfig, RolloutConfig
+from configs.load import load_config
+from learners.config import LearnerConfig
+from tests.helpers.tiny import tiny_config, tiny_tokenizer
+from vargpt_rl.losses.supervised import sft_loss
+from vargpt_rl.memory.plan import GIB, RUNTIME, Devices, activations, batch, parameter_sizes, preference_loss, states
+from vargpt_rl.memory import plan as memory
+from vargpt_rl.memory import tracker as ledger
+from vargpt_rl.memory.tracker import counting, skeleton
+from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.stages import STAGES, freeze
+
+SETTINGS = ["resolutions=[32,48]", "data.seen_side=56"]
+ALL = "stages=[pretrain,understanding,align,edit]"
+SAMPLING = SamplingConfig(cfg=3.0)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = tiny_config(tiny_tokenizer())
+    config.text_config.num_hidden_layers, config.decoder_config.depth = 6, 7
+    config.text_config.layer_types = ["full_attention"] * 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    torch.manual_seed(0)
+    return Vargpt(config)
+
+
+def sft(rows: int, resolution: int = 32):
+    stage = STAGES["sft"]
+    return lambda model: sft_loss(model, batch(model, rows, rows, resolution), stage.noise, stage.text_weight)[0]
+
+
+def dpo(rows: int, resolution: int = 32):
+    return lambda model: preference_loss(model, batch(model, rows, rows, resolution), resolution)
+
+
+def questions(model: Vargpt) -> torch.Tensor:
+    stage = STAGES["understanding"]
+    return sft_loss(model, batch(model, 3, 1, 32, seen_side=56), stage.noise, stage.text_weight)[0]
+
+
+# States
+
+
+def test_weights_gradients_and_optimizer_are_those_of_the_parameters(model):
+    freeze(model, STAGES["sft"])
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = states(parameter_sizes(model, STAGES["sft"]), torch.float32, 0, 1, False, True)
+    assert 0 < trained < total
+    assert found["weights"] == found["whole"] == 4 * total
+    assert found["gradients"] == 4 * trained and found["optimizer"] == 8 * trained and found["buffers"] == 0
+
+
+def test_bf16_keeps_fp32_masters(model):
+    sizes = parameter_sizes(model, STAGES["dpo"])
+    trained = sum(n for n, is_trained in sizes if is_trained)
+    found = states(sizes, torch.bfloat16, 2, 1, False, True)
+    assert found["weights"] == 2 * sum(n for n, _ in sizes)
+    assert found["gradients"] == 2 * trained and found["optimizer"] == 12 * trained
+    assert found["update"] == 6 * trained
+
+
+def test_zero_shares_by_stage():
+    sizes = [(8_000_000, True), (80_000_000, False)]
+    one = {zero: states(sizes, torch.bfloat16, zero, 1, False, True) for zero in (1, 2, 3)}
+    eight = {zero: states(sizes, torch.bfloat16, zero, 8, False, True) for zero in (1, 2, 3)}
+    for zero, shared in {
+        1: ["optimizer"],
+        2: ["optimizer", "gradients"],
+        3: ["optimizer", "gradients", "weights"],
+    }.items():
+        for name in ("optimizer", "gradients", "weights"):
+            share = 8 if name in shared else 1
+            assert eight[zero][name] * share == one[zero][name], (zero, name)
+    assert eight[3]["whole"] == one[3]["whole"] == 2 * 88_000_000
+
+
+def test_a_gpu_holds_whole_buckets_and_a_cpu_what_is_written_to():
+    sizes = [(1000, True)]
+    on_gpu, on_cpu = (states(sizes, torch.float32, 2, 1, True, where) for where in (True, False))
+    assert on_gpu["buffers"] == 4 * (5 * 10**8 + 1000 + 1000)
+    assert on_cpu["buffers"] == 4 * 3 * 1000
+
+
+# Activations
+
+
+def edits(model: Vargpt) -> torch.Tensor:
+    stage = STAGES["edit"]
+    return sft_loss(model, batch(model, 2, 2, 32, seen_side=56, edits=True), stage.noise, stage.text_weight)[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "stage, loss", [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
+)
+def test_four_blocks_count_for_all(config, stage, loss, checkpointing, monkeypatch):
+    short = activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing)
+    monkeypatch.setattr(ledger, "BLOCKS", 100)
+    assert short == pytest.approx(
+        activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing), 0.01
+    )
+
+
+def test_four_blocks_count_for_all_in_drawing(config, monkeypatch):
+    short = memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
+    monkeypatch.setattr(ledger, "BLOCKS", 100)
+    assert short == memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
+
+
+def test_the_skeleton_holds_what_the_model_does(config, model):
+    """Saved tensors of a real forward pass, without the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    freeze(model.train(), STAGES["sft"])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        real = sft(2)(model)
+    small = skeleton(config, torch.float32)
+    freeze(small.model.train(), STAGES["sft"])
+    with counting(small) as ledger:
+        shape = sft(2)(small.model)
+    assert real.shape == shape.shape
+    assert ledger.live == pytest.approx(sum(storage.nbytes() for storage in kept.values()), 0.05)
+
+
+def test_activations_grow_with_rows_and_resolution_and_shrink_with_checkpointing(config):
+    small, stage = skeleton(config, torch.float32), STAGES["sft"]
+    base = activations(small, stage, sft(2), False)
+    assert activations(small, stage, sft(4), False) == pytest.approx(2 * base, 0.1)
+    assert activations(small, stage, sft(2, 64), False) > 1.1 * base
+    assert activations(small, stage, sft(2), True) < 0.6 * base
+    assert activations(skeleton(config, torch.bfloat16), stage, sft(2), False) < 0.9 * base
+
+
+def test_caches_are_those_of_all_blocks_and_both_branches(config):
+    rows, tokens, text = 2, 1 + 4 + 16, memory.TEXT_TOKENS
+    found = memory.rollout(skeleton(config, torch.float32), 123, 64, rows, SAMPLING)
+    language = 2 * 6 * (64 // 2) * (text + tokens) * rows
+    decoder = 2 * 7 * 64 * (text + tokens) * 2 * rows
+    assert 4 * (language + decoder) < found.caches < 1.2 * 4 * (language + decoder)
+    assert found.total == RUNTIME + 123 + found.caches + found.activations
+
+
+def test_edits_take_the_images_that_are_shown_too(config):
+    small, stage = skeleton(config, torch.float32), STAGES["edit"]
+    plain = activations(small, stage, lambda model: sft_loss(model, batch(model, 2, 2, 32), stage.noise, 1.0)[0], False)
+    assert activations(small, stage, edits, False) > plain
+    inputs = batch(small.model, 2, 2, 32, seen_side=56, edits=True)
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 2 * 4 and len(inputs["image_grid_thw"]) == 2
+    prompt = (inputs["input_ids"] != config.image_gen_pad_token_id).int().argmin(1)
+    assert prompt.tolist() == [memory.TEXT_TOKENS + 4] * 2, "the image comes on top of the text"
+    drawing = [memory.rollout(small, 0, 32, 2, SAMPLING, side) for side in (0, 224)]
+    assert drawing[1].caches > drawing[0].caches, "64 tokens more in each row's cache"
+
+
+# A run
+
+
+def test_the_plan_has_every_stage_and_sums_that_add_up(config):
+    plan = memory.plan(load_config([*SETTINGS, ALL]), config, on_gpu=True, compare=True)
+    names = [(need.stage, need.resolution) for need in plan.training]
+    rounds = [(name, px) for px in (32, 48) for name in ("sft", "dpo")]
+    assert names == [("pretrain", 32), ("understanding", 32), *rounds, ("edit", 48)]
+    assert [need.resolution for need in plan.rollouts] == [32, 48]
+    for need in plan.training:
+        assert need.total == RUNTIME + need.weights + need.gradients + need.optimizer + need.buffers + need.activations
+        assert need.otherwise < need.activations
+        assert f"{need.total / GIB:.1f} GiB (weights" in str(need)
+
+
+def test_the_bound_is_no_less_than_the_plan(config):
+    settings = load_config([*SETTINGS, ALL, "edit.recipe.micro_batch=8"])
+    bound, plan = memory.bound(settings, config, False), memory.plan(settings, config, False)
+    for upper, need in zip(bound.training, plan.training, strict=True):
+        assert upper.total >= need.total, need.stage
+    assert max(need.total for need in bound.rollouts) >= max(need.total for need in plan.rollouts)
+
+
+def test_two_losses_need_room_for_a_sum_of_gradients_each(config):
+    def buffers(*settings: str) -> int:
+        plan = memory.plan(load_config([*SETTINGS, "stages=[understanding]", *settings]), config, on_gpu=False)
+        return plan.training[0].buffers
+
+    trained = sum(
+        n for n, is_trained in parameter_sizes(memory._on_meta(config), STAGES["understanding"]) if is_trained
+    )
+    assert buffers() - buffers("understanding.drawing_share=0") == 2 * 4 * trained // 2
+    assert buffers("understanding.recipe.zero=3") == buffers(
+        "understanding.recipe.zero=3", "understanding.drawing_share=0"
+    )
+
+
+def test_what_cannot_fit_is_refused_with_the_sum(config):
+    settings = load_config([*SETTINGS, "rollout.workers=3"])
+    memory.check_fits(settings, config, Devices(0, 0, 20 * GIB))
+    with pytest.raises(ValueError) as error:
+        memory.check_fits(settings, config, Devices(0, 0, 4 * GIB))
+    message = str(error.value)
+    assert "3 rollout workers of 1." in message and "2 learner ranks of 1." in message and "runtime 1.0" in message
+    assert "which has 4.0 GiB" in message and "gradient_checkpointing=true" in message and "\n" not in message
+
+
+def test_processes_share_a_gpu_as_far_as_their_shares_go(config):
+    plan = memory.plan(load_config(["resolutions=[32]", "stages=[align]", "iterations=1"]), config, on_gpu=True)
+
+    def crowd(workers: float, ranks: float, kind: str = "colocated") -> tuple[int, int]:
+        rollout, learner = RolloutConfig(2, gpus_per_worker=workers), LearnerConfig(2, gpus_per_rank=ranks)
+        load = memory.fullest(plan, rollout, learner, PlacementConfig(kind), on_gpu=True)
+        assert load.total == load.workers * load.rollout.total + load.ranks * load.training.total
+        return load.workers, load.ranks
+
+    assert crowd(1.0, 1.0, "split") == (0, 1)  # the buckets make a rank larger than a worker
+    assert crowd(0.5, 1.0, "split") == (0, 1)  # two workers share a GPU, none with a rank
+    assert crowd(0.5, 0.5) == (1, 1)
+    assert crowd(0.3, 0.7) == (1, 1)
+    assert crowd(0.1, 0.5) == (2, 1)  # there are no more than two
+    with pytest.raises(ValueError, match="gpus_per_rank=0.7 beside rollout.gpus_per_worker=0.5"):
+        crowd(0.5, 0.7)
+
+
+def test_the_model_that_is_planned_is_not_changed(config):
+    before = copy.deepcopy(config.to_dict())
+    skeleton(config, torch.float32)
+    assert config.to_dict() == before
+
+
+# Streams of records
+
+
+def test_streamed_questions_may_be_long_and_drawings_are_encoded_by_the_rank(config):
+    given = ["data=records", "+data.sources.a.files=[x]", "stages=[pretrain,understanding]", "data.seen_pixels=3136"]
+    plans = []
+    for more in (["data.max_tokens=200"], ["data.max_tokens=600"], ["data.max_tokens=600", "data.encoded=x"]):
+        settings = load_config([*given, "resolutions=[48]", *more])
+        plans.append({need.stage: need for need in memory.plan(settings, config, False).training})
+    short, long, encoded = plans
+    assert long["understanding"].activations > 2 * short["understanding"].activations
+    assert long["pretrain"].activations == short["pretrain"].activations, "what is drawn has a length of its own"
+    tokenizer = sum(p.numel() for p in Vargpt(config).image_tokenizer.parameters()) * 4
+    for stage in ("pretrain", "understanding"):
+        assert long[stage].weights - encoded[stage].weights == tokenizer
+        assert long[stage].activations >= encoded[stage].activations
+    settings = load_config([*given, "resolutions=[48]", "data.max_tokens=600"])
+    whole = memory.bound(settings, config, False)
+    for name, need in long.items():
+        assert next(n for n in whole.training if n.stage == name).total >= need.total

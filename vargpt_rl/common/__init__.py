@@ -1,0 +1,1 @@
+"""Small parts that every room uses; nothing here imports from the project."""

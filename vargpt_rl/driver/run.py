@@ -1,0 +1,165 @@
+"""A run's directory: what was set, what was measured, which steps are done, and the summary at the end.
+
+A step is a named piece of the loop whose result is a small JSON object; its files lie in the run directory. A finished
+step is never repeated: the same command goes on after the last one.
+"""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import wandb
+import yaml
+
+from vargpt_rl.common.failpoints import point
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.lines import trim
+
+CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+FREE = tuple(
+    f"{key}: "
+    for key in (
+        *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
+        *(f"learner.{key}" for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s")),
+        *(f"tracking.{key}" for key in ("wandb", "project", "table_rows")),
+        *(f"placement.{key}" for key in ("kind", "strategy")),
+        "learner.gpus_per_rank",
+    )
+)
+"""Settings that may change under a run: they say where and how it runs, not what comes out."""
+NEW = {"steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
+
+
+def differences(old: object, new: object, prefix: str = "") -> list[str]:
+    """``key: old -> new`` for every setting that differs, by dotted name."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix}: {old} -> {new}"]
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        lines += differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+    return lines
+
+
+class Run:
+    """Opens the directory, new or begun.
+
+    ValueError if it was begun with other settings than these, naming each, but for those that are ``FREE``.
+    """
+
+    def __init__(self, directory: Path, config: dict):
+        self.directory = directory
+        saved, changed = directory / CONFIG, []
+        if saved.exists():
+            changed = differences(yaml.safe_load(saved.read_text()), config)
+            if fixed := [line for line in changed if not line.startswith(FREE)]:
+                raise ValueError(
+                    f"{directory} was begun with other settings ({'; '.join(fixed)}): go on with those, "
+                    f"or give this run another name=..."
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, STATE, SUMMARY):
+            for unfinished in directory.glob(f".{name}.*"):  # of a driver that was killed
+                unfinished.unlink()
+        write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
+        path = directory / STATE
+        self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})
+        self.began = time.time() - self.state["seconds"]
+        trim(directory / METRICS)
+        self.tracker = None
+        self.where: dict[str, object] = {}
+        self.served = self._recorded
+        if changed:
+            self.note(f"going on with other settings: {'; '.join(changed)}")
+
+    @property
+    def _recorded(self) -> dict:
+        """What the workers held after the last recorded step: weight sets, and the version of the last published."""
+        return self.state["served"].get(next(reversed(self.state["steps"]), None), {"version": 0, "weights": []})
+
+    @property
+    def summary(self) -> dict | None:
+        """The summary of a finished run."""
+        path = self.directory / SUMMARY
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def track(self, mode: str, project: str, config: dict) -> None:
+        """Also send metrics to wandb. Its own files lie in the run directory; WANDB_DATA_DIR moves those of tables."""
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.directory.resolve() / "wandb"))
+        self.tracker = wandb.init(
+            mode=mode,
+            project=project,
+            name=self.directory.name,
+            dir=self.directory,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def step(self, name: str, work: Callable[[], dict]) -> dict:
+        """The result of a named step: from its record if it is done, else by doing it and recording the result."""
+        if name not in self.state["steps"]:
+            result = work()
+            json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
+            point(name)
+            self.state["steps"][name], self.state["served"][name] = result, self.served
+            self.save()
+        return self.state["steps"][name]
+
+    def rewind(self, name: str, why: str) -> None:
+        """Forget a step, whose files cannot be used, and all after it: they are done again."""
+        steps = list(self.state["steps"])
+        for step in steps[steps.index(name) :]:
+            del self.state["steps"][step]
+            self.state["served"].pop(step, None)
+        self.served = self._recorded
+        self.note(f"{name} is done again: {why}")
+
+    def note(self, event: str, restart: bool = False) -> None:
+        """Record what went wrong and was put right, and whether processes were started again for it."""
+        print(f"note: {event}", flush=True)
+        self.state["events"].append(event)
+        self.state["restarts"] += restart
+        self.save()
+
+    def save(self) -> None:
+        """Record the state."""
+        self.state["seconds"] = self.seconds
+        write_atomically(self.directory / STATE, json.dumps(self.state, indent=1).encode())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run; time between an interruption and the next start does not count."""
+        return time.time() - self.began
+
+    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]]) -> None:
+        """A line of ``metrics.jsonl``, and the same, lists aside, to wandb under ``stage/``."""
+        line = {"time": time.time(), **self.where, "stage": stage, "step": step, **metrics}
+        with (self.directory / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            numbers = {f"{stage}/{key}": value for key, value in metrics.items() if not isinstance(value, list)}
+            self.tracker.log(numbers | self.where)
+
+    def log_images(self, path: Path) -> None:
+        """Show an image file in wandb."""
+        if self.tracker is not None:
+            self.tracker.log({f"samples/{path.stem}": wandb.Image(str(path))})
+
+    def log_table(self, name: str, table: pd.DataFrame) -> None:
+        """Show a table in wandb; paths in it are of images, which may go afterwards."""
+        if self.tracker is not None:
+            cells = table.astype(object).where(table.notna(), None).values.tolist()
+            rows = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in cells]
+            self.tracker.log({name: wandb.Table(columns=list(table.columns), data=rows)} | self.where)
+
+    def finish(self, summary: dict) -> None:
+        """Write the summary, at once and last."""
+        write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1).encode())
+
+    def close(self, failed: bool) -> None:
+        """Flush what is tracked, whatever happened."""
+        if self.tracker is not None:
+            self.tracker.finish(exit_code=int(failed))
