@@ -55,7 +55,7 @@ def talk(task: str, *texts: str, images: tuple = ()) -> RecordConversation:
 
 
 def shown(seed: int, size: tuple[int, int] = (90, 70)) -> InRecord:
-    return InRecord(image(seed, size))
+    return InRecord(encoded_image(seed, size))
 
 
 def batches(chat, feed, count: int, rank: int = 0, ranks: int = 1, seed: int = 0) -> list[dict]:
