@@ -1,25 +1,37 @@
-"""Settings of the learners. No heavy imports, so that a bad setting is told at once."""
+"""Settings of the learners. No heavy imports, so that a bad setting fails at once."""
 
 from dataclasses import dataclass, field
+
+from vargpt_rl.common.settings import require
 
 
 @dataclass
 class Recipe:
-    """How long and how fast a stage trains. Global batch = micro_batch x accumulation x ranks."""
+    """Length and speed of a training stage. Global batch = micro_batch x accumulation x ranks."""
 
     steps: int = 100
+    """Optimizer steps."""
     batch: int = 32
+    """Examples (or pairs) per step, over all ranks."""
     micro_batch: int = 8
+    """Examples (or pairs) per forward pass of one rank."""
     lr: float = 5e-5
+    """Peak learning rate of AdamW."""
     schedule: str = "cosine"
+    """Learning-rate schedule after warmup: a ``transformers`` scheduler type."""
     warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this total norm."""
     zero: int = 2
+    """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
 
     def accumulation(self, ranks: int) -> int:
-        """Micro-batches a step on each rank. ValueError unless the batch divides evenly."""
+        """Micro-batches per step on each rank. ValueError unless the batch divides evenly."""
         if self.steps < 1 or self.batch % (self.micro_batch * ranks):
             raise ValueError(
                 f"batch={self.batch} with micro_batch={self.micro_batch} on {ranks} ranks and steps={self.steps}: "
@@ -28,25 +40,29 @@ class Recipe:
         return self.batch // (self.micro_batch * ranks)
 
     def arithmetic(self, ranks: int) -> str:
-        """Steps and how a step's batch is made up, in words."""
+        """The number of steps and the composition of a batch, in words."""
         parts = f"{self.micro_batch} (micro) x {self.accumulation(ranks)} (accumulation) x {ranks} (ranks)"
         return f"{self.steps} steps of {self.batch} = {parts}"
 
 
 @dataclass
 class DpoConfig:
-    """The preference loss. ``loss_type`` and ``loss_weights`` are TRL's, and may name several losses.
-
-    ``beta`` 0.1 is DPO's usual one, the papers give none. ``logp_norm``: the papers sum log-probabilities over all bits
-    ("sum"). A sum has 4.8 times as many terms at 512 px as at 256, so the same beta is 4.8 times hotter there;
-    "per_token" and "per_bit" divide by L or L x d and want a beta larger by as much.
-    """
+    """The preference loss."""
 
     beta: float = 0.1
+    """Strength of the KL constraint. 0.1 is DPO's usual value; the VARGPT papers give none."""
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    """TRL's loss types; several are added."""
     loss_weights: list[float] | None = None
+    """Weight of each loss; null weighs all by 1."""
     label_smoothing: float = 0.0
+    """Assumed share of wrong labels, for the losses that use it."""
     logp_norm: str = "sum"
+    """How the log-probability of an image is summed: "sum", "per_token" or "per_bit".
+
+    The papers sum over all bits. A sum has 4.8 times as many terms at 512 px as at 256, so the same beta is 4.8 times
+    hotter there; "per_token" and "per_bit" divide by L or L x d and need a beta larger by that factor.
+    """
 
     def __post_init__(self):
         if self.beta <= 0:
@@ -59,31 +75,28 @@ class DpoConfig:
 
 @dataclass
 class LearnerConfig:
-    """``ranks`` processes share each stage's batch; ``gpus_per_rank`` counts where there are GPUs.
-
-    ``save_every``: after so many steps a stage can be resumed from there, as also from where a signal stopped the run;
-    null only from there. Of these checkpoints the ``keep_last`` last stay until the stage is done, and those after each
-    ``keep_every`` steps for good. Ranks that are lost are started again, and go on from the last one, at most
-    ``max_restarts`` times in one start of a run.
-    """
+    """The learner processes, their training checkpoints, and recovery from lost ranks."""
 
     ranks: int = 2
+    """Processes that share each batch."""
     gpus_per_rank: float = 1.0
+    """GPUs reserved per rank, if the cluster has any."""
     bf16: bool = False
+    """Train in bfloat16 instead of float32."""
     start_timeout_s: float = 300.0
+    """Longest wait for the ranks' resources and for their start."""
     save_every: int | None = 200
+    """Steps between training checkpoints; null saves one only when a signal stops the run."""
     keep_last: int = 2
+    """Number of newest training checkpoints kept while a stage runs."""
     keep_every: int | None = None
+    """Keep the checkpoint of every ``keep_every``-th step for good; null keeps none."""
     max_restarts: int = 3
+    """Number of times per start of the run that lost ranks are restarted from the last training checkpoint."""
 
     def __post_init__(self):
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"learner.save_every={self.save_every}: expected 1 or more, or null")
-        if self.keep_last < 1:
-            raise ValueError(f"learner.keep_last={self.keep_last}: expected 1 or more")
+        require(self, "learner.", save_every=1, keep_last=1, max_restarts=0)
         if self.keep_every is not None and (not self.save_every or self.keep_every % self.save_every):
             raise ValueError(
                 f"learner.keep_every={self.keep_every}: expected null or a multiple of save_every={self.save_every}"
             )
-        if self.max_restarts < 0:
-            raise ValueError(f"learner.max_restarts={self.max_restarts}: expected 0 or more")

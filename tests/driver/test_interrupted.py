@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.driver.test_faults import ROOT, SMALL, STEPS, flip, same
 
+from tests.driver.test_faults import ROOT, SMALL, STEPS, flip, same
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 

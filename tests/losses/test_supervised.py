@@ -11,6 +11,7 @@ from PIL import Image
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.types import Prompt
+from vargpt_rl.losses import supervised as losses
 from vargpt_rl.losses.supervised import (
     IMAGE_WEIGHT,
     Noise,
@@ -21,7 +22,6 @@ from vargpt_rl.losses.supervised import (
     sft_loss,
     text_loss,
 )
-from vargpt_rl.losses import supervised as losses
 from vargpt_rl.model.bits import quantise
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat

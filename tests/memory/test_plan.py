@@ -10,9 +10,9 @@ from configs.load import load_config
 from learners.config import LearnerConfig
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses.supervised import sft_loss
-from vargpt_rl.memory.plan import GIB, RUNTIME, Devices, activations, batch, parameter_sizes, preference_loss, states
 from vargpt_rl.memory import plan as memory
 from vargpt_rl.memory import tracker as ledger
+from vargpt_rl.memory.plan import GIB, RUNTIME, Devices, activations, batch, parameter_sizes, preference_loss, states
 from vargpt_rl.memory.tracker import counting, skeleton
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.modeling import Vargpt
