@@ -6,6 +6,7 @@ from pathlib import Path
 from learners.config import DpoConfig, Recipe
 from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.types import Probe
+from vargpt_rl.storage.checkpoint import Policy
 
 
 def training_checkpoints(output: Path) -> Path:
@@ -16,14 +17,6 @@ def training_checkpoints(output: Path) -> Path:
 def asked_to_save(output: Path) -> Path:
     """A file by which a job is asked to keep a checkpoint after its current step."""
     return output / "save"
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights a stage starts from: a model directory, then weight sets in order."""
-
-    model: str
-    weights: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class SftJob:
     """
 
     stage: str
-    start: Start
+    start: Policy
     corpus: Path | None
     recipe: Recipe
     output: Path
@@ -65,7 +58,7 @@ class SftJob:
 class DpoJob:
     """A preference stage on a table of pairs, or on the ``parts`` of it that come one after another."""
 
-    start: Start
+    start: Policy
     table: Path
     recipe: Recipe
     dpo: DpoConfig
@@ -80,7 +73,7 @@ class DpoJob:
 class TokenizerJob:
     """Image-tokenizer training on images that ``source`` loads by key, at the run's first resolution."""
 
-    start: Start
+    start: Policy
     keys: list[str]
     source: object
     side: int

@@ -22,7 +22,7 @@ from trl import DPOConfig
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import image_batches, train_image_tokenizer
-from learners.jobs import DpoJob, SftJob, Start, TokenizerJob, asked_to_save, training_checkpoints
+from learners.jobs import DpoJob, SftJob, TokenizerJob, asked_to_save, training_checkpoints
 from learners.pairs import PairTable
 from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
@@ -38,7 +38,7 @@ from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
-from vargpt_rl.storage.checkpoint import load_weights_into, save_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, load_weights_into, save_checkpoint
 
 
 class WriteLog(TrainerCallback):
@@ -99,7 +99,7 @@ class Rank:
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
         return os.getpid()
 
-    def _model(self, start: Start, policy: bool = False) -> Unified:
+    def _model(self, start: Policy, policy: bool = False) -> Unified:
         kind = family_of(load_config(start.model)).model
         kind = POLICIES[kind] if policy else kind
         model = kind.from_pretrained(start.model, dtype=torch.bfloat16 if self.bf16 else torch.float32)

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
+from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
 from learners.sft import SftTrainer
 from tests.helpers.faults import ask
 from tests.helpers.streams import feed_of, write_sources
@@ -31,7 +31,7 @@ from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
-from vargpt_rl.storage.checkpoint import check_checkpoint, load_weights_into
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, load_weights_into
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -45,7 +45,7 @@ UNREAD = {"image_decoder.condition.pool.query", "image_decoder.condition.uncondi
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    return Start(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))))
+    return Policy(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from learners import rank, sft
 from learners.config import LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import QuestionSet, SftJob, Start
+from learners.jobs import QuestionSet, SftJob
 from learners.modalities import ModalityGradients
 from learners.sft import BalancedBatches, Drawings, Questions
 from tests.helpers.tiny import BITS, Patches
@@ -24,7 +24,7 @@ from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import NO_NOISE, STAGES, freeze
-from vargpt_rl.storage.checkpoint import check_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
 
 SIDE = 32
 TOKENS = token_count(schedule_for(SIDE))
@@ -117,7 +117,7 @@ def trained(checkpoint, corpus, tmp_path_factory):
         questions = QuestionSet(ROWS, Patches(), 0.5, 56)
         recipe = replace(RECIPE, zero=zero)
         group.sft(
-            SftJob("understanding", Start(str(checkpoint)), corpus, recipe, folder, 0, PROBE, questions), lines.append
+            SftJob("understanding", Policy(str(checkpoint)), corpus, recipe, folder, 0, PROBE, questions), lines.append
         )
         return [line for line in lines if "loss" in line], load_file(check_checkpoint(folder / "final"))
 

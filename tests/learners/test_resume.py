@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from learners.checkpoints import check
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob, SftJob, Start, training_checkpoints
+from learners.jobs import DpoJob, SftJob, training_checkpoints
 from learners.resume import SafeReader, checkpoint_bytes
 from tests.helpers.streams import feed_of, write_sources
 from tests.helpers.tiny import BITS
@@ -26,7 +26,7 @@ from vargpt_rl.model.modeling import Drawing, Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
-from vargpt_rl.storage.checkpoint import check_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -75,7 +75,7 @@ def pair(model: Vargpt, chat: ChatFormat, number: int) -> dict:
     return row
 
 
-def run(group: LearnerGroup, start: Start, data: Path, case: tuple[str, int], output: Path) -> tuple[dict, list[dict]]:
+def run(group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], output: Path) -> tuple[dict, list[dict]]:
     kind, zero = case
     probe = Probe(PROMPT, pack(np.random.default_rng(1).integers(0, 2, (TOKENS, BITS))), SIDE)
     recipe, lines = Recipe(**RECIPE, zero=zero), []
@@ -112,7 +112,7 @@ def in_parts(group: LearnerGroup, job: DpoJob, lines: list[dict]) -> dict:
 @pytest.fixture(scope="module")
 def runs(checkpoint, data, tmp_path_factory) -> dict:
     """Of each case, folders, results and logs: of all steps at once, and of the last ones in fresh processes."""
-    folder, start, found = tmp_path_factory.mktemp("runs"), Start(str(checkpoint)), {}
+    folder, start, found = tmp_path_factory.mktemp("runs"), Policy(str(checkpoint)), {}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     for moment in ("whole", "resumed"):
         group = LearnerGroup(LearnerConfig(ranks=2, save_every=CUT), {"CPU": 0.5}, threads=1, use_gpu=False)

@@ -15,7 +15,7 @@ from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.image_tokenizer import reconstruction_loss, train_image_tokenizer
-from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob
+from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
 from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.preferences import write_table
@@ -25,7 +25,7 @@ from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_model
 from vargpt_rl.model.v1.image_tokenizer import PATIENCE, conv_of_scale
 from vargpt_rl.stages import NO_NOISE, STAGES, freeze
-from vargpt_rl.storage.checkpoint import check_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
 
 SIDE = 16 * V1_SIDES[-1]
 TOKENS = sum(side**2 for side in V1_SIDES)
@@ -131,7 +131,7 @@ def group(cluster):
 
 @pytest.fixture(scope="module")
 def start(v1_checkpoint):
-    return Start(str(v1_checkpoint))
+    return Policy(str(v1_checkpoint))
 
 
 @pytest.fixture(scope="module")

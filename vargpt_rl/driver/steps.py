@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configs.schema import LoopConfig
 from learners.checkpoints import prune
 from learners.config import Recipe
-from learners.jobs import DpoJob, QuestionSet, SftJob, Start, TokenizerJob, training_checkpoints
+from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob, training_checkpoints
 from rewards.preferences import external_winner
 from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import part_path, read_table
@@ -33,6 +33,7 @@ from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_config
 from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.model.scales import token_count
+from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import keep_best
 
 # What seeds are for, beside the run's seed and the iteration.
@@ -101,7 +102,7 @@ class Steps:
         records = source.records(settings.images, self.config.seed)
         winners = [key for record in records if (key := source.winner_key(record.prompt))]
         keys = [*dict.fromkeys(record.image for record in records), *dict.fromkeys(winners)]
-        start, output = Start(self.inputs.model, self.weights), self.checkpoint("tokenizer")
+        start, output = Policy(self.inputs.model, self.weights), self.checkpoint("tokenizer")
         job = TokenizerJob(
             start, keys, source, self.resolution, settings.steps, settings.batch, settings.lr, output, self.config.seed
         )
@@ -129,7 +130,7 @@ class Steps:
         else:
             counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
             self.inputs.check_quarantine()
-        start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
+        start, seed = Policy(self.inputs.model, self.weights), self.config.seed + self.iteration
         source, output = self.inputs.source, self.checkpoint(key)
         job = SftJob(stage, start, corpus, recipe, output, seed, probe, questions, save_steps, feed, source, frozen)
         try:
@@ -212,7 +213,7 @@ class Steps:
     def _start_dpo(self, parts: int = 1) -> object:
         """Set the learners to DPO on the table, or on the parts that it is to have."""
         settings, output = self.config.dpo, self.checkpoint(f"{self.name}-dpo")
-        start, seed = Start(self.inputs.model, self.weights), self.config.seed + self.iteration
+        start, seed = Policy(self.inputs.model, self.weights), self.config.seed + self.iteration
         job = DpoJob(start, self.table(), settings.recipe, settings, output, seed, self._probe(), parts=parts)
         return self.learners.start_dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
 

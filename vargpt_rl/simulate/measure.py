@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from actors.pool import RolloutPool
 from actors.resources import Placement
 from actors.worker import PromptedBits
-from learners.jobs import DpoJob, Start
+from learners.jobs import DpoJob
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.data.preferences import read_table
@@ -31,7 +31,7 @@ from vargpt_rl.data.types import Probe, Prompt
 from vargpt_rl.driver.steps import Steps
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Machine, Work, simulate
-from vargpt_rl.storage.checkpoint import check_checkpoint, save_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, save_checkpoint
 
 BATCHES, IDLE_BATCHES, PAYLOAD = 4, 200, 2**16
 """Batches that are timed, those that workers without work answer, and bytes an item that these send back."""
@@ -97,7 +97,7 @@ def train_costs(steps: Steps, table: Path) -> tuple[float, float]:
     for count in (1, 4):
         micro = steps.config.dpo.recipe.micro_batch
         recipe = replace(steps.config.dpo.recipe, steps=6, batch=count * micro)
-        begin = Start(steps.inputs.model, steps.weights)
+        begin = Policy(steps.inputs.model, steps.weights)
         output = steps.checkpoint(f"costs-{count}")
         result = steps.learners.dpo(DpoJob(begin, table, recipe, steps.config.dpo, output, 0, probe), lambda line: None)
         seconds.append(result["seconds"] / recipe.steps)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,18 @@ from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import check_room, digest, sync, write_atomically
 
 WEIGHTS, MARKER = "weights.safetensors", "COMPLETE"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model directory and the weight sets applied to it, in order: later sets override earlier ones."""
+
+    model: str
+    weights: tuple[Path, ...] = ()
+
+    def plus(self, weights: Path) -> "Policy":
+        """Return this policy with one more weight set applied."""
+        return Policy(self.model, (*self.weights, weights))
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
