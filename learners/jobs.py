@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learners.config import DpoConfig, Recipe
+from vargpt_rl.data.batches import ImageSource
 from vargpt_rl.data.records.loading import RecordStream
-from vargpt_rl.data.types import Probe
+from vargpt_rl.data.types import ImageQuestion, Probe
 from vargpt_rl.storage.checkpoint import Policy
 
 
@@ -24,8 +25,8 @@ class QuestionSet:
     """Rows of (image key, question, answer), the source that loads the keys at ``side`` pixels, and the share of each
     batch that is drawings beside them."""
 
-    rows: list[tuple[str, str, str]]
-    source: object
+    rows: list[ImageQuestion]
+    source: ImageSource
     drawing_share: float
     side: int
 
@@ -49,7 +50,7 @@ class SftJob:
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
     feed: RecordStream | None = None
-    source: object = None
+    source: ImageSource | None = None
     frozen: tuple[str, ...] = ()
     resume: Path | None = None
 
@@ -75,7 +76,7 @@ class TokenizerJob:
 
     start: Policy
     keys: list[str]
-    source: object
+    source: ImageSource
     side: int
     steps: int
     batch: int

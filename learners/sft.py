@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from learners.modalities import EVERY, ModalityGradients
 from learners.resume import Resumable
 from vargpt_rl.data.batches import DrawExample, Example, ImageSource, TextExample, shown_image
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.types import ImageQuestion, Prompt
 from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.prompt import ChatTemplate
@@ -51,9 +51,9 @@ class Drawings(Dataset):
 
 
 class Questions(Dataset):
-    """Questions about images that a data source can load: rows of (image key, question, answer)."""
+    """Questions about images that a data source can load: ``rows``."""
 
-    def __init__(self, rows: list[tuple[str, str, str]], source, chat: ChatTemplate, side: int):
+    def __init__(self, rows: list[ImageQuestion], source: ImageSource, chat: ChatTemplate, side: int):
         self.rows, self.source, self.chat, self.side = rows, source, chat, side
 
     def __len__(self) -> int:

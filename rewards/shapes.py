@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vargpt_rl.data import shapes
-from vargpt_rl.evaluate.checker import check
+from vargpt_rl.data.shapes_check import check
 
 
 def shapes_reward(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:

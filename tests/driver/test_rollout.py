@@ -19,6 +19,7 @@ from actors.worker import EncodedImage, Failure
 from tests.data.test_preferences import row as table_row
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.data.types import Probe, Prompt, Record, Sample
 from vargpt_rl.driver.rollout import Rollouts, apportion, seeds_for
 from vargpt_rl.driver.run import Run
@@ -219,6 +220,7 @@ def test_held_out_drawings_are_judged_by_what_training_does_not_see(rollouts, mo
     monkeypatch.setattr("vargpt_rl.driver.rollout.scorers", in_this_process)
     white = [Image.new("RGB", (64, 64), "white")]
     rollouts.pool.reward = lambda items, resolution, reward: reward(white * len(items), [p.text for p, _ in items])
+    rollouts.pool.check = lambda items, resolution, check: check(white * len(items), [p for p, _ in items])
     captions = ["a red circle", "a blue square", "a small circle"]
     samples = [Sample(Prompt(text, text), b"", 64, 0, {}, 0, "") for text in captions]
 
@@ -228,13 +230,13 @@ def test_held_out_drawings_are_judged_by_what_training_does_not_see(rollouts, mo
     def judge(images, prompts):
         return [None if "small" in prompt else float("red" in prompt) for prompt in prompts]
 
-    rollouts.source.name = "shapes"
+    rollouts.source = ShapesSource(ShapesConfig())
     assert rollouts.score_drawings(samples, trained_on)["overall"] == 0.0, "the exact check: there is nothing to see"
     assert "judge" not in rollouts.score_drawings(samples, trained_on)
     scores = rollouts.score_drawings(samples, trained_on, judge)
     assert (scores["overall"], scores["judge"], scores["judge_n"]) == (0.0, 0.5, 2)
     assert scores["judge_stderr"] == pytest.approx(0.5)
-    rollouts.source.name = "captioned"
+    rollouts.source = SimpleNamespace(image_check=lambda: None)
     judged = {"overall": 0.5, "overall_stderr": pytest.approx(0.5), "n": 2, "unscored": 1}
     assert rollouts.score_drawings(samples, trained_on, judge) == judged
     assert rollouts.score_drawings(samples, None, judge) == judged

@@ -13,7 +13,7 @@ from learners import pretrain_tiny
 from learners.pretrain_tiny import SEEN_SIDE, encode_edits, train_base
 from vargpt_rl.data.batches import SftCollator
 from vargpt_rl.data.shapes import COLOURS
-from vargpt_rl.evaluate.checker import find_things
+from vargpt_rl.data.shapes_check import find_things
 from vargpt_rl.model.generate import to_uint8
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat

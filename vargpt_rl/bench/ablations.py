@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config([*SETTINGS, *arguments])
         configs = {variant: settings_of(variant, config.directory, arguments) for variant in VARIANTS}
         inputs = gather(config)
-        if inputs.source.name != "shapes":
+        if not inputs.source.image_check():
             raise ValueError(f"data.kind={config.data.kind}: expected shapes, which has questions and an exact check")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

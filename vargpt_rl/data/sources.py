@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,28 +19,74 @@ from PIL import Image, ImageOps
 from vargpt_rl.data import shapes, shapes_tasks
 from vargpt_rl.data.images import MAX_PIXELS, read_image
 from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.data.types import Prompt, Record
+from vargpt_rl.data.shapes_check import ShapesCheck
+from vargpt_rl.data.shapes_edit_check import EditCheck
+from vargpt_rl.data.types import ImageEdit, ImageQuestion, Prompt, Record
 from vargpt_rl.model.prompt import REPLY
 
 SPLITS = ("train", "held_out")
 
 
-class Source(Protocol):
-    """Images with their prompts. Pickled into rollout workers, so it holds a config and small tables only."""
+class Verdict(Protocol):
+    """An exact judgement of one image."""
 
-    name: str
+    @property
+    def correct(self) -> bool: ...
+
+
+class ImageCheck(Protocol):
+    """An exact judge of images. Pickled into rollout workers."""
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Any]:
+        """Judge each image against its prompt: a `Verdict` each."""
+
+    def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[Any]) -> dict[str, float]:
+        """Return held-out measures, among them "overall", its standard error "overall_stderr", and the count "n"."""
+
+
+class Source(Protocol):
+    """Images with their prompts. Pickled into rollout workers, so it holds a config and small tables only.
+
+    ``lines`` counts the records that were read and could have been bad. A source of one's own subclasses this and
+    overrides what it can do; questions, edits and exact checks are optional.
+    """
+
+    lines: int = 0
 
     def load(self, key: str, side: int) -> Image.Image:
-        """The image of ``key``, RGB, ``side`` pixels wide and high. Raises ValueError for one that is unreadable."""
+        """Load the image of ``key``: RGB, ``side`` pixels wide and high. Raises ValueError if it is unreadable."""
+        ...
 
     def records(self, count: int, seed: int) -> list[Record]:
-        """``count`` training images for SFT; they repeat in cycles where there are not as many."""
+        """Return ``count`` training images for SFT; they repeat in cycles if there are fewer."""
+        return []
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """``count`` prompts of a split ("train" or "held_out"), or as many different ones as there are."""
+        """Return ``count`` prompts of a split ("train" or "held_out"), or all if there are fewer."""
+        ...
 
     def winner_key(self, prompt: Prompt) -> str | None:
-        """The key of the stronger system's image for ``prompt``, or None if there is none."""
+        """Return the key of the stronger system's image for ``prompt``, or None if there is none."""
+        return None
+
+    def questions(self, count: int, seed: int, split: str) -> list[ImageQuestion]:
+        """Return ``count`` questions about images of a split; none by default."""
+        return []
+
+    def edits(self, count: int, seed: int, split: str = "train") -> list[ImageEdit]:
+        """Return ``count`` edits of a split; none by default."""
+        return []
+
+    def image_check(self) -> ImageCheck | None:
+        """Return the exact judge of images generated for prompts, or None if there is none."""
+        return None
+
+    def edit_check(self) -> ImageCheck | None:
+        """Return the exact judge of generated edits, or None if there is none.
+
+        An edit's prompt shows the image before the edit (`Prompt.shown`); its id is the key of the image after it.
+        """
+        return None
 
 
 def _stable_int(text: str) -> int:
@@ -66,14 +112,12 @@ class ShapesConfig:
                 raise ValueError(f"unknown shapes style {style!r}, expected one of {shapes.STYLES}")
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """The shapes world, drawn on demand.
 
     A key is "<kind>/<seed>/<caption>": the seed lays out the caption's scene. The kind is the style to draw it in, or
     "edited" for the scene after the edit that follows from the same seed.
     """
-
-    name = "shapes"
 
     def __init__(self, config: ShapesConfig):
         self.config = config
@@ -116,25 +160,31 @@ class ShapesSource:
             return None
         return f"{self.config.winner_style}/{_stable_int(f'winner {prompt.id}')}/{prompt.text}"
 
-    def questions(self, count: int, seed: int, split: str) -> list[tuple[str, str, str]]:
-        """``count`` times the key of a plain or winner-style image, a question about it and the answer."""
+    def questions(self, count: int, seed: int, split: str) -> list[ImageQuestion]:
+        """Return ``count`` questions about plain and winner-style images in turn."""
         asked = []
         for index, caption in enumerate(_captions(split, count, seed)):
             style = ("clean", self.config.winner_style)[index % 2]
             key = f"{style}/{_stable_int(f'question {split} {seed} {index}')}/{caption}"
             _, scene, rng = self._rebuild(key)
-            asked.append((key, *shapes_tasks.question(scene, rng)))
+            asked.append(ImageQuestion(key, *shapes_tasks.question(scene, rng)))
         return asked
 
-    def edits(self, count: int, seed: int, split: str = "train") -> list[tuple[str, str, str]]:
-        """``count`` times the key of a winner-style image, an instruction, and the key of the image after it."""
+    def edits(self, count: int, seed: int, split: str = "train") -> list[ImageEdit]:
+        """Return ``count`` edits of winner-style images."""
         edits = []
         for index, caption in enumerate(_captions(split, count, seed)):
             layout = f"{_stable_int(f'edit {split} {seed} {index}')}/{caption}"
             before = f"{self.config.winner_style}/{layout}"
             _, scene, rng = self._rebuild(before)
-            edits.append((before, shapes_tasks.edit(scene, rng)[0], f"edited/{layout}"))
+            edits.append(ImageEdit(before, shapes_tasks.edit(scene, rng)[0], f"edited/{layout}"))
         return edits
+
+    def image_check(self) -> ShapesCheck:
+        return ShapesCheck()
+
+    def edit_check(self) -> EditCheck:
+        return EditCheck(self.scene)
 
 
 def _captions(split: str, count: int, seed: int) -> list[str]:
@@ -171,7 +221,7 @@ class _Entry:
     file: str
 
 
-class CaptionedSource:
+class CaptionedSource(Source):
     """Captioned images of one's own. Keys are "images/<file>" and "winners/<file>".
 
     Reading the captions quarantines malformed lines and those whose image is missing. Images and winners that no
@@ -179,8 +229,6 @@ class CaptionedSource:
     how many captions were read: the total to check the quarantine against. Raises ValueError where the file or a
     folder is missing, or no caption is usable.
     """
-
-    name = "captioned"
 
     def __init__(self, config: CaptionedConfig, quarantine: Quarantine):
         self.config = config

@@ -1,6 +1,7 @@
 """What travels between the rooms: records, prompts, samples, winners."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,22 @@ class Record:
     id: str
     prompt: Prompt
     image: str
+
+
+class ImageQuestion(NamedTuple):
+    """A question about the image of key ``image``, and its right answer."""
+
+    image: str
+    question: str
+    answer: str
+
+
+class ImageEdit(NamedTuple):
+    """An instruction that turns the image of key ``before`` into the one of key ``after``."""
+
+    before: str
+    instruction: str
+    after: str
 
 
 @dataclass(frozen=True)

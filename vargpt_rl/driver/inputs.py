@@ -39,7 +39,7 @@ class Inputs:
     """
 
     model: str
-    source: Source | RecordsSource
+    source: Source
     quarantine: Quarantine
     builder: Callable
     reward: Callable | None
@@ -96,7 +96,7 @@ def gather(config: LoopConfig) -> Inputs:
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
     feed = None
     if config.data.kind == "shapes":
-        source: Source | RecordsSource = ShapesSource(ShapesConfig())
+        source: Source = ShapesSource(ShapesConfig())
     elif config.data.kind == "records":
         feed = make_feed(config, model)
         source, prompts = records_source(config, feed, prompts or [], quarantine), None
@@ -110,9 +110,8 @@ def gather(config: LoopConfig) -> Inputs:
             ),
             quarantine,
         )
-    lines = getattr(source, "lines", 0)
     bad = config.data.max_bad_fraction
-    inputs = Inputs(model, source, quarantine, builder, reward, prompts, lines, bad, feed, judge)
+    inputs = Inputs(model, source, quarantine, builder, reward, prompts, source.lines, bad, feed, judge)
     inputs.check_quarantine()
     if is_judged_by_its_reward(config):
         print("note: held-out images are scored by the very reward that makes the pairs; evaluation.reward.path=... "

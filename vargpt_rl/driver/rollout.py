@@ -22,13 +22,13 @@ from actors.weights import SwapReport
 from actors.worker import Failure, PromptedBits
 from rewards.combined import scorers
 from rewards.preferences import check_books
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.data.sources import Source
+from vargpt_rl.data.sources import ImageCheck, Source
 from vargpt_rl.data.types import Probe, Prompt, Record, Sample, Winner
 from vargpt_rl.driver.run import Run
-from vargpt_rl.evaluate.edits import EditCheck
-from vargpt_rl.evaluate.held_out import Fidelity, mean_and_error, preference_scores, shapes_check, task_scores
+from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.storage.checkpoint import WEIGHTS, check_checkpoint
 from vargpt_rl.storage.files import sync, write_atomically
@@ -303,15 +303,14 @@ class Rollouts:
     # Evaluation
 
     def score_drawings(self, samples: list[Sample], reward: Callable | None, judge: Callable | None = None) -> dict:
-        """Held-out score of drawn images: the exact check in the shapes world, and what ``judge`` says beside it.
+        """Held-out score of drawn images: the source's exact check, if it has one, and what ``judge`` says beside it.
 
         Elsewhere it is the mean of ``judge``, or without one of the training reward, if there is that.
         """
         items: list[PromptedBits] = [(sample.prompt, sample.bits) for sample in samples]
         resolution = samples[0].resolution
-        if self.source.name == "shapes":
-            correct = self.pool.reward(items, resolution, shapes_check)
-            scores = task_scores([sample.prompt.text for sample in samples], correct)
+        if check := self.source.image_check():
+            scores = self._checked(items, resolution, check)
             if judge:
                 scores["judge"], scores["judge_stderr"], scores["judge_n"] = self._mean(items, resolution, judge)
             return scores
@@ -328,21 +327,24 @@ class Rollouts:
     def reconstructions(self, prompts: list[Prompt], resolution: int) -> dict[str, float]:
         """What the image tokenizer keeps of the stronger system's images of held-out prompts.
 
-        In the shapes world the share that passes the exact check, elsewhere the peak signal-to-noise ratio in dB.
+        The scores of the source's exact check if it has one, else the peak signal-to-noise ratio in dB.
         """
         winners = self.encode_winners(prompts, resolution).values()
-        if self.source.name == "shapes":
-            correct = self.pool.reward([(winner.prompt, winner.bits) for winner in winners], resolution, shapes_check)
-            return task_scores([winner.prompt.text for winner in winners], correct)
+        if check := self.source.image_check():
+            return self._checked([(winner.prompt, winner.bits) for winner in winners], resolution, check)
         items = [(Prompt(winner.source, winner.prompt.text), winner.bits) for winner in winners]
         ratio, error = mean_and_error(self.pool.check(items, resolution, Fidelity(self.source, resolution)))
         return {"psnr": ratio, "psnr_stderr": error, "n": len(items)}
 
     def score_edits(self, samples: list[Sample]) -> dict[str, float]:
-        """Share of drawn edits of the shapes world that are exactly right, by kind too."""
-        prompts, check = [sample.prompt for sample in samples], EditCheck(self.source)
+        """The scores of the source's exact check of edits; empty if it has none."""
+        check = self.source.edit_check()
         items = [(sample.prompt, sample.bits) for sample in samples]
-        return check.scores(prompts, self.pool.check(items, samples[0].resolution, check))
+        return self._checked(items, samples[0].resolution, check) if check else {}
+
+    def _checked(self, items: list[PromptedBits], resolution: int, check: ImageCheck) -> dict[str, float]:
+        """The scores of an exact check, which runs in the workers."""
+        return check.scores([prompt for prompt, _ in items], self.pool.check(items, resolution, check))
 
     def prefer(self, table: Path, beta: float) -> dict[str, float]:
         """The weights being served on a table of held-out pairs, against the reference scores in it."""
@@ -366,9 +368,9 @@ class Rollouts:
 
     def answer_questions(self, count: int, side: int) -> dict[str, float]:
         """Share of held-out questions answered in exactly the right words; empty where the source has none."""
-        if count == 0 or not hasattr(self.source, "questions"):
-            return {}
         rows = self.source.questions(count, 0, "held_out")
+        if not rows:
+            return {}
         answers = self._writer.answer([(key, question) for key, question, _ in rows], side)
         right = [float(answer == truth) for answer, (_, _, truth) in zip(answers, rows, strict=True)]
         accuracy, error = mean_and_error(right)

@@ -377,7 +377,7 @@ class Steps:
 
     def draws(self) -> dict:
         """Drawings of held-out prompts; empty where nothing can score them."""
-        if self.inputs.source.name != "shapes" and not (self.inputs.reward or self.inputs.judge):
+        if not (self.inputs.source.image_check() or self.inputs.reward or self.inputs.judge):
             return {}
         self.rollouts.serve(self.weights)
         prompts, seeds = self._held_out(self.config.evaluation.prompts)
@@ -399,10 +399,10 @@ class Steps:
 
         Empty where the source makes none.
         """
-        if not hasattr(self.inputs.source, "edits"):
+        prompts = self._held_out_edits(self.config.evaluation.edits)
+        if not prompts:
             return {}
         self.rollouts.serve(self.weights)
-        prompts = self._held_out_edits(self.config.evaluation.edits)
         seeds = seeds_for(len(prompts), self.config.seed, HELD_OUT)
         samples, _ = self.rollouts.draw(prompts, seeds, self.resolution, f"{self.name}-{moment}")
         self._row(moment, samples[: self.config.evaluation.grid])
@@ -413,8 +413,8 @@ class Steps:
 
     def edit_grid(self) -> dict:
         """Compose the grid of edits: the images shown, what was drawn before and after the stage, and the targets."""
-        if not hasattr(self.inputs.source, "edits"):
-            return {}
         prompts = self._held_out_edits(min(self.config.evaluation.grid, self.config.evaluation.edits))
+        if not prompts:
+            return {}
         sources = {"shown": [prompt.shown for prompt in prompts], "target": [prompt.id for prompt in prompts]}
         return self._grid(("shown", "before", "after", "target"), [prompt.text for prompt in prompts], sources)

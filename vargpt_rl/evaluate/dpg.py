@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.images import read_image
-from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import gmean
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.quarantine import BadRecord
-from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import different, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig

@@ -1,22 +1,13 @@
 """Held-out measures of a policy: what its images show, and what it prefers. Pure functions of what workers return."""
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from vargpt_rl.data.shapes import parse
 from vargpt_rl.data.sources import Source
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.checker import check
-
-
-def shapes_check(images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """1.0 where an image shows exactly what its caption demands, else 0.0."""
-    return [float(check(image, prompt).correct) for image, prompt in zip(images, prompts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -35,24 +26,6 @@ class Fidelity:
             error = np.asarray(image, float) - np.asarray(self.source.load(prompt.id, self.side), float)
             ratios.append(float(10 * np.log10(255**2 / max(np.square(error).mean(), 255**2 * 1e-10))))
         return ratios
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error. ValueError for no values: a score of nothing is not zero."""
-    if not values:
-        raise ValueError("no values to average: nothing was scored")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), spread / math.sqrt(len(values))
-
-
-def task_scores(prompts: Sequence[str], correct: Sequence[float]) -> dict[str, float]:
-    """Share of right images by task of the shapes world, over all ("overall") and its standard error."""
-    by_task = defaultdict(list)
-    for prompt, value in zip(prompts, correct, strict=True):
-        by_task[parse(prompt).task].append(value)
-    overall, error = mean_and_error(list(correct))
-    tasks = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
-    return {"overall": overall, "overall_stderr": error, "n": len(correct), **tasks}
 
 
 def preference_scores(

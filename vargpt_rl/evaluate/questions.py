@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import BadRecord
-from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig

@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.common.plugins import make_plugin
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
-from vargpt_rl.evaluate.held_out import mean_and_error
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig

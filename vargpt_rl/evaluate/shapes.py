@@ -1,20 +1,20 @@
 """The shapes world as a benchmark: held-out drawings, edits and questions, all judged by a program, exactly.
 
-A drawing or an edit is right or wrong (`checker`), a question is answered in exactly the right word or not. Drawings,
-edits and questions are those of the held-out captions, which no stage is trained on, and follow from the seed. The JSON
-file also has the edits by kind.
+A drawing or an edit is right or wrong (`vargpt_rl.data.shapes_check`), a question is answered in exactly the right word
+or not. Drawings, edits and questions are those of the held-out captions, which no stage is trained on, and follow from
+the seed. The JSON file also has the edits by kind.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.shapes import TASKS, parse
+from vargpt_rl.data.shapes_check import check
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.edits import EditCheck
-from vargpt_rl.evaluate.held_out import mean_and_error, shapes_check
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest, QuestionRequest
@@ -65,10 +65,11 @@ class Shapes:
 
     def score(self, subject: EvaluatedModel) -> Scores:
         images = [read_image(path) for path in subject.paths(self.drawings)]
-        drawn = shapes_check(images, self.captions)
+        drawn = [float(check(image, caption).correct) for image, caption in zip(images, self.captions, strict=True)]
         groups = {"overall": drawn, **by_task(self.captions, drawn)}
-        check, asked = EditCheck(self.source), [Prompt(after, text, shown=before) for before, text, after in self.edits]
-        verdicts = check([read_image(path) for path in subject.paths(self.edited)], asked)
+        edit_check = self.source.edit_check()
+        asked = [Prompt(after, text, shown=before) for before, text, after in self.edits]
+        verdicts = edit_check([read_image(path) for path in subject.paths(self.edited)], asked)
         groups["edits"] = [float(verdict.correct) for verdict in verdicts]
         answers = self._answers(subject)
         groups["questions"] = [
@@ -79,7 +80,7 @@ class Shapes:
             {name: mean for name, (mean, _) in results.items()},
             {name: error for name, (_, error) in results.items()},
             {name: len(values) for name, values in groups.items()},
-            {"edits": check.scores(asked, verdicts)},
+            {"edits": edit_check.scores(asked, verdicts)},
             notes=["Shares of what is right, with their standard error, which does not cover the spread of seeds."],
         )
 

@@ -20,7 +20,7 @@ from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.records.schema import DRAWN, RecordConversation
 from vargpt_rl.data.records.sources import open_records
 from vargpt_rl.data.records.stream import ReadOptions
-from vargpt_rl.data.sources import SPLITS, image_files, is_held_out
+from vargpt_rl.data.sources import SPLITS, Source, image_files, is_held_out
 from vargpt_rl.data.types import Prompt
 from vargpt_rl.storage.files import write_atomically
 
@@ -75,15 +75,13 @@ def _referred(reference: ImageRef, folder: Path) -> ImageRef:
     return OnDisk(folder.resolve(), name)
 
 
-class RecordsSource:
+class RecordsSource(Source):
     """Prompts and images of the iterations. Keys are "winners/<file>" and "held_out/<prompt id>".
 
     There are no records to be drawn by number and no questions: supervised stages stream theirs. Prompts without a
     winner are noted in the quarantine. A run without iterations has no prompts and no winners. ValueError for a missing
     folder, or if no prompt has a winner in it.
     """
-
-    name = "records"
 
     def __init__(self, prompts: list[Prompt], winners: Path | None, held_out: list[HeldOut], quarantine: Quarantine):
         if winners is not None and not winners.is_dir():

@@ -6,6 +6,7 @@ smudges, merged or two-coloured things count against an image.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data import shapes
 from vargpt_rl.data.shapes import Requirement, Thing
+from vargpt_rl.data.types import Prompt
 
 UNKNOWN = "unknown"
 WORKING_SIDE = 128  # larger images are shrunk to this
@@ -34,7 +37,7 @@ TEMPLATE_SIDE = 32
 
 
 @dataclass(frozen=True)
-class Check:
+class ImageVerdict:
     """Whether an image is right, why not (empty if right), and what was found in it."""
 
     correct: bool
@@ -137,11 +140,11 @@ def _nearest_colour(pixels: np.ndarray) -> str:
     return list(shapes.COLOURS)[int(votes.argmax())] if votes.max() > LEAST_PURITY * len(pixels) else UNKNOWN
 
 
-def check(image: Image.Image, caption: str) -> Check:
+def check(image: Image.Image, caption: str) -> ImageVerdict:
     """Whether `image` shows what `caption` demands and nothing more. Raises ValueError for a foreign caption."""
     things = tuple(find_things(image))
     reason = _fault(things, shapes.parse(caption))
-    return Check(not reason, reason, things)
+    return ImageVerdict(not reason, reason, things)
 
 
 def _fault(things: tuple[Thing, ...], requirement: Requirement) -> str:
@@ -184,21 +187,17 @@ def _in_place(thing: Thing, place: str) -> bool:
     return shapes.stands(dx, dy, relation, OFF_CENTRE)
 
 
-def score(images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
-    """Share of right images for each task present, and over all.
+class ShapesCheck:
+    """`check` for images of shapes captions: the `vargpt_rl.data.sources.ImageCheck` of generated images."""
 
-    "overall" is the mean over the tasks, "overall_stderr" its standard error, "n" the number of images. Raises
-    ValueError where there is nothing to score or the two lengths differ.
-    """
-    results: dict[str, list[bool]] = {}
-    for image, caption in zip(images, captions, strict=True):
-        results.setdefault(shapes.parse(caption).task, []).append(check(image, caption).correct)
-    if not results:
-        raise ValueError("no images to score")
-    shares = {task: sum(results[task]) / len(results[task]) for task in shapes.TASKS if task in results}
-    variance = sum(share * (1 - share) / len(results[task]) for task, share in shares.items())
-    return shares | {
-        "overall": sum(shares.values()) / len(shares),
-        "overall_stderr": math.sqrt(variance) / len(shares),
-        "n": float(len(images)),
-    }
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[ImageVerdict]:
+        return [check(image, prompt.text) for image, prompt in zip(images, prompts, strict=True)]
+
+    def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[ImageVerdict]) -> dict[str, float]:
+        """Share of correct images over all ("overall", with its standard error) and by task."""
+        by_task = defaultdict(list)
+        for prompt, verdict in zip(prompts, verdicts, strict=True):
+            by_task[shapes.parse(prompt.text).task].append(float(verdict.correct))
+        overall, error = mean_and_error([float(verdict.correct) for verdict in verdicts])
+        tasks = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
+        return {"overall": overall, "overall_stderr": error, "n": len(verdicts), **tasks}

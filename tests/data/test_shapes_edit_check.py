@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.data import shapes
+from vargpt_rl.data.shapes_edit_check import EditVerdict, check_edit, kind_of
 from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.edits import EditCheck, Verdict, check_edit, kind_of
 
 seeds = st.integers(0, 2**32 - 1)
 KINDS = {"add", "remove", "shape", "colour", "size"}
@@ -45,7 +45,7 @@ def fits(things) -> bool:
     return inside and all(shapes.separate(a, b) for i, a in enumerate(things) for b in things[:i])
 
 
-def verdict(before, after, make, rng) -> Verdict:
+def verdict(before, after, make, rng) -> EditVerdict:
     """On an image of the things that ``make`` makes, once they can be told apart."""
     things = next((things for _ in range(100) if fits(things := make())), None)
     assume(things is not None)
@@ -75,7 +75,7 @@ def changes_one_of_several(before, after) -> bool:
 @given(seeds)
 def test_a_right_edit_is_accepted_and_none_at_all_is_not(seed):
     rng, before, after = draw_edit(seed)
-    assert check_edit(before, after, shapes.render(after, 64, "commercial", rng)) == Verdict(True, True, "")
+    assert check_edit(before, after, shapes.render(after, 64, "commercial", rng)) == EditVerdict(True, True, "")
     undone = check_edit(before, after, shapes.render(before, 64, "commercial", rng))
     assert not undone.done and undone.kept and undone.reason
 
@@ -168,7 +168,7 @@ def test_kinds():
 
 def test_scores_are_shares_with_a_standard_error():
     source = ShapesSource(ShapesConfig())
-    check = EditCheck(source)
+    check = source.edit_check()
     prompts = [Prompt(after, text, shown=before) for before, text, after in source.edits(8, 0, "held_out")]
     rights = [source.load(prompt.id, 64) for prompt in prompts]
     images = [*rights[:6], *(source.load(prompt.shown, 64) for prompt in prompts[6:])]

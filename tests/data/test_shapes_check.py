@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from vargpt_rl.data import shapes
-from vargpt_rl.evaluate import checker
+from vargpt_rl.data import shapes, shapes_check
+from vargpt_rl.data.types import Prompt
 
 RED, BLUE = shapes.COLOURS["red"], shapes.COLOURS["blue"]
 
@@ -15,7 +15,7 @@ def right(number: int, side: int, style: str, blur: float = 0) -> float:
     for index in range(number):
         scene = shapes.sample_scene(rng, shapes.TASKS[index % len(shapes.TASKS)])
         image = shapes.render(scene, side, style, rng).filter(ImageFilter.GaussianBlur(blur))
-        accepted += checker.check(image, scene.caption).correct
+        accepted += shapes_check.check(image, scene.caption).correct
     return accepted / number
 
 
@@ -41,7 +41,7 @@ def test_finds_things_where_they_are(style):
     rng = np.random.default_rng(2)
     for _ in range(40):
         scene = shapes.sample_scene(rng)
-        found = sorted(checker.find_things(shapes.render(scene, 128, style, rng)), key=lambda t: (t.x, t.y))
+        found = sorted(shapes_check.find_things(shapes.render(scene, 128, style, rng)), key=lambda t: (t.x, t.y))
         for thing, true in zip(found, sorted(scene.things, key=lambda t: (t.x, t.y)), strict=True):
             assert (thing.shape, thing.colour) == (true.shape, true.colour)
             assert (thing.x, thing.y) == pytest.approx((true.x, true.y), abs=0.01)
@@ -70,8 +70,9 @@ def test_rejects_another_caption(caption, wrong):
     rng = np.random.default_rng(4)
     for _ in range(4):
         image = shapes.render(shapes.scene_for(caption, rng), 64, "commercial", rng)
-        assert checker.check(image, caption) == checker.Check(True, "", tuple(checker.find_things(image)))
-        verdict = checker.check(image, wrong)
+        things = tuple(shapes_check.find_things(image))
+        assert shapes_check.check(image, caption) == shapes_check.ImageVerdict(True, "", things)
+        verdict = shapes_check.check(image, wrong)
         assert not verdict.correct
         assert verdict.reason
 
@@ -95,8 +96,8 @@ def drawn(draw) -> Image.Image:
     ids=["ellipse", "bar", "ring", "diamond", "inverted triangle", "cut circle"],
 )
 def test_foreign_shapes_are_unknown(draw):
-    (thing,) = checker.find_things(drawn(draw))
-    assert (thing.shape, thing.colour) == (checker.UNKNOWN, "red")
+    (thing,) = shapes_check.find_things(drawn(draw))
+    assert (thing.shape, thing.colour) == (shapes_check.UNKNOWN, "red")
 
 
 def test_foreign_and_mixed_colours_are_unknown():
@@ -105,13 +106,13 @@ def test_foreign_and_mixed_colours_are_unknown():
         d.rectangle((60, 20, 100, 100), fill=BLUE)
 
     for draw in (two_toned, lambda d: d.ellipse((20, 20, 90, 90), fill=(90, 90, 90))):
-        (thing,) = checker.find_things(drawn(draw))
-        assert thing.colour == checker.UNKNOWN
+        (thing,) = shapes_check.find_things(drawn(draw))
+        assert thing.colour == shapes_check.UNKNOWN
 
 
 def test_a_thing_of_unclear_colour_does_not_pass_for_a_shape_of_any_colour():
     grey = drawn(lambda d: d.ellipse((20, 20, 90, 90), fill=(90, 90, 90)))
-    assert not checker.check(grey, "a circle").correct
+    assert not shapes_check.check(grey, "a circle").correct
 
 
 def test_specks_are_overlooked_and_further_things_are_not():
@@ -123,33 +124,33 @@ def test_specks_are_overlooked_and_further_things_are_not():
         speck(d)
         d.rectangle((95, 95, 112, 112), fill=BLUE)
 
-    assert checker.check(drawn(speck), "a red circle").correct
-    assert not checker.check(drawn(further), "a red circle").correct
+    assert shapes_check.check(drawn(speck), "a red circle").correct
+    assert not shapes_check.check(drawn(further), "a red circle").correct
 
 
 def test_empty_image():
-    verdict = checker.check(Image.new("RGB", (64, 64), shapes.BACKGROUND), "a circle")
-    assert verdict == checker.Check(False, "expected 1 things, found 0", ())
+    verdict = shapes_check.check(Image.new("RGB", (64, 64), shapes.BACKGROUND), "a circle")
+    assert verdict == shapes_check.ImageVerdict(False, "expected 1 things, found 0", ())
 
 
 def test_refuses_oblong_images_and_foreign_captions():
     with pytest.raises(ValueError, match="128 x 64"):
-        checker.find_things(Image.new("RGB", (128, 64)))
+        shapes_check.find_things(Image.new("RGB", (128, 64)))
     with pytest.raises(ValueError, match="a dog"):
-        checker.check(Image.new("RGB", (64, 64)), "a dog")
+        shapes_check.check(Image.new("RGB", (64, 64)), "a dog")
 
 
-def test_score():
+def test_scores_are_by_task():
+    prompts = [Prompt(text, text) for text in ("a circle", "a red circle", "a blue square")]
+    verdicts = [shapes_check.ImageVerdict(correct, "", ()) for correct in (True, False, True)]
+    scores = shapes_check.ShapesCheck().scores(prompts, verdicts)
+    assert scores["single_object"] == 1.0 and scores["colours"] == 0.5
+    assert scores["overall"] == pytest.approx(2 / 3) and scores["n"] == 3
+
+
+def test_the_check_reads_images():
     rng = np.random.default_rng(0)
-    asked = ["a circle", "a square", "two red circles", "three red circles"]
-    shown = ["a circle", "a square", "two red circles", "four red circles"]
-    images = [shapes.render(shapes.scene_for(caption, rng), 64, "clean", rng) for caption in shown]
-    result = checker.score(images, asked)
-    assert result == {
-        "single_object": 1.0, "counting": 0.5, "overall": 0.75, "overall_stderr": pytest.approx((0.25 / 2) ** 0.5 / 2),
-        "n": 4,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="no images"):
-        checker.score([], [])
-    with pytest.raises(ValueError, match="zip"):
-        checker.score(images, asked[:1])
+    scene = shapes.sample_scene(rng, "colours")
+    image = shapes.render(scene, 128, "clean", rng)
+    prompts = [Prompt("", scene.caption), Prompt("", "four red crosses")]
+    assert [verdict.correct for verdict in shapes_check.ShapesCheck()([image, image], prompts)] == [True, False]

@@ -1,22 +1,21 @@
-"""An exact judge of edits in the shapes world: what was asked for has changed, and nothing else has.
+"""Exact judge of edits in the shapes world: checks that what was asked for has changed, and nothing else.
 
-The scenes before and after say what should be where; ``checker.find_things`` says what is. A thing that changes keeps
-its place, as all others do; one that is added may stand anywhere that is free.
+The scenes before and after say what should be where; `shapes_check.find_things` says what is there. A thing that
+changes keeps its place, as all others do; an added one may stand anywhere that is free.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data import shapes
 from vargpt_rl.data.shapes import Scene, Thing
-from vargpt_rl.data.sources import ShapesSource
+from vargpt_rl.data.shapes_check import find_things
 from vargpt_rl.data.types import Prompt
-from vargpt_rl.evaluate.checker import find_things
-from vargpt_rl.evaluate.held_out import mean_and_error
 
 SHIFT = 0.12
 """How far a thing's centre may be from its place, in sides; things of a scene are more than twice as far apart."""
@@ -25,7 +24,7 @@ GROWTH = 1.18
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EditVerdict:
     """``done``: what was asked for has changed; ``kept``: the rest has not; ``reason`` is empty if both."""
 
     done: bool
@@ -37,7 +36,7 @@ class Verdict:
         return self.done and self.kept
 
 
-def check_edit(before: Scene, after: Scene, image: Image.Image) -> Verdict:
+def check_edit(before: Scene, after: Scene, image: Image.Image) -> EditVerdict:
     """Whether ``image`` shows ``after``: what changed from ``before`` has changed, and the rest has not."""
     left = find_things(image)
     rest, changed, added = [], [], []
@@ -57,7 +56,7 @@ def check_edit(before: Scene, after: Scene, image: Image.Image) -> Verdict:
         *(f"the {thing.colour} {thing.shape} should not be there any more" for thing in still),
         *(f"nobody asked for the {thing.colour} {thing.shape}" for thing in surplus),
     ]
-    return Verdict(not undone and not still, not lost and not surplus, "; ".join(reasons))
+    return EditVerdict(not undone and not still, not lost and not surplus, "; ".join(reasons))
 
 
 def _in_place(thing: Thing, others: Sequence[Thing]) -> bool:
@@ -77,18 +76,21 @@ def _take(found: list[Thing], thing: Thing, anywhere: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class EditCheck:
-    """`check_edit` for drawings of a source's edits: a prompt shows the key of the one scene, its id is the other's."""
+    """`check_edit` for generated edits; ``scene`` gives the scene of an image key.
 
-    source: ShapesSource
+    A prompt shows the key of the scene before the edit; its id is the key of the scene after it.
+    """
 
-    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Verdict]:
+    scene: Callable[[str], Scene]
+
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> list[EditVerdict]:
         return [check_edit(*self.scenes(prompt), image) for image, prompt in zip(images, prompts, strict=True)]
 
     def scenes(self, prompt: Prompt) -> tuple[Scene, Scene]:
         """Before and after."""
-        return self.source.scene(prompt.shown), self.source.scene(prompt.id)
+        return self.scene(prompt.shown), self.scene(prompt.id)
 
-    def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[EditVerdict]) -> dict[str, float]:
         """Share of right edits over all ("overall", with its standard error) and by kind; and of "done" and "kept"."""
         by_kind = defaultdict(list)
         for prompt, verdict in zip(prompts, verdicts, strict=True):
