@@ -35,7 +35,7 @@ from actors.transport import (
 from actors.weights import SwapReport, WeightLayout, checksum, layout_of
 from actors.worker import Check, EncodedImage, Failure, ImageScore, PromptedBits, Rewards, RolloutWorker
 from vargpt_rl.data.batches import ImageSource
-from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.model.generate import SamplingConfig
 
 Progress = Callable[[str, int, int], None]

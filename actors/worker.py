@@ -29,14 +29,14 @@ from actors.weights import WeightLayout, apply, check_fits, checksum_of
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import ImageSource, joined, shown_image
-from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_uint8
 from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
-from vargpt_rl.text.requests import TextEngine, TextRequest, answers, replies
+from vargpt_rl.text.engine import TextEngine, TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]

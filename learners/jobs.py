@@ -6,7 +6,7 @@ from pathlib import Path
 from learners.config import DpoConfig, Recipe
 from vargpt_rl.data.batches import ImageSource
 from vargpt_rl.data.records.loading import RecordStream
-from vargpt_rl.data.types import ImageQuestion, Probe
+from vargpt_rl.data.samples import ImageQuestion, Probe
 from vargpt_rl.storage.checkpoint import Policy
 
 

@@ -28,9 +28,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from learners.image_tokenizer import learning_rate, train_image_tokenizer
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, render, sample_scene
 from vargpt_rl.data.shapes_tasks import edit, question
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt

@@ -30,7 +30,7 @@ from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_image
-from vargpt_rl.data.types import Probe
+from vargpt_rl.data.samples import Probe
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from learners.modalities import EVERY, ModalityGradients
 from learners.resume import Resumable
 from vargpt_rl.data.batches import DrawExample, Example, ImageSource, TextExample, shown_image
-from vargpt_rl.data.types import ImageQuestion, Prompt
+from vargpt_rl.data.samples import ImageQuestion, Prompt
 from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.prompt import ChatTemplate

@@ -20,7 +20,7 @@ from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.storage.sharded import read_json
-from vargpt_rl.text.requests import TextEngine, TextRequest
+from vargpt_rl.text.engine import TextEngine, TextRequest
 from vargpt_rl.text.transformers_engine import TransformersEngine
 from vargpt_rl.text.vllm_engine import VllmEngine, is_installed
 

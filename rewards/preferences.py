@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
-from vargpt_rl.data.types import Prompt, Sample, Winner
+from vargpt_rl.data.samples import Prompt, Sample, Winner
 
 Built = tuple[list["PreferencePair"], Counter[str]]
 Reward = float | None

@@ -1,4 +1,4 @@
-"""Serves a reward over HTTP, for `rewards.http`: ``python -m rewards.serve path=file.py:name [port=8000] [host=...]``.
+"""Serve a reward over HTTP, for `rewards.remote`: ``python -m rewards.serve path=file.py:name [port=8000] [host=...]``.
 
 ``options={"key": value}`` (JSON) go to a class's constructor. GET /health says that the server is up. Where the
 environment variable REWARD_TOKEN is set, /score asks for it as a bearer token; on other hosts than the loopback it
@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from PIL import Image
 
 from rewards import Reward
-from rewards.http import TOKEN
 from rewards.images import from_png
+from rewards.remote import TOKEN
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.plugins import make_plugin
 

@@ -15,7 +15,7 @@ from actors.transport import SharedFileTransfer
 from actors.weights import checksum
 from actors.worker import Failure
 from tests.helpers.tiny import Patches, tiny_checkpoint
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.generate import SamplingConfig
 
 SIDE = 64

@@ -12,7 +12,7 @@ from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
 from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.data.batches import DrawExample, SftCollator, shown_image
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.inference.conversation import Conversation
 from vargpt_rl.model.bits import quantise, replay, unpack
 from vargpt_rl.model.generate import SamplingConfig

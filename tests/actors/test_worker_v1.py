@@ -10,7 +10,7 @@ from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import Failure, Worker
 from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches, tiny_v1_checkpoint
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.likelihood import symbol_log_probs

@@ -42,7 +42,7 @@ def test_all_that_a_stage_trains_is_set_and_what_joins_the_parts_is_anew(checkpo
     assert all(torch.equal(start[name], again[name]) for name in start)
 
 
-class Recorder:
+class RecordingSteps:
     """Stands in for the steps: notes what is trained from which weights."""
 
     name, resolution = "iter-00", 128
@@ -79,7 +79,7 @@ def ran(tmp_path_factory):
     config = load_config(SETTINGS)
     for variant in VARIANTS:
         run = Run(folder / variant.name, {})
-        results.append(run_variant(variant, Recorder(variant.name, config, log), run, trained))
+        results.append(run_variant(variant, RecordingSteps(variant.name, config, log), run, trained))
     return log, results
 
 
@@ -144,7 +144,7 @@ def test_all_variants_share_one_set_of_workers_and_a_table_is_kept(monkeypatch, 
     monkeypatch.setattr(ablations, "LearnerGroup", lambda *given: None)
     monkeypatch.setattr(ablations, "Rollouts", lambda *given: None)
     monkeypatch.setattr(ablations, "start_anew", lambda *given: tmp_path / "start")
-    monkeypatch.setattr(ablations, "Steps", lambda own, run, *rest: Recorder(run.directory.name, own, log))
+    monkeypatch.setattr(ablations, "Steps", lambda own, run, *rest: RecordingSteps(run.directory.name, own, log))
     configs = {variant: settings_of(variant, tmp_path, ["rollout.workers=1"]) for variant in VARIANTS[:2]}
     table = run_all(configs, SimpleNamespace(model="", source=None, quarantine=None), tmp_path)
     assert [placement.workers for placement in placements] == [1]

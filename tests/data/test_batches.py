@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.helpers.tiny import BITS, tiny_checkpoint
 from vargpt_rl.data.batches import MULTIPLE, DrawExample, PairCollator, Row, SftCollator, TextExample
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat, ImageToDraw

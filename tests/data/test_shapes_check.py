@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from vargpt_rl.data import shapes, shapes_check
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 
 RED, BLUE = shapes.COLOURS["red"], shapes.COLOURS["blue"]
 

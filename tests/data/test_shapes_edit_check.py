@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vargpt_rl.data import shapes
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes_edit_check import EditVerdict, check_edit, kind_of
 from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.data.types import Prompt
 
 seeds = st.integers(0, 2**32 - 1)
 KINDS = {"add", "remove", "shape", "colour", "size"}

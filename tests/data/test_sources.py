@@ -12,6 +12,7 @@ from PIL import Image
 
 from vargpt_rl.data import shapes
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes_check import check
 from vargpt_rl.data.shapes_edit_check import check_edit
 from vargpt_rl.data.sources import (
@@ -21,7 +22,6 @@ from vargpt_rl.data.sources import (
     ShapesSource,
     prompts_from_file,
 )
-from vargpt_rl.data.types import Prompt
 
 SHARED = Path(os.environ.get("VARGPT_SHARED", Path(__file__).resolve().parents[2] / "../shared"))
 

@@ -103,7 +103,7 @@ def test_what_a_stage_lacks_is_named(settings, names, overrides, named):
 def test_a_cache_is_checked_for_each_resolution(settings, tmp_path, monkeypatch):
     opened = []
 
-    class FeatureCache:
+    class CacheDouble:
         crops = 1
 
         def __init__(self, folder, tokenizer_checksum, resolution):
@@ -114,10 +114,12 @@ def test_a_cache_is_checked_for_each_resolution(settings, tmp_path, monkeypatch)
         def get(self, content, crop):
             return None
 
-    features = types.SimpleNamespace(FeatureCache=FeatureCache, tokenizer_checksum=lambda tensors: str(len(tensors)))
-    encode = types.SimpleNamespace(load_image_tokenizer=lambda folder: Vargpt.from_pretrained(folder))
+    features = types.SimpleNamespace(
+        FeatureCache=CacheDouble,
+        load_image_tokenizer=Vargpt.from_pretrained,
+        tokenizer_checksum=lambda tensors: str(len(tensors)),
+    )
     monkeypatch.setitem(sys.modules, "vargpt_rl.data.features", features)
-    monkeypatch.setitem(sys.modules, "vargpt_rl.data.encode", encode)
     with pytest.raises(ValueError, match="for sft at 64 px: .*64: features of another image tokenizer"):
         gather(settings(f"data.encoded={tmp_path}"))
     assert {(folder.name, resolution) for folder, _, resolution in opened} == {("32", 32)}

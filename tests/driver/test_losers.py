@@ -10,7 +10,7 @@ from actors.resources import RolloutConfig
 from actors.worker import EncodedImage, ImageScore
 from rewards.preferences import external_winner
 from vargpt_rl.data.preferences import ORIGIN, part_path, read_table
-from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.losers import Losers
 from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run

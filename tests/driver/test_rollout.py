@@ -19,8 +19,8 @@ from actors.worker import EncodedImage, Failure
 from tests.data.test_preferences import row as table_row
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.samples import Probe, Prompt, Record, Sample
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.data.types import Probe, Prompt, Record, Sample
 from vargpt_rl.driver.rollout import Rollouts, apportion, seeds_for
 from vargpt_rl.driver.run import Run
 from vargpt_rl.model.generate import SamplingConfig

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 
 

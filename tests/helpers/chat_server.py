@@ -1,7 +1,7 @@
 """A server that speaks the chat protocol, for tests: ``python chat_server.py KEY``; it prints its port.
 
 It checks the shape of every request (422 says what is wrong), and then does what a word of the caption asks for: see
-`Handler.MOODS`; any other caption gets a good dialogue. GET /asked tells how often each was asked.
+`ChatHandler.MOODS`; any other caption gets a good dialogue. GET /asked tells how often each was asked.
 """
 
 import json
@@ -34,7 +34,7 @@ def check(body: dict) -> str:
     return json.loads(task)["caption"]
 
 
-class Handler(BaseHTTPRequestHandler):
+class ChatHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
@@ -121,6 +121,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
     print(server.server_port, flush=True)
     server.serve_forever()

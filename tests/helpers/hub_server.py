@@ -14,7 +14,7 @@ class Hub:
 
     def __enter__(self) -> "Hub":
         self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"files": self.files}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (HubHandler,), {"files": self.files}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, daemon=True).start()
         return self
@@ -24,7 +24,7 @@ class Hub:
         self.server.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     files: dict[str, dict[str, bytes]]
 
     def log_message(self, *_) -> None:

@@ -24,7 +24,7 @@ from tests.helpers.streams import feed_of, write_sources
 from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import write_table
-from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.data.samples import Probe, Prompt
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Drawing, Vargpt

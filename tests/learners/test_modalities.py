@@ -18,7 +18,7 @@ from learners.modalities import ModalityGradients
 from learners.sft import BalancedBatches, Drawings, Questions
 from tests.helpers.tiny import BITS, Patches
 from vargpt_rl.data.batches import SftCollator
-from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.data.samples import Probe, Prompt
 from vargpt_rl.losses.supervised import modality_losses
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.modeling import Vargpt

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from learners.sft import BalancedBatches, Drawings, Questions
 from tests.helpers.tiny import Patches, tiny_checkpoint
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 

@@ -19,7 +19,7 @@ from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
 from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.preferences import write_table
-from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.data.samples import Probe, Prompt
 from vargpt_rl.losses.supervised import Noise, forward_batch, sft_loss
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_model

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.losses import supervised as losses
 from vargpt_rl.losses.supervised import (
     IMAGE_WEIGHT,

@@ -60,7 +60,7 @@ def test_aesthetic_heads_of_one_layer(folder, outputs, tmp_path):
     assert Aesthetic(str(tmp_path / "head.pth"), folder)(images(), PROMPTS) == pytest.approx(expected, abs=1e-5)
 
 
-class Evil:
+class EvilWeights:
     def __reduce__(self):
         return print, ("code in a file of weights was run",)
 
@@ -72,7 +72,7 @@ def test_bad_files_of_weights_are_named(folder, tmp_path, capsys):
     torch.save({"layers.0.weight": torch.ones(2, EMBED), "layers.0.bias": torch.ones(2)}, tmp_path / "two.pth")
     with pytest.raises(ValueError, match="end in one number"):
         Aesthetic(str(tmp_path / "two.pth"), folder)(first, prompts)
-    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    torch.save({"weight": EvilWeights()}, tmp_path / "evil.pth")
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         Aesthetic(str(tmp_path / "evil.pth"), folder)(first, prompts)
     assert "was run" not in capsys.readouterr().out

@@ -19,7 +19,7 @@ from configs.load import load_config
 from rewards.combined import Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
-from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.inputs import gather
 from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run
@@ -237,7 +237,7 @@ def test_a_reward_in_an_environment_of_its_own(cluster, tmp_path):
         assert live(images(2), ["a", "b"]) == [7.0, 7.0], live.report()
 
 
-class Pool:
+class ScoringPool:
     """Stands in for the workers: images are as wide as their bits say, and every image is as likely."""
 
     version = 5
@@ -254,7 +254,7 @@ class Pool:
 
 def test_what_was_not_scored_is_in_the_books(cluster, plugin, tmp_path):
     run = Run(tmp_path / "run", {})
-    rollouts = Rollouts(Pool(), SimpleNamespace(winner_key=lambda prompt: "key"), run, None, None)
+    rollouts = Rollouts(ScoringPool(), SimpleNamespace(winner_key=lambda prompt: "key"), run, None, None)
     prompts = [Prompt("a", "raise"), Prompt("b", "fine")]
     samples = [Sample(prompt, bytes([8]), 32, seed, {}, 1, "c") for seed, prompt in enumerate(prompts)]
     mood = {"path": f"{plugin}:moody", "batch_size": 1, "retries": 0}

@@ -20,7 +20,7 @@ from rewards.preferences import (
     reward_gated,
 )
 from vargpt_rl.data.preferences import read_table, write_table
-from vargpt_rl.data.types import Prompt, Sample, Winner
+from vargpt_rl.data.samples import Prompt, Sample, Winner
 from vargpt_rl.driver.inputs import gather
 
 

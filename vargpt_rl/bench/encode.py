@@ -27,8 +27,8 @@ from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_
 from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
 from vargpt_rl.data.records.images import content_sha256, on_disk
 from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import render, sample_scene
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt

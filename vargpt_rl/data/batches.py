@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vargpt_rl.data.mixture import pack
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.prompt import IGNORED, ChatTemplate, EncodedText, VisionInputs
 from vargpt_rl.model.scales import STRIDE, token_count

@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data import shapes
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Requirement, Thing
-from vargpt_rl.data.types import Prompt
 
 UNKNOWN = "unknown"
 WORKING_SIDE = 128  # larger images are shrunk to this

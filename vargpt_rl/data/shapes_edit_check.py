@@ -13,9 +13,9 @@ from PIL import Image
 
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data import shapes
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, Thing
 from vargpt_rl.data.shapes_check import find_things
-from vargpt_rl.data.types import Prompt
 
 SHIFT = 0.12
 """How far a thing's centre may be from its place, in sides; things of a scene are more than twice as far apart."""

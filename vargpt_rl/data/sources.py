@@ -19,9 +19,9 @@ from PIL import Image, ImageOps
 from vargpt_rl.data import shapes, shapes_tasks
 from vargpt_rl.data.images import MAX_PIXELS, read_image
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.samples import ImageEdit, ImageQuestion, Prompt, Record
 from vargpt_rl.data.shapes_check import ShapesCheck
 from vargpt_rl.data.shapes_edit_check import EditCheck
-from vargpt_rl.data.types import ImageEdit, ImageQuestion, Prompt, Record
 from vargpt_rl.model.prompt import REPLY
 
 SPLITS = ("train", "held_out")

@@ -12,6 +12,7 @@ from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.loading import EDITS, RecordStream, task_of
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import (
     CaptionedConfig,
     CaptionedSource,
@@ -20,7 +21,6 @@ from vargpt_rl.data.sources import (
     Source,
     prompts_from_file,
 )
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.release.tiny_v1 import make_fresh_v1

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vargpt_rl.data.preferences import count_rows, join_parts, part_path
-from vargpt_rl.data.types import Prompt, Sample
+from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.rollout import Rollouts
 
 

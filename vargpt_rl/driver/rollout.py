@@ -25,8 +25,8 @@ from rewards.preferences import check_books
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.samples import Probe, Prompt, Record, Sample, Winner
 from vargpt_rl.data.sources import ImageCheck, Source
-from vargpt_rl.data.types import Probe, Prompt, Record, Sample, Winner
 from vargpt_rl.driver.run import Run
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 from vargpt_rl.model.generate import SamplingConfig

@@ -21,7 +21,7 @@ from rewards.preferences import external_winner
 from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import part_path, read_table
 from vargpt_rl.data.records.loading import EDITS, RecordStream
-from vargpt_rl.data.types import Probe, Prompt, Record
+from vargpt_rl.data.samples import Probe, Prompt, Record
 from vargpt_rl.driver.inputs import Inputs
 from vargpt_rl.driver.losers import Losers
 from vargpt_rl.driver.rollout import PROMPTS as ENCODED

@@ -15,7 +15,7 @@ from vargpt_rl.evaluate.dpg import DpgBench
 from vargpt_rl.evaluate.fid import FrechetDistance
 from vargpt_rl.evaluate.geneval import GenEval
 from vargpt_rl.evaluate.geneval2 import GenEval2
-from vargpt_rl.evaluate.questions import Questions
+from vargpt_rl.evaluate.questions import QuestionFile
 from vargpt_rl.evaluate.report import Scores, write_report
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.scorers import clip_score, hps
@@ -33,7 +33,7 @@ BENCHMARKS = {
     Benchmark.clip: clip_score,
     Benchmark.hps: hps,
     Benchmark.fid: FrechetDistance,
-    Benchmark.questions: Questions,
+    Benchmark.questions: QuestionFile,
     Benchmark.lmms: Understanding,
 }
 

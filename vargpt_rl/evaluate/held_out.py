@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import Source
-from vargpt_rl.data.types import Prompt
 
 
 @dataclass(frozen=True)

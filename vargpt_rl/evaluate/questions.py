@@ -30,7 +30,7 @@ YES_OR_NO = ({"yes"}, {"no"})
 PAIR = 2
 
 
-class Questions:
+class QuestionFile:
     """A file of questions, answered greedily."""
 
     columns = [Column("accuracy", "accuracy", 3), Column("yes_no_accuracy", "yes/no", 3), Column("mme", "MME score", 1)]

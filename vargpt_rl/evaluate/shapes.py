@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.data.images import read_image
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.shapes_check import check
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest, QuestionRequest

@@ -27,7 +27,7 @@ from learners.jobs import DpoJob
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.data.preferences import read_table
-from vargpt_rl.data.types import Probe, Prompt
+from vargpt_rl.data.samples import Probe, Prompt
 from vargpt_rl.driver.steps import Steps
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Machine, Work, simulate

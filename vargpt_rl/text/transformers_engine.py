@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationMixin
 
 from vargpt_rl.model.prompt import ChatTemplate
-from vargpt_rl.text.requests import TextRequest
+from vargpt_rl.text.engine import TextRequest
 
 
 class TransformersEngine:

@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.storage.sharded import stored_in_folder
+from vargpt_rl.text.engine import TextRequest
 from vargpt_rl.text.layout import check_set, is_text
-from vargpt_rl.text.requests import TextRequest
 from vargpt_rl.text.vllm_plugin import ARCHITECTURE, NAME, TakesWeights
 
 MAX_TOKENS = 4096

@@ -3,8 +3,8 @@
 import pytest
 
 from vargpt_rl.data.instruct.banks import bank
+from vargpt_rl.data.instruct.dialogue import Unusable
 from vargpt_rl.data.instruct.screening import fault, kept, parse
-from vargpt_rl.data.instruct.types import Unusable
 
 CAPTION = "two brown horses beside a wooden fence"
 PROMPT = "Please draw two brown horses beside a wooden fence."

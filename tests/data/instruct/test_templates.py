@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vargpt_rl.data.instruct import banks
+from vargpt_rl.data.instruct.dialogue import Caption
 from vargpt_rl.data.instruct.templates import fill, template_pair, with_article, word
-from vargpt_rl.data.instruct.types import Caption
 
 BANK = banks.bank("templates")
 NAMES = ("a_picture", "the_picture", "subject")

@@ -14,8 +14,8 @@ from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.images import InArchive, OnDisk
 from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import is_held_out
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.model.prompt import REPLY
 
 FRACTION = 0.4

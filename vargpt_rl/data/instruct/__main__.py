@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from vargpt_rl.common.command import load_command
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
+from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject, Unusable
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
 from vargpt_rl.data.instruct.templates import template_pair
-from vargpt_rl.data.instruct.types import Caption, Dialogue, Reject, Unusable
 
 
 class Method(enum.Enum):

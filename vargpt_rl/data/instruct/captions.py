@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vargpt_rl.data.instruct.types import Caption, Reject, Unusable
+from vargpt_rl.data.instruct.dialogue import Caption, Reject, Unusable
 
 NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and half characters as JSON can spell them
 SPECIAL = re.compile(r"<image|<\|")

@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeVar
 import openai
 
 from vargpt_rl.data.instruct.banks import bank
+from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Unusable
 from vargpt_rl.data.instruct.screening import fault, parse
-from vargpt_rl.data.instruct.types import Caption, Dialogue, Unusable
 
 SHOTS = 4
 SEEDS = ("prompt_seed", "caption_seed", "answer_seed")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vargpt_rl.data.instruct.types import Caption, Dialogue, Reject
+from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject
 
 IMAGE = "<image_gen>"
 OPENING = b'{"id": '  # of every line, as `line` writes it

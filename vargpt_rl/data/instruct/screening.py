@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 from vargpt_rl.data.instruct.banks import bank
-from vargpt_rl.data.instruct.types import Unusable
+from vargpt_rl.data.instruct.dialogue import Unusable
 
 FEWEST_WORDS, MOST_WORDS = 3, 60
 LEAST_KEPT = 0.5  # of a caption's content words, in each of the two texts; rewording costs some

@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 
 from vargpt_rl.data.instruct.banks import bank
-from vargpt_rl.data.instruct.types import Caption, Dialogue
+from vargpt_rl.data.instruct.dialogue import Caption, Dialogue
 
 VOWEL = re.compile(r"(?i)(?!uni[cfoqstv]|us[eu]|eu|uk|uto|ubi|one\b|once\b)[aeiou]|hour|honest|heir|8|11\b|18\b")
 CLOSED = re.compile(r"""[.!?…]["'”’)\]]*$""")  # a text with its last full stop

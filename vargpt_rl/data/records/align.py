@@ -20,8 +20,8 @@ from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.records.schema import DRAWN, RecordConversation
 from vargpt_rl.data.records.sources import open_records
 from vargpt_rl.data.records.stream import ReadOptions
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import SPLITS, Source, image_files, is_held_out
-from vargpt_rl.data.types import Prompt
 from vargpt_rl.storage.files import write_atomically
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

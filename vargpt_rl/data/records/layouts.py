@@ -15,8 +15,8 @@ from vargpt_rl.data.records.formats import Row
 from vargpt_rl.data.records.images import ImageRef, InArchive, InRecord, on_disk
 from vargpt_rl.data.records.midjourney import ImagineRequest, split_commands
 from vargpt_rl.data.records.schema import DRAWN, SHOWN, Limit, Message, RecordConversation, checked
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import REPLY
-from vargpt_rl.data.types import Prompt
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 

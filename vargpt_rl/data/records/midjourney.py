@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from re import fullmatch
 
-from vargpt_rl.data.types import Prompt
+from vargpt_rl.data.samples import Prompt
 
 _NUMBER = r"-?\d*\.?\d+"
 _ANYTHING = r"\S+"

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.text.requests import TextRequest, answers, replies
+from vargpt_rl.text.engine import TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 REQUESTS = [

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rewards.http import TOKEN, HttpReward
 from rewards.images import to_png
+from rewards.remote import TOKEN, HttpReward
 
 PLUGIN = """
 import time
