@@ -1,7 +1,7 @@
-"""Training checkpoints on disk: their markers, which of them stay, and which one a stage goes on from.
+"""Training checkpoints on disk: completion markers, retention, and the checkpoint to resume from.
 
-A checkpoint is a folder ``checkpoint-NNNNNN`` whose marker ``COMPLETE`` (JSON) has the size and the blake2b of each
-file. It appears whole, under its name (``learners.resume`` makes it). Imports no DeepSpeed: the driver reads these.
+A checkpoint is a folder ``checkpoint-NNNNNN`` whose marker ``COMPLETE`` (JSON) holds the size and blake2b of each file.
+``learners.resume`` renames it into place once complete. Imports no DeepSpeed, since the driver reads checkpoints too.
 """
 
 import json
@@ -14,7 +14,7 @@ from vargpt_rl.storage.files import digest, write_atomically
 
 
 def _described(files: list[Path]) -> list[dict[str, int | str]]:
-    """Size and blake2b of each; hashing lets other threads run, so files of several ranks take the time of one."""
+    """Size and blake2b of each file; hashing releases the GIL, so threads hash several files in parallel."""
     with ThreadPoolExecutor() as threads:
         return [
             {"bytes": path.stat().st_size, "blake2b": hashed}
@@ -23,14 +23,14 @@ def _described(files: list[Path]) -> list[dict[str, int | str]]:
 
 
 def mark(folder: Path) -> None:
-    """Write the marker of all files in ``folder``."""
+    """Write the completion marker for all files in ``folder``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
     write_atomically(folder / MARKER, json.dumps(dict(zip(names, _described(files), strict=True))).encode())
 
 
 def check(folder: Path) -> None:
-    """ValueError, naming it, for a checkpoint that is incomplete, or whose bytes are not those that were written."""
+    """ValueError, naming the checkpoint, if it is incomplete or its bytes are not those that were written."""
     if not (folder / MARKER).is_file():
         raise ValueError(f"training checkpoint {folder}: incomplete, expected {MARKER}")
     expected = json.loads((folder / MARKER).read_text())
@@ -43,7 +43,7 @@ def check(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint in ``folder``, if there is one, and what is wrong with those after it."""
+    """The newest good checkpoint in ``folder`` (None if there is none), and the faults of the newer ones."""
     refused = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
@@ -56,7 +56,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(folder: Path, last: int, every: int | None) -> None:
-    """Remove all but the ``last`` newest and those after each ``every`` steps; the folder too if that leaves none."""
+    """Keep the ``last`` newest checkpoints and those of every ``every``-th step; remove an emptied folder too."""
     found = sorted(folder.glob("checkpoint-*"))
     for old in found[: max(0, len(found) - last)]:
         if not (every and int(old.name.split("-")[1]) % every == 0):

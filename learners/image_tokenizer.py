@@ -1,8 +1,8 @@
 """Image-tokenizer training: reconstruct images through their tokens.
 
-A plain single-process loop: it serves the tiny model and small collections, the released tokenizer is used as it is.
+A plain single-process loop for the tiny model and small collections; the released tokenizer is used unchanged.
 Deviation from the release: no adversarial, perceptual or entropy term. Flat drawings need none (the bits do not
-collapse without them), and each would bring a pretrained network along.
+collapse without them), and each would require a pretrained network.
 
 Shape legend: B batch, H W image.
 """
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from vargpt_rl.data.batches import ImageSource
 from vargpt_rl.model.families import AnyImageTokenizer
 
 
 def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) -> torch.Tensor:
-    """Scalar L1 + L2, weighted towards what stands out from the image's median colour.
+    """Scalar L1 + L2, weighted towards pixels that differ from the image's median colour.
 
-    Most of a drawing is background; without the weight its things are learned last.
+    Most of a drawing is background; without the weight its objects are learned last.
     """
     background_B31 = target_B3HW.flatten(2).median(dim=2, keepdim=True).values
     contrast_B1HW = (target_B3HW - background_B31[..., None]).abs().amax(1, keepdim=True)
@@ -28,7 +29,7 @@ def reconstruction_loss(output_B3HW: torch.Tensor, target_B3HW: torch.Tensor) ->
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.3) -> float:
-    """Warm-up, plateau, then linear decay to zero over the last ``decay`` of the steps."""
+    """Warmup, plateau, then linear decay to zero over the last share ``decay`` of the steps."""
     remaining = (steps - step) / (decay * steps)
     return peak * min(1.0, (step + 1) / warmup, remaining)
 
@@ -41,7 +42,7 @@ def train_image_tokenizer(
     on_step: Callable[[int, float], None],
     first_step: int = 0,
 ) -> None:
-    """Train in place on ``batches`` of images float [B, 3, H, W] in [-1, 1]; ``on_step(step, loss)`` after each."""
+    """Train in place on ``batches`` of images, float [B, 3, H, W] in [-1, 1]; ``on_step(step, loss)`` follows each."""
     tokenizer.train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(first_step, steps):
@@ -57,8 +58,10 @@ def train_image_tokenizer(
     tokenizer.eval()
 
 
-def image_batches(source, keys: list[str], side: int, batch: int, seed: int) -> tuple[Iterator[torch.Tensor], list]:
-    """Endless random batches float [batch, 3, side, side] of a source's images, mirrored half of the time.
+def image_batches(
+    source: ImageSource, keys: list[str], side: int, batch: int, seed: int
+) -> tuple[Iterator[torch.Tensor], list[list[str]]]:
+    """Endless random batches float [batch, 3, side, side] of a source's images, each batch mirrored half of the time.
 
     Also returns [key, reason] of each image that could not be loaded. ValueError if none could.
     """

@@ -1,7 +1,8 @@
-"""What a learner group is asked to do. Imports no trainer and no DeepSpeed: the driver makes these."""
+"""Jobs of a learner group. Imports no trainer and no DeepSpeed, since the driver makes these."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from learners.config import DpoConfig, Recipe
 from vargpt_rl.data.batches import ImageSource
@@ -11,19 +12,21 @@ from vargpt_rl.storage.checkpoint import Policy
 
 
 def training_checkpoints(output: Path) -> Path:
-    """Where a job keeps what it would go on from, until whoever gave it has its result."""
+    """Folder of a job's training checkpoints, kept until the driver has recorded the job's result."""
     return output / "trainer"
 
 
-def asked_to_save(output: Path) -> Path:
-    """A file by which a job is asked to keep a checkpoint after its current step."""
+def save_request(output: Path) -> Path:
+    """File whose presence asks a job to save a training checkpoint after its current step."""
     return output / "save"
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Rows of (image key, question, answer), the source that loads the keys at ``side`` pixels, and the share of each
-    batch that is drawings beside them."""
+    """Questions about images: rows of (image key, question, answer), loaded by ``source`` at ``side`` pixels a side.
+
+    ``drawing_share`` is the share of each batch that is drawings instead.
+    """
 
     rows: list[ImageQuestion]
     source: ImageSource
@@ -31,15 +34,11 @@ class QuestionSet:
     side: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SftJob:
-    """A supervised stage on the drawings encoded in ``corpus``, or on what ``feed`` streams.
+    """A supervised stage on the drawings encoded in ``corpus``, or on the records streamed by ``feed``."""
 
-    Intermediate weights are saved after ``save_steps``. ``resume``: the training checkpoint that it goes on from, which
-    the group looks for. ``source`` loads the images that prompts show; ``frozen`` are
-    parts of the stage that stay as they are.
-    """
-
+    kind: ClassVar[str] = "sft"
     stage: str
     start: Policy
     corpus: Path | None
@@ -47,18 +46,24 @@ class SftJob:
     output: Path
     seed: int
     probe: Probe
+    """Image whose log-probability under the trained weights is returned."""
     questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
+    """Steps after which intermediate weights are saved as ``output/step-NNNNNN``."""
     feed: RecordStream | None = None
     source: ImageSource | None = None
+    """Loads the images that prompts show."""
     frozen: tuple[str, ...] = ()
+    """Parts that the stage would train but that stay unchanged."""
     resume: Path | None = None
+    """Training checkpoint to resume from; set by the learner group."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DpoJob:
-    """A preference stage on a table of pairs, or on the ``parts`` of it that come one after another."""
+    """A preference stage on a table of pairs."""
 
+    kind: ClassVar[str] = "dpo"
     start: Policy
     table: Path
     recipe: Recipe
@@ -66,20 +71,29 @@ class DpoJob:
     output: Path
     seed: int
     probe: Probe
+    """Image whose log-probability under the trained weights is returned."""
     resume: Path | None = None
+    """Training checkpoint to resume from; set by the learner group."""
     parts: int = 1
+    """Number of parts in which the table arrives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerJob:
-    """Image-tokenizer training on images that ``source`` loads by key, at the run's first resolution."""
+    """Image-tokenizer training on images loaded by key, at the run's first resolution."""
 
+    kind: ClassVar[str] = "tokenizer"
     start: Policy
     keys: list[str]
     source: ImageSource
+    """Loads the images."""
     side: int
+    """Pixels per side."""
     steps: int
     batch: int
     lr: float
     output: Path
     seed: int
+
+
+Job = SftJob | DpoJob | TokenizerJob

@@ -1,8 +1,8 @@
-"""The pairs that DPO trains on, also while the rest of them is still being made, and the order of them.
+"""The pairs that DPO trains on, also while later ones are still being built, and the order in which it uses them.
 
-A preference table is one file, or comes in parts, one after another. As large a share of the steps is taken as there is
-of the parts. So in the end every pair was used as often as any other, or once more, and which pairs a step has follows
-from the table and the seed alone, not from who was faster. The order is recorded all the same.
+A preference table is one file, or arrives in parts. Once a share of the parts is there, the same share of the steps may
+run. So every pair is used equally often, give or take one, and the pairs of a step depend on the table and the seed
+alone, not on timing. The order is recorded all the same.
 """
 
 import json
@@ -18,20 +18,24 @@ from torch.utils.data import Sampler
 
 from vargpt_rl.data.preferences import ORIGIN, part_path, read_table
 
-LOOK_S = 0.2
-"""Seconds between two looks for the next part."""
+POLL_S = 0.2
+"""Seconds between two checks for the next part."""
 
 
 class PairTable(torch.utils.data.Dataset):
-    """The rows of ``table``, or of its ``parts`` parts as they come; ``waited`` counts the seconds without work.
+    """The rows of ``table``, or of its ``parts`` parts as they arrive.
 
-    ``rows`` are those read so far, at least one, ``ids`` their pair ids, and ``sizes`` the rows of each part.
-    ValueError for a table without a pair.
+    ``rows`` holds the rows read so far (at least one), ``ids`` their pair ids, ``sizes`` the number of rows of each
+    part read, ``waited`` the seconds spent waiting for parts. ValueError for a table without a pair.
     """
 
     def __init__(self, table: Path, parts: int = 1):
-        self.table, self.parts, self.waited = table, parts, 0.0
-        self.rows, self.ids, self.sizes = None, [], []
+        self.table = table
+        self.parts = parts
+        self.waited = 0.0
+        self.rows: Dataset | None = None
+        self.ids: list[str] = []
+        self.sizes: list[int] = []
         if table.exists():
             frame = read_table(table)
             self._add(Dataset.from_pandas(frame, preserve_index=False))
@@ -46,7 +50,7 @@ class PairTable(torch.utils.data.Dataset):
         return self.rows[row]
 
     def first(self, parts: int) -> list[int]:
-        """Sizes of the first ``parts`` parts, and of the next ones if those are empty; waits until they are there."""
+        """Sizes of the first ``parts`` parts (more, until one has a row); waits for them to arrive."""
         while len(self.sizes) < parts:
             self._next()
         if any(self.sizes[:parts]):
@@ -56,9 +60,10 @@ class PairTable(torch.utils.data.Dataset):
         return self.first(parts + 1)
 
     def _next(self) -> None:
-        path, began = part_path(self.table, len(self.sizes)), time.monotonic()
+        path = part_path(self.table, len(self.sizes))
+        began = time.monotonic()
         while not path.exists():
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         self.waited += time.monotonic() - began
         self._add(Dataset.from_pandas(read_table(path), preserve_index=False))
 
@@ -70,15 +75,19 @@ class PairTable(torch.utils.data.Dataset):
 
 
 class PairOrder(Sampler[int]):
-    """Batches of ``steps`` steps, one after another: always the pairs that were used least among those that are there.
+    """Batches of ``steps`` steps, concatenated: always the least used pairs among those that have arrived.
 
-    New pairs come in the order of the table, which is random already, and in which the workers scored them in
-    micro-batches: at step 0 policy and reference then run on equal shapes, and their log-probabilities are equal, not
-    only close. Later rounds are in a random order of their own. ``record``: a file that gets a line a step.
+    New pairs keep the order of the table, which is already random and in which the workers scored them in
+    micro-batches: at step 0 policy and reference then run on equal shapes, so that their log-probabilities are equal
+    and not only close. Later epochs have random orders of their own. ``record``: a JSONL file with one line per step.
     """
 
     def __init__(self, table: PairTable, steps: int, batch: int, seed: int, record: Path | None = None):
-        self.table, self.steps, self.batch, self.seed, self.record = table, steps, batch, seed, record
+        self.table = table
+        self.steps = steps
+        self.batch = batch
+        self.seed = seed
+        self.record = record
 
     def __len__(self) -> int:
         return self.steps * self.batch
@@ -86,12 +95,12 @@ class PairOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         @cache
         def places(part: int, uses: int) -> list[float]:
-            """Of each row of a part, from 0 to 1: a random order that mixes all parts."""
+            """Random place in [0, 1) of each row of a part, to mix the rows of all parts."""
             size = self.table.sizes[part]
             generator = torch.Generator().manual_seed(self.seed + uses + part * 7919)
             return (torch.randperm(size, generator=generator).argsort() / size).tolist()
 
-        queue: list[tuple[int, float, int, int, int]] = []  # uses, place among equals, row, its part, row in the part
+        queue: list[tuple[int, float, int, int, int]] = []  # uses, place among equals, row, part, row within the part
         parts = 0
         for step in range(1, self.steps + 1):
             sizes = self.table.first(max(parts, -(-step * self.table.parts // self.steps)))

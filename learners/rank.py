@@ -1,6 +1,6 @@
-"""One rank of a learner group: loads the model, trains one stage, hands the trained tensors out, and starts afresh.
+"""One rank of a learner group: loads the model, trains one stage and saves the trained tensors, job after job.
 
-Every stage gets a new trainer and a new DeepSpeed engine in the same process; the process group stays.
+Every job gets a new trainer and a new DeepSpeed engine in the same process; the process group stays.
 """
 
 import copy
@@ -22,7 +22,7 @@ from trl import DPOConfig
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import POLICIES, ImageDpoTrainer
 from learners.image_tokenizer import image_batches, train_image_tokenizer
-from learners.jobs import DpoJob, SftJob, TokenizerJob, asked_to_save, training_checkpoints
+from learners.jobs import DpoJob, Job, SftJob, TokenizerJob, save_request, training_checkpoints
 from learners.pairs import PairTable
 from learners.resume import SaveEvery
 from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
@@ -42,7 +42,7 @@ from vargpt_rl.storage.checkpoint import Policy, load_weights_into, save_checkpo
 
 
 class WriteLog(TrainerCallback):
-    """Append every log of the main rank to ``log.jsonl``, which the driver follows."""
+    """Append every log entry of the main rank to ``log.jsonl``, which the driver follows."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,22 +82,36 @@ class Rank:
     def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool):
         ranks = config.ranks
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
-        self.rank, self.ranks, self.use_gpu, self.bf16, self.config = rank, ranks, use_gpu, config.bf16, config
+        self.rank = rank
+        self.ranks = ranks
+        self.use_gpu = use_gpu
+        self.bf16 = config.bf16
+        self.config = config
         torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """This node's address in the cluster and a free port, for rank 0 to be met at."""
+        """This node's address in the cluster and a free port, where the ranks rendezvous with rank 0."""
         return ray.util.get_node_ip_address(), free_port()
 
     def join(self, host: str, port: int) -> int:
-        """Enter the process group; the process id."""
+        """Join the process group; returns the process id."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        # Left alone, gloo listens where the host's name points: on many systems that is the loopback.
+        # By default gloo listens where the host's name resolves to: on many systems that is the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
-        # Without GPUs gloo serves; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
+        # gloo suffices on CPUs; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
         return os.getpid()
+
+    def run(self, job: Job) -> dict:
+        """Run a job; returns its result, the same kind of dict on every rank."""
+        match job:
+            case SftJob():
+                return self.sft(job)
+            case DpoJob():
+                return self.dpo(job)
+            case TokenizerJob():
+                return self.tokenizer(job)
 
     def _model(self, start: Policy, policy: bool = False) -> Unified:
         kind = family_of(load_config(start.model)).model
@@ -111,7 +125,7 @@ class Rank:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
         trainer.keep = self.config.keep_last, self.config.keep_every
-        trainer.add_callback(SaveEvery(self.config.save_every, asked_to_save(output)))
+        trainer.add_callback(SaveEvery(self.config.save_every, save_request(output)))
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         seconds = time.time() - trainer.began
         save_trained(trainer, trained, output / "final")
@@ -130,7 +144,7 @@ class Rank:
 
     @torch.no_grad()
     def _score(self, trainer, chat: ChatTemplate, probe: Probe, source) -> float:
-        """Log-probability of the probe under the trained weights, in nats. All ranks take part (ZeRO-3 gathers)."""
+        """Log-probability of the probe under the trained weights, in nats. Every rank must call it (ZeRO-3 gathers)."""
         tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
         tokens = token_count(tokenizer.schedule_for(probe.resolution))
@@ -139,7 +153,7 @@ class Rank:
         grid = shown and shown.image_grid_thw
         row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
         row = row.to(engine.device)
-        mask = torch.ones_like(row)  # what the pads beyond the image hold cannot reach it
+        mask = torch.ones_like(row)  # pads after the image cannot influence it: attention is causal
         if isinstance(trainer, ImageDpoTrainer):
             return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
@@ -191,8 +205,10 @@ class Rank:
         return self._run(trainer, chat, trained, job, job.source) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
-        """Train a preference stage; adds the last margin and accuracy, the largest log-ratio seen at step 0, and the
-        seconds that it waited for pairs."""
+        """Train a preference stage.
+
+        Adds the last margin and accuracy, the largest log-ratio seen at step 0, and seconds spent waiting for pairs.
+        """
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
         trained = freeze(model, STAGES["dpo"])

@@ -1,10 +1,10 @@
-"""Training checkpoints: a stage that was cut off goes on from the last one, as if it had never stopped.
+"""Saving and loading training checkpoints: an interrupted stage resumes bitwise as if it had never stopped.
 
-A checkpoint is a folder ``checkpoint-NNNNNN`` with DeepSpeed's files (trained weights and optimizer, a file a rank;
-frozen weights are those that the stage starts from), the trainer's state, the learning-rate schedule, and for each
-rank its generators' states and its place in the data. It is made under a temporary name, synced, given its marker
-(``learners.checkpoints``) and renamed; older ones go afterwards. Nothing in it is unpickled but tensors and what is
-listed in ``HARMLESS``.
+A checkpoint is a folder ``checkpoint-NNNNNN`` with DeepSpeed's files (trained weights and optimizer state, one file per
+rank; frozen weights come from the stage's start), the trainer's state, the learning-rate schedule, and each rank's
+random-generator states and position in the data. It is written under a temporary name, synced, marked complete
+(``learners.checkpoints``) and renamed; older ones are removed afterwards. Loading unpickles only tensors and the
+classes in ``HARMLESS``.
 """
 
 import json
@@ -27,11 +27,11 @@ from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import check_room, sync
 
 HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
-"""Classes in DeepSpeed's files that hold plain values."""
+"""Classes in DeepSpeed's files that only hold plain values."""
 
 
 class SafeReader(TorchCheckpointEngine):
-    """Reads DeepSpeed's files without running code from them."""
+    """Loads DeepSpeed's files without running code from them."""
 
     def load(self, path: str, map_location=None):
         with torch.serialization.safe_globals(HARMLESS):
@@ -39,51 +39,51 @@ class SafeReader(TorchCheckpointEngine):
 
 
 class SaveEvery(TrainerCallback):
-    """Ask for a checkpoint after every so many steps, and after that in which a file ``asked`` appears.
+    """Save a checkpoint every ``steps`` steps, and after the step during which the file ``request`` appears.
 
-    Not after the last one: the stage's weights are saved then. The file goes when the checkpoint is there.
+    None after the last step, when the stage's weights are saved. The request is removed once it is served.
     """
 
-    def __init__(self, steps: int | None, asked: Path):
-        self.steps, self.asked = steps, asked
+    def __init__(self, steps: int | None, request: Path):
+        self.steps = steps
+        self.request = request
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(int(self.asked.exists()), device=args.device)
-        dist.broadcast(asked, 0)  # the file may appear between two ranks' looks
+        requested = torch.tensor(int(self.request.exists()), device=args.device)
+        dist.broadcast(requested, 0)  # the file may appear after some ranks have looked
         due = self.steps is not None and state.global_step % self.steps == 0
-        control.should_save = (due or bool(asked)) and state.global_step < state.max_steps
+        control.should_save = (due or bool(requested)) and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.asked.unlink(missing_ok=True)
+            self.request.unlink(missing_ok=True)
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Size of a checkpoint, nearly: of each trained weight itself, its fp32 copy and AdamW's two moments."""
+    """Approximate size of a checkpoint: each trained weight, its fp32 copy and AdamW's two moments."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return sum(getattr(each, "ds_numel", each.numel()) * (each.element_size() + 12) for each in trained)
 
 
 class Resumable:
-    """For a ``transformers.Trainer`` under DeepSpeed: checkpoints as above. Comes before the trainer among the bases.
-
-    ``loader`` is this rank's own stateful loader, where there is one; else the trainer skips what was trained on.
-    ``keep``: how many of the last checkpoints stay, and after how many steps each stays besides.
-    ``survivors`` names attributes of this rank, numbers, that are kept. ``began``: when training did, without the time
-    between starts.
-    """
+    """Mixin that gives a ``transformers.Trainer`` under DeepSpeed these checkpoints; precedes it among the bases."""
 
     loader = None
+    """This rank's own stateful data loader; without one, the trainer skips the examples already used."""
     survivors: tuple[str, ...] = ()
+    """Names of numeric attributes of this rank that are saved and restored."""
     began = 0.0
+    """Start of training (``time.time()``), shifted so that time between runs does not count."""
     keep: tuple[int, int | None] = (2, None)
+    """Arguments of `learners.checkpoints.prune`: number of newest checkpoints kept, and step interval kept for good."""
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / f"rank-{self.args.process_index}.json"
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step:06d}"
-        unfinished, main = folder.with_name(f".{folder.name}"), self.is_world_process_zero()
+        unfinished = folder.with_name(f".{folder.name}")
+        main = self.is_world_process_zero()
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -101,13 +101,13 @@ class Resumable:
             torch.save(self.lr_scheduler.state_dict(), unfinished / SCHEDULER_NAME)
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        for path in (unfinished, *unfinished.rglob("*")):  # on every rank: they may run on machines of their own
+        for path in (unfinished, *unfinished.rglob("*")):  # on every rank: each may run on its own machine
             sync(path)
         self.accelerator.wait_for_everyone()
         if main:
             mark(unfinished)
             point(f"{stage}/checkpoint/marked")
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, damaged
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, left by an earlier run
             os.replace(unfinished, folder)
             sync(folder.parent)
             point(f"{stage}/checkpoint/there")
@@ -115,15 +115,15 @@ class Resumable:
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """The trainer's own, but for the reading of checkpoints, which would want frozen weights as well."""
+        """As the trainer does, except that checkpoints are loaded without the frozen weights."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.began = time.time()
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             self.deepspeed.checkpoint_engine = SafeReader()
             if self.deepspeed.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
-                raise RuntimeError(f"{folder}: DeepSpeed finds no checkpoint in it")
-            self._load_optimizer_and_scheduler(str(folder))  # the schedule: DeepSpeed has the optimizer
+                raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
+            self._load_optimizer_and_scheduler(str(folder))  # only the schedule: DeepSpeed restored the optimizer
             own = json.loads(self._rank_file(folder).read_text())
             for name, value in own["kept"].items():
                 setattr(self, name, value)

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from learners.modalities import EVERY, ModalityGradients
+from learners.gradient_norms import EVERY, ModalityGradients
 from learners.resume import Resumable
 from vargpt_rl.data.batches import DrawExample, Example, ImageSource, TextExample, shown_image
 from vargpt_rl.data.samples import ImageQuestion, Prompt

@@ -1,4 +1,4 @@
-"""What supervised and preference training share: the recipe, DeepSpeed's configuration, and taking weights out."""
+"""Shared by all trainers: training arguments, DeepSpeed configuration, and saving trained weights."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from learners.config import Recipe
 from vargpt_rl.storage.checkpoint import save_checkpoint
 
 LINEAR = torch.nn.functional.linear
-"""PyTorch's own. ZeRO-3 puts another in its place, which rounds otherwise, and leaves it there."""
+"""PyTorch's own ``linear``. ZeRO-3 replaces it by one that rounds differently, and never restores it."""
 
 
 def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_gpu: bool, bf16: bool) -> dict:
-    """Arguments that ``TrainingArguments`` and ``DPOConfig`` share. Saving and reporting are the caller's."""
+    """Arguments shared by ``TrainingArguments`` and ``DPOConfig``. Saving and reporting are left to the caller."""
     return dict(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -41,7 +41,7 @@ def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_
 
 
 def deepspeed_config(recipe: Recipe, bf16: bool) -> dict:
-    """ZeRO with torch's AdamW; the rest follows from the training arguments."""
+    """ZeRO with torch's AdamW; the rest follows the training arguments."""
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -69,7 +69,10 @@ class SaveAt(TrainerCallback):
     """Save the trained tensors at given steps, under ``folder/step-NNNNNN``."""
 
     def __init__(self, trainer: Trainer, names: list[str], folder: Path, steps: list[int]):
-        self.trainer, self.names, self.folder, self.steps = trainer, names, folder, set(steps)
+        self.trainer = trainer
+        self.names = names
+        self.folder = folder
+        self.steps = set(steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
@@ -86,9 +89,9 @@ def save_trained(trainer: Trainer, names: list[str], directory: Path) -> None:
 
 
 def finish(trainer: Trainer) -> None:
-    """Take DeepSpeed's engine apart, so that the process can train the next stage with a fresh one.
+    """Destroy DeepSpeed's engine, so that the process can train the next stage with a new one.
 
-    A loader that nothing refers to any more ends its worker processes.
+    Dropping the last reference to a data loader ends its worker processes.
     """
     trainer.deepspeed.destroy()
     torch.nn.functional.linear = LINEAR

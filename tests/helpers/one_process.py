@@ -53,9 +53,9 @@ class OwnRank(LearnerGroup):
         self.rank, self.note = Rank(0, config, threads=1, use_gpu=False), note
         self.rank.join(ray.util.get_node_ip_address(), free_port())
 
-    def _run(self, method, job, on_log):
+    def _steps(self, job, on_log):
         yield from ()  # never waits
-        return getattr(self.rank, method)(self._resumed(job))
+        return self.rank.run(self._resumed(job))
 
 
 def start(arguments: list[str]) -> None:

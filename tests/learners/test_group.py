@@ -148,14 +148,32 @@ def trained(group, start, corpus, probe, pairs, tmp_path_factory):
             recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0, zero=zero)
             if stage == "dpo":
                 write_table(folder / "pairs.parquet", pairs)
-                job = DpoJob(start, folder / "pairs.parquet", recipe, DpoConfig(), folder, 0, probe)
-                result = group.dpo(job, lines.append)
+                job = DpoJob(
+                    start=start,
+                    table=folder / "pairs.parquet",
+                    recipe=recipe,
+                    dpo=DpoConfig(),
+                    output=folder,
+                    seed=0,
+                    probe=probe,
+                )
+                result = group.run(job, lines.append)
             else:
                 rows = [("red", "What colour is the square?", "red"), ("blue", "How many?", "three")]
                 questions = QuestionSet(rows, Patches(), 0.5, 56) if stage == "understanding" else None
                 saves = (2,) if stage == "sft" else ()
-                job = SftJob(stage, start, corpus, recipe, folder, 0, probe, questions, saves)
-                result = group.sft(job, lines.append)
+                job = SftJob(
+                    stage=stage,
+                    start=start,
+                    corpus=corpus,
+                    recipe=recipe,
+                    output=folder,
+                    seed=0,
+                    probe=probe,
+                    questions=questions,
+                    save_steps=saves,
+                )
+                result = group.run(job, lines.append)
             done[stage, zero] = result, folder, lines
         return done[stage, zero]
 
@@ -237,8 +255,17 @@ def test_a_stage_learns_from_streamed_records(group, start, probe, tmp_path):
     sources = write_sources(tmp_path / "data")
     feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
     recipe, lines = Recipe(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0), []
-    job = SftJob("understanding", start, None, recipe, tmp_path / "out", 0, probe, feed=feed)
-    result = group.sft(job, lines.append)
+    job = SftJob(
+        stage="understanding",
+        start=start,
+        corpus=None,
+        recipe=recipe,
+        output=tmp_path / "out",
+        seed=0,
+        probe=probe,
+        feed=feed,
+    )
+    result = group.run(job, lines.append)
     assert result["steps"] == STEPS
     logged = [line for line in lines if "loss" in line]
     assert all({"loss/text", "loss/image", "bit_accuracy"} <= line.keys() for line in logged)
@@ -263,8 +290,18 @@ def test_images_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_p
 
 def test_the_image_tokenizer_is_trained_on_one_rank(group, start, tmp_path):
     lines = []
-    job = TokenizerJob(start, ["red", "nothing", "blue"], Patches(), SIDE, 20, 2, 1e-2, tmp_path, seed=0)
-    result = group.tokenizer(job, lines.append)
+    job = TokenizerJob(
+        start=start,
+        keys=["red", "nothing", "blue"],
+        source=Patches(),
+        side=SIDE,
+        steps=20,
+        batch=2,
+        lr=1e-2,
+        output=tmp_path,
+        seed=0,
+    )
+    result = group.run(job, lines.append)
     assert result["loss_last"] < result["loss_first"]
     assert [key for key, _ in result["failures"]] == ["nothing"]
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -278,15 +315,15 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     group, faults, start, corpus, probe, tmp_path
 ):
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job = SftJob("sft", start, corpus, recipe, tmp_path / "whole", 0, probe)
-    undisturbed, noted = group.sft(job, lambda line: None), []
+    job = SftJob(stage="sft", start=start, corpus=corpus, recipe=recipe, output=tmp_path / "whole", seed=0, probe=probe)
+    undisturbed, noted = group.run(job, lambda line: None), []
     config = LearnerConfig(ranks=2, save_every=1, max_restarts=1)
     other = LearnerGroup(
         config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
     )
 
     killed = ask(faults, "cut/rank-1/step-2")
-    found = other.sft(replace(job, output=tmp_path / "cut"), lambda line: None)
+    found = other.run(replace(job, output=tmp_path / "cut"), lambda line: None)
     assert not killed.exists()
     assert {key: found[key] for key in found if key != "seconds"} == {
         key: undisturbed[key] for key in undisturbed if key != "seconds"
@@ -298,14 +335,18 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
     killed = ask(faults, "again/rank-0/step-1")
     with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
-        other.sft(replace(job, output=tmp_path / "again"), lambda line: None)
+        other.run(replace(job, output=tmp_path / "again"), lambda line: None)
     assert not killed.exists() and not (tmp_path / "again/final").exists()
 
 
 def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(group, start, corpus, probe, tmp_path):
     """It is asked while it works, so the step is any but the last."""
     recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job, asked, lines = SftJob("sft", start, corpus, recipe, tmp_path, 0, probe), [], []
+    job, asked, lines = (
+        SftJob(stage="sft", start=start, corpus=corpus, recipe=recipe, output=tmp_path, seed=0, probe=probe),
+        [],
+        [],
+    )
 
     def ask(line):
         if not asked:
@@ -313,9 +354,9 @@ def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(g
             group.checkpoint(60)
             asked.extend(path.name for path in (tmp_path / "trainer").glob("checkpoint-*"))
 
-    whole = group.sft(job, ask)
+    whole = group.run(job, ask)
     assert len(asked) == 2 and asked[0] < int(asked[1].removeprefix("checkpoint-")) < 100
-    again = group.sft(job, lines.append)
+    again = group.run(job, lines.append)
     assert lines[0]["step"] == int(asked[1].removeprefix("checkpoint-")) + 1
     assert {key: again[key] for key in ("loss_last", "probe")} == {key: whole[key] for key in ("loss_last", "probe")}
     group.checkpoint(60)  # nothing is under way
@@ -325,10 +366,18 @@ def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, star
     shifted = [pair | {"reference_chosen_logp": pair["reference_chosen_logp"] + 1.0} for pair in pairs]
     write_table(tmp_path / "pairs.parquet", shifted)
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2)
-    job = DpoJob(start, tmp_path / "pairs.parquet", recipe, DpoConfig(), tmp_path / "out", 0, probe)
+    job = DpoJob(
+        start=start,
+        table=tmp_path / "pairs.parquet",
+        recipe=recipe,
+        dpo=DpoConfig(),
+        output=tmp_path / "out",
+        seed=0,
+        probe=probe,
+    )
     other = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
     with pytest.raises(RuntimeError, match="DPO step 0: policy and reference differ by 1 nats"):
-        other.dpo(job, lambda line: None)
+        other.run(job, lambda line: None)
     assert not (tmp_path / "out/final").exists()
     assert set(group.pids).isdisjoint(other.pids)
     for pid in group.pids:

@@ -80,26 +80,58 @@ def run(group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], o
     probe = Probe(PROMPT, pack(np.random.default_rng(1).integers(0, 2, (TOKENS, BITS))), SIDE)
     recipe, lines = Recipe(**RECIPE, zero=zero), []
     if kind == "dpo":
-        result = group.dpo(DpoJob(start, data / "pairs.parquet", recipe, DpoConfig(), output, 0, probe), lines.append)
+        result = group.run(
+            DpoJob(
+                start=start,
+                table=data / "pairs.parquet",
+                recipe=recipe,
+                dpo=DpoConfig(),
+                output=output,
+                seed=0,
+                probe=probe,
+            ),
+            lines.append,
+        )
     elif kind == "parts":
-        job = DpoJob(start, data / "parts.parquet", recipe, DpoConfig(), output, 0, probe, parts=2)
+        job = DpoJob(
+            start=start,
+            table=data / "parts.parquet",
+            recipe=recipe,
+            dpo=DpoConfig(),
+            output=output,
+            seed=0,
+            probe=probe,
+            parts=2,
+        )
         result = in_parts(group, job, lines)
     elif kind == "corpus":
-        result = group.sft(SftJob("sft", start, data / "corpus", recipe, output, 0, probe), lines.append)
+        result = group.run(
+            SftJob(stage="sft", start=start, corpus=data / "corpus", recipe=recipe, output=output, seed=0, probe=probe),
+            lines.append,
+        )
     else:
         feed = feed_of(output, write_sources(output / "data"), workers=1, packs=True)
-        job = SftJob("understanding", start, None, recipe, output, 0, probe, feed=feed)
-        result = group.sft(job, lines.append)
+        job = SftJob(
+            stage="understanding",
+            start=start,
+            corpus=None,
+            recipe=recipe,
+            output=output,
+            seed=0,
+            probe=probe,
+            feed=feed,
+        )
+        result = group.run(job, lines.append)
     return result, [line for line in lines if "loss" in line]
 
 
 def in_parts(group: LearnerGroup, job: DpoJob, lines: list[dict]) -> dict:
     """DPO that starts with a part; where the whole table is there, from a run before, with that."""
     if job.table.exists():
-        return group.dpo(job, lines.append)
+        return group.run(job, lines.append)
     parts = [part_path(job.table, number) for number in range(2)]
     late = parts[1].rename(parts[1].with_suffix(".late"))
-    training = group.start_dpo(job, lines.append)
+    training = group.start(job, lines.append)
     while not lines:  # the loader is a step ahead, so the second waits already
         ray.wait(training.look(), timeout=0.1)
     late.rename(parts[1])

@@ -178,7 +178,10 @@ def test_a_stage_trains_on_two_ranks_and_scores_as_a_worker_does(
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0, zero=zero)
     lines: list[dict] = []
     if stage == "dpo":
-        result = group.dpo(DpoJob(start, table, recipe, DpoConfig(), tmp_path, 0, probe), lines.append)
+        result = group.run(
+            DpoJob(start=start, table=table, recipe=recipe, dpo=DpoConfig(), output=tmp_path, seed=0, probe=probe),
+            lines.append,
+        )
         assert result["step0_max_abs_logratio"] <= 1e-4
         assert result["loss_first"] == pytest.approx(np.log(2), abs=1e-4)
         assert result["loss_last"] < result["loss_first"] and result["margin_last"] > 0
@@ -186,7 +189,19 @@ def test_a_stage_trains_on_two_ranks_and_scores_as_a_worker_does(
     else:
         rows = [("red", "What colour is the square?", "red"), ("blue", "How many?", "three")]
         questions = QuestionSet(rows, Patches(), 0.5, 56) if stage == "understanding" else None
-        result = group.sft(SftJob(stage, start, corpus, recipe, tmp_path, 0, probe, questions), lines.append)
+        result = group.run(
+            SftJob(
+                stage=stage,
+                start=start,
+                corpus=corpus,
+                recipe=recipe,
+                output=tmp_path,
+                seed=0,
+                probe=probe,
+                questions=questions,
+            ),
+            lines.append,
+        )
         assert "index_accuracy" in lines[0]
     trained = load_file(check_checkpoint(tmp_path / "final"))
     model = load_model(start.model, torch.float32)
@@ -199,8 +214,18 @@ def test_a_stage_trains_on_two_ranks_and_scores_as_a_worker_does(
 
 
 def test_the_image_tokenizer_is_trained_with_its_codebook(group, start, tmp_path):
-    job = TokenizerJob(start, ["red", "nothing", "blue"], Patches(), SIDE, 20, 2, 1e-2, tmp_path, seed=0)
-    result = group.tokenizer(job, lambda line: None)
+    job = TokenizerJob(
+        start=start,
+        keys=["red", "nothing", "blue"],
+        source=Patches(),
+        side=SIDE,
+        steps=20,
+        batch=2,
+        lr=1e-2,
+        output=tmp_path,
+        seed=0,
+    )
+    result = group.run(job, lambda line: None)
     assert result["loss_last"] < result["loss_first"]
     after, before = load_file(check_checkpoint(tmp_path / "final")), load_file(f"{start.model}/model.safetensors")
     assert after.keys() == {name for name in before if name.startswith("image_tokenizer.")}

@@ -102,12 +102,19 @@ class Steps:
         records = source.records(settings.images, self.config.seed)
         winners = [key for record in records if (key := source.winner_key(record.prompt))]
         keys = [*dict.fromkeys(record.image for record in records), *dict.fromkeys(winners)]
-        start, output = Policy(self.inputs.model, self.weights), self.checkpoint("tokenizer")
         job = TokenizerJob(
-            start, keys, source, self.resolution, settings.steps, settings.batch, settings.lr, output, self.config.seed
+            start=Policy(self.inputs.model, self.weights),
+            keys=keys,
+            source=source,
+            side=self.resolution,
+            steps=settings.steps,
+            batch=settings.batch,
+            lr=settings.lr,
+            output=self.checkpoint("tokenizer"),
+            seed=self.config.seed,
         )
         recipe = Recipe(steps=settings.steps, batch=settings.batch, micro_batch=settings.batch)
-        result = self.learners.tokenizer(job, self._follow("tokenizer", recipe, ranks=1))
+        result = self.learners.run(job, self._follow("tokenizer", recipe, ranks=1))
         for key, reason in result.pop("failures"):
             self.inputs.quarantine.add(key, key, reason)
         return result
@@ -130,11 +137,22 @@ class Steps:
         else:
             counts, probe = self.rollouts.encode_corpus(records, self.resolution, corpus)
             self.inputs.check_quarantine()
-        start, seed = Policy(self.inputs.model, self.weights), self.config.seed + self.iteration
-        source, output = self.inputs.source, self.checkpoint(key)
-        job = SftJob(stage, start, corpus, recipe, output, seed, probe, questions, save_steps, feed, source, frozen)
+        job = SftJob(
+            stage=stage,
+            start=Policy(self.inputs.model, self.weights),
+            corpus=corpus,
+            recipe=recipe,
+            output=self.checkpoint(key),
+            seed=self.config.seed + self.iteration,
+            probe=probe,
+            questions=questions,
+            save_steps=save_steps,
+            feed=feed,
+            source=self.inputs.source,
+            frozen=frozen,
+        )
         try:
-            result = self.learners.sft(job, self._follow(stage, recipe, self.config.learner.ranks))
+            result = self.learners.run(job, self._follow(stage, recipe, self.config.learner.ranks))
         finally:  # too many bad records end the stage, and then above all it is told which
             if feed is not None:
                 counts["bad_records"] = self.inputs.quarantine.gather(feed.quarantine)
@@ -212,10 +230,18 @@ class Steps:
 
     def _start_dpo(self, parts: int = 1) -> object:
         """Set the learners to DPO on the table, or on the parts that it is to have."""
-        settings, output = self.config.dpo, self.checkpoint(f"{self.name}-dpo")
-        start, seed = Policy(self.inputs.model, self.weights), self.config.seed + self.iteration
-        job = DpoJob(start, self.table(), settings.recipe, settings, output, seed, self._probe(), parts=parts)
-        return self.learners.start_dpo(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
+        settings = self.config.dpo
+        job = DpoJob(
+            start=Policy(self.inputs.model, self.weights),
+            table=self.table(),
+            recipe=settings.recipe,
+            dpo=settings,
+            output=self.checkpoint(f"{self.name}-dpo"),
+            seed=self.config.seed + self.iteration,
+            probe=self._probe(),
+            parts=parts,
+        )
+        return self.learners.start(job, self._follow("dpo", settings.recipe, self.config.learner.ranks))
 
     def control(self) -> dict:
         """SFT on the winners of this iteration's pairs: same start, same winners, steps and learning rate as DPO."""

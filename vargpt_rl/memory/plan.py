@@ -322,7 +322,7 @@ class _Case:
             copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
             held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
         if self.stage.text_weight > 0 and self.drawings and self.recipe.zero < 3:
-            # Sums of each loss's gradients, shared out over the ranks (learners.modalities).
+            # Sums of each loss's gradients, shared out over the ranks (learners.gradient_norms).
             trained = sum(n for n, is_trained in sizes if is_trained)
             held["buffers"] += 2 * -(-trained // ranks) * dtype.itemsize
         return TrainingMemory(

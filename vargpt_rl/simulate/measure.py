@@ -97,9 +97,16 @@ def train_costs(steps: Steps, table: Path) -> tuple[float, float]:
     for count in (1, 4):
         micro = steps.config.dpo.recipe.micro_batch
         recipe = replace(steps.config.dpo.recipe, steps=6, batch=count * micro)
-        begin = Policy(steps.inputs.model, steps.weights)
-        output = steps.checkpoint(f"costs-{count}")
-        result = steps.learners.dpo(DpoJob(begin, table, recipe, steps.config.dpo, output, 0, probe), lambda line: None)
+        job = DpoJob(
+            start=Policy(steps.inputs.model, steps.weights),
+            table=table,
+            recipe=recipe,
+            dpo=steps.config.dpo,
+            output=steps.checkpoint(f"costs-{count}"),
+            seed=0,
+            probe=probe,
+        )
+        result = steps.learners.run(job, lambda line: None)
         seconds.append(result["seconds"] / recipe.steps)
     micro_batch_s = max(0.0, seconds[1] - seconds[0]) / 3
     return micro_batch_s, max(0.0, seconds[0] - micro_batch_s)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from learners import rank, sft
 from learners.config import LearnerConfig, Recipe
+from learners.gradient_norms import ModalityGradients
 from learners.group import LearnerGroup
 from learners.jobs import QuestionSet, SftJob
-from learners.modalities import ModalityGradients
 from learners.sft import BalancedBatches, Drawings, Questions
 from tests.helpers.tiny import BITS, Patches
 from vargpt_rl.data.batches import SftCollator
@@ -116,8 +116,18 @@ def trained(checkpoint, corpus, tmp_path_factory):
         lines, folder = [], tmp_path_factory.mktemp("out")
         questions = QuestionSet(ROWS, Patches(), 0.5, 56)
         recipe = replace(RECIPE, zero=zero)
-        group.sft(
-            SftJob("understanding", Policy(str(checkpoint)), corpus, recipe, folder, 0, PROBE, questions), lines.append
+        group.run(
+            SftJob(
+                stage="understanding",
+                start=Policy(str(checkpoint)),
+                corpus=corpus,
+                recipe=recipe,
+                output=folder,
+                seed=0,
+                probe=PROBE,
+                questions=questions,
+            ),
+            lines.append,
         )
         return [line for line in lines if "loss" in line], load_file(check_checkpoint(folder / "final"))
 
