@@ -5,7 +5,6 @@ It holds the language half of the model only; of each published set it is sent w
 
 from dataclasses import replace
 
-import ray
 import torch
 
 from actors.cluster import Note, unnoted
@@ -37,12 +36,12 @@ class VllmWorker(BaseWorker):
         engine = VllmEngine(checkpoint, torch.bfloat16 if bf16 else torch.float32)
         super().__init__(engine, source, "cuda" if use_gpu else "cpu", version_required)
 
-    def fits(self, layout: WeightLayout) -> None:
+    def check_layout(self, layout: WeightLayout) -> None:
         check_set(layout.shapes, self.engine.shapes)
 
-    def take(self, version: int, parcel: WeightTransfer) -> str:
+    def load_weights(self, version: int, transfer: WeightTransfer) -> str:
         """Swap into vLLM. It packs and fuses what it holds, so the checksum is of what came, once that is in place."""
-        tensors = {name: tensor for chunk in parcel.chunks() for name, tensor in chunk.items()}
+        tensors = {name: tensor for chunk in transfer.chunks() for name, tensor in chunk.items()}
         self.engine.swap(version, tensors)
         return checksum_of_set(tensors)
 
@@ -59,5 +58,6 @@ def start_text_engine(
     if plan.text is None:
         return None
     settings = replace(config, batch_size=BATCH)
-    kind = ray.remote(VllmWorker)
-    return RolloutPool(settings, plan.text, checkpoint, source, progress, kind=kind, takes=is_text, note=note)
+    return RolloutPool(
+        settings, plan.text, checkpoint, source, progress=progress, kind=VllmWorker, takes=is_text, note=note
+    )

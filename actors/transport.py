@@ -1,7 +1,7 @@
-"""How a weight set gets from its file into the workers: over a shared file system, the object store, or a broadcast.
+"""Transfer of weight sets from their file to the workers: over a shared file system, the object store, or a broadcast.
 
-A worker is handed a parcel and takes the tensors out of it, a chunk at a time; nobody holds more than two chunks beside
-the model (a tensor larger than a chunk is one of its own).
+A worker is handed a transfer and takes the tensors out of it, one chunk at a time. No process holds more than two
+chunks besides the model (a tensor larger than a chunk is a chunk of its own).
 
 - ``SharedFileTransfer``: the worker reads the file, mapped into its memory. For workers that see the run directory.
 - ``ObjectStoreTransfer``: a process beside the file puts chunks into Ray's object store, where workers on a node share
@@ -58,31 +58,31 @@ class SharedFileTransfer:
 
 @dataclass(frozen=True)
 class ObjectStoreTransfer:
-    """A file that ``shelf`` (a ``ChunkServer`` actor) sees."""
+    """A file that ``chunk_server`` (a ``ChunkServer`` actor) sees."""
 
     layout: WeightLayout
     path: Path
-    shelf: ActorHandle
+    chunk_server: ActorHandle
 
     def chunks(self) -> Iterator[Weights]:
         groups = self.layout.chunks(CHUNK)
         if not groups:
             return
-        coming = self.shelf.chunk.remote(self.path, groups[0])
+        coming = self.chunk_server.chunk.remote(self.path, groups[0])
         for following in (*groups[1:], None):
             (chunk,) = ray.get(coming)
             if following:
-                coming = self.shelf.chunk.remote(self.path, following)
+                coming = self.chunk_server.chunk.remote(self.path, following)
             yield {name: _to_torch(array) for name, array in ray.get(chunk).items()}
 
 
 @dataclass(frozen=True)
 class AutoTransfer:
-    """A shared file if the worker sees one of ``size`` bytes at ``path``, else what is on ``shelf``."""
+    """A shared file if the worker sees one of ``size`` bytes at ``path``, else what is on ``chunk_server``."""
 
     layout: WeightLayout
     path: Path
-    shelf: ActorHandle
+    chunk_server: ActorHandle
     size: int
 
     def chunks(self) -> Iterator[Weights]:
@@ -90,7 +90,7 @@ class AutoTransfer:
         found = (
             SharedFileTransfer(self.layout, self.path)
             if seen
-            else ObjectStoreTransfer(self.layout, self.path, self.shelf)
+            else ObjectStoreTransfer(self.layout, self.path, self.chunk_server)
         )
         yield from found.chunks()
 

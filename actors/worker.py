@@ -1,7 +1,7 @@
 """One rollout worker: a whole model in one process, that draws, encodes, scores, judges, writes and answers.
 
 Every method takes a batch and returns one result an item, so that the pool can cut, order and repeat batches as it
-likes. ``Worker`` is a plain class; ``RolloutWorker`` is the same as a Ray actor.
+likes. ``Worker`` is a plain class; the pool makes it a Ray actor.
 
 A worker is stale, and refuses to serve, until it holds at least the version that was current when it was made.
 
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -75,11 +76,15 @@ class ImageScore:
     hits_by_scale: list[float]
 
 
-def serving(method):
-    """A method that needs the current weights: refuses when stale, and runs without gradients."""
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def serving(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorate a method that needs the current weights: raise RuntimeError if stale, run without gradients."""
 
     @wraps(method)
-    def call(self, *args):
+    def call(self: "BaseWorker", *args):
         if self.version < self.version_required:
             raise RuntimeError(f"stale worker: holds version {self.version}, needs {self.version_required}")
         point(f"worker/{method.__name__}")
@@ -101,12 +106,12 @@ class BaseWorker(ABC):
         self.version_required = version_required
 
     @abstractmethod
-    def fits(self, layout: WeightLayout) -> None:
-        """KeyError or ValueError for a weight set that cannot be taken."""
+    def check_layout(self, layout: WeightLayout) -> None:
+        """Raise KeyError or ValueError for a weight set that does not fit."""
 
     @abstractmethod
-    def take(self, version: int, parcel: WeightTransfer) -> str:
-        """Put a weight set that fits in place; the checksum of what was taken."""
+    def load_weights(self, version: int, transfer: WeightTransfer) -> str:
+        """Load a weight set that fits; return the checksum of what was loaded."""
 
     def status(self) -> dict[str, int | str]:
         """Version and checksum of the last weight set received, and where the worker runs."""
@@ -122,7 +127,7 @@ class BaseWorker(ABC):
         """This node's address in the cluster and a free port, for the other workers to meet at."""
         return ray.util.get_node_ip_address(), free_port()
 
-    def receive(self, version: int, expected_checksum: str, parcel: WeightTransfer) -> dict[str, int | str | float]:
+    def receive(self, version: int, expected_checksum: str, transfer: WeightTransfer) -> dict[str, int | str | float]:
         """Put a weight set in place and verify it.
 
         ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
@@ -132,17 +137,17 @@ class BaseWorker(ABC):
         if version < self.version:
             raise ValueError(f"version {version} is older than the worker's own, {self.version}")
         start = time.perf_counter()
-        self.fits(parcel.layout)
+        self.check_layout(transfer.layout)
         self.version = -1
-        found = self.take(version, parcel)
+        found = self.load_weights(version, transfer)
         if found != expected_checksum:
             raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
         self.version, self.checksum = version, found
         seconds = time.perf_counter() - start
-        return {"version": version, "checksum": found, "bytes": parcel.layout.bytes, "seconds": seconds}
+        return {"version": version, "checksum": found, "bytes": transfer.layout.bytes, "seconds": seconds}
 
     @serving
-    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int) -> list[str]:
+    def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
         """Greedy answer in words to each (image key, question); images are loaded at ``side`` pixels a side."""
         requests = [TextRequest(text, self.source.load(key, side)) for key, text in questions]
         return answers(self.engine, requests, max_new_tokens)
@@ -174,15 +179,15 @@ class Worker(BaseWorker):
         engine = TransformersEngine(self.model, self.chat)
         super().__init__(engine, source, str(self.model.device), version_required)
 
-    def fits(self, layout: WeightLayout) -> None:
+    def check_layout(self, layout: WeightLayout) -> None:
         check_fits(self.model, layout)
 
-    def take(self, version: int, parcel: WeightTransfer) -> str:
+    def load_weights(self, version: int, transfer: WeightTransfer) -> str:
         """Copy into the model's own tensors, and hash these."""
-        for chunk in parcel.chunks():
+        for chunk in transfer.chunks():
             apply(self.model, chunk)
             point("worker/swap")
-        return checksum_of(self.model, parcel.layout.dtypes)
+        return checksum_of(self.model, transfer.layout.dtypes)
 
     @serving
     def generate_images(
@@ -222,7 +227,7 @@ class Worker(BaseWorker):
                 results[i] = EncodedImage(keys[i], bits, features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
-    def faults(self, keys: list[str], side: int) -> list[Failure | None]:
+    def find_unreadable(self, keys: list[str], side: int) -> list[Failure | None]:
         """Why images of the source cannot be shown, None for each that can."""
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
@@ -263,7 +268,7 @@ class Worker(BaseWorker):
         return check(self._decode(items, resolution), [prompt for prompt, _ in items])
 
     @serving
-    def images(self, items: list[tuple[PromptedBits, str]], resolution: int, folder: str) -> list[Path]:
+    def write_images(self, items: list[tuple[PromptedBits, str]], resolution: int, folder: str) -> list[Path]:
         """Write each image as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
         paths = []
         for image, (_, name) in zip(self._decode([drawn for drawn, _ in items], resolution), items, strict=True):
@@ -310,4 +315,12 @@ class Worker(BaseWorker):
         return [Image.fromarray(image) for image in images_BHW3]
 
 
-RolloutWorker = ray.remote(Worker)
+REPEATABLE = {
+    Worker.generate_images,
+    Worker.encode,
+    Worker.score,
+    Worker.answer,
+    Worker.reply,
+    Worker.find_unreadable,
+}
+"""Methods that two workers may run on the same batch at once: they have no side effects."""

@@ -8,12 +8,15 @@ import pytest
 import ray
 from safetensors.torch import load_file, save_file
 
+import actors.batches
 import actors.pool
-from actors.pool import RolloutPool, State
+from actors.batches import BatchJob
+from actors.pool import RolloutPool
 from actors.resources import RolloutConfig, plan
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum
-from actors.worker import Failure
+from actors.worker import Failure, Worker
+from actors.worker_group import State
 from tests.helpers.tiny import Patches, tiny_checkpoint
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.generate import SamplingConfig
@@ -21,7 +24,7 @@ from vargpt_rl.model.generate import SamplingConfig
 SIDE = 64
 SAMPLING = SamplingConfig(cfg=1.0)
 PROMPTS = [Prompt(f"p{i}", f"{'a red circle ' * (i % 3)}and {i} stars") for i in range(20)]
-SEEDS = list(range(20))
+JOBS = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 
 
 def deadly_patches(marker: Path) -> Patches:
@@ -55,7 +58,7 @@ def start(cluster, checkpoint, tmp_path):
     def start(progress=None, **settings):
         config = RolloutConfig(**{"workers": 2, "batch_size": 2, **settings})
         source = deadly_patches(tmp_path / "died")
-        pools.append(RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), source, progress))
+        pools.append(RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), source, progress=progress))
         return pools[-1]
 
     yield start
@@ -66,30 +69,31 @@ def start(cluster, checkpoint, tmp_path):
 def test_results_come_in_order_and_errors_as_they_were_raised(start, tmp_path):
     told = []
     pool = start(progress=lambda *what: told.append(what), batch_size=3)
-    samples = pool.draw(PROMPTS[:8], SEEDS[:8], SIDE, SAMPLING, "ckpt")
+    samples = pool.run(Worker.generate_images, JOBS[:8], SIDE, SAMPLING, "ckpt")
     assert [(s.prompt, s.seed, s.version) for s in samples] == [(p, i, 0) for i, p in enumerate(PROMPTS[:8])]
-    assert told[-1] == ("draw", 8, 8)
+    assert told[-1] == ("generate_images", 8, 8)
     assert len(told) == 3
-    assert pool.map("encode", [], SIDE, label="encode") == []
+    assert pool.run(Worker.encode, [], SIDE) == []
 
     drawn = [(s.prompt, s.bits) for s in samples]
-    scores = pool.score(drawn, SIDE)
+    scores = pool.run(Worker.score, drawn, SIDE)
     first, second = pool.probe(*drawn[0], SIDE)
     assert first == second == pytest.approx(scores[0].total, abs=1e-4)
-    assert pool.reward(drawn, SIDE, lambda images, prompts: [len(p) for p in prompts]) == [
+    assert pool.run(Worker.reward, drawn, SIDE, lambda images, prompts: [len(p) for p in prompts]) == [
         len(p.text) for p in PROMPTS[:8]
     ]
-    paths = pool.images(drawn[:2], SIDE, tmp_path, ["a.png", "b.png"])
+    named = list(zip(drawn, ["a.png", "b.png"], strict=False))
+    paths = pool.run(Worker.write_images, named, SIDE, str(tmp_path))
     assert sorted(tmp_path.iterdir()) == paths == [tmp_path / "a.png", tmp_path / "b.png"]
-    assert len(pool.answer([("red", "What is it?"), ("blue", "How many?")], SIDE)) == 2
-    red, failed = pool.encode(["red", "nothing"], SIDE)
+    assert len(pool.run(Worker.answer, [("red", "What is it?"), ("blue", "How many?")], SIDE)) == 2
+    red, failed = pool.run(Worker.encode, ["red", "nothing"], SIDE)
     assert red.key == "red"
     assert isinstance(failed, Failure)
     with pytest.raises(ZeroDivisionError):
-        pool.reward(drawn, SIDE, lambda images, prompts: 1 / 0)
+        pool.run(Worker.reward, drawn, SIDE, lambda images, prompts: 1 / 0)
     with pytest.raises(ValueError, match="multiple of 16"):
-        pool.draw(PROMPTS[:2], SEEDS[:2], 33, SAMPLING, "")
-    assert (pool.restarts, pool.events) == (0, [])
+        pool.run(Worker.generate_images, JOBS[:2], 33, SAMPLING, "")
+    assert (pool.workers.restarts, pool.workers.events) == (0, [])
 
 
 def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_weights(start, tmp_path, checkpoint):
@@ -109,18 +113,18 @@ def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_w
         report = pool.publish(tmp_path / f"{name}.safetensors", version)
         assert (report.version, report.workers, report.verified) == (version, 2, True)
     assert report.checksum == checksum(tmp_path / "nudged.safetensors")
-    assert [kept.version for kept in pool._published] == [1, 3], "the second set is superseded"
+    assert [kept.version for kept in pool.weights.sets] == [1, 3], "the second set is superseded"
     with pytest.raises(ValueError, match="version 3 published after version 3"):
         pool.publish(tmp_path / "nudged.safetensors", 3)
-    undisturbed = pool.draw(PROMPTS, SEEDS, SIDE, SAMPLING, "ckpt")
+    undisturbed = pool.run(Worker.generate_images, JOBS, SIDE, SAMPLING, "ckpt")
 
     alive = [status["pid"] for status in pool.status()]
     victim = alive[0]
     pool.progress = kill_once
-    samples = pool.draw(PROMPTS, SEEDS, SIDE, SAMPLING, "ckpt")
+    samples = pool.run(Worker.generate_images, JOBS, SIDE, SAMPLING, "ckpt")
     assert samples == undisturbed
-    assert pool.restarts == 1
-    assert pool.events == ["worker 0 lost during draw: restart 1 of 3"]
+    assert pool.workers.restarts == 1
+    assert pool.workers.events == ["worker 0 lost during generate_images: restart 1 of 3"]
     statuses = pool.status()
     assert victim not in [status["pid"] for status in statuses]
     assert {(status["version"], status["checksum"]) for status in statuses} == {(3, report.checksum)}
@@ -131,14 +135,14 @@ def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_w
 def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start):
     pool = start(workers=1, max_restarts=2)
     keys = ["red", "die", "blue"]
-    assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys
-    assert pool.restarts == 1
+    assert [encoded.key for encoded in pool.run(Worker.encode, keys, SIDE)] == keys
+    assert pool.workers.restarts == 1
     os.kill(pool.status()[0]["pid"], signal.SIGKILL)
     assert pool.status()[0]["version"] == 0
-    assert pool.restarts == 2
+    assert pool.workers.restarts == 2
     pool.config.call_timeout_s = 1.0
     with pytest.raises(RuntimeError, match="more than 2 rollout workers lost: .* lost during encode: restart 3 of 2"):
-        pool.encode(["red", "hang"], SIDE)
+        pool.run(Worker.encode, ["red", "hang"], SIDE)
 
 
 @pytest.mark.parametrize("transport", ["object_store", "broadcast"])
@@ -150,10 +154,10 @@ def test_every_way_brings_the_weights_and_a_lost_worker_does_not_stop_it(start, 
     assert (report.verified, report.workers, report.checksum) == (True, 2, checksum(whole))
     os.kill(pool.status()[1]["pid"], signal.SIGKILL)
     report = pool.publish(whole, 2)
-    assert (report.verified, report.workers, pool.restarts) == (True, 2, 1)
+    assert (report.verified, report.workers, pool.workers.restarts) == (True, 2, 1)
     assert {(status["version"], status["checksum"]) for status in pool.status()} == {(2, checksum(whole))}
     if transport == "broadcast":
-        assert pool.events[0].startswith("broadcast of version 2 failed, sent to each: ")
+        assert pool.workers.events[0].startswith("broadcast of version 2 failed, sending to each worker instead: ")
 
 
 def slow_patches(folder: Path) -> Patches:
@@ -179,33 +183,33 @@ def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
     cluster, checkpoint, tmp_path, monkeypatch, pause_s
 ):
     """Also where the driver does not run for a while between looking for late batches and waiting for news."""
-    monkeypatch.setattr(actors.pool, "LATE_S", 0.5)
-    look = RolloutPool._late_batches
+    monkeypatch.setattr(actors.batches, "LATE_S", 0.5)
+    look = BatchJob.late_batches
 
-    def look_and_pause(pool, done):
-        late = look(pool, done)
+    def look_and_pause(job, calls):
+        late = look(job, calls)
         time.sleep(pause_s)
         return late
 
-    monkeypatch.setattr(RolloutPool, "_late_batches", look_and_pause)
+    monkeypatch.setattr(BatchJob, "late_batches", look_and_pause)
     states, config = [], RolloutConfig(workers=2, batch_size=1, call_timeout_s=120.0)
 
     def note(label, done, total):
         states.append(pool.health())
 
     (tmp_path / "slow").touch()
-    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), note)
+    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), progress=note)
     try:
         keys = ["slow", *["red"] * 5]
-        assert [encoded.key for encoded in pool.encode(keys, SIDE)] == keys
-        assert pool.repeated == 1 and pool.restarts == 0
+        assert [encoded.key for encoded in pool.run(Worker.encode, keys, SIDE)] == keys
+        assert pool.repeated == 1 and pool.workers.restarts == 0
         assert pool.health() == [State.SUSPECT, State.HEALTHY], "the first worker is still at it"
-        assert len(pool.encode(["blue"] * 3, SIDE)) == 3, "the other one works on"
+        assert len(pool.run(Worker.encode, ["blue"] * 3, SIDE)) == 3, "the other one works on"
         (tmp_path / "slow").unlink()
         assert [status["health"] for status in pool.status()] == [State.HEALTHY] * 2
-        assert len(pool.encode(["green"] * 4, SIDE)) == 4
+        assert len(pool.run(Worker.encode, ["green"] * 4, SIDE)) == 4
         assert pool.health() == [State.HEALTHY] * 2, "it came back, and its second result is dropped"
-        assert len(states) == 6 + 3 + 4 and pool.restarts == 0
+        assert len(states) == 6 + 3 + 4 and pool.workers.restarts == 0
         assert all(len(seen) == 2 for seen in states)
     finally:
         pool.close()
@@ -229,18 +233,18 @@ def test_a_replacement_is_restarting_then_stale_and_serves_nothing_before_it_has
     whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
     pool = start()
     pool.publish(whole, 1)
-    undisturbed = pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt")
-    monkeypatch.setattr(pool, "_parcel", lambda old: Delayed(old.layout, old.path, tmp_path / "go"))
+    undisturbed = pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt")
+    monkeypatch.setattr(pool.weights, "transfer", lambda old: Delayed(old.layout, old.path, tmp_path / "go"))
     os.kill(pool.status()[0]["pid"], signal.SIGKILL)
-    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+    assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
     seen, end = [pool.health()[0]], time.monotonic() + 200
-    assert seen[0] in (State.RESTARTING, State.STALE) and pool.restarts == 1
+    assert seen[0] in (State.RESTARTING, State.STALE) and pool.workers.restarts == 1
     while seen[-1] != State.STALE:
         assert time.monotonic() < end, "the replacement does not come up"
         time.sleep(0.1)
         seen.append(pool.health()[0])
-    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+    assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
     assert pool.health() == [State.STALE, State.HEALTHY], "all was drawn by the other one"
     (tmp_path / "go").touch()
     assert {(status["version"], status["health"]) for status in pool.status()} == {(1, State.HEALTHY)}
-    assert pool.draw(PROMPTS[:6], SEEDS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+    assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed

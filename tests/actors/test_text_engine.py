@@ -9,11 +9,12 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.pool import RolloutPool
 from actors.resources import RolloutConfig, plan
 from actors.text_engine import start_text_engine
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
-from actors.worker import Worker
+from actors.worker import BaseWorker, Worker
 from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.driver.rollout import Rollouts
@@ -65,9 +66,11 @@ def sets(tmp_path_factory):
     return {name: folder / f"{name}.safetensors" for name in noises}
 
 
-def everything(writer) -> tuple[list[str], list[str | None]]:
-    """What a pool or a worker says: answers about images, and replies before images."""
-    return writer.answer(ASKED, SIDE, 8), writer.reply(TEXTS, 24)
+def everything(writer: RolloutPool | Worker) -> tuple[list[str], list[str | None]]:
+    """Answers about images, and replies before images."""
+    if isinstance(writer, Worker):
+        return writer.answer(ASKED, SIDE), writer.reply(TEXTS, 24)
+    return writer.run(BaseWorker.answer, ASKED, SIDE), writer.run(BaseWorker.reply, TEXTS, 24)
 
 
 @needs_vllm
@@ -75,7 +78,9 @@ def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(
     answers, replies = everything(worker)
     assert everything(text) == (answers, replies)
     assert replies == [REPLY] * len(TEXTS) and len(set(answers)) > 5
-    assert text.reply(TEXTS, 3) == worker.reply(TEXTS, 3) == [None] * len(TEXTS), "too short for a reply"
+    assert text.run(BaseWorker.reply, TEXTS, 3) == worker.reply(TEXTS, 3) == [None] * len(TEXTS), (
+        "too short for a reply"
+    )
 
     # The same requests are asked again after each swap: whatever a cache kept of the old weights would show.
     said = [(answers, replies)]
@@ -98,7 +103,9 @@ def test_a_set_that_does_not_fit_changes_nothing(text, sets):
     before, half = everything(text), sets["half a layer"]
     with pytest.raises(ValueError, match=r"k_proj.bias is missing: the set has other tensors of layer .*qkv_proj"):
         ray.get(
-            text._workers[0].receive.remote(text.version + 1, checksum(half), SharedFileTransfer(layout_of(half), half))
+            text.workers.handles[0].receive.remote(
+                text.version + 1, checksum(half), SharedFileTransfer(layout_of(half), half)
+            )
         )
     assert everything(text) == before and text.status()[0]["version"] == text.version
 
@@ -108,15 +115,15 @@ def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
     before, pid = everything(text), text.status()[0]["pid"]
     os.kill(pid, signal.SIGKILL)
     assert everything(text) == before
-    assert text.restarts == 1 and text.status()[0]["pid"] != pid
+    assert text.workers.restarts == 1 and text.status()[0]["pid"] != pid
 
 
 @needs_vllm
 def test_questions_of_the_evaluation_go_to_it(text, worker, tmp_path):
     """The same accuracy as that of the workers, with the weights that are being served."""
     asked = []
-    counting = SimpleNamespace(answer=lambda *args: asked.append(args) or text.answer(*args))
-    alone = SimpleNamespace(answer=lambda questions, side: worker.answer(questions, side, 8))
+    counting = SimpleNamespace(run=lambda *args: asked.append(args) or text.run(*args))
+    alone = SimpleNamespace(run=lambda method, *args: method(worker, *args))
     run = Run(tmp_path / "run", {})
     theirs = Rollouts(alone, SOURCE, run, None, None).answer_questions(64, SIDE)
     assert Rollouts(None, SOURCE, run, None, None, counting).answer_questions(64, SIDE) == theirs

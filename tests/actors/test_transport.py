@@ -30,16 +30,16 @@ def layout(path) -> WeightLayout:
 
 
 @pytest.fixture(scope="module")
-def shelf():
+def chunk_server():
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield ChunkServer.remote()
     ray.shutdown()
 
 
-def taken(parcel) -> dict[str, torch.Tensor]:
+def taken(transfer) -> dict[str, torch.Tensor]:
     """All that comes, each tensor once."""
     found: dict[str, torch.Tensor] = {}
-    for chunk in parcel.chunks():
+    for chunk in transfer.chunks():
         assert not chunk.keys() & found.keys()
         found |= {name: tensor.clone() for name, tensor in chunk.items()}
     return found
@@ -58,38 +58,39 @@ def test_a_shared_file_is_read_tensor_by_tensor(path, layout):
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])
-def test_the_shelf_brings_chunks_of_bounded_size(path, layout, shelf, monkeypatch, limit):
+def test_the_chunk_server_brings_chunks_of_bounded_size(path, layout, chunk_server, monkeypatch, limit):
     monkeypatch.setattr(transport, "CHUNK", limit)
     sizes = [
-        sum(tensor.nbytes for tensor in chunk.values()) for chunk in ObjectStoreTransfer(layout, path, shelf).chunks()
+        sum(tensor.nbytes for tensor in chunk.values())
+        for chunk in ObjectStoreTransfer(layout, path, chunk_server).chunks()
     ]
     assert sum(sizes) == layout.bytes
     assert max(sizes) <= max(limit, *map(layout.size, layout.shapes))
-    assert_same(taken(ObjectStoreTransfer(layout, path, shelf)), path)
+    assert_same(taken(ObjectStoreTransfer(layout, path, chunk_server)), path)
 
 
-def test_the_shelf_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, monkeypatch):
-    shelf = transport._ChunkServer()
+def test_the_chunk_server_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, monkeypatch):
+    chunk_server = transport._ChunkServer()
     monkeypatch.setattr(transport.ray, "put", lambda chunk: chunk)
     path = tmp_path / "set.safetensors"
     save_file({name: torch.ones(3) for name in "abc"}, path)
     for name in "abca":
-        (chunk,) = shelf.chunk(path, [name])
-        assert list(chunk) == [name] and len(shelf.kept) <= 2
-    assert shelf.chunk(path, ["a"])[0] is chunk, "workers in step share a chunk"
+        (chunk,) = chunk_server.chunk(path, [name])
+        assert list(chunk) == [name] and len(chunk_server.kept) <= 2
+    assert chunk_server.chunk(path, ["a"])[0] is chunk, "workers in step share a chunk"
     save_file({name: torch.zeros(3) for name in "abc"}, tmp_path / "new")
     (tmp_path / "new").replace(path)
-    assert shelf.chunk(path, ["a"])[0]["a"].sum() == 0
+    assert chunk_server.chunk(path, ["a"])[0]["a"].sum() == 0
 
 
-def test_the_nearest_way_is_taken(path, layout, shelf, tmp_path):
+def test_the_nearest_way_is_taken(path, layout, chunk_server, tmp_path):
     size = path.stat().st_size
-    assert_same(taken(AutoTransfer(layout, path, None, size)), path)  # the file is seen: no shelf is asked
-    other = tmp_path / "other.safetensors"  # seen here, but not the file that the shelf's side means
+    assert_same(taken(AutoTransfer(layout, path, None, size)), path)  # the file is seen: no chunk_server is asked
+    other = tmp_path / "other.safetensors"  # seen here, but not the file that the chunk_server's side means
     save_file({"t0": torch.zeros(1)}, other)
     with pytest.raises(AttributeError):
         taken(AutoTransfer(layout, other, None, size))
-    assert_same(taken(AutoTransfer(layout, path, shelf, size + 1)), path)
+    assert_same(taken(AutoTransfer(layout, path, chunk_server, size + 1)), path)
 
 
 def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
@@ -113,9 +114,9 @@ def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
         taken(BroadcastTransfer(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))
 
 
-def test_a_set_of_which_nothing_is_wanted_has_no_chunks(path, shelf):
+def test_a_set_of_which_nothing_is_wanted_has_no_chunks(path, chunk_server):
     nothing = layout_of(path, lambda name: False)
     assert (
         nothing.bytes == 0
-        and taken(SharedFileTransfer(nothing, path)) == taken(ObjectStoreTransfer(nothing, path, shelf)) == {}
+        and taken(SharedFileTransfer(nothing, path)) == taken(ObjectStoreTransfer(nothing, path, chunk_server)) == {}
     )

@@ -44,7 +44,7 @@ def worker(checkpoint):
 
 @pytest.fixture(scope="module")
 def samples(shared):
-    return shared.draw(list(zip(PROMPTS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "sft/step-10")
+    return shared.generate_images(list(zip(PROMPTS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "sft/step-10")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_samples_carry_their_provenance(samples):
 
 def test_a_sample_depends_on_prompt_and_seed_and_not_on_its_neighbours(shared, samples):
     def draw(*jobs):
-        return [sample.bits for sample in shared.draw(list(jobs), SIDE, SAMPLING, "")]
+        return [sample.bits for sample in shared.generate_images(list(jobs), SIDE, SAMPLING, "")]
 
     alone = [draw((sample.prompt, sample.seed))[0] for sample in samples]
     assert alone == [sample.bits for sample in samples]
@@ -103,15 +103,17 @@ EDITS = [
 
 @pytest.fixture(scope="module")
 def edited(shared):
-    return shared.draw(list(zip(EDITS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "")
+    return shared.generate_images(list(zip(EDITS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "")
 
 
 def test_an_edit_depends_on_the_image_shown_and_not_on_its_neighbours(shared, samples, edited):
-    alone = [shared.draw([(p, seed)], SIDE, SAMPLING, "")[0] for p, seed in zip(EDITS, [3, 4, 5], strict=True)]
+    alone = [
+        shared.generate_images([(p, seed)], SIDE, SAMPLING, "")[0] for p, seed in zip(EDITS, [3, 4, 5], strict=True)
+    ]
     assert [sample.bits for sample in alone] == [sample.bits for sample in edited]
     assert edited[1].bits == samples[1].bits, "a prompt that shows nothing draws as ever"
     assert edited[0].bits != samples[0].bits
-    assert shared.draw([(replace(EDITS[0], shown="blue"), 3)], SIDE, SAMPLING, "")[0].bits != edited[0].bits
+    assert shared.generate_images([(replace(EDITS[0], shown="blue"), 3)], SIDE, SAMPLING, "")[0].bits != edited[0].bits
     assert [sample.prompt for sample in edited] == EDITS
 
 
@@ -120,7 +122,7 @@ def test_an_edit_is_drawn_as_in_a_conversation(shared, edited):
     talk = Conversation(shared.model, shared.chat, (SIDE, SIDE), SAMPLING, seed=3)
     prompt = replace(EDITS[0], reply=REPLY)
     drawn = talk.say(prompt.text, [image], draw=True)[1]
-    sample = shared.draw([(prompt, 3)], SIDE, SAMPLING, "")[0]
+    sample = shared.generate_images([(prompt, 3)], SIDE, SAMPLING, "")[0]
     assert (unpack(sample.bits, token_count(SCHEDULE), BITS) == drawn.bits_Ld.numpy()).all()
 
 
@@ -141,7 +143,7 @@ def test_an_edit_is_scored_as_the_training_batch_would_be(shared, edited):
 
 
 def test_images_that_cannot_be_shown_are_told(shared):
-    good, bad = shared.faults(["red", "no such colour"], SIDE)
+    good, bad = shared.find_unreadable(["red", "no such colour"], SIDE)
     assert good is None and bad.key == "no such colour" and bad.reason.startswith("ValueError: ")
 
 
@@ -181,7 +183,7 @@ def test_rewards_see_images_and_prompts(shared, drawn):
 
 
 def test_images_are_written_whole(shared, drawn, tmp_path):
-    paths = shared.images([(drawn[0], "a.png"), (drawn[1], "b.png")], SIDE, str(tmp_path))
+    paths = shared.write_images([(drawn[0], "a.png"), (drawn[1], "b.png")], SIDE, str(tmp_path))
     assert sorted(tmp_path.iterdir()) == paths
     assert Image.open(paths[0]).size == (SIDE, SIDE)
     assert np.ptp(np.asarray(Image.open(paths[0]))) > 0
@@ -202,7 +204,7 @@ def test_new_weights_are_verified_and_change_the_scores(worker, drawn, tmp_path_
     assert (answer["version"], answer["checksum"]) == (2, checksum(other))
     assert answer["bytes"] == sum(tensor.nbytes for tensor in load_file(other).values())
     assert worker.score(drawn, SIDE) != before
-    assert worker.draw([(PROMPTS[0], 3)], SIDE, SAMPLING, "")[0].version == 2
+    assert worker.generate_images([(PROMPTS[0], 3)], SIDE, SAMPLING, "")[0].version == 2
     status = worker.status()
     assert (status["version"], status["checksum"], status["device"]) == (2, checksum(other), "cpu")
 
@@ -264,5 +266,5 @@ def test_a_replacement_serves_nothing_before_the_current_version(checkpoint, dra
 
 def test_guidance_and_temperature_reach_the_sampler(shared, samples):
     sure = replace(SAMPLING, top_k=1)
-    a, b = (shared.draw([(PROMPTS[0], seed)], SIDE, sure, "")[0].bits for seed in (1, 2))
+    a, b = (shared.generate_images([(PROMPTS[0], seed)], SIDE, sure, "")[0].bits for seed in (1, 2))
     assert a == b, "top_k=1 leaves nothing to the seed"

@@ -29,7 +29,7 @@ def worker(v1_checkpoint):
 
 @pytest.fixture(scope="module")
 def samples(worker):
-    return worker.draw(list(zip(PROMPTS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "sft/step-10")
+    return worker.generate_images(list(zip(PROMPTS, [3, 4, 5], strict=True)), SIDE, SAMPLING, "sft/step-10")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_images_are_encoded_and_written(worker, drawn, tmp_path):
     with torch.no_grad():
         labels = worker.model.image_tokenizer.encode(pixels).labels_BLs
     assert blue.bits == pack(labels[0].numpy(), V1_CODES)
-    paths = worker.images([(drawn[0], "a.png")], SIDE, str(tmp_path))
+    paths = worker.write_images([(drawn[0], "a.png")], SIDE, str(tmp_path))
     assert Image.open(paths[0]).size == (SIDE, SIDE)
     sizes = worker.reward(drawn, SIDE, lambda images, prompts: [image.size[0] for image in images])
     assert sizes == [SIDE] * 3
@@ -98,4 +98,4 @@ def test_new_weights_are_verified_and_change_the_scores(v1_checkpoint, drawn, tm
 
 def test_another_resolution_than_the_models_own_is_refused(worker):
     with pytest.raises(ValueError, match=f"this model draws {SIDE}x{SIDE} pixels only"):
-        worker.draw([(PROMPTS[0], 1)], 2 * SIDE, SAMPLING, "")
+        worker.generate_images([(PROMPTS[0], 1)], 2 * SIDE, SAMPLING, "")

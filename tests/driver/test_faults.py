@@ -168,13 +168,13 @@ def test_workers_are_killed_drawing_and_in_a_swap_and_hang_and_a_reward_never_an
     reward = ["reward.path=rewards.combined:WeightedSum", f"{terms}.sharp.path=rewards.technical:sharpness"]
     reward += [f"{terms}.never.path={folder}/never.py:never", f"{terms}.never.required=false"]
     reward += [f"{terms}.never.timeout_s=1", f"{terms}.never.retries=0"]
-    faults = {"worker/draw": "kill", "worker/swap": "kill", "worker/score": "hang"}
+    faults = {"worker/generate_images": "kill", "worker/swap": "kill", "worker/score": "hang"}
     ran = Ran(folder, "workers", "rollout.call_timeout_s=120", *reward, faults=faults)
     assert (ran.code, ran.left, ran.orphans) == (0, [], []), ran.said[-3000:]
     rewards = "chosen_reward", "rejected_reward", "rewards", "iter-00-pairs.png"
     assert same(folder / "workers", undisturbed, but=rewards) == [
         f"worker 0 lost during {during}: restart {i} of 3"
-        for i, during in enumerate(["draw", "receive", "score"], start=1)
+        for i, during in enumerate(["generate_images", "receive", "score"], start=1)
     ]
     lines = map(json.loads, (folder / "workers/metrics.jsonl").read_text().splitlines())
     (never,) = [line for line in lines if line["stage"] == "reward/never"]

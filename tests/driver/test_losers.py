@@ -9,6 +9,7 @@ import pytest
 from actors.resources import RolloutConfig
 from actors.worker import EncodedImage, ImageScore
 from rewards.preferences import external_winner
+from tests.helpers.pools import FakePool
 from vargpt_rl.data.preferences import ORIGIN, part_path, read_table
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.losers import Losers
@@ -19,7 +20,7 @@ COUNT = 10
 EARLY, FINAL = (Path("run/sft/step-000002"),), (Path("run/sft/final"),)
 
 
-class Pool:
+class EvenPool(FakePool):
     """Stands in for the workers: images are their seeds, and every image is as likely."""
 
     version, config = 1, RolloutConfig()
@@ -27,14 +28,14 @@ class Pool:
     def __init__(self):
         self.drawn = []
 
-    def draw(self, prompts, seeds, resolution, sampling, name):
-        self.drawn += [(name, seed) for seed in seeds]
-        return [Sample(p, bytes([seed]), resolution, seed, {}, 1, name) for p, seed in zip(prompts, seeds, strict=True)]
+    def generate_images(self, jobs, resolution, sampling, name):
+        self.drawn += [(name, seed) for _, seed in jobs]
+        return [Sample(prompt, bytes([seed]), resolution, seed, {}, 1, name) for prompt, seed in jobs]
 
     def encode(self, keys, resolution):
         return [EncodedImage(key, b"\xff", None) for key in keys]
 
-    def score(self, items, resolution, batch_size):
+    def score(self, items, resolution):
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
 
@@ -42,7 +43,7 @@ class Pool:
 def losers(tmp_path):
     def build(name: str, size: int, lacking: tuple[str, ...] = ()) -> Losers:
         source = SimpleNamespace(winner_key=lambda prompt: None if prompt.id in lacking else "key")
-        rollouts = Rollouts(Pool(), source, Run(tmp_path / "run", {}), None, None)
+        rollouts = Rollouts(EvenPool(), source, Run(tmp_path / "run", {}), None, None)
         rollouts.served = []
         rollouts.serve = rollouts.served.append
         prompts = [Prompt(str(i), f"prompt {i}") for i in range(COUNT)]

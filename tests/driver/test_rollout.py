@@ -17,6 +17,7 @@ from actors.resources import RolloutConfig
 from actors.weights import SwapReport
 from actors.worker import EncodedImage, Failure
 from tests.data.test_preferences import row as table_row
+from tests.helpers.pools import FakePool
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.samples import Probe, Prompt, Record, Sample
@@ -27,7 +28,7 @@ from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.storage.checkpoint import save_checkpoint
 
 
-class RecordingPool:
+class RecordingPool(FakePool):
     """Stands in for the workers: notes what is published, encodes keys that are not "bad", answers probes."""
 
     def __init__(self):
@@ -42,14 +43,14 @@ class RecordingPool:
         features = np.zeros((4, 2, 2), np.float16)
         return [Failure(key, "broken") if key == "bad" else EncodedImage(key, b"\0", features) for key in keys]
 
-    def faults(self, keys, side):
+    def find_unreadable(self, keys, side):
         return [Failure(key, f"unreadable at {side}") if key == "bad" else None for key in keys]
 
     def probe(self, prompt, bits, resolution):
         return self.probed
 
-    def draw(self, prompts, seeds, resolution, sampling, name):
-        return prompts
+    def generate_images(self, jobs, resolution, sampling, name):
+        return [prompt for prompt, _ in jobs]
 
     def reply(self, texts, max_new_tokens):
         """Sparse words: every second text gets none."""
@@ -159,11 +160,11 @@ def test_pairs_are_shown_with_both_images(rollouts, tmp_path):
     write_table(tmp_path / "t.parquet", rows)
     pairs, shown, drawn = read_table(tmp_path / "t.parquet"), [], []
 
-    def images(items, resolution, folder, names):
-        drawn.extend((prompt.text, bits, resolution, name) for (prompt, bits), name in zip(items, names, strict=True))
-        return [Path(folder, name) for name in names]
+    def write_images(items, resolution, folder):
+        drawn.extend((prompt.text, bits, resolution, name) for (prompt, bits), name in items)
+        return [Path(folder, name) for _, name in items]
 
-    rollouts.pool.images = images
+    rollouts.pool.write_images = write_images
     rollouts.run.log_table = lambda name, table: shown.append((name, table))
     rollouts.track_pairs(pairs, tmp_path / "images")
     assert not shown and not drawn  # nobody asked to see

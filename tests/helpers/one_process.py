@@ -15,6 +15,8 @@ import ray
 import torch
 
 from actors.pool import RolloutPool
+from actors.published import PublishedWeights
+from actors.weights import every
 from actors.worker import Worker
 from learners.group import LearnerGroup
 from learners.rank import Rank
@@ -27,23 +29,28 @@ from vargpt_rl.driver.steps import Steps
 from vargpt_rl.driver.verify import check_steps
 
 
-class OwnPool(RolloutPool):
-    """The pool's interface to a worker in this process; weights come as they come to one elsewhere."""
+class OwnWorker:
+    """A group of the one worker in this process."""
 
     def __init__(self, config, worker: Worker):
-        self.config, self.worker = config, worker
-        self.version, self._published, self.takes, self._shelf = 0, [], lambda name: True, None
+        self.config = config
+        self.worker = worker
 
-    def map(self, method, items, *args, label, batch_size=None):
+    def call_all(self, method, *args):
+        return [method(self.worker, *args)]
+
+
+class OwnPool(RolloutPool):
+    """A pool of the worker in this process; weights reach it as they reach one elsewhere."""
+
+    def __init__(self, config, worker: Worker):
+        self.weights = PublishedWeights(config.transport, every, chunk_server=None)
+        self.workers = OwnWorker(config, worker)
+
+    def run(self, method, items, *args, batch_size=None):
         size = batch_size or self.config.batch_size
         batches = [items[at : at + size] for at in range(0, len(items), size)]
-        return [result for batch in batches for result in getattr(self.worker, method)(batch, *args)]
-
-    def reward(self, items, resolution, rewards):
-        return self.map("reward", items, resolution, rewards, label="reward")
-
-    def _every(self, method, *args):
-        return [getattr(self.worker, method)(*args)]
+        return [result for batch in batches for result in method(self.workers.worker, batch, *args)]
 
 
 class OwnRank(LearnerGroup):

@@ -19,6 +19,7 @@ from configs.load import load_config
 from rewards.combined import Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
+from tests.helpers.pools import FakePool
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.inputs import gather
 from vargpt_rl.driver.rollout import Rollouts
@@ -237,7 +238,7 @@ def test_a_reward_in_an_environment_of_its_own(cluster, tmp_path):
         assert live(images(2), ["a", "b"]) == [7.0, 7.0], live.report()
 
 
-class ScoringPool:
+class ScoringPool(FakePool):
     """Stands in for the workers: images are as wide as their bits say, and every image is as likely."""
 
     version = 5
@@ -248,7 +249,7 @@ class ScoringPool:
     def reward(self, items, resolution, reward):
         return reward([Image.new("RGB", (bits[0], 8)) for _, bits in items], [prompt.text for prompt, _ in items])
 
-    def score(self, items, resolution, batch_size):
+    def score(self, items, resolution):
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
 

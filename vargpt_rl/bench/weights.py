@@ -71,10 +71,10 @@ class Receiver:
         for name in names:
             self.module.register_buffer(name, torch.ones(layout.shapes[name], dtype=layout.dtypes[name]))
 
-    def take(self, parcel: WeightTransfer) -> tuple[float, int]:
+    def take(self, transfer: WeightTransfer) -> tuple[float, int]:
         """Seconds, and the most by which memory rose."""
         before, highest, start = _own_memory(), 0, time.perf_counter()
-        for chunk in parcel.chunks():
+        for chunk in transfer.chunks():
             apply(self.module, chunk)
             highest = max(highest, _own_memory() - before)
         return time.perf_counter() - start, highest
@@ -100,12 +100,12 @@ def hashing() -> float:
     return TENSOR / (time.perf_counter() - start)
 
 
-def parcels(way: str, layout: WeightLayout, path: Path, shelf, count: int) -> list[WeightTransfer]:
+def transfers(way: str, layout: WeightLayout, path: Path, chunk_server, count: int) -> list[WeightTransfer]:
     """One for each receiver."""
     if way == "shared file":
         return [SharedFileTransfer(layout, path)] * count
     if way == "object store":
-        return [ObjectStoreTransfer(layout, path, shelf)] * count
+        return [ObjectStoreTransfer(layout, path, chunk_server)] * count
     address = ("127.0.0.1", free_port())
     return [BroadcastTransfer(layout, path, address, rank, count, "cpu", 300.0) for rank in range(count)]
 
@@ -118,7 +118,7 @@ def bench(settings: TransferSettings) -> int:
     table = Table(title="weights on their way to workers", title_justify="left", box=SIMPLE_HEAD)
     for column in ("way", "GB", "receivers", "GB/s each", "plain copy GB/s", "ratio", "memory rose MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    shelf = ChunkServer.remote()
+    chunk_server = ChunkServer.remote()
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         for gigabytes in settings.sizes:
             path = Path(folder) / "set.safetensors"
@@ -135,7 +135,7 @@ def bench(settings: TransferSettings) -> int:
                 ray.get([receiver.first.remote() for receiver in receivers])
                 for way in ("shared file", "object store", "broadcast"):
                     copied = plain_copy(layout.bytes)
-                    sent = parcels(way, layout, path, shelf, number)
+                    sent = transfers(way, layout, path, chunk_server, number)
                     results = ray.get([r.take.remote(p) for r, p in zip(receivers, sent, strict=True)])
                     if ray.get([receiver.first.remote() for receiver in receivers]) != [2.0] * number:
                         raise RuntimeError(f"{way}: a receiver does not hold what was sent")

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from actors.pool import RolloutPool
 from actors.weights import SwapReport
-from actors.worker import Failure, PromptedBits
+from actors.worker import BaseWorker, Failure, PromptedBits, Worker
 from rewards.combined import scorers
 from rewards.preferences import check_books
 from vargpt_rl.common.averages import mean_and_error
@@ -145,7 +145,7 @@ class Rollouts:
         if (folder / PROMPTS).exists():
             return self._encoded(records, resolution, folder)
         kept, features, probe = [], [], None
-        results = self.pool.encode([record.image for record in records], resolution)
+        results = self.pool.run(Worker.encode, [record.image for record in records], resolution)
         faults = self._faults([record.prompt for record in records])
         for record, encoded in zip(records, results, strict=True):
             result = faults.get(record.prompt.shown) or encoded
@@ -170,14 +170,16 @@ class Rollouts:
         found = {}
         for side in {side for _, side in shown}:
             keys = [key for key, of_side in shown if of_side == side]
-            found |= {fault.key: fault for fault in self.pool.faults(keys, side) if fault is not None}
+            found |= {
+                fault.key: fault for fault in self.pool.run(Worker.find_unreadable, keys, side) if fault is not None
+            }
         return found
 
     def _encoded(self, records: list[Record], resolution: int, folder: Path) -> tuple[dict, Probe]:
         """What `encode_corpus` returns, of a corpus that it finished before the run was cut off."""
         ids = [json.loads(line)["id"] for line in (folder / PROMPTS).read_text().splitlines()]
         first = next(record for record in records if record.prompt.id == ids[0])
-        (result,) = self.pool.encode([first.image], resolution)
+        (result,) = self.pool.run(Worker.encode, [first.image], resolution)
         if isinstance(result, Failure):
             raise ValueError(f"{first.image}: could be read before, but not any more: {result.reason}")
         return {"images": len(ids), "failed": len(records) - len(ids)}, Probe(first.prompt, result.bits, resolution)
@@ -186,10 +188,9 @@ class Rollouts:
         """The stronger system's images as bits, by prompt id; a prompt without one, or unreadable, is left out."""
         keys = {prompt.id: key for prompt in prompts if (key := self.source.winner_key(prompt)) is not None}
         with_winner = [prompt for prompt in prompts if prompt.id in keys]
+        results = self.pool.run(Worker.encode, [keys[prompt.id] for prompt in with_winner], resolution)
         winners = {}
-        for prompt, result in zip(
-            with_winner, self.pool.encode([keys[p.id] for p in with_winner], resolution), strict=True
-        ):
+        for prompt, result in zip(with_winner, results, strict=True):
             if isinstance(result, Failure):
                 self.quarantine.add(result.key, prompt.text, result.reason)
             else:
@@ -206,7 +207,9 @@ class Rollouts:
         began = time.perf_counter()
         if self.pool.config.reply == "generate":
             prompts = self._with_own_replies(prompts)
-        samples = self.pool.draw(prompts, seeds, resolution, self.sampling, name)
+        samples = self.pool.run(
+            Worker.generate_images, list(zip(prompts, seeds, strict=True)), resolution, self.sampling, name
+        )
         return samples, time.perf_counter() - began
 
     def _with_own_replies(self, prompts: list[Prompt]) -> list[Prompt]:
@@ -218,7 +221,8 @@ class Rollouts:
         if not plain:
             return prompts
         texts = list(dict.fromkeys(prompt.text for prompt in plain))
-        said = dict(zip(texts, self._writer.reply(texts, self.pool.config.reply_tokens), strict=True))
+        replies = self._writer.run(BaseWorker.reply, texts, self.pool.config.reply_tokens)
+        said = dict(zip(texts, replies, strict=True))
         template = sum(said[prompt.text] is None for prompt in plain)
         self.run.log("reply", self.pool.version, {"generated": len(plain) - template, "template": template})
         return [p if p.shown is not None or said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
@@ -256,7 +260,7 @@ class Rollouts:
         for group in groups:  # ordered as the learner's batches are: [all chosen, all rejected]
             items += [(pair.prompt, pair.chosen.bits) for pair in group]
             items += [(pair.prompt, pair.rejected.bits) for pair in group]
-        scores = iter(self.pool.score(items, resolution, batch_size=2 * micro_batch))
+        scores = iter(self.pool.run(Worker.score, items, resolution, batch_size=2 * micro_batch))
         rows = []
         for group in groups:
             chosen, rejected = ([next(scores) for _ in group] for _ in range(2))
@@ -290,7 +294,7 @@ class Rollouts:
         ValueError where no image at all is scored.
         """
         with scorers(reward) as live:
-            values, report = self.pool.reward(items, resolution, live), live.report()
+            values, report = self.pool.run(Worker.reward, items, resolution, live), live.report()
         for name, term in report.items():
             unscored = {f"unscored/{reason}": count for reason, count in term["unscored"].items()}
             numbers = {key: term[key] for key in ("scored", "mean", "seconds", "restarts") if term[key] is not None}
@@ -333,7 +337,7 @@ class Rollouts:
         if check := self.source.image_check():
             return self._checked([(winner.prompt, winner.bits) for winner in winners], resolution, check)
         items = [(Prompt(winner.source, winner.prompt.text), winner.bits) for winner in winners]
-        ratio, error = mean_and_error(self.pool.check(items, resolution, Fidelity(self.source, resolution)))
+        ratio, error = mean_and_error(self.pool.run(Worker.check, items, resolution, Fidelity(self.source, resolution)))
         return {"psnr": ratio, "psnr_stderr": error, "n": len(items)}
 
     def score_edits(self, samples: list[Sample]) -> dict[str, float]:
@@ -344,24 +348,24 @@ class Rollouts:
 
     def _checked(self, items: list[PromptedBits], resolution: int, check: ImageCheck) -> dict[str, float]:
         """The scores of an exact check, which runs in the workers."""
-        return check.scores([prompt for prompt, _ in items], self.pool.check(items, resolution, check))
+        return check.scores([prompt for prompt, _ in items], self.pool.run(Worker.check, items, resolution, check))
 
     def prefer(self, table: Path, beta: float) -> dict[str, float]:
         """The weights being served on a table of held-out pairs, against the reference scores in it."""
         rows = read_table(table)
         resolution = int(rows.resolution[0])
         prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
-        scores = {
-            side: [s.total for s in self.pool.score(list(zip(prompts, rows[f"{side}_bits"], strict=True)), resolution)]
-            for side in ("chosen", "rejected")
-        }
+        scores = {}
+        for side in ("chosen", "rejected"):
+            items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
+            scores[side] = [score.total for score in self.pool.run(Worker.score, items, resolution)]
         references = rows.reference_chosen_logp, rows.reference_rejected_logp
         return preference_scores(scores["chosen"], scores["rejected"], *references, beta)
 
     def predict(self, prompts: list[Prompt], resolution: int) -> dict[str, float]:
         """The weights being served on the source's own images of these prompts, in nats a bit; chance is ln 2."""
         winners = list(self.encode_winners(prompts, resolution).values())
-        scores = self.pool.score([(winner.prompt, winner.bits) for winner in winners], resolution)
+        scores = self.pool.run(Worker.score, [(winner.prompt, winner.bits) for winner in winners], resolution)
         each = [-score.total / (8 * len(winner.bits)) for winner, score in zip(winners, scores, strict=True)]
         mean, error = mean_and_error(each)
         return {"nats": mean, "nats_stderr": error, "n": len(each)}
@@ -371,7 +375,7 @@ class Rollouts:
         rows = self.source.questions(count, 0, "held_out")
         if not rows:
             return {}
-        answers = self._writer.answer([(key, question) for key, question, _ in rows], side)
+        answers = self._writer.run(BaseWorker.answer, [(key, question) for key, question, _ in rows], side)
         right = [float(answer == truth) for answer, (_, _, truth) in zip(answers, rows, strict=True)]
         accuracy, error = mean_and_error(right)
         return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}
@@ -386,7 +390,8 @@ class Rollouts:
         for name, side in (("loser", "rejected"), ("winner", "chosen")):
             files = [f"{name}-{i:02d}.png" for i in range(len(pairs))]
             items = list(zip(prompts, pairs[f"{side}_bits"], strict=True))
-            shown[name] = self.pool.images(items, resolution, str(folder), files)
+            named = list(zip(items, files, strict=True))
+            shown[name] = self.pool.run(Worker.write_images, named, resolution, str(folder))
             for what in ("reward", "source", "version"):
                 shown[f"{name} {what}"] = pairs[f"{side}_{what}"]
             shown[f"{name} reference log-prob"] = pairs[f"reference_{side}_logp"]
@@ -397,5 +402,5 @@ class Rollouts:
     def draw_row(self, samples: list[Sample], folder: Path, name: str) -> list[Path]:
         """Write samples as ``folder/name-NN.png``, a row of the sample grid."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = [f"{name}-{i:02d}.png" for i in range(len(samples))]
-        return self.pool.images([(s.prompt, s.bits) for s in samples], samples[0].resolution, str(folder), names)
+        items = [((sample.prompt, sample.bits), f"{name}-{i:02d}.png") for i, sample in enumerate(samples)]
+        return self.pool.run(Worker.write_images, items, samples[0].resolution, str(folder))

@@ -92,7 +92,7 @@ class _Simulation:
             self.served[what] += 1
 
     def _map(self, what: str, items: int, seconds: float, result: float, size: int | None = None) -> Generator:
-        """``RolloutPool.map``, in batches of ``size``, or the usual one."""
+        """``RolloutPool.run``, in batches of ``size``, or the usual one."""
         size = size or self.costs.batch
         waiting = [min(size, items - at) for at in range(0, items, size)]
         crew = min(self.machine.workers, len(waiting))

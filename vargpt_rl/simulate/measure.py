@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from actors.pool import RolloutPool
 from actors.resources import Placement
-from actors.worker import PromptedBits
+from actors.worker import PromptedBits, Worker
 from learners.jobs import DpoJob
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
@@ -51,11 +51,10 @@ class MeasureSettings:
             raise ValueError(f"workers={self.workers} prompts={self.prompts}: expected 1 or more")
 
 
-@ray.remote(num_cpus=0)
 class Idle:
     """A worker that has nothing to do."""
 
-    def __init__(self, *ignored):
+    def __init__(self, *args, **options):
         pass
 
     def status(self) -> dict:
@@ -77,7 +76,7 @@ def driver_costs(steps: Steps) -> tuple[float, float]:
     items = list(range(IDLE_BATCHES * pool.config.batch_size))
 
     def work(size: int) -> float:
-        return timed(time.process_time, lambda: pool.map("answer", items, size, label="idle"))
+        return timed(time.process_time, lambda: pool.run(Idle.answer, items, size))
 
     work(0)
     empty, full = work(0), work(PAYLOAD)
@@ -134,15 +133,17 @@ def measure(steps: Steps) -> Costs:
     steps.rollouts.serve(steps.weights)
 
     def draw(count: int):
-        return pool.draw(prompts[:count], list(range(count)), side, steps.config.sampling, "costs")
+        return pool.run(
+            Worker.generate_images, list(zip(prompts, range(count), strict=False)), side, steps.config.sampling, "costs"
+        )
 
     draw(batch)
     samples = draw(2)
     items: list[PromptedBits] = [(prompt, samples[0].bits) for prompt in prompts]
     draw_s = timed(time.perf_counter, draw, len(prompts)) / BATCHES
-    encode_s = timed(time.perf_counter, pool.encode, keys, side) / BATCHES
-    pool.score(items[:2], side)
-    score_s = timed(time.perf_counter, pool.score, items, side) / BATCHES
+    encode_s = timed(time.perf_counter, pool.run, Worker.encode, keys, side) / BATCHES
+    pool.run(Worker.score, items[:2], side)
+    score_s = timed(time.perf_counter, pool.run, Worker.score, items, side) / BATCHES
     count = len(steps.losers().prompts)
     before = time.process_time()
     table = make_pairs(steps, "costs")
@@ -150,7 +151,7 @@ def measure(steps: Steps) -> Costs:
     pair_s = max(0.0, time.process_time() - before - batches * dispatch_s) / count
     micro_batch_s, step_s = train_costs(steps, table)
     swap_s, swap_byte_s, weight_bytes = swap_costs(steps)
-    encoded = pool.encode(keys[:1], side)[0]
+    encoded = pool.run(Worker.encode, keys[:1], side)[0]
     return Costs(
         batch=batch,
         micro_batch=steps.config.dpo.recipe.micro_batch,
