@@ -178,7 +178,7 @@ def plan(
     share = _share(each, max(held.values()))
     worker_options, rank_bundle = {"num_cpus": share}, {"CPU": share}
     bundles = [{"CPU": round(held[i] * share, 4)} for i in range(count)]
-    threads = max(1, int(min(min(cpus), sum(cpus) // workers)))
+    threads = max(1, int(min(*cpus, sum(cpus) // workers)))
     text = (
         Placement(1, {"num_cpus": 0.0}, 0, {}, max(1, int(min(cpus))), bool(gpus), bf16) if rollout.uses_vllm else None
     )

@@ -32,6 +32,8 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 
+logger = logging.getLogger(__name__)
+
 MAX_BODY = 128 * 2**20  # bytes
 MAX_IMAGES = 256
 MAX_PIXELS = 4096 * 4096  # of one image
@@ -77,7 +79,7 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
         try:
             return await run_in_threadpool(answer, images, prompts)
         except Exception as error:  # whatever the plug-in raises, the client is told and the log has it in full
-            logging.exception("the reward failed")
+            logger.exception("the reward failed")
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
     return app

@@ -78,7 +78,7 @@ def test_images_are_saved_under_free_names(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    ("line", "said"),
     [
         ("/image {}/nowhere.png", "{}/nowhere.png: not a readable image: [Errno 2] No such file"),
         ("/image {}/broken.png", "{}/broken.png: not a readable image: cannot identify"),
@@ -122,13 +122,13 @@ def test_a_piped_chat_ends_with_its_lines(piped, tmp_path, image, capsys):
     assert piped(*lines, arguments=["max_tokens=3", "aspect=4:3"]) == 0
     said = capsys.readouterr().out
     assert HELP in said
-    assert said.splitlines()[-2:] == ["Here is the picture.", str(sorted(tmp_path.glob("out/*.png"))[-1])]
+    assert said.splitlines()[-2:] == ["Here is the picture.", str(max(tmp_path.glob("out/*.png")))]
     assert Image.open(tmp_path / "out/00000.png").size == (64, 48)
     assert piped() == 0, "no lines at all"
 
 
 @pytest.mark.parametrize(
-    "argument, said",
+    ("argument", "said"),
     [
         ("temperature=-1", "temperature=-1.0: expected"),
         ("max_tokens=0", "max_tokens=0: expected"),

@@ -110,7 +110,7 @@ def test_what_the_model_has_no_place_for_is_kept_aside_with_its_reason(converted
     assert reasons.keys() == kept.keys()
     assert run(release, tmp_path / "again", "hf") == 0
     printed = capsys.readouterr().out
-    counts = {reason: int(count) for count, reason in re.findall(r"^ *(\d+) (.*)$", printed, re.M)[1:]}
+    counts = {reason: int(count) for count, reason in re.findall(r"^ *(\d+) (.*)$", printed, re.MULTILINE)[1:]}
     assert counts == {reason: list(reasons.values()).count(reason) for reason in reasons.values()}
 
 
@@ -238,7 +238,7 @@ def test_a_promise_of_the_index_that_is_not_kept_is_an_error(release, tmp_path, 
     source = tmp_path / "source"
     shutil.copytree(release, source)
     index = json.loads((source / INDEX).read_text())
-    name = sorted(index["weight_map"])[0]
+    name = min(index["weight_map"])
     file = source / index["weight_map"][name]
     save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file)
     message = failure(source, tmp_path / "target", "hf", capsys)

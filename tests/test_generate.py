@@ -165,7 +165,7 @@ def test_bad_lines_of_prompts_are_put_down(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("arguments", "said"),
     [
         ([], "expected either prompt=... or prompts=FILE"),
         (["prompt=a", "prompts=b.txt"], "expected either prompt=... or prompts=FILE"),

@@ -18,7 +18,7 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "stage, trained",
+    ("stage", "trained"),
     [
         ("base", (*IMAGE, *LANGUAGE, "model.visual.")),
         ("pretrain", ("projector_in.", "projector_out.")),

@@ -12,7 +12,7 @@ COLOCATED = PlacementConfig("colocated")
 
 
 @pytest.mark.parametrize(
-    "cpus, workers, ranks, share, threads",
+    ("cpus", "workers", "ranks", "share", "threads"),
     [
         ([2.0], 2, 1, 0.6666, 1),
         ([16.0], 2, 2, 4.0, 8),

@@ -1,5 +1,7 @@
 """Weight sets: their layout and checksum, and a model that takes one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,7 @@ def test_chunks_hold_every_name_once_in_order_and_keep_the_limit(sizes, limit):
     assert [name for chunk in chunks for name in chunk] == names
     for chunk in chunks:
         assert len(chunk) == 1 or sum(map(layout.size, chunk)) <= limit
-    for one, following in zip(chunks, chunks[1:], strict=False):
+    for one, following in itertools.pairwise(chunks):
         assert sum(map(layout.size, [*one, following[0]])) > limit, "no chunk is closed early"
 
 

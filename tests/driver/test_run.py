@@ -171,7 +171,7 @@ def test_going_back_forgets_a_step_and_all_after_it_and_says_why(tmp_path):
     run = Run(tmp_path / "run", {})
     for version, name in enumerate(["one", "two", "three"]):
         run.served = {"version": version, "weights": [name]}
-        run.step(name, lambda: {})
+        run.step(name, dict)
     run.rewind("two", "its file is damaged")
     for each in (run, Run(tmp_path / "run", {})):
         assert list(each.state["steps"]) == list(each.state["served"]) == ["one"]

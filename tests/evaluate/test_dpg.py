@@ -107,7 +107,7 @@ def test_prompts_that_cannot_be_used_are_put_down(command, bench, painted, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    ("change", "said"),
     [
         (lambda text: text.partition("Model:")[0], "does not end with one DPG-Bench score"),
         (lambda text: text.replace("DPG-Bench score: ", "DPG-Bench score: 1"), "states a score of 1"),

@@ -78,7 +78,7 @@ def test_the_metrics_are_those_of_the_scorer(found):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    ("content", "said"),
     [
         ("[[0.5, 0.5, 0.5]]", "1 lists of scores for 2 prompts"),
         ("[[0.5, 0.5], [0.5, 0.5]]", "not 3 scores for 'two metal toys'"),
@@ -100,7 +100,7 @@ def test_scores_that_do_not_fit_are_named(command, prompts, painted, folder, cap
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    ("change", "reason"),
     [
         ({"prompt": "a pig"}, '"prompt" is that of an earlier line'),
         ({"prompt": ""}, '"prompt" is no text or empty'),

@@ -68,7 +68,7 @@ def test_answers_are_scored_in_all_ways(command, arguments, said, result):
 
 
 @pytest.mark.parametrize(
-    "answer, words, right",
+    ("answer", "words", "right"),
     [
         ("yes", "Yes.", True),
         ("yes", "yes it is", True),
@@ -113,7 +113,7 @@ def test_without_yes_no_questions_there_is_no_such_score():
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    ("change", "reason"),
     [
         ({"image": "../a.png"}, '"image" leaves the image folder'),
         ({"image": "/a.png"}, '"image" leaves the image folder'),

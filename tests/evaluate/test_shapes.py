@@ -152,7 +152,7 @@ def test_another_seed_is_other_captions(artist):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("arguments", "said"),
     [
         (["benchmark=shape"], "benchmark=shape: "),
         ([], "benchmark is not given"),

@@ -100,7 +100,7 @@ def test_a_failure_of_lmms_eval_is_a_failure(command, stand_in, capfd):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("arguments", "said"),
     [
         (["python=/nowhere/python"], "python=/nowhere/python: No such file or directory"),
         ([f"python={sys.executable}"], f"python={sys.executable}: lmms-eval cannot be used there (ModuleNotFound"),

@@ -174,7 +174,7 @@ def test_replies_end_after_max_tokens_and_at_the_limit(model, chat, script):
 
 
 def test_a_image_that_does_not_fit_is_not_begun(model, chat, script):
-    write, offered = script
+    _write, offered = script
     turn, closing = len(chat.question("a star")), 1 + len(chat.text("\n"))
     for spare, fits in ((0, True), (-1, False)):
         talk = Conversation(model, chat, SIZE)
@@ -221,7 +221,7 @@ def test_a_loaded_model_talks(checkpoint, model):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     halved, chat = load(checkpoint, "cpu", "bfloat16")
     assert halved.dtype == torch.bfloat16
-    words, image = Conversation(halved, chat, SIZE).say("a star", [RED], generate_images=True)
+    _, image = Conversation(halved, chat, SIZE).say("a star", [RED], generate_images=True)
     assert image.image.size == SIZE[::-1]
 
 

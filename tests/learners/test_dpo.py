@@ -142,7 +142,7 @@ def test_several_losses_are_added_with_their_weights(trainer, shared_model, batc
     assert alone[1] == pytest.approx(-chosen.mean().item() / TOKENS, rel=1e-5), "sft: the mean over image tokens"
 
 
-@pytest.mark.parametrize("norm, terms", [("per_token", TOKENS), ("per_bit", TOKENS * BITS)])
+@pytest.mark.parametrize(("norm", "terms"), [("per_token", TOKENS), ("per_bit", TOKENS * BITS)])
 def test_normalised_log_probabilities_want_a_beta_larger_by_as_much(trainer, shared_model, batch, norm, terms):
     summed = loss_of(trainer(shared_model), batch).item()
     assert loss_of(trainer(shared_model, norm, beta=0.1 * terms), batch).item() == pytest.approx(summed, abs=1e-5)
@@ -217,7 +217,7 @@ def test_margins_and_accuracies_are_measured_by_scale(trainer, shared_model, bat
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"beta": 0.0}, "dpo.beta=0.0"),
         ({"logp_norm": "mean"}, "dpo.logp_norm=mean"),

@@ -202,7 +202,7 @@ def test_zero_3_trains_the_same_weights_as_zero_2(trained, stage):
         torch.testing.assert_close(three[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("stage, zero", [("pretrain", 2), ("understanding", 2), ("sft", 2), ("sft", 3), ("dpo", 3)])
+@pytest.mark.parametrize(("stage", "zero"), [("pretrain", 2), ("understanding", 2), ("sft", 2), ("sft", 3), ("dpo", 3)])
 def test_the_probe_scores_as_with_the_saved_weights(trained, start, chat, probe, stage, zero):
     result, folder, _ = trained(stage, zero)
     model = Vargpt.from_pretrained(start.model).eval()

@@ -69,7 +69,7 @@ def test_questions_are_about_the_images_of_a_source(tmp_path):
 DRAWINGS, QUESTIONS = [f"d{i}" for i in range(10)], [f"q{i}" for i in range(3)]
 
 
-@pytest.mark.parametrize("share, per_block", [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+@pytest.mark.parametrize(("share", "per_block"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_each_micro_batch_has_the_same_share_of_drawings(share, per_block):
     batches = BalancedBatches(DRAWINGS, QUESTIONS, length=40, micro_batch=4, share=share, seed=0)
     items = [batches[i] for i in range(len(batches))]

@@ -171,7 +171,7 @@ def table(v1_checkpoint, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("stage, zero", [("understanding", 2), ("sft", 3), ("dpo", 3)])
+@pytest.mark.parametrize(("stage", "zero"), [("understanding", 2), ("sft", 3), ("dpo", 3)])
 def test_a_stage_trains_on_two_ranks_and_scores_as_a_worker_does(
     group, start, corpus, table, probe, tmp_path, stage, zero
 ):

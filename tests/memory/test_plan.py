@@ -105,7 +105,7 @@ def edits(model: Vargpt) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "stage, loss", [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
+    ("stage", "loss"), [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
 )
 def test_four_blocks_count_for_all(config, stage, loss, checkpointing, monkeypatch):
     short = activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing)

@@ -81,7 +81,7 @@ def test_scale_sums_add_up_and_scale_means_are_means(logits, bits):
     torch.testing.assert_close(scale_means(log_probs, SCHEDULE).double(), sums / counts, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("depth, values", [(1, 5), (3, 4), (4, 2)])
+@pytest.mark.parametrize(("depth", "values"), [(1, 5), (3, 4), (4, 2)])
 def test_symbols_of_any_number_of_values_are_softmaxes_over_them(depth, values):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 7, depth * values, generator=generator) * 4

@@ -21,7 +21,9 @@ from vargpt_rl.model.scales import (
 sides = st.integers(1, 128).map(lambda n: 16 * n)
 
 
-@pytest.mark.parametrize("side, scales, tokens", [(256, 7, 521), (512, 10, 2521), (768, 12, 6425), (1024, 13, 10521)])
+@pytest.mark.parametrize(
+    ("side", "scales", "tokens"), [(256, 7, 521), (512, 10, 2521), (768, 12, 6425), (1024, 13, 10521)]
+)
 def test_square_schedules_are_the_releases(side, scales, tokens):
     schedule = schedule_for(side)
     assert (len(schedule), token_count(schedule)) == (scales, tokens)
@@ -70,7 +72,7 @@ def test_positions_round_half_to_even():
     assert grid_positions(tall)[at][::2, 0].tolist() == [0, 18, 37, 56, 74, 92]
 
 
-@pytest.mark.parametrize("height, width", [(0, None), (-16, None), (250, None), (256, 100), (100, 256), (256, 0)])
+@pytest.mark.parametrize(("height", "width"), [(0, None), (-16, None), (250, None), (256, 100), (100, 256), (256, 0)])
 def test_sides_must_be_positive_multiples_of_16(height, width):
     with pytest.raises(ValueError, match="positive multiple of 16"):
         schedule_for(height, width)

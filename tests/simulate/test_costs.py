@@ -20,7 +20,7 @@ def test_costs_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [({"draw_s": -1}, "draw_s=-1"), ({"batch": 0}, "batch"), ({"other": 1}, "other"), ({"draw_s": "2"}, "draw_s")],
 )
 def test_bad_costs_are_refused(tmp_path, change, message):

@@ -4,6 +4,8 @@ Margins are chosen minus rejected, of rewards and of the reference policy's log-
 preferences` has the columns.
 """
 
+import itertools
+
 import numpy as np
 import pandas as pd
 
@@ -82,7 +84,7 @@ def describe(table: pd.DataFrame) -> str:
         blocks.append("margin, chosen - rejected\n" + pd.DataFrame(by_kind).describe().T.round(4).to_string())
         for name, values in by_kind.items():
             counts, edges = histogram(values)
-            bins = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+            bins = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)]
             blocks.append(f"{name} margin\n{pd.Series(counts, bins).to_string()}")
         blocks.append("reference margin by scale\n" + scale_margins(part).round(4).to_string())
         for side in ("chosen", "rejected"):

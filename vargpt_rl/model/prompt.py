@@ -206,7 +206,7 @@ class ChatFormat(ChatTemplate):
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
         """A user's turn (images first) and the opening of the assistant's turn."""
         content = [id for ids, _ in self.content(self.asked(text, image_grid_thw)) for id in ids]
-        return self.turn("user", content) + [self.im_start, *self.text("assistant\n")]
+        return [*self.turn("user", content), self.im_start, *self.text("assistant\n")]
 
     def vision_inputs(self, images: list[Image.Image], max_pixels: int | None = None) -> VisionInputs:
         """PIL images -> what the vision tower takes, of at most ``max_pixels`` each if that is less than the model's.

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("openai")
 
-from vargpt_rl.data.instruct.__main__ import main  # noqa: E402
-from vargpt_rl.data.instruct.llm import in_order, request  # noqa: E402
+from vargpt_rl.data.instruct.__main__ import main
+from vargpt_rl.data.instruct.llm import in_order, request
 
 KEY = "sk-very-secret"
 
@@ -135,7 +135,7 @@ def test_rejects_are_tried_again_by_the_same_command(server, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_file(server, tmp_path):
     """The caption at 20 hangs when it is first asked for, so that the kill comes after what is before it."""
-    kinds = {20: "slow "} | {number: "refused " for number in range(3, 60, 7)}
+    kinds = {20: "slow "} | dict.fromkeys(range(3, 60, 7), "refused ")
     names = [f"{number} {kinds.get(number, '')}killers" for number in range(60)]
     written = [f"c{number}" for number in range(60) if kinds.get(number) != "refused "]
     captions, out, whole = captions_file(tmp_path / "t.jsonl", names), tmp_path / "out", tmp_path / "whole"

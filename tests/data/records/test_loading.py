@@ -77,7 +77,7 @@ def test_images_are_encoded_where_they_stand(chat):
     sample = Encode(chat, 64, 1000, 56 * 56)(record)
     ids, config = sample.text.ids, chat.config
     grids = sample.vision.image_grid_thw
-    assert len(grids) == 2 and grids[1, 1] < grids[1, 2] or grids[1, 1] > grids[1, 2], "each keeps its shape"
+    assert (len(grids) == 2 and grids[1, 1] < grids[1, 2]) or grids[1, 1] > grids[1, 2], "each keeps its shape"
     assert ids.count(config.image_token_id) == int(grids.prod(1).sum()) // 4
     assert (grids.prod(1) * 14 * 14 <= 56 * 56).all()
     assert ids.count(config.image_gen_pad_token_id) == 3 * TOKENS

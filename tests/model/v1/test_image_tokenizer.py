@@ -78,7 +78,7 @@ def test_scales_leave_less_and_less_over(tokenizer, schedule):
     assert (target - found).square().mean() < 0.5 * target.square().mean()
 
 
-@pytest.mark.parametrize("scales, convs", [(1, 4), (6, 4), (10, 4), (10, 3), (5, 1)])
+@pytest.mark.parametrize(("scales", "convs"), [(1, 4), (6, 4), (10, 4), (10, 3), (5, 1)])
 def test_neighbouring_scales_share_a_convolution(scales, convs):
     found = conv_of_scale(scales, convs)
     assert len(found) == scales and found == sorted(found) and set(found) <= set(range(convs))

@@ -54,7 +54,7 @@ def llava(row: Row, root: Path) -> RecordConversation:
     """
     turns = [(_text(turn, "from"), _text(turn, "value", blank=True)) for turn in _objects(row, "conversations")]
     if strangers := {speaker for speaker, _ in turns} - set(_SPEAKERS):
-        raise BadRecord(f"turn of {sorted(strangers)[0]!r}, expected human or gpt")
+        raise BadRecord(f"turn of {min(strangers)!r}, expected human or gpt")
     messages = tuple(Message(_SPEAKERS[speaker], text) for speaker, text in turns)
     image = row.get("image")
     images = (_image(image, root),) if image is not None else ()

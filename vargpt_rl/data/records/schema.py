@@ -116,7 +116,7 @@ def _wrong_images(record: RecordConversation) -> str | None:
     marks = {mark for _, mark in found}
     if missing := TASKS[record.task] - marks:
         return f"{record.task} without {' or '.join(sorted(missing))}"
-    if record.task == "understanding" and DRAWN in marks or record.task == "generation" and SHOWN in marks:
+    if (record.task == "understanding" and DRAWN in marks) or (record.task == "generation" and SHOWN in marks):
         return f"{record.task} with {' and '.join(sorted(marks))}"
     return None
 

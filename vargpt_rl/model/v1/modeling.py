@@ -48,8 +48,9 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
         # Images are seen through the last but one layer of the vision tower.
         first = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
         unused = range(first, config.vision_config.num_hidden_layers)
-        self.unreached = ("model.vision_tower.post_layernorm.",) + tuple(
-            f"model.vision_tower.encoder.layers.{layer}." for layer in unused
+        self.unreached = (
+            "model.vision_tower.post_layernorm.",
+            *(f"model.vision_tower.encoder.layers.{layer}." for layer in unused),
         )
         self.draws_unconditionally = config.decoder_config.draws_unconditionally
         self.post_init()
