@@ -1,18 +1,18 @@
-"""The evaluation command on the smallest model, with or without its drawing."""
+"""Fixtures that run the evaluation command on the smallest model, with real or fake images."""
 
 import json
 
 import pytest
 from PIL import Image
 
-from vargpt_rl import generate
-from vargpt_rl.evaluate import subject
+from vargpt_rl.evaluate import evaluated_model
 from vargpt_rl.evaluate.__main__ import main
+from vargpt_rl.inference import images
 
 
 @pytest.fixture
 def command(checkpoint, tmp_path):
-    """Runs the command on the smallest model, 64 pixels a side unless told otherwise; its exit code."""
+    """Run the command on the smallest model, at 64 px by default; return the exit code."""
 
     def run(*arguments):
         defaults = [f"checkpoint={checkpoint}", f"out={tmp_path / 'out'}", "resolution=64", "cfg=1", "device=cpu"]
@@ -26,15 +26,15 @@ def command(checkpoint, tmp_path):
 
 @pytest.fixture
 def painted(monkeypatch):
-    """Images of one colour, which follows from their seed, in place of the model's. The lines that were drawn."""
+    """Replace the model's images by images of one colour, which follows from the seed; return the generated lines."""
     drawn = []
 
     def paint(model, chat, lines, look):
         drawn.extend(lines)
         return [Image.new("RGB", tuple(line["size"][::-1]), colour(line["seed"])) for line in lines]
 
-    monkeypatch.setattr(generate, "draw_batch", paint)
-    monkeypatch.setattr(subject, "load", lambda *_: (None, None))
+    monkeypatch.setattr(images, "draw_batch", paint)
+    monkeypatch.setattr(evaluated_model, "load", lambda *_: (None, None))
     return drawn
 
 
@@ -44,7 +44,7 @@ def colour(seed: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def result(tmp_path):
-    """The first measured row of a benchmark's JSON file."""
+    """Read the first measured row of a benchmark's JSON file."""
 
     def read(benchmark: str) -> dict:
         return json.loads((tmp_path / f"out/{benchmark}.json").read_text())["measured"][0]
@@ -54,7 +54,7 @@ def result(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of the only checkpoint of a benchmark."""
+    """Find the folder of a benchmark's only checkpoint."""
 
     def find(benchmark: str):
         (found,) = (path for path in (tmp_path / "out" / benchmark).iterdir() if path.is_dir())

@@ -1,4 +1,4 @@
-"""DPG-Bench: grids that the scorer cuts back into the four images, its text file read, missing files named."""
+"""DPG-Bench: grids for the scorer, its results file, and missing files."""
 
 import os
 import re
@@ -49,9 +49,7 @@ def scorer(images, outfile) -> list[tuple[str, list[Image.Image]]]:
     return cut
 
 
-def test_the_scorer_cuts_the_images_out_of_the_grids_and_its_file_is_read(
-    command, bench, painted, folder, result, capsys
-):
+def test_writes_grids_and_reads_the_scorers_results(command, bench, painted, folder, result, capsys):
     assert command("benchmark=dpg", f"prompts={bench}") == 2
     where = folder("dpg")
     said = capsys.readouterr().err
@@ -73,18 +71,18 @@ def test_the_scorer_cuts_the_images_out_of_the_grids_and_its_file_is_read(
     assert result("dpg")["counts"] == {"items": 3, "unscored": 0, "bad_prompts": 0}
 
 
-def test_a_image_drawn_again_is_in_the_grid(command, bench, painted, folder):
+def test_updates_the_grid_of_a_new_image(command, bench, painted, folder):
     command("benchmark=dpg", f"prompts={bench}")
     where = folder("dpg")
-    Image.new("RGB", (SIDE, SIDE), "black").save(where / "images/1-3.png")
+    Image.new("RGB", (SIDE, SIDE), "black").save(where / "samples/1-3.png")
     command("benchmark=dpg", f"prompts={bench}")
     assert Image.open(where / "images/1.png").getpixel((SIDE, SIDE)) == (0, 0, 0)
 
 
-def test_files_of_the_benchmark_that_are_missing_are_named(command, bench, painted, capsys, tmp_path):
+def test_missing_files_fail(command, bench, painted, capsys, tmp_path):
     (bench / "prompts/1.txt").unlink()
     assert command("benchmark=dpg", f"prompts={bench}") == 2
-    assert f"asks about 3 items, 1 have no prompt, e.g. {bench / 'prompts/1.txt'}" in capsys.readouterr().err
+    assert f"has 3 items, 1 of them without a prompt, for example {bench / 'prompts/1.txt'}" in capsys.readouterr().err
     (bench / "dpg_bench.csv").unlink()
     assert command("benchmark=dpg", f"prompts={bench}") == 2
     assert f"{bench / 'dpg_bench.csv'} is not DPG-Bench's table of questions" in capsys.readouterr().err
@@ -92,11 +90,14 @@ def test_files_of_the_benchmark_that_are_missing_are_named(command, bench, paint
     assert command("benchmark=dpg", f"prompts={bench}") == 2
     assert "is not DPG-Bench's table of questions" in capsys.readouterr().err
     assert command("benchmark=dpg", f"prompts={tmp_path}") == 2
-    assert f"error: prompts={tmp_path}: no {tmp_path / 'prompts'}/*.txt" in capsys.readouterr().err
+    assert (
+        f"error: prompts={tmp_path}: expected DPG-Bench's folder, found no {tmp_path / 'prompts'}/*.txt"
+        in capsys.readouterr().err
+    )
     assert not painted
 
 
-def test_prompts_that_cannot_be_used_are_put_down(command, bench, painted, tmp_path, capsys):
+def test_quarantines_bad_prompts(command, bench, painted, tmp_path, capsys):
     (bench / "prompts/1.txt").write_text(" \n")
     (bench / "prompts/stranger.txt").write_text("a dog")
     assert command("benchmark=dpg", f"prompts={bench}") == 2
@@ -109,16 +110,14 @@ def test_prompts_that_cannot_be_used_are_put_down(command, bench, painted, tmp_p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.partition("Model:")[0], "does not end with one DPG-Bench score"),
+        (lambda text: text.partition("Model:")[0], "expected one DPG-Bench score at the end"),
         (lambda text: text.replace("DPG-Bench score: ", "DPG-Bench score: 1"), "states a score of 1"),
         (lambda text: text.partition("\n")[2], "states a score of"),
-        (lambda text: re.sub(r", 0\.\d+\n", ", nan\n", text), "has a mean that is no number from 0 to 1"),
-        (lambda text: "Failed\n" + text, "'Failed' is no item's path with 4 scores and their mean"),
+        (lambda text: re.sub(r", 0\.\d+\n", ", nan\n", text), "has a mean of nan, expected 0 to 1"),
+        (lambda text: "Failed\n" + text, "expected an item's path with 4 scores and their mean, got 'Failed'"),
     ],
 )
-def test_a_file_of_the_scorer_that_breaks_off_or_is_at_odds_is_refused(
-    command, bench, painted, folder, capsys, change, said
-):
+def test_rejects_bad_results(command, bench, painted, folder, capsys, change, said):
     command("benchmark=dpg", f"prompts={bench}")
     where = folder("dpg")
     scorer(where / "images", where / "dpg_results.txt")
@@ -131,18 +130,18 @@ def test_a_file_of_the_scorer_that_breaks_off_or_is_at_odds_is_refused(
     assert said in message and "run DPG-Bench's scorer" in message
 
 
-def test_items_that_the_scorer_passed_over_are_counted(command, bench, painted, folder, capsys, result):
+def test_counts_unscored_items(command, bench, painted, folder, capsys, result):
     command("benchmark=dpg", f"prompts={bench}")
     where = folder("dpg")
     (where / "images/1.png").rename(where / "away.png")
     scorer(where / "images", where / "dpg_results.txt")
     capsys.readouterr()
     assert command("benchmark=dpg", f"prompts={bench}") == 2
-    assert "2 items, 2 of the 3 wanted: run DPG-Bench's scorer" in capsys.readouterr().err
+    assert "got 2 items, 2 of the 3 expected: run DPG-Bench's scorer" in capsys.readouterr().err
     assert command("benchmark=dpg", f"prompts={bench}", "max_bad_fraction=0.4") == 0
     assert result("dpg")["counts"]["unscored"] == 1
 
 
-def test_only_squares(command, bench, painted, capsys):
+def test_rejects_images_that_are_not_square(command, bench, painted, capsys):
     assert command("benchmark=dpg", f"prompts={bench}", "resolution=128", "aspect=4:3") == 2
     assert "error: aspect=4:3: benchmark=dpg needs square images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The Fréchet distance: known values, the features of a network in TorchScript, and what cannot be compared."""
+"""The Fréchet distance: known values, features of a TorchScript network, and bad inputs."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ D = 6
 
 
 class Layers(torch.nn.Module):
-    """Stands in for Inception: an image's mean colours and a few products of them, at least a little different."""
+    """Replaces Inception: a few functions of an image's mean colours."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def reference(tmp_path):
     return tmp_path / "real"
 
 
-def test_the_distance_of_two_normals_of_one_number():
+def test_distance_of_two_scalar_normals():
     one, other = (Statistics(np.array([m]), np.array([[s**2]])) for m, s in ((1.0, 2.0), (4.0, 3.5)))
     assert distance(one, other) == pytest.approx(3.0**2 + 1.5**2)
     assert distance(one, one) == pytest.approx(0, abs=1e-12)
@@ -68,7 +68,7 @@ def test_the_distance_of_two_normals_of_one_number():
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
-def test_the_distance_is_that_with_the_root_of_the_product(seed, n, m):
+def test_distance_agrees_with_sqrtm(seed, n, m):
     rng = np.random.default_rng(seed)
     a, b = (rng.normal(size=(count, D)) @ rng.normal(size=(D, D)) + rng.normal(size=D) for count in (n, m))
     first, second = (Statistics(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
@@ -90,7 +90,7 @@ def test_images_are_resized_without_rounding():
     assert np.abs(pixels[150, 140:160, 1] - ((np.arange(140, 160) + 0.5) * 32 / SIDE - 0.5)).max() < 0.05
 
 
-def test_features_come_from_pixels_between_minus_one_and_one(weights):
+def test_features_use_pixels_from_minus_one_to_one(weights):
     network = load_network(str(weights), torch.device("cpu"))
     images = [Image.new("RGB", (20, 30), colour) for colour in ("black", "white", (128, 128, 0))]
     found = features(network, images)
@@ -100,7 +100,7 @@ def test_features_come_from_pixels_between_minus_one_and_one(weights):
     np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
 
 
-def test_the_command_compares_with_a_folder_and_with_statistics(
+def test_compares_with_a_folder_and_with_statistics(
     command, prompts, painted, folder, result, weights, reference, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(scorers, "BATCH", 5)
@@ -116,16 +116,14 @@ def test_the_command_compares_with_a_folder_and_with_statistics(
     expected = distance(statistics((folder("fid") / "images").iterdir()), real)
     assert expected > 0.01
     assert result("fid")["metrics"] == {"fid": pytest.approx(expected)}
-    assert result("fid")["notes"] == ["FID of 12 images: below some 10,000 it comes out too high."]
+    assert result("fid")["notes"] == ["FID of 12 images: with fewer than about 10,000 it is biased upwards."]
     np.savez(tmp_path / "real.npz", mu=real.mu, sigma=real.sigma)
     assert command(*arguments, f"reference={tmp_path / 'real.npz'}") == 0
     assert result("fid")["metrics"] == {"fid": pytest.approx(expected)}
     assert "| VARGPT (reported) | 12.60 |" in (tmp_path / "out/fid.md").read_text()
 
 
-def test_what_cannot_be_used_is_named_before_anything_is_drawn(
-    command, prompts, painted, weights, reference, tmp_path, capsys
-):
+def test_bad_inputs_fail_before_generating(command, prompts, painted, weights, reference, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     np.savez(tmp_path / "mu.npz", mu=np.zeros(D))
     np.savez(tmp_path / "odd.npz", mu=np.zeros(D), sigma=np.zeros((D, D + 1)))
@@ -133,14 +131,14 @@ def test_what_cannot_be_used_is_named_before_anything_is_drawn(
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "broken.npz").write_text("no arrays")
     for key, path, said in (
-        ("reference", "none", "expected a folder with 2 images or more"),
-        ("reference", "nowhere", "expected a folder with 2 images or more"),
+        ("reference", "none", "expected a folder of at least 2 images"),
+        ("reference", "nowhere", "expected a folder of at least 2 images"),
         ("reference", "mu.npz", 'expected arrays "mu" and "sigma"'),
-        ("reference", "odd.npz", '"mu" is (6,), "sigma" (6, 7)'),
+        ("reference", "odd.npz", 'expected "mu" [D] and "sigma" [D, D], got (6,) and (6, 7)'),
         ("reference", "broken.npz", 'expected arrays "mu" and "sigma"'),
         ("weights", "nowhere.pt", "no such file, expected the Inception network"),
-        ("weights", "text.pt", "no network in TorchScript"),
-        ("weights", "other.pt", "no network in TorchScript that has a part 'layers'"),
+        ("weights", "text.pt", "expected a TorchScript network"),
+        ("weights", "other.pt", "expected a TorchScript network with a part 'layers'"),
     ):
         given = {"weights": weights, "reference": reference, key: tmp_path / path}
         assert command("benchmark=fid", prompts, *(f"{name}={value}" for name, value in given.items())) == 2

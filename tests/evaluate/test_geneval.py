@@ -1,4 +1,4 @@
-"""GenEval: the layout its scorer reads, its summary to the digit, and what is said where results are missing."""
+"""GenEval: the layout for its scorer, its summary, and missing results."""
 
 import json
 import os
@@ -57,9 +57,7 @@ def prompts(tmp_path):
     return f"prompts={file}"
 
 
-def test_images_lie_as_the_scorer_reads_them_and_its_results_are_read(
-    command, prompts, painted, folder, result, capsys, tmp_path
-):
+def test_writes_the_scorers_layout_and_reads_its_results(command, prompts, painted, folder, result, capsys, tmp_path):
     assert command("benchmark=geneval", prompts) == 2
     said = capsys.readouterr().err
     where = folder("geneval")
@@ -93,7 +91,7 @@ def test_images_lie_as_the_scorer_reads_them_and_its_results_are_read(
         max_size=8,
     )
 )
-def test_the_summary_is_that_of_the_benchmark(tmp_path_factory, groups):
+def test_summary_agrees_with_the_benchmarks(tmp_path_factory, groups):
     rows = [
         {"filename": "f", "tag": tag, "metadata": json.dumps([tag, number]), "correct": correct}
         for tag, number, values in groups
@@ -106,7 +104,7 @@ def test_the_summary_is_that_of_the_benchmark(tmp_path_factory, groups):
     assert found == pytest.approx(official(path), abs=1e-12)
 
 
-def test_results_of_some_images_are_not_taken_for_all(command, prompts, painted, folder, result, capsys):
+def test_rejects_incomplete_results(command, prompts, painted, folder, result, capsys):
     command("benchmark=geneval", prompts)
     where = folder("geneval")
     scorer(where / "images", where / "results.jsonl")
@@ -115,17 +113,17 @@ def test_results_of_some_images_are_not_taken_for_all(command, prompts, painted,
     (where / "results.jsonl").write_text("\n".join([*lines[1:], lines[1], foreign, "not JSON"]))
     capsys.readouterr()
     assert command("benchmark=geneval", prompts) == 2
-    assert "usable results of 11 of 12 images: run GenEval's scorer" in capsys.readouterr().err
+    assert "11 of 12 images have usable results: run GenEval's scorer" in capsys.readouterr().err
     assert command("benchmark=geneval", prompts, "max_bad_fraction=0.1") == 0
     assert result("geneval")["counts"]["unscored"] == 1
     reasons = [json.loads(line)["reason"] for line in (where.parent / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(reasons) == [
         "not JSON: Expecting value",
-        *["result of an image that is not wanted, or a second one"] * 2,
+        *["result of an unknown image, or a second result of one"] * 2,
     ]
 
 
-def test_rewritten_prompts_are_drawn_and_the_metadata_kept(command, prompts, painted, folder, tmp_path, capsys):
+def test_uses_rewritten_prompts_and_keeps_metadata(command, prompts, painted, folder, tmp_path, capsys):
     table = tmp_path / "rewrites.json"
     table.write_text(json.dumps({row["prompt"]: f"{row['prompt']}, sharp" for row in PROMPTS}))
     assert command("benchmark=geneval", prompts, f"rewrites={table}") == 2
@@ -133,7 +131,7 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_kept(command, prompts, pai
     metadata = folder("geneval") / "images/00001/metadata.jsonl"
     assert json.loads(metadata.read_text())["prompt"] == "a photo of two cows"
     for content, said in (
-        ("{}", "3 prompts are not in it"),
+        ("{}", "3 prompts are missing, for example"),
         ("[]", "expected a JSON object"),
         ("{", "expected a JSON"),
     ):
@@ -143,7 +141,7 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_kept(command, prompts, pai
         assert f"error: rewrites={table}: {said}" in capsys.readouterr().err
 
 
-def test_bad_lines_are_put_down_and_the_numbers_of_the_others_stay(command, painted, folder, tmp_path, capsys, result):
+def test_bad_lines_do_not_renumber_the_others(command, painted, folder, tmp_path, capsys, result):
     file = tmp_path / "metadata.jsonl"
     rows = [json.dumps(PROMPTS[0]), '{"prompt": "a cow"}', json.dumps(PROMPTS[2]), '{"prompt": " ", "tag": "colors"}']
     file.write_text("\n".join(rows))

@@ -5,7 +5,7 @@ from PIL import Image
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL, sample_grid
 
 
-def test_images_stand_in_their_row_and_column(tmp_path):
+def test_places_images_by_row_and_column(tmp_path):
     for name, colour in (("a", "red"), ("b", "lime"), ("c", "blue")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
     a, b, c = (tmp_path / f"{name}.png" for name in "abc")

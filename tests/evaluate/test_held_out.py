@@ -1,4 +1,4 @@
-"""Held-out measures are exact functions of what workers return; nothing scored is not a score of zero."""
+"""Metrics on held-out prompts and pairs."""
 
 import math
 
@@ -11,19 +11,19 @@ from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 
 
-def test_a_margin_is_the_growth_of_the_log_ratio():
+def test_margin_is_the_change_of_the_log_ratio():
     scores = preference_scores([-8.0, -9.0], [-12.0, -10.0], [-10.0, -10.0], [-10.0, -10.0], beta=0.5)
     assert scores["margin"] == pytest.approx(0.5 * np.mean([4.0, 1.0]))
     assert scores["accuracy"] == 1.0
     assert scores["chosen_logp_change"] == pytest.approx(1.5)
 
 
-def test_no_change_is_no_preference():
+def test_unchanged_policy_has_no_margin():
     scores = preference_scores([-8.0], [-9.0], [-8.0], [-9.0], beta=0.1)
     assert scores["margin"] == 0.0 and scores["accuracy"] == 0.0
 
 
-def test_fidelity_is_the_ratio_of_peak_to_noise():
+def test_fidelity_is_peak_signal_to_noise_ratio():
     source = ShapesSource(ShapesConfig())
     keys = ["clean/1/a circle", "clean/2/a square"]
     off = np.clip(np.asarray(source.load(keys[1], 64), int) - 10, 0, 255)

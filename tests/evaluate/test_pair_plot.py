@@ -1,4 +1,4 @@
-"""The image of a preference table shows what the table has."""
+"""The plot of a preference table shows the table's numbers."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -10,7 +10,7 @@ from vargpt_rl.evaluate.pair_plot import plot_pairs
 
 
 @pytest.mark.parametrize("rewarded", [True, False])
-def test_the_image_of_a_table(tmp_path, monkeypatch, rewarded):
+def test_plots_a_table(tmp_path, monkeypatch, rewarded):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
@@ -25,7 +25,7 @@ def test_the_image_of_a_table(tmp_path, monkeypatch, rewarded):
     title, counts = figures[0].get_suptitle().splitlines()
     assert title == "4 pairs of 2 prompts at 256 px"
     assert counts.startswith("repeated: prompt 3, chosen image 2, rejected image 1, ")
-    assert counts.endswith("; prompts without winner: 1") == rewarded
+    assert counts.endswith("; prompts without chosen image: 1") == rewarded
     assert [patch.get_data().values.sum() for patch in reward.patches] == ([2] if rewarded else [])
     assert [text.get_text() for text in reward.texts] == ([] if rewarded else ["no rewards"])
     assert reference.patches[0].get_data().values.sum() == 4

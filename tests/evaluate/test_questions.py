@@ -1,4 +1,4 @@
-"""Questions of one's own: what counts as right, MME's pairs, answers kept, and lines that cannot be used."""
+"""The questions benchmark: accepted answers, MME's pairs, resuming, and bad lines."""
 
 import json
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vargpt_rl.evaluate import subject
+from vargpt_rl.evaluate import evaluated_model
 from vargpt_rl.evaluate.questions import is_right, mme_scores, plain, score_answers
 
 ROWS = [
@@ -35,19 +35,19 @@ def write(path, rows) -> None:
 
 @pytest.fixture
 def said(monkeypatch):
-    """Answers given in place of the model's, by question; what was asked, with the image's colour."""
+    """Answers used instead of the model's, by question, and the questions asked, with the image's colour."""
     words, asked = {}, []
 
     def answer(model, chat, questions, max_tokens):
         asked.extend((text, images[0].getpixel((0, 0)), max_tokens) for text, images in questions)
         return [words[text] for text, _ in questions]
 
-    monkeypatch.setattr(subject, "answer", answer)
-    monkeypatch.setattr(subject, "load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluated_model, "answer", answer)
+    monkeypatch.setattr(evaluated_model, "load", lambda *_: (None, None))
     return words, asked
 
 
-def test_answers_are_scored_in_all_ways(command, arguments, said, result):
+def test_scores_answers_and_asks_once(command, arguments, said, result):
     words, asked = said
     words |= {"Is there a dog?": "Yes, there is.", "Is there a cat?": "no", "Is there a pig?": "yes",
               "Is there a cow?": "Nothing is there", "Is it two?": "No.", "What colour?": "Dark  red!"}  # fmt: skip
@@ -83,17 +83,17 @@ def test_answers_are_scored_in_all_ways(command, arguments, said, result):
         (["yes", "yeah"], "yes it is", False),
     ],
 )
-def test_what_counts_as_right(answer, words, right):
+def test_accepted_answers(answer, words, right):
     assert is_right({"answer": answer}, words) is right
 
 
 @given(st.text())
-def test_plain_words_are_plain(words):
+def test_plain_is_idempotent(words):
     assert plain(plain(words)) == plain(words) == plain(f"  {words}! ")
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.booleans()), min_size=1, max_size=20))
-def test_mme_scores_are_those_of_its_definition(answers):
+def test_mme_scores_follow_their_definition(answers):
     rows = [({"category": c, "image": f"{i}.png", "question": "?", "answer": "yes"}, right) for c, i, right in answers]
     scores, unpaired = mme_scores(rows)
     groups = {(c, i): [right for k, n, right in answers if (k, n) == (c, i)] for c, i, _ in answers}
@@ -107,7 +107,7 @@ def test_mme_scores_are_those_of_its_definition(answers):
         assert score == pytest.approx(100 * sum(right) / len(right) + 100 * sum(both) / len(both))
 
 
-def test_without_yes_no_questions_there_is_no_such_score():
+def test_no_yes_no_accuracy_without_yes_no_questions():
     scores = score_answers([({"image": "a", "question": "?", "answer": "red"}, "red")])
     assert scores.metrics == {"accuracy": 1.0}
 
@@ -115,28 +115,28 @@ def test_without_yes_no_questions_there_is_no_such_score():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"image": "../a.png"}, '"image" leaves the image folder'),
-        ({"image": "/a.png"}, '"image" leaves the image folder'),
-        ({"image": "c.png"}, "there is no such image"),
-        ({"question": ""}, '"question" is no text or empty'),
-        ({"answer": 3}, '"answer" is neither words nor a list of words'),
-        ({"answer": []}, '"answer" is neither words nor a list of words'),
-        ({"answer": ["?"]}, '"answer" is neither words nor a list of words'),
-        ({"category": 3}, '"category" is no text'),
+        ({"image": "../a.png"}, '"image" is outside the image folder'),
+        ({"image": "/a.png"}, '"image" is outside the image folder'),
+        ({"image": "c.png"}, "image not found"),
+        ({"question": ""}, '"question" is not text or is empty'),
+        ({"answer": 3}, '"answer" is not text or a list of texts'),
+        ({"answer": []}, '"answer" is not text or a list of texts'),
+        ({"answer": ["?"]}, '"answer" is not text or a list of texts'),
+        ({"category": 3}, '"category" is not text'),
         ("not JSON", "not JSON: Expecting value"),
     ],
 )
-def test_lines_that_cannot_be_used_are_put_down(command, arguments, said, tmp_path, result, change, reason):
+def test_quarantines_bad_lines(command, arguments, said, tmp_path, result, change, reason):
     bad = change if isinstance(change, str) else ROWS[0] | change
     write(tmp_path / "questions.jsonl", [bad, *ROWS[1:]])
     said[0].update({row["question"]: "yes" for row in ROWS})
     assert command(*arguments, "max_bad_fraction=0.2") == 0
     assert result("questions")["counts"]["bad_questions"] == 1 and len(said[1]) == 5
-    (put_down,) = map(json.loads, (tmp_path / "out/questions/quarantine.jsonl").read_text().splitlines())
-    assert (put_down["source"], put_down["reason"]) == (f"{tmp_path / 'questions.jsonl'}:1", reason)
+    (bad_line,) = map(json.loads, (tmp_path / "out/questions/quarantine.jsonl").read_text().splitlines())
+    assert (bad_line["source"], bad_line["reason"]) == (f"{tmp_path / 'questions.jsonl'}:1", reason)
 
 
-def test_a_image_that_cannot_be_read_loses_its_questions_only(command, arguments, said, tmp_path, result, capsys):
+def test_unreadable_image_loses_only_its_questions(command, arguments, said, tmp_path, result, capsys):
     (tmp_path / "images/deeper/b.png").write_bytes(b"no image")
     said[0].update({row["question"]: "yes" for row in ROWS})
     assert command(*arguments) == 2
@@ -146,9 +146,9 @@ def test_a_image_that_cannot_be_read_loses_its_questions_only(command, arguments
     assert result("questions")["counts"]["questions"] == 4
 
 
-def test_what_is_missing_is_named(command, arguments, tmp_path, capsys):
+def test_missing_inputs_fail(command, arguments, tmp_path, capsys):
     for wrong, said in (
-        ([*arguments[:2], "images=nowhere"], "images=nowhere: no such folder of images"),
+        ([*arguments[:2], "images=nowhere"], "images=nowhere: expected a folder of images"),
         ([arguments[0], "questions=nowhere.jsonl", arguments[2]], "questions=nowhere.jsonl: no such file"),
         (arguments[:2], "images is not given: benchmark=questions needs images=..."),
     ):
@@ -156,4 +156,7 @@ def test_what_is_missing_is_named(command, arguments, tmp_path, capsys):
         assert capsys.readouterr().err == f"error: {said}\n"
     write(tmp_path / "questions.jsonl", ["{}"])
     assert command(*arguments) == 2
-    assert f"error: questions={tmp_path / 'questions.jsonl'}: no usable line among 1" in capsys.readouterr().err
+    assert (
+        f"error: questions={tmp_path / 'questions.jsonl'}: expected at least one usable line, all 1 are bad"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,4 @@
-"""CLIP score and HPSv2 of drawn images are the rewards' own values, in hundreds."""
+"""CLIP score and HPSv2 are 100 x the rewards of the same names."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def prompts(tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A CLIP model, and the published kind of checkpoint for HPSv2 with what it was trained from."""
+    """A CLIP model, a checkpoint in HPSv2's published format, and its base model."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("clip", "base"):
         (folder / name).mkdir()
@@ -33,9 +33,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("benchmark", ["clip", "hps"])
-def test_the_score_is_a_hundred_times_the_mean_of_the_reward(
-    command, prompts, painted, folder, result, models, monkeypatch, benchmark
-):
+def test_score_is_100_times_the_mean_reward(command, prompts, painted, folder, result, models, monkeypatch, benchmark):
     monkeypatch.setattr(scorers, "BATCH", 2)
     if benchmark == "clip":
         options, reward = [f"weights={models / 'clip'}"], ClipScore(str(models / "clip"))
@@ -52,7 +50,7 @@ def test_the_score_is_a_hundred_times_the_mean_of_the_reward(
     assert row["counts"] == {"images": 3, "unscored": 0, "bad_prompts": 0}
 
 
-def test_images_without_a_score_are_no_zeros(command, prompts, painted, result, monkeypatch, models, capsys):
+def test_unscored_images_do_not_count_as_zero(command, prompts, painted, result, monkeypatch, models, capsys):
     def some(self, images, prompts):
         return [None if "star" in prompt else 0.5 for prompt in prompts]
 
@@ -65,18 +63,18 @@ def test_images_without_a_score_are_no_zeros(command, prompts, painted, result, 
     assert result("clip")["counts"]["unscored"] == 1
 
 
-def test_weights_that_cannot_be_used_are_named_before_anything_is_drawn(command, prompts, painted, tmp_path, capsys):
+def test_bad_weights_fail_before_generating(command, prompts, painted, tmp_path, capsys):
     assert command("benchmark=hps", prompts, f"weights={tmp_path / 'none.pt'}") == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: rewards.hps:HPSv2 cannot be used with weights={tmp_path / 'none.pt'}: ")
+    assert said.startswith(f"error: rewards.hps:HPSv2 does not work with weights={tmp_path / 'none.pt'}: ")
     (tmp_path / "empty").mkdir()
     assert command("benchmark=clip", prompts, f"weights={tmp_path / 'empty'}") == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: rewards.clip:ClipScore cannot be used with model={tmp_path / 'empty'}: ")
+    assert said.startswith(f"error: rewards.clip:ClipScore does not work with model={tmp_path / 'empty'}: ")
     assert said.count("\n") == 1 and not painted
 
 
-def test_bad_prompts_are_counted_every_time(command, painted, tmp_path, result, models, capsys):
+def test_counts_bad_prompts_on_every_run(command, painted, tmp_path, result, models, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a star"}\nnot JSON\n{"prompt": "a star"}\n{"prompt": "a circle"}\n')
     arguments = ["benchmark=clip", f"prompts={file}", f"weights={models / 'clip'}"]

@@ -1,4 +1,4 @@
-"""The shapes world as a benchmark: right and wrong images, edits and answers; what is there is not made again."""
+"""The shapes benchmark: right and wrong images, edits and answers, resuming, sharding and bad settings."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vargpt_rl import generate
 from vargpt_rl.data import shapes
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.evaluate import subject
+from vargpt_rl.evaluate import evaluated_model
 from vargpt_rl.evaluate.__main__ import main
+from vargpt_rl.evaluate.evaluated_model import digest
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
-from vargpt_rl.evaluate.subject import digest
+from vargpt_rl.inference import images
 
 LIMIT = 12
 SOURCE = ShapesSource(ShapesConfig())
@@ -24,7 +24,7 @@ TRUTHS = {(question, key): truth for key, question, truth in SOURCE.questions(LI
 
 @pytest.fixture
 def artist(monkeypatch):
-    """A model that does all rightly, save what is in the set that this returns, with the lines it was asked to draw."""
+    """A model that does everything right but the prompts in the returned set. Also returns the lines it was given."""
     wrong, asked = set(), []
 
     def draw(model, chat, lines, look):
@@ -43,18 +43,18 @@ def artist(monkeypatch):
                 images.append(shapes.render(scene, line["size"][0], "clean", rng) if right else blank)
         return images
 
-    monkeypatch.setattr(generate, "draw_batch", draw)
-    monkeypatch.setattr(subject, "load", lambda *_: (None, None))
+    monkeypatch.setattr(images, "draw_batch", draw)
+    monkeypatch.setattr(evaluated_model, "load", lambda *_: (None, None))
     seen = {(question, SOURCE.load(key, 224).tobytes()): truth for (question, key), truth in TRUTHS.items()}
 
     def answer(model, chat, questions, tokens):
         return ["" if text in wrong else seen[text, image.tobytes()] for text, (image,) in questions]
 
-    monkeypatch.setattr(subject, "answer", answer)
+    monkeypatch.setattr(evaluated_model, "answer", answer)
     return wrong, asked
 
 
-def test_what_is_right_scores_one_and_what_is_wrong_less(command, artist, result, tmp_path):
+def test_right_results_score_one_and_wrong_ones_less(command, artist, result, tmp_path):
     wrong, asked = artist
     arguments = ["benchmark=shapes", f"limit={LIMIT}", "resolution=128"]
     assert command(*arguments) == 0
@@ -80,7 +80,7 @@ def test_what_is_right_scores_one_and_what_is_wrong_less(command, artist, result
     assert min(tasks.values()) < 1 and sum(worse["counts"][task] for task in tasks) == LIMIT
 
 
-def test_the_real_model_draws_the_same_whatever_the_batch_and_the_shard(command, tmp_path, capsys):
+def test_images_do_not_depend_on_batch_size_or_shard(command, tmp_path, capsys):
     def images(out) -> dict[str, bytes]:
         (folder,) = (path for path in (tmp_path / out / "shapes").iterdir() if path.is_dir())
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
@@ -89,7 +89,7 @@ def test_the_real_model_draws_the_same_whatever_the_batch_and_the_shard(command,
     assert command(*arguments, f"out={tmp_path / 'whole'}", "batch_size=2") == 0
     for shard in (1, 0):
         assert command(*arguments, f"out={tmp_path / 'parts'}", "batch_size=1", "num_shards=2", f"shard={shard}") == 0
-        assert f"part {shard} of 2 is there" in capsys.readouterr().out
+        assert f"part {shard} of 2 is done" in capsys.readouterr().out
         assert len(images("parts")) == {1: 2, 0: 4}[shard]
     assert not (tmp_path / "parts/shapes.json").exists()
     whole = images("whole")
@@ -99,7 +99,7 @@ def test_the_real_model_draws_the_same_whatever_the_batch_and_the_shard(command,
     assert measured[0][0]["metrics"] == measured[1][0]["metrics"]
 
 
-def test_what_is_there_is_not_made_again_and_other_settings_are_refused(command, artist, tmp_path, capsys):
+def test_resumes_and_rejects_changed_settings(command, artist, tmp_path, capsys):
     _, asked = artist
     arguments = ["benchmark=shapes", f"limit={LIMIT}"]
     assert command(*arguments) == 0
@@ -115,7 +115,7 @@ def test_what_is_there_is_not_made_again_and_other_settings_are_refused(command,
         assert f"was made with {said}" in capsys.readouterr().err
 
 
-def test_images_of_other_weights_are_not_taken_for_these(command, artist, checkpoint, tmp_path, capsys):
+def test_rejects_images_of_other_weights(command, artist, checkpoint, tmp_path, capsys):
     own = shutil.copytree(checkpoint, tmp_path / "own")
     arguments = ["benchmark=shapes", f"limit={LIMIT}", f"checkpoint={own}"]
     assert command(*arguments) == 0
@@ -125,7 +125,7 @@ def test_images_of_other_weights_are_not_taken_for_these(command, artist, checkp
     assert "was made with weights=" in capsys.readouterr().err
 
 
-def test_the_hash_is_that_of_what_the_model_is_made_of(checkpoint, tmp_path):
+def test_digest_covers_weights_and_tokenizer_only(checkpoint, tmp_path):
     own = shutil.copytree(checkpoint, tmp_path / "own")
     assert digest(own) == digest(checkpoint)
     (own / "README.md").write_text("a note")
@@ -134,7 +134,7 @@ def test_the_hash_is_that_of_what_the_model_is_made_of(checkpoint, tmp_path):
     assert digest(own) != digest(checkpoint)
 
 
-def test_checkpoints_stand_side_by_side(command, artist, checkpoint, tmp_path):
+def test_reports_checkpoints_side_by_side(command, artist, checkpoint, tmp_path):
     names = [shutil.copytree(checkpoint, tmp_path / folder / "model") for folder in ("first", "second")]
     assert command("benchmark=shapes", "limit=2", f"checkpoints=[{names[0]}, {names[1]}]") == 0
     table = (tmp_path / "out/shapes.md").read_text().splitlines()
@@ -145,7 +145,7 @@ def test_checkpoints_stand_side_by_side(command, artist, checkpoint, tmp_path):
     assert report["settings"]["limit"] == 2 and report["reported"]["rows"] == {}
 
 
-def test_another_seed_is_other_captions(artist):
+def test_seed_selects_captions(artist):
     configs = (EvaluateConfig(benchmark=Benchmark.shapes, limit=5, resolution=64, seed=seed) for seed in (0, 1))
     benchmarks = [Shapes(config) for config in configs]
     assert len(benchmarks[0].captions) == 5 and benchmarks[0].captions != benchmarks[1].captions
@@ -156,8 +156,8 @@ def test_another_seed_is_other_captions(artist):
     [
         (["benchmark=shape"], "benchmark=shape: "),
         ([], "benchmark is not given"),
-        (["benchmark=shapes", "prompts=a.txt"], "prompts=a.txt: benchmark=shapes has no use for it"),
-        (["benchmark=shapes", "max_tokens=3"], "max_tokens=3: benchmark=shapes has no use for it"),
+        (["benchmark=shapes", "prompts=a.txt"], "prompts=a.txt: benchmark=shapes does not use it"),
+        (["benchmark=shapes", "max_tokens=3"], "max_tokens=3: benchmark=shapes does not use it"),
         (["benchmark=geneval"], "prompts is not given: benchmark=geneval needs prompts=..."),
         (["benchmark=geneval", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: no such file"),
         (["benchmark=hps", "prompts=a.txt"], "weights is not given: benchmark=hps needs weights=..."),
@@ -168,21 +168,21 @@ def test_another_seed_is_other_captions(artist):
         (["benchmark=shapes", "shard=1"], "shard=1: expected less than num_shards=1"),
         (["benchmark=shapes", "num_shards=0"], "num_shards=0: expected 1 or more"),
         (["benchmark=shapes", "max_bad_fraction=2"], "max_bad_fraction=2.0: expected 0 to 1"),
-        (["benchmark=shapes", "resolution=48"], "benchmark=shapes needs square images of 64 px or more, not 48x48"),
+        (["benchmark=shapes", "resolution=48"], "benchmark=shapes needs square images of 64 px or more, got 48x48"),
         (["benchmark=shapes", "resolution=128", "aspect=4:3"], "benchmark=shapes needs square images"),
         (["benchmark=shapes", "checkpoint=/nowhere"], "checkpoint=/nowhere: no such directory"),
         (
             ["benchmark=shapes", "checkpoint=/nowhere", "checkpoints=[a]"],
             "expected either checkpoint=... or checkpoints",
         ),
-        (["benchmark=shapes", "checkpoints=[a,a]"], "checkpoints=['a', 'a']: one is there twice"),
+        (["benchmark=shapes", "checkpoints=[a,a]"], "checkpoints=['a', 'a']: expected different checkpoints"),
         (["benchmark=shapes", "checkpoints=a"], "checkpoint=a: no such directory"),
         (["benchmark=shapes", "out={}/file"], "out={}/file/shapes: Not a directory"),
     ],
 )
-def test_what_is_wrong_is_named_in_a_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments, said):
+def test_bad_settings_fail_before_loading_a_model(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluated_model, "load", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     message = capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Understanding by lmms-eval: with an interpreter that stands in for its environment, and with the real one.
+"""Understanding by lmms-eval: with a script in place of its interpreter, and with the real environment.
 
-The real one is named by LMMS_EVAL_PYTHON: the interpreter of an environment that has lmms-eval 0.7.
+LMMS_EVAL_PYTHON names the interpreter of an environment with lmms-eval 0.7.
 """
 
 import json
@@ -62,7 +62,7 @@ def stand_in(tmp_path):
     return f"python={script}", jobs
 
 
-def test_scores_are_given_as_in_the_papers_and_tasks_are_run_once(command, stand_in, result, tmp_path, capsys):
+def test_reports_as_the_papers_do_and_runs_tasks_once(command, stand_in, result, tmp_path, capsys):
     python, jobs = stand_in
     tasks = "tasks=[pope_adv,mme,gqa,mmbench_en_dev_static,docvqa_val]"
     assert command("benchmark=lmms", python, tasks, "limit=7") == 0
@@ -87,15 +87,15 @@ def test_scores_are_given_as_in_the_papers_and_tasks_are_run_once(command, stand
     assert "mme.json was made with limit=7, now it is 8" in capsys.readouterr().err
 
 
-def test_all_tasks_of_the_papers_are_the_default(command, stand_in, capsys):
+def test_runs_the_papers_tasks_by_default(command, stand_in, capsys):
     assert command("benchmark=lmms", stand_in[0]) == 1
     assert stand_in[1]()[0]["tasks"] == list(TASKS)
 
 
-def test_a_failure_of_lmms_eval_is_a_failure(command, stand_in, capfd):
+def test_fails_if_lmms_eval_fails(command, stand_in, capfd):
     assert command("benchmark=lmms", stand_in[0], "tasks=[mme,broken]") == 1
     said = capfd.readouterr().err.splitlines()
-    assert said[-1] == "error: lmms-eval ended with exit code 1, see above"
+    assert said[-1] == "error: lmms-eval failed with exit code 1, see its output above"
     assert "no such task" in said
 
 
@@ -103,23 +103,23 @@ def test_a_failure_of_lmms_eval_is_a_failure(command, stand_in, capfd):
     ("arguments", "said"),
     [
         (["python=/nowhere/python"], "python=/nowhere/python: No such file or directory"),
-        ([f"python={sys.executable}"], f"python={sys.executable}: lmms-eval cannot be used there (ModuleNotFound"),
+        ([f"python={sys.executable}"], f"python={sys.executable}: cannot import lmms-eval there (ModuleNotFound"),
         (["num_shards=2", "shard=1"], "num_shards=2: benchmark=lmms runs in one process"),
-        (["prompts=a.txt"], "prompts=a.txt: benchmark=lmms has no use for it"),
+        (["prompts=a.txt"], "prompts=a.txt: benchmark=lmms does not use it"),
     ],
 )
-def test_what_is_wrong_is_named(command, capsys, arguments, said):
+def test_bad_settings_fail(command, capsys, arguments, said):
     assert command("benchmark=lmms", "tasks=[mme]", *arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {said}") and message.count("\n") == 1
 
 
-def test_results_without_the_number_are_named(command, stand_in, capsys):
+def test_results_without_the_metric_fail(command, stand_in, capsys):
     assert command("benchmark=lmms", stand_in[0], "tasks=[textvqa_val]") == 2
-    assert "textvqa_val.json: lmms-eval gives {}, expected exact_match" in capsys.readouterr().err
+    assert "textvqa_val.json: expected the metric exact_match, got {}" in capsys.readouterr().err
 
 
-def test_every_reported_number_has_a_column():
+def test_every_reported_metric_has_a_column():
     columns = {own.column for own in TASKS.values()}
     rows = reported("lmms")["rows"]
     assert set().union(*rows.values()) == columns
@@ -172,7 +172,7 @@ def lmms_eval(monkeypatch, tmp_path):
 
 @slow
 @needs_lmms_eval
-def test_the_registry_knows_the_model_and_the_papers_tasks(lmms_eval):
+def test_lmms_eval_knows_the_model_and_the_tasks(lmms_eval):
     done = subprocess.run([REAL, "-c", IN_LMMS_EVAL, *TASKS], capture_output=True, text=True, check=True)
     model, metrics = json.loads(done.stdout.splitlines()[-1])
     assert model == "VargptLmms"
@@ -181,9 +181,7 @@ def test_the_registry_knows_the_model_and_the_papers_tasks(lmms_eval):
 
 @slow
 @needs_lmms_eval
-def test_a_task_of_lmms_eval_is_run_and_answered_as_the_model_answers(
-    command, lmms_eval, model, chat, result, folder, tmp_path
-):
+def test_lmms_eval_gets_the_models_own_answers(command, lmms_eval, model, chat, result, folder, tmp_path):
     rows = [
         {"question_id": str(i), "question": f"is it {colour}?", "answer": right, "category": "color",
          "image": Image.new("RGB", (56, 56), colour)}

@@ -1,1 +1,5 @@
-"""How what the model makes is judged."""
+"""Evaluation of models.
+
+``python -m vargpt_rl.evaluate`` runs benchmarks on checkpoints. The driver scores and plots a run's held-out prompts
+with `held_out`, `grid` and `pair_plot`.
+"""

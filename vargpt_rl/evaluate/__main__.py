@@ -1,9 +1,9 @@
 """Measure checkpoints: ``python -m vargpt_rl.evaluate checkpoint=DIR benchmark=NAME [key=value ...]``.
 
-Draws or answers what is not there yet, scores it, prints a table and writes it with all figures to ``out``/NAME.md and
-``out``/NAME.json. ``checkpoints=[A,B]`` are measured side by side, on the same prompts and seeds. The same command goes
-on where it stopped. With ``num_shards=N shard=k`` N processes draw or answer a part each; the command without them
-scores. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
+Generates missing images and answers, scores them, prints a table, and writes the table to ``out``/NAME.md and all
+numbers to ``out``/NAME.json. ``checkpoints=[A,B]`` are measured side by side, on the same prompts and seeds. Repeating
+the command resumes it. With ``num_shards=N shard=k``, N processes generate one part each; the command without these
+keys scores the result. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
 """
 
 import subprocess
@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from vargpt_rl.common.command import run_command
 from vargpt_rl.evaluate.dpg import DpgBench
+from vargpt_rl.evaluate.evaluated_model import EvaluatedModel
 from vargpt_rl.evaluate.fid import FrechetDistance
 from vargpt_rl.evaluate.geneval import GenEval
 from vargpt_rl.evaluate.geneval2 import GenEval2
@@ -21,7 +22,6 @@ from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.scorers import clip_score, hps
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
-from vargpt_rl.evaluate.subject import EvaluatedModel
 from vargpt_rl.evaluate.understanding import Understanding
 from vargpt_rl.inference.images import make_folder
 
@@ -39,30 +39,44 @@ BENCHMARKS = {
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Measure every checkpoint. ValueError naming the key or file of whatever is wrong, before a model is loaded."""
+    """Measure every checkpoint. Before loading a model, raise ValueError naming the key or file that is wrong."""
     make_folder(str(config.folder))
     quarantine_of(config).path.unlink(missing_ok=True)
     benchmark = BENCHMARKS[config.benchmark](config)
-    subjects = [EvaluatedModel(config, name) for name in config.checkpoints]
-    for subject in subjects:
-        benchmark.make(subject)
-        subject.release()
+    models = [EvaluatedModel(config, name) for name in config.checkpoints]
+    for model in models:
+        benchmark.make(model)
+        model.release()
     if config.num_shards > 1:
-        print(f"part {config.shard} of {config.num_shards} is there; without num_shards the command scores the whole")
+        print(
+            f"part {config.shard} of {config.num_shards} is done; run the command without num_shards to score all parts"
+        )
         return
-    rows: dict[str, Scores] = {subject.name: benchmark.score(subject) for subject in subjects}
-    about = {s.name: {"checkpoint": s.name, "weights": s.weights, "folder": str(s.out.resolve())} for s in subjects}
+    rows: dict[str, Scores] = {model.name: benchmark.score(model) for model in models}
+    about = {
+        model.name: {"checkpoint": model.name, "weights": model.weights, "folder": str(model.out.resolve())}
+        for model in models
+    }
     settings = {key: value for key, value in asdict(config).items() if value not in (None, [])}
     settings["benchmark"] = config.benchmark.value
-    print(write_report(config.folder.parent, config.benchmark.value, settings, benchmark.columns, rows, about))
+    print(
+        write_report(
+            config.folder.parent,
+            config.benchmark.value,
+            settings=settings,
+            columns=benchmark.columns,
+            rows=rows,
+            models=about,
+        )
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command; return its exit code."""
     try:
         return run_command(EvaluateConfig, evaluate, arguments)
     except subprocess.CalledProcessError as error:
-        print(f"error: lmms-eval ended with exit code {error.returncode}, see above", file=sys.stderr)
+        print(f"error: lmms-eval failed with exit code {error.returncode}, see its output above", file=sys.stderr)
         return 1
 
 

@@ -1,10 +1,10 @@
-"""GenEval 2: one image of every prompt, a table of them for its scorer, and the scorer's results as our metrics.
+"""GenEval 2: write one image per prompt and the scorer's input files, and read the scorer's results.
 
 ``prompts`` is the benchmark's ``geneval2_data.jsonl`` (github.com/facebookresearch/GenEval2; keys "prompt",
-"atom_count", "vqa_list" and "skills"). Its ``evaluation.py`` takes the prompts and a JSON object of prompts and image
-files, and writes a list of scores for each prompt, a score from 0 to 1 for each question of its "vqa_list". Metrics, in
-percent: Soft-TIFA AM, the mean over prompts of the arithmetic mean of their scores; Soft-TIFA GM, of their geometric
-mean; and as in its ``soft_tifa_analysis.py`` the mean score of each skill, and GM by "atom_count".
+"atom_count", "vqa_list" and "skills"). ``evaluation.py`` there takes the prompts and a JSON object that maps prompts to
+image files, and writes a list of scores per prompt: one score from 0 to 1 for each question of its "vqa_list". Metrics,
+in percent: Soft-TIFA AM, the mean over prompts of the arithmetic mean of their scores; Soft-TIFA GM, that of their
+geometric mean; and as in ``soft_tifa_analysis.py`` the mean score of each skill, and GM by "atom_count".
 """
 
 import json
@@ -16,10 +16,10 @@ from scipy.stats import gmean
 
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.quarantine import BadRecord
+from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import different, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
 from vargpt_rl.storage.files import write_atomically
 
 RESULTS, IMAGES, PROMPTS = "score_lists.json", "images.json", "prompts.jsonl"
@@ -27,33 +27,33 @@ SKILLS = ("object", "attribute", "count", "position", "verb")
 
 
 class GenEval2:
-    """One image of every prompt."""
+    """The benchmark: one image per prompt."""
 
     columns = [Column("soft_tifa_am", "Soft-TIFA AM"), Column("soft_tifa_gm", "Soft-TIFA GM")]
     columns += [Column(skill, skill) for skill in SKILLS]
 
     def __init__(self, config: EvaluateConfig):
         self.rows, self.bad = read_rows(config, "prompts", different(_check, "prompt"))
-        self.wanted = [ImageRequest(f"images/{number:05d}.png", row["prompt"], number) for number, row in self.rows]
+        self.requests = [ImageRequest(f"images/{number:05d}.png", row["prompt"], number) for number, row in self.rows]
 
-    def make(self, subject: EvaluatedModel) -> None:
-        subject.draw(self.wanted)
+    def make(self, model: EvaluatedModel) -> None:
+        model.draw(self.requests)
 
-    def score(self, subject: EvaluatedModel) -> Scores:
-        """ValueError that says how to run the scorer, where there are no results yet or they do not fit."""
-        paths = [str(path.resolve()) for path in subject.paths(self.wanted)]
-        images = {w.prompt: path for w, path in zip(self.wanted, paths, strict=True)}
+    def score(self, model: EvaluatedModel) -> Scores:
+        """Read the scorer's results. If they are missing or wrong, ValueError with the command that makes them."""
+        paths = [str(path.resolve()) for path in model.paths(self.requests)]
+        images = {request.prompt: path for request, path in zip(self.requests, paths, strict=True)}
         rows = [row for _, row in self.rows]
-        write_atomically(subject.out / IMAGES, json.dumps(images, indent=2).encode())
-        write_atomically(subject.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        results = subject.out / RESULTS
+        write_atomically(model.out / IMAGES, json.dumps(images, indent=2).encode())
+        write_atomically(model.out / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        results = model.out / RESULTS
         again = (
-            f"run GenEval 2's scorer, python evaluation.py --benchmark_data {(subject.out / PROMPTS).resolve()} "
-            f"--image_filepath_data {(subject.out / IMAGES).resolve()} --method soft_tifa_gm "
+            f"run GenEval 2's scorer, python evaluation.py --benchmark_data {(model.out / PROMPTS).resolve()} "
+            f"--image_filepath_data {(model.out / IMAGES).resolve()} --method soft_tifa_gm "
             f"--output_file {results.resolve()}, then this command again"
         )
         if not results.is_file():
-            raise ValueError(f"{subject.name}: the images are drawn, but {results} is not there: {again}")
+            raise ValueError(f"{model.name}: the images are ready, but {results} is missing: {again}")
         try:
             lists = read_scores(results, rows)
         except ValueError as error:
@@ -67,31 +67,31 @@ def _check(row: dict) -> None:
     text(row, "prompt")
     questions, skills = row.get("vqa_list"), row.get("skills")
     if not isinstance(questions, list) or not questions:
-        raise BadRecord('"vqa_list" is no list of questions')
+        raise BadRecord('"vqa_list" is not a list of questions')
     if not isinstance(skills, list) or len(skills) != len(questions) or not set(skills) <= set(SKILLS):
-        raise BadRecord('"skills" has not one of the known skills for each question')
+        raise BadRecord('"skills" does not name a known skill for each question')
     if type(row.get("atom_count")) is not int:
-        raise BadRecord('"atom_count" is no whole number')
+        raise BadRecord('"atom_count" is not an integer')
 
 
 def read_scores(path: Path, rows: list[dict]) -> list[list[float]]:
-    """The scorer's lists. ValueError unless there is one for each prompt, with a number from 0 to 1 a question."""
+    """Read the scorer's lists. ValueError unless there is one per prompt, with a number from 0 to 1 per question."""
     lists = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(lists, list):
-        raise ValueError("not a list of lists")
+        raise ValueError("expected a list of lists")
     if len(lists) != len(rows):
-        raise ValueError(f"{len(lists)} lists of scores for {len(rows)} prompts")
+        raise ValueError(f"expected {len(rows)} lists of scores, one per prompt, got {len(lists)}")
     for own, row in zip(lists, rows, strict=True):
         if not isinstance(own, list) or len(own) != len(row["vqa_list"]):
-            raise ValueError(f"not {len(row['vqa_list'])} scores for {row['prompt']!r}")
-        # Sums of probabilities, which rounding may take a little above 1.
+            raise ValueError(f"expected {len(row['vqa_list'])} scores for {row['prompt']!r}")
+        # Scores are sums of probabilities, which rounding may push slightly above 1.
         if not all(isinstance(score, int | float) and 0 <= score <= 1 + 1e-3 for score in own):
-            raise ValueError(f"a score of {row['prompt']!r} is no number from 0 to 1")
+            raise ValueError(f"expected scores from 0 to 1 for {row['prompt']!r}, got {own}")
     return lists
 
 
 def soft_tifa(lists: list[list[float]], rows: list[dict]) -> Scores:
-    """The benchmark's metrics, in percent."""
+    """Compute the benchmark's metrics, in percent."""
     with np.errstate(divide="ignore"):  # a score of 0 makes the geometric mean 0
         geometric = [100 * float(gmean(own)) for own in lists]
     arithmetic = [100 * sum(own) / len(own) for own in lists]

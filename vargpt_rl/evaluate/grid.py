@@ -1,15 +1,20 @@
-"""Sample grids: the same prompts and seeds, a row for each stage, the winners beside them."""
+"""Sample grids: images of the same prompts and seeds, one row per stage and one for the chosen images."""
 
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, LABEL, CAPTION = 128, 96, 40  # pixels: an image's side, the row labels' width, the captions' height
+CELL = 128
+"""Side of an image in pixels."""
+LABEL = 96
+"""Width of the row labels in pixels."""
+CAPTION = 40
+"""Height of the captions in pixels."""
 
 
 def sample_grid(rows: dict[str, list[Path]], captions: list[str], path: Path) -> None:
-    """Compose images into one PNG: a column for each caption, a row for each entry of ``rows``, in order."""
+    """Compose images into one PNG with a column per caption and a row per entry of ``rows``, in order."""
     grid = Image.new("RGB", (LABEL + CELL * len(captions), CAPTION + CELL * len(rows)), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
     for column, caption in enumerate(captions):

@@ -1,4 +1,4 @@
-"""Held-out measures of a policy: what its images show, and what it prefers. Pure functions of what workers return."""
+"""Metrics of a run's policy on held-out prompts and pairs, computed from the results that workers return."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from vargpt_rl.data.sources import Source
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Peak signal-to-noise ratio, in dB, of images against those of a source; a prompt's id is the image's key.
+    """Peak signal-to-noise ratio, in dB, of images against the source's; a prompt's id is its image's key.
 
-    Equal images count as 100 dB.
+    Identical images count as 100 dB.
     """
 
     source: Source
@@ -35,10 +35,10 @@ def preference_scores(
     reference_rejected: Sequence[float],
     beta: float,
 ) -> dict[str, float]:
-    """DPO's own measures on pairs that were not trained on, from summed log-probabilities in nats.
+    """Compute DPO's metrics on held-out pairs from summed log-probabilities in nats.
 
     ``margin`` is beta x the mean log-ratio difference, ``accuracy`` the share of pairs where it is above 0;
-    ``chosen_logp_change`` tells whether the winners themselves became likelier (nats an image).
+    ``chosen_logp_change`` shows whether the chosen images became more likely (nats per image).
     """
     change_chosen = np.subtract(chosen, reference_chosen)
     margins = beta * (change_chosen - np.subtract(rejected, reference_rejected))

@@ -1,4 +1,4 @@
-"""An image of a preference table: margins of rewards and of the reference policy, by scale too, sources and counts."""
+"""Plot a preference table: margins of rewards and of the reference policy (also per scale), sources and counts."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from vargpt_rl.data.pair_statistics import histogram, margins, repeats, scale_ma
 
 
 def plot_pairs(table: pd.DataFrame, path: Path) -> None:
-    """Write a PNG about a table of one resolution with at least one pair."""
+    """Write a PNG for a table of one resolution with at least one pair."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     title = f"{len(table)} pairs of {table.prompt_id.nunique()} prompts at {table.resolution.iloc[0]} px"
     figure.suptitle(f"{title}\n{_counts(table)}", fontsize="medium")
@@ -25,16 +25,16 @@ def plot_pairs(table: pd.DataFrame, path: Path) -> None:
     bars = shares.barh([f"{side}: {name}" for side, name in counts.index], counts)
     shares.bar_label(bars, [f"{count / len(table):.0%}" for count in counts])
     shares.margins(x=0.15)  # room for the last label
-    shares.set(xlabel="pairs", title="where images come from")
+    shares.set(xlabel="pairs", title="sources of images")
     figure.savefig(path, dpi=100)
 
 
 def _counts(table: pd.DataFrame) -> str:
-    """What is repeated and, where the table says so, how many prompts have no winner."""
+    """Count repeated prompts and images and, if the table records it, prompts without a chosen image."""
     repeated = ", ".join(f"{name} {count}" for name, count in repeats(table).items() if count)
     counts = [f"repeated: {repeated or 'nothing'}"]
     if "origin" in table.attrs:
-        counts.append(f"prompts without winner: {table.attrs['origin']['prompts_without_winner']}")
+        counts.append(f"prompts without chosen image: {table.attrs['origin']['prompts_without_winner']}")
     return "; ".join(counts)
 
 

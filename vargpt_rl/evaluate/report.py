@@ -1,4 +1,4 @@
-"""What a benchmark came to: one JSON file and one Markdown table, with the rows that the papers report beside ours."""
+"""Report a benchmark as a JSON file and a Markdown table, which also has the rows that the papers report."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,21 +14,23 @@ REPORTED = Path(__file__).parent / "reported.yaml"
 
 @dataclass
 class Scores:
-    """``metrics`` by name, ``errors`` the standard errors of those that have one, ``counts`` of what they come from.
-
-    ``details`` is for the JSON file only, ``notes`` for whoever reads the table.
-    """
+    """A checkpoint's results on a benchmark."""
 
     metrics: dict[str, float]
+    """Values by metric."""
     errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors of the metrics that have one."""
     counts: dict[str, int] = field(default_factory=dict)
+    """Numbers of images, questions and so on that the metrics are computed from."""
     details: dict[str, object] = field(default_factory=dict)
+    """Further results, for the JSON file only."""
     notes: list[str] = field(default_factory=list)
+    """Remarks below the table."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of the table: its heading and how many decimals it is given with."""
+    """A column of the table: a metric, its heading and its number of decimals."""
 
     metric: str
     heading: str
@@ -37,19 +39,19 @@ class Column:
 
 @cache
 def reported(benchmark: str) -> dict:
-    """The papers' rows for a benchmark: "source", "note" and "rows", which has metrics by method and may be empty."""
+    """Return the papers' results for a benchmark: "source", "note" and "rows" (metrics by method, may be empty)."""
     return yaml.safe_load(REPORTED.read_text(encoding="utf-8")).get(benchmark, {"source": "", "note": "", "rows": {}})
 
 
 def comparable(benchmark: str, measured: list[str]) -> dict:
-    """The papers' rows that have one of these metrics."""
+    """Keep those of the papers' rows that have one of these metrics."""
     published = reported(benchmark)
     rows = {name: metrics for name, metrics in published["rows"].items() if set(metrics) & set(measured)}
     return {**published, "rows": rows}
 
 
 def table(columns: list[Column], rows: dict[str, Scores], published: dict) -> str:
-    """Markdown: a row for each checkpoint, then the reported ones; a dash where there is no value."""
+    """Format as Markdown: a row per checkpoint, then the reported rows; a dash means no value."""
     lines = [["", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
     for name, scores in rows.items():
         lines.append([name, *(_cell(column, scores.metrics, scores.errors) for column in columns)])
@@ -66,21 +68,21 @@ def _cell(column: Column, metrics: dict[str, float], errors: dict[str, float]) -
 
 
 def write_report(
-    folder: Path, benchmark: str, settings: dict, columns: list[Column], rows: dict[str, Scores], subjects: dict
+    folder: Path, benchmark: str, *, settings: dict, columns: list[Column], rows: dict[str, Scores], models: dict
 ) -> str:
-    """Write ``folder``/benchmark.json and .md; the Markdown. ``subjects`` says of each row's checkpoint what it is."""
+    """Write ``folder``/benchmark.json and .md; return the Markdown. ``models`` describes the checkpoint of each row."""
     measured = list(dict.fromkeys(metric for scores in rows.values() for metric in scores.metrics))
     used = [column for column in columns if column.metric in measured]
     used += [Column(metric, metric) for metric in measured if metric not in {column.metric for column in columns}]
     published = comparable(benchmark, measured)
     notes = list(dict.fromkeys(note for scores in rows.values() for note in scores.notes))
     if published["rows"]:
-        notes.append(f"Rows marked as reported are not measured here: {published['source']}. {published['note']}")
+        notes.append(f"Reported rows are the papers' own numbers: {published['source']}. {published['note']}")
     text = f"# {benchmark}\n\n{table(used, rows, published)}" + "".join(f"\n{note}\n" for note in notes)
     content = {
         "benchmark": benchmark,
         "settings": settings,
-        "measured": [{**subjects[name], **asdict(scores)} for name, scores in rows.items()],
+        "measured": [{**models[name], **asdict(scores)} for name, scores in rows.items()],
         "reported": published,
     }
     write_atomically(folder / f"{benchmark}.json", json.dumps(content, indent=2, ensure_ascii=False).encode())

@@ -1,4 +1,4 @@
-"""The rows of benchmark files: each is checked, what cannot be used is put down and counted."""
+"""Read the rows of benchmark files; bad ones are quarantined and counted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,26 +8,27 @@ from vargpt_rl.data.records.formats import FORMATS, Fault
 from vargpt_rl.evaluate.settings import EvaluateConfig
 
 Check = Callable[[dict], None]
-"""Raises BadRecord for a row that cannot be used."""
+"""Raises BadRecord for an unusable row."""
 
 
 def read_rows(config: EvaluateConfig, key: str, check: Check) -> tuple[list[tuple[int, dict]], int]:
-    """The usable lines of the JSON lines file under ``key``, numbered from 0 as in the file, and how many are bad.
+    """Read the JSON lines file of a key: the first ``limit`` usable lines with their numbers from 0, and the bad count.
 
-    The first ``limit`` of them. ValueError where the file is missing, has nothing usable or too much that is bad.
+    ValueError if the file is missing, has no usable line or too many bad ones.
     """
-    path, quarantine = Path(getattr(config, key)), quarantine_of(config)
+    path = Path(getattr(config, key))
+    quarantine = quarantine_of(config)
     if not path.is_file():
         raise ValueError(f"{key}={path}: no such file")
     rows, bad = sift(path, check, quarantine)
     if not rows:
-        raise ValueError(f"{key}={path}: no usable line among {bad}\n{quarantine.table()}")
+        raise ValueError(f"{key}={path}: expected at least one usable line, all {bad} are bad\n{quarantine.table()}")
     quarantine.check(len(rows) + bad, config.max_bad_fraction, bad)
     return rows[: config.limit], bad
 
 
 def sift(path: Path, check: Check, quarantine: Quarantine) -> tuple[list[tuple[int, dict]], int]:
-    """The numbered lines of a JSON lines file that pass, and how many do not and are put down."""
+    """Return the numbered lines of a JSON lines file that pass the check, and the number of quarantined ones."""
     rows, bad = [], 0
     for number, row in FORMATS["jsonl"].read(path, 0, 0, 1):
         try:
@@ -42,26 +43,26 @@ def sift(path: Path, check: Check, quarantine: Quarantine) -> tuple[list[tuple[i
 
 
 def quarantine_of(config: EvaluateConfig) -> Quarantine:
-    """Where this process puts bad rows down; every run of the command begins anew."""
+    """Open this process's quarantine; every run of the command starts with an empty file."""
     return Quarantine(config.folder / config.own("quarantine"))
 
 
 def text(row: dict, key: str) -> str:
-    """A value that must be words."""
+    """Return a value that must be non-empty text."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise BadRecord(f'"{key}" is missing' if key not in row else f'"{key}" is no text or empty')
+        raise BadRecord(f'"{key}" is missing' if key not in row else f'"{key}" is not text or is empty')
     return value
 
 
 def different(check: Check, key: str) -> Check:
-    """``check``, and that no two rows have the same words under ``key``."""
+    """Extend a check: no two rows may have the same ``key``."""
     seen: set[str] = set()
 
     def both(row: dict) -> None:
         check(row)
         if row[key] in seen:
-            raise BadRecord(f'"{key}" is that of an earlier line')
+            raise BadRecord(f'"{key}" repeats an earlier line')
         seen.add(row[key])
 
     return both

@@ -1,6 +1,6 @@
-"""CLIP score and HPSv2 of images of one's own prompts, by the rewards of the same names.
+"""CLIP score and HPSv2 on your own prompts, computed by the rewards of the same names.
 
-Both are cosines of image and prompt and are given times a hundred, as usual. ``prompts`` is a .txt or .jsonl file.
+Both are 100 x the cosine of image and prompt, as usual. ``prompts`` is a .txt or .jsonl file.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.common.plugins import make_plugin
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
+from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest
 from vargpt_rl.inference.conversation import device_and_dtype
 
 BATCH = 16  # images that are scored at once
 
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[str], int]:
-    """The first ``limit`` prompts, and how many lines are bad. ValueError for too many of those or no prompt."""
+    """Read the first ``limit`` prompts and count bad lines. ValueError for too many bad lines or no prompt."""
     quarantine = quarantine_of(config)
     before = quarantine.lost
     try:
@@ -41,19 +41,21 @@ def image_of_each(prompts: list[str]) -> list[ImageRequest]:
 
 
 def batched(paths: list[Path], label: str) -> Iterator[list[Image.Image]]:
-    """The images, some at a time, with a bar."""
+    """Load images in batches, with a progress bar."""
     remaining = iter(tqdm(paths, label, unit="image"))
     while batch := list(islice(remaining, BATCH)):
         yield [read_image(path) for path in batch]
 
 
 class Rewarded:
-    """The mean of a reward, times a hundred. The reward is tried before anything is drawn."""
+    """The benchmark: 100 x the mean of a reward. The reward is tested before any image is generated."""
 
     def __init__(self, config: EvaluateConfig, metric: str, heading: str, path: str, options: dict[str, str | None]):
-        self.config, self.metric, self.columns = config, metric, [Column(metric, heading)]
+        self.config = config
+        self.metric = metric
+        self.columns = [Column(metric, heading)]
         self.prompts, self.bad = read_prompts(config)
-        self.wanted = image_of_each(self.prompts)
+        self.requests = image_of_each(self.prompts)
         given = {key: value for key, value in options.items() if value is not None}
         device, _ = device_and_dtype(config.device, config.dtype)
         self.reward = make_plugin(path, {**given, "device": str(device)})
@@ -61,31 +63,31 @@ class Rewarded:
             try:
                 self.reward([Image.new("RGB", config.size)], self.prompts[:1])
             except (OSError, ValueError) as error:
-                said = next(iter(str(error).splitlines()), "")
+                reason = next(iter(str(error).splitlines()), "")
                 names = " ".join(f"{key}={value}" for key, value in given.items())
-                raise ValueError(f"{path} cannot be used with {names or 'its defaults'}: {said}") from error
+                raise ValueError(f"{path} does not work with {names or 'its defaults'}: {reason}") from error
 
-    def make(self, subject: EvaluatedModel) -> None:
-        subject.draw(self.wanted)
+    def make(self, model: EvaluatedModel) -> None:
+        model.draw(self.requests)
 
-    def score(self, subject: EvaluatedModel) -> Scores:
+    def score(self, model: EvaluatedModel) -> Scores:
         values, remaining = [], iter(self.prompts)
-        for images in batched(subject.paths(self.wanted), self.metric):
+        for images in batched(model.paths(self.requests), self.metric):
             values += self.reward(images, list(islice(remaining, len(images))))
         scored = [100 * value for value in values if value is not None]
         if len(scored) < (1 - self.config.max_bad_fraction) * len(values):
-            raise ValueError(f"{subject.name}: only {len(scored)} of {len(values)} images have a {self.metric}")
+            raise ValueError(f"{model.name}: only {len(scored)} of {len(values)} images have a {self.metric}")
         mean, error = mean_and_error(scored)
         counts = {"images": len(scored), "unscored": len(values) - len(scored), "bad_prompts": self.bad}
         return Scores({self.metric: mean}, {self.metric: error}, counts)
 
 
 def clip_score(config: EvaluateConfig) -> Rewarded:
-    """A hundred times the cosine, by the CLIP model ``weights``."""
+    """CLIP score, by the CLIP model ``weights``."""
     return Rewarded(config, "clip_score", "CLIP score", "rewards.clip:ClipScore", {"model": config.weights})
 
 
 def hps(config: EvaluateConfig) -> Rewarded:
-    """A hundred times HPSv2, by the published checkpoint ``weights``."""
+    """HPSv2 x 100, by the published checkpoint ``weights``."""
     options = {"weights": config.weights, "base": config.base}
     return Rewarded(config, "hps", "HPSv2", "rewards.hps:HPSv2", options)

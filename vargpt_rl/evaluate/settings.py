@@ -1,9 +1,10 @@
-"""The keys of ``python -m vargpt_rl.evaluate``, and which of them each benchmark takes."""
+"""Settings of ``python -m vargpt_rl.evaluate``, and which of them each benchmark uses."""
 
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vargpt_rl.common.settings import require
 from vargpt_rl.inference.images import DrawingSettings
 from vargpt_rl.model.hub import TINY
 
@@ -31,83 +32,89 @@ TAKES = {
     Benchmark.questions: (("questions", "images"), ("max_tokens",)),
     Benchmark.lmms: ((), ("tasks", "include", "python")),
 }
-"""The keys that a benchmark needs, and those that it takes beside them and the ones for all."""
-SPECIFIC = tuple(dict.fromkeys(key for needed, taken in TAKES.values() for key in (*needed, *taken)))
+"""Keys that each benchmark requires and keys that it accepts, besides the keys for all benchmarks."""
+SPECIFIC = tuple(dict.fromkeys(key for required, optional in TAKES.values() for key in (*required, *optional)))
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig(DrawingSettings):
-    """``checkpoint``, or several ``checkpoints`` side by side; everything goes to ``out``/benchmark.
-
-    ``limit`` takes the first prompts or questions only. ``num_shards`` and ``shard`` (from 0) have a process draw or
-    answer its part and score nothing: the command without them scores. The keys from ``prompts`` on are for some
-    benchmarks only (`TAKES`):
-
-    ``prompts``: geneval ``evaluation_metadata.jsonl``; geneval2 ``geneval2_data.jsonl``; dpg the folder with
-    ``prompts/*.txt`` and ``dpg_bench.csv``; clip, hps and fid a .txt or .jsonl of prompts. ``rewrites``: JSON, what is
-    drawn in place of a prompt. ``weights``: clip a CLIP model's directory or hub name, hps the published checkpoint,
-    fid the Inception network in TorchScript. ``base``: the CLIP model that HPSv2 was trained from. ``reference``: a
-    folder of images or an .npz with "mu" and "sigma". ``questions``: JSON lines, their images in ``images``,
-    answered in ``max_tokens`` at most. ``tasks``, ``include`` and ``python``: names of lmms-eval's tasks, a
-    folder of further ones, the interpreter that has lmms-eval.
-    """
+    """Settings of an evaluation. The keys from ``prompts`` on belong to single benchmarks (`TAKES`)."""
 
     benchmark: Benchmark
     checkpoints: list[str] = field(default_factory=list)
+    """Checkpoints to measure side by side; instead of ``checkpoint``."""
     out: str = "runs/evaluate"
+    """Folder of the results; each benchmark has a subfolder."""
     limit: int | None = None
+    """Use only the first prompts or questions; null uses all."""
     batch_size: int = 8
+    """Images or answers generated at once."""
     num_shards: int = 1
+    """Number of processes that share the work. With more than 1, this process generates its part and scores nothing."""
     shard: int = 0
+    """This process's part, from 0."""
     max_bad_fraction: float = 0.01
+    """Largest share of bad input lines or missing results."""
     prompts: str | None = None
+    """geneval: ``evaluation_metadata.jsonl``. geneval2: ``geneval2_data.jsonl``. dpg: the folder with ``prompts/*.txt``
+    and ``dpg_bench.csv``. clip, hps and fid: a .txt or .jsonl of prompts."""
     rewrites: str | None = None
+    """geneval: JSON object that maps prompts to the text used instead."""
     weights: str | None = None
+    """clip: directory or hub name of a CLIP model. hps: the published checkpoint. fid: the Inception network in
+    TorchScript."""
     base: str | None = None
+    """hps: the CLIP model that HPSv2 was trained from."""
     reference: str | None = None
+    """fid: a folder of images, or an .npz with "mu" and "sigma"."""
     questions: str | None = None
+    """questions: the JSON lines file."""
     images: str | None = None
+    """questions: the folder with their images."""
     max_tokens: int = 16
+    """questions: longest answer."""
     tasks: list[str] = field(default_factory=list)
+    """lmms: names of lmms-eval's tasks; empty runs those of the papers."""
     include: str | None = None
+    """lmms: a folder of further tasks."""
     python: str | None = None
+    """lmms: interpreter of the environment with lmms-eval; null is this one."""
 
     def __post_init__(self):
         super().__post_init__()
-        for key, least in (("limit", 1), ("batch_size", 1), ("num_shards", 1), ("shard", 0), ("max_tokens", 1)):
-            if getattr(self, key) is not None and getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)}: expected {least} or more")
+        require(self, limit=1, batch_size=1, num_shards=1, shard=0, max_tokens=1)
         if self.shard >= self.num_shards:
             raise ValueError(f"shard={self.shard}: expected less than num_shards={self.num_shards}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
         if self.checkpoints and self.checkpoint != TINY:
-            raise ValueError("expected either checkpoint=... or checkpoints=[...]")
+            raise ValueError("expected either checkpoint=... or checkpoints=[...], got both")
         self.checkpoints = self.checkpoints or [self.checkpoint]
         if len(set(self.checkpoints)) < len(self.checkpoints):
-            raise ValueError(f"checkpoints={self.checkpoints}: one is there twice")
+            raise ValueError(f"checkpoints={self.checkpoints}: expected different checkpoints")
         self._check_keys()
 
     def _check_keys(self) -> None:
-        name, (needed, taken) = self.benchmark.value, TAKES[self.benchmark]
+        name = self.benchmark.value
+        required, optional = TAKES[self.benchmark]
         given = [key for key in SPECIFIC if getattr(self, key) not in (None, [], getattr(EvaluateConfig, key, None))]
-        for key in needed:
+        for key in required:
             if key not in given:
                 raise ValueError(f"{key} is not given: benchmark={name} needs {key}=...")
         for key in given:
-            if key not in (*needed, *taken):
-                raise ValueError(f"{key}={getattr(self, key)}: benchmark={name} has no use for it")
+            if key not in (*required, *optional):
+                raise ValueError(f"{key}={getattr(self, key)}: benchmark={name} does not use it")
 
     @property
     def folder(self) -> Path:
-        """Where everything of this benchmark is."""
+        """Folder of this benchmark."""
         return Path(self.out, self.benchmark.value)
 
     @property
     def part(self) -> slice:
-        """What this process draws or answers of the whole."""
+        """Slice of the requests that this process handles."""
         return slice(self.shard, None, self.num_shards)
 
     def own(self, name: str) -> str:
-        """The name of a JSON lines file that only this process writes."""
+        """Name a JSON lines file that only this process writes."""
         return f"{name}.jsonl" if self.num_shards == 1 else f"{name}-{self.shard}-of-{self.num_shards}.jsonl"

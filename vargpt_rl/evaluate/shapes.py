@@ -1,8 +1,7 @@
-"""The shapes world as a benchmark: held-out drawings, edits and questions, all judged by a program, exactly.
+"""The shapes world as a benchmark: images, edits and questions of held-out captions, all scored by an exact checker.
 
-A drawing or an edit is right or wrong (`vargpt_rl.data.shapes_check`), a question is answered in exactly the right word
-or not. Drawings, edits and questions are those of the held-out captions, which no stage is trained on, and follow from
-the seed. The JSON file also has the edits by kind.
+Images and edits are right or wrong (`vargpt_rl.data.shapes_check`), and answers must match exactly. No stage trains on
+the held-out captions. The seed determines all prompts. The JSON file also has edit accuracy by kind of edit.
 """
 
 from collections import defaultdict
@@ -15,24 +14,26 @@ from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.shapes_check import check
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
+from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest, QuestionRequest
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.evaluate.subject import EvaluatedModel, ImageRequest, QuestionRequest
 
 COUNT = 300
-"""Captions, edits and questions, each, unless ``limit`` says otherwise."""
-LEAST_SIDE = 64  # of images that the checker can read
+"""Number of captions, of edits and of questions, unless ``limit`` is set."""
+LEAST_SIDE = 64  # pixels; the checker needs as much
 ANSWER_TOKENS = 8
-EDITS, DRAWINGS = 1, 0  # tell the seeds of an edit and of a drawing with the same number apart
+# Second number of an image's seed: an edit and an image of the same index get different seeds.
+DRAWINGS = 0
+EDITS = 1
 
 
 class Shapes:
-    """Drawings, edits and questions of the held-out captions."""
+    """The benchmark."""
 
     def __init__(self, config: EvaluateConfig):
         height, width = config.size
         if height != width or height < LEAST_SIDE:
-            raise ValueError(f"benchmark=shapes needs square images of {LEAST_SIDE} px or more, not {width}x{height}")
+            raise ValueError(f"benchmark=shapes needs square images of {LEAST_SIDE} px or more, got {width}x{height}")
         count = config.limit or COUNT
         self.source = ShapesSource(ShapesConfig())
         self.captions = [prompt.text for prompt in self.source.prompts("held_out", count, config.seed)]
@@ -51,42 +52,44 @@ class Shapes:
         names = ("overall", *TASKS, "edits", "questions")
         return [Column(name, name.replace("_", " "), 3) for name in names]
 
-    def make(self, subject: EvaluatedModel) -> None:
-        subject.draw(self.drawings)
-        subject.draw(self.edited, self._look, "images-edits")
-        self._answers(subject)
+    def make(self, model: EvaluatedModel) -> None:
+        model.draw(self.drawings)
+        model.draw(self.edited, self._look, "images-edits")
+        self._answers(model)
 
     def _look(self, key: str):
         return self.source.load(key, DataConfig.seen_side)
 
-    def _answers(self, subject: EvaluatedModel) -> list[str]:
-        asked = [QuestionRequest(f"question {i}", question, key) for i, (key, question, _) in enumerate(self.questions)]
-        return list(subject.answer(asked, self._look, ANSWER_TOKENS).values())
+    def _answers(self, model: EvaluatedModel) -> list[str]:
+        requests = [
+            QuestionRequest(f"question {i}", question, key) for i, (key, question, _) in enumerate(self.questions)
+        ]
+        return list(model.answer(requests, self._look, ANSWER_TOKENS).values())
 
-    def score(self, subject: EvaluatedModel) -> Scores:
-        images = [read_image(path) for path in subject.paths(self.drawings)]
+    def score(self, model: EvaluatedModel) -> Scores:
+        images = [read_image(path) for path in model.paths(self.drawings)]
         drawn = [float(check(image, caption).correct) for image, caption in zip(images, self.captions, strict=True)]
         groups = {"overall": drawn, **by_task(self.captions, drawn)}
         edit_check = self.source.edit_check()
-        asked = [Prompt(after, text, shown=before) for before, text, after in self.edits]
-        verdicts = edit_check([read_image(path) for path in subject.paths(self.edited)], asked)
+        prompts = [Prompt(after, text, shown=before) for before, text, after in self.edits]
+        verdicts = edit_check([read_image(path) for path in model.paths(self.edited)], prompts)
         groups["edits"] = [float(verdict.correct) for verdict in verdicts]
-        answers = self._answers(subject)
+        answers = self._answers(model)
         groups["questions"] = [
-            float(said == truth) for said, (_, _, truth) in zip(answers, self.questions, strict=True)
+            float(answer == truth) for answer, (_, _, truth) in zip(answers, self.questions, strict=True)
         ]
         results = {name: mean_and_error(values) for name, values in groups.items()}
         return Scores(
             {name: mean for name, (mean, _) in results.items()},
             {name: error for name, (_, error) in results.items()},
             {name: len(values) for name, values in groups.items()},
-            {"edits": edit_check.scores(asked, verdicts)},
-            notes=["Shares of what is right, with their standard error, which does not cover the spread of seeds."],
+            {"edits": edit_check.scores(prompts, verdicts)},
+            notes=["Accuracies with their standard error, which does not include the variance over seeds."],
         )
 
 
 def by_task(captions: Sequence[str], correct: Sequence[float]) -> dict[str, list[float]]:
-    """The values by task, in the order of the tasks."""
+    """Group the values by task, in the order of the tasks."""
     groups = defaultdict(list)
     for caption, value in zip(captions, correct, strict=True):
         groups[parse(caption).task].append(value)

@@ -1,4 +1,4 @@
-"""A checkpoint under evaluation: what it has drawn and answered, and its model where there is more to do."""
+"""A checkpoint under evaluation: its images and answers so far, and its model, loaded when more are needed."""
 
 import hashlib
 import re
@@ -23,11 +23,11 @@ from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
 
 Look = Callable[[str], Image.Image]
-"""The image that a name stands for; ValueError where it cannot be read."""
+"""Load the image of a name; ValueError if it cannot be read."""
 
 
 class ImageRequest(NamedTuple):
-    """An image to be drawn: its seed follows from the numbers ``index`` and ``number``, ``image`` is to be edited."""
+    """An image to generate. Its seed follows from ``index`` and ``number``; ``image`` names an image to edit."""
 
     file: str
     prompt: str
@@ -37,7 +37,7 @@ class ImageRequest(NamedTuple):
 
 
 class QuestionRequest(NamedTuple):
-    """A question about the image that ``image`` names; ``key`` is the question's own name."""
+    """A question about the image named ``image``; ``key`` identifies the question."""
 
     key: str
     question: str
@@ -45,17 +45,20 @@ class QuestionRequest(NamedTuple):
 
 
 class EvaluatedModel:
-    """The checkpoint ``name``. ``out`` has all that is made with it; ``weights`` is a hash of its files.
+    """The checkpoint ``name``. ``out`` is the folder of its images and answers; ``weights`` is a hash of its files.
 
-    Images and answers are recorded with that hash and with all settings, so that those of another model in the same
-    place are noticed and not taken for this one's.
+    Images and answers are recorded with that hash and all settings, so that results of another model under the same
+    name are detected instead of reused.
     """
 
     def __init__(self, config: EvaluateConfig, name: str):
-        self.config, self.name = config, name
+        self.config = config
+        self.name = name
         self.path = Path(check_model(name))
-        label = re.sub(r"[^\w.-]", "_", Path(name).name)  # of several, the paths' last parts may be the same
-        place = hashlib.blake2b(str(self.path).encode(), digest_size=4).hexdigest()
+        label = re.sub(r"[^\w.-]", "_", Path(name).name)
+        place = hashlib.blake2b(
+            str(self.path).encode(), digest_size=4
+        ).hexdigest()  # labels of checkpoints may be equal
         self.out = make_folder(str(config.folder / f"{label}-{place}"))
         self.dtype = str(device_and_dtype(config.device, config.dtype)[1]).removeprefix("torch.")
         self.weights = digest(self.path)
@@ -65,42 +68,38 @@ class EvaluatedModel:
         return load(self.path, self.config.device, self.config.dtype)
 
     def release(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self.__dict__.pop("_loaded", None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def draw(self, wanted: Sequence[ImageRequest], look: Look | None = None, records: str = "images") -> None:
-        """Draw what is not in ``out`` yet, or this process's part of it. ValueError where settings have changed.
+    def draw(self, requests: Sequence[ImageRequest], look: Look | None = None, records: str = "images") -> None:
+        """Generate the images missing from ``out``, or this process's part of them. ValueError if settings changed.
 
-        ``records`` begins with "images" and names the record, so that different kinds of images have their own.
+        ``records`` names the file of records; it begins with "images". Each kind of images has its own file.
         """
-        lines = [
-            image_line(self.config, w.file, w.prompt, w.index, w.number, w.image)
-            | {"weights": self.weights, "dtype": self.dtype}
-            for w in wanted
-        ]
         config = self.config
+        lines = [image_line(config, *request) | {"weights": self.weights, "dtype": self.dtype} for request in requests]
         draw_missing(lines, self.out, lambda: self._loaded, config.batch_size, look, config.part, config.own(records))
 
-    def paths(self, wanted: Sequence[ImageRequest]) -> list[Path]:
-        """Where the images are. ValueError where one is missing."""
-        paths = [self.out / w.file for w in wanted]
+    def paths(self, requests: Sequence[ImageRequest]) -> list[Path]:
+        """Return the paths of the images. ValueError if one is missing."""
+        paths = [self.out / request.file for request in requests]
         for path in paths:
             if not path.exists():
-                raise ValueError(f"{path}: no such image")
+                raise ValueError(f"{path}: no such image, expected all parts to be generated before scoring")
         return paths
 
     def answer(
-        self, asked: Sequence[QuestionRequest], look: Look, max_tokens: int, quarantine: Quarantine | None = None
+        self, requests: Sequence[QuestionRequest], look: Look, max_tokens: int, quarantine: Quarantine | None = None
     ) -> dict[str, str]:
-        """Words to each question by its key, from earlier runs or now; this process's part of the new ones.
+        """Return the answers by question key: recorded ones, and this process's part of the missing ones.
 
-        A question whose image cannot be read is put down in ``quarantine`` and has no answer.
+        A question whose image cannot be read is quarantined and has no answer.
         """
         lines = [
-            {**question._asdict(), "max_tokens": max_tokens, "weights": self.weights, "dtype": self.dtype}
-            for question in asked
+            {**request._asdict(), "max_tokens": max_tokens, "weights": self.weights, "dtype": self.dtype}
+            for request in requests
         ]
         found = {line["key"]: line for path in sorted(self.out.glob("answers*.jsonl")) for line in read_records(path)}
         for line in lines:
@@ -120,8 +119,8 @@ class EvaluatedModel:
             for batch in batches(missing, self.config.batch_size):
                 shown = self._shown(batch, look, quarantine)
                 questions = [(line["question"], [image]) for line, image in shown]
-                words = answer(*self._loaded, questions, max_tokens) if questions else []
-                new = [line | {"answer": said} for (line, _), said in zip(shown, words, strict=True)]
+                answers = answer(*self._loaded, questions, max_tokens) if questions else []
+                new = [line | {"answer": text} for (line, _), text in zip(shown, answers, strict=True)]
                 answered |= {line["key"]: line for line in new}
                 file.write(as_lines(new))
                 file.flush()
@@ -141,10 +140,10 @@ class EvaluatedModel:
 
 
 def digest(folder: Path) -> str:
-    """A hash of a model directory's weights, settings and tokenizer."""
-    whole = hashlib.blake2b(digest_size=8)
+    """Hash a model directory's weights, settings and tokenizer."""
+    total = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".txt")):
         with path.open("rb") as file:
             own = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        whole.update(f"{path.name} {own}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{path.name} {own}\n".encode())
+    return total.hexdigest()
