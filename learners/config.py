@@ -63,8 +63,16 @@ class DpoConfig:
     The papers sum over all bits. A sum has 4.8 times as many terms at 512 px as at 256, so the same beta is 4.8 times
     hotter there; "per_token" and "per_bit" divide by L or L x d and need a beta larger by that factor.
     """
+    credit_alpha: float = 0.0
+    """Weigh each token of a scale of h x w by (h w)^-alpha, normalised to mean 1; 0 weighs all alike, as the papers do.
+
+    0.6 is the best value of NextFlow-RL (arXiv 2601.02256).
+    """
+    credit_scales: int | None = None
+    """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
 
     def __post_init__(self):
+        require(self, "dpo.", credit_alpha=0, credit_scales=1)
         if self.beta <= 0:
             raise ValueError(f"dpo.beta={self.beta}: expected a number above 0")
         if self.logp_norm not in ("sum", "per_token", "per_bit"):

@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig
 
 from learners.config import LearnerConfig, Recipe
-from learners.dpo import POLICIES, ImageDpoTrainer
+from learners.dpo import ImageDpoTrainer
+from learners.image_policy import POLICIES
 from learners.image_tokenizer import image_batches, train_image_tokenizer
 from learners.jobs import DpoJob, Job, SftJob, TokenizerJob, save_request, training_checkpoints
 from learners.pairs import PairTable
@@ -224,12 +225,12 @@ class Rank:
         )
         pairs = PairTable(job.table, job.parts)
         trainer = ImageDpoTrainer(
-            norm=job.dpo.logp_norm,
+            settings=job.dpo,
             pairs=pairs,
             record=job.output / "order.jsonl",
             model=model,
             args=arguments,
-            data_collator=PairCollator(chat),
+            data_collator=PairCollator(chat, job.dpo.credit_scales),
             processing_class=chat.tokenizer,
         )
         result = self._run(trainer, chat, trained, job)

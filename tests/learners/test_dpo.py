@@ -12,9 +12,11 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from learners.config import DpoConfig
-from learners.dpo import ImageDpoTrainer, ImagePolicy, log_prob_scale
+from learners.dpo import ImageDpoTrainer, log_prob_scale
+from learners.image_policy import ImagePolicy
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import PairCollator
+from vargpt_rl.losses.credit import scale_credit, weighted_sum
 from vargpt_rl.model.bits import pack, replay
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Drawing, Vargpt
@@ -66,7 +68,7 @@ def shared_model(checkpoint):
 
 @pytest.fixture
 def trainer(checkpoint, chat, tmp_path):
-    def build(model, norm="sum", **settings) -> ImageDpoTrainer:
+    def build(model, norm="sum", alpha=0.0, scales=None, **settings) -> ImageDpoTrainer:
         arguments = DPOConfig(
             output_dir=str(tmp_path),
             use_cpu=True,
@@ -79,10 +81,10 @@ def trainer(checkpoint, chat, tmp_path):
             **settings,
         )
         return ImageDpoTrainer(
-            norm=norm,
+            settings=DpoConfig(logp_norm=norm, credit_alpha=alpha, credit_scales=scales),
             model=model,
             args=arguments,
-            data_collator=PairCollator(chat),
+            data_collator=PairCollator(chat, scales),
             pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
             processing_class=chat.tokenizer,
         )
@@ -221,9 +223,50 @@ def test_margins_and_accuracies_are_measured_by_scale(trainer, shared_model, bat
     [
         ({"beta": 0.0}, "dpo.beta=0.0"),
         ({"logp_norm": "mean"}, "dpo.logp_norm=mean"),
+        ({"credit_alpha": -0.1}, "dpo.credit_alpha=-0.1: expected 0 or more"),
+        ({"credit_scales": 0}, "dpo.credit_scales=0: expected 1 or more"),
         ({"loss_weights": [1.0, 2.0]}, "dpo.loss_weights"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DpoConfig(**wrong)
+
+
+@pytest.mark.parametrize("norm", ["sum", "per_token", "per_bit"])
+@pytest.mark.parametrize("alpha, scales", [(0.6, None), (0.0, 2), (1.0, 2)])
+def test_step_0_is_the_identity_under_every_credit(checkpoint, chat, pairs, trainer, norm, alpha, scales):
+    fresh = trainer(ImagePolicy.from_pretrained(checkpoint), norm, alpha, scales)
+    fresh.model.train()
+    batch = PairCollator(chat, scales)(pairs)
+    assert fresh.compute_loss(fresh.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert 0 <= fresh.step0_max_abs_logratio <= 1e-4
+    wrong = batch | {"ref_by_scale": batch["ref_by_scale"] + 1.0}
+    with pytest.raises(RuntimeError, match="DPO step 0"):
+        fresh.compute_loss(fresh.model, wrong)
+
+
+@pytest.mark.parametrize("alpha, scales", [(0.6, None), (0.0, 2), (0.6, 2)])
+def test_credit_weighs_policy_and_reference_by_scale(trainer, shared_model, chat, pairs, batch, alpha, scales):
+    cut = PairCollator(chat, scales)(pairs)
+    assert cut["bits"].shape[1] == token_count(SCHEDULE[:scales])
+    with torch.no_grad():
+        output = shared_model(**{key: batch[key] for key in ("input_ids", "attention_mask", "bits", "resolution")})
+    ratios = weighted_sum(output.log_probs_BK - batch["ref_by_scale"], scale_credit(SCHEDULE, alpha, scales))
+    chosen, rejected = ratios.chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean().item()
+    assert loss_of(trainer(shared_model, alpha=alpha, scales=scales), cut).item() == pytest.approx(expected, abs=1e-5)
+    assert loss_of(trainer(shared_model), batch).item() != pytest.approx(expected, abs=1e-5)
+
+
+def test_logits_are_divided_by_the_temperature(shared_model, batch):
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "bits", "resolution")}
+    with torch.no_grad():
+        logits = Vargpt.forward(
+            shared_model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            Drawing(replay(batch["bits"], SCHEDULE).inputs_BLd, (SIDE, SIDE)),
+        ).image_logits
+        expected = scale_sums(bit_log_probs(logits / 0.5, batch["bits"]), SCHEDULE)
+        torch.testing.assert_close(shared_model(**inputs, tau=0.5).log_probs_BK, expected)

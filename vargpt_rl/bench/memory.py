@@ -110,7 +110,7 @@ def real_loss(case: Case, model: Callable, module: Vargpt, resolution: int) -> t
 
 def real_model(case: Case) -> tuple[Vargpt, torch.optim.Optimizer]:
     """The learner's model with random weights, and the optimizer that its trainer takes."""
-    from learners.dpo import ImagePolicy
+    from learners.image_policy import ImagePolicy
 
     model = (ImagePolicy if case.stage == "dpo" else Vargpt)(model_config(case.model)).train()
     freeze(model, STAGES[case.stage])

@@ -143,20 +143,24 @@ class SftCollator:
 class PairCollator:
     """Rows of the preference table -> a batch ordered [all chosen, all rejected].
 
-    ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO.
+    ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO. With ``scales``, images are cut to
+    that many coarse scales; the references stay those of all scales.
     """
 
-    def __init__(self, chat: ChatTemplate):
+    def __init__(self, chat: ChatTemplate, scales: int | None = None):
         self.chat = chat
+        self.scales = scales
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         resolution, tokenizer = pairs[0]["resolution"], self.chat.config.image_tokenizer_config
-        tokens = token_count(tokenizer.schedule_for(resolution))
-        rows = [self.chat.drawn(pair["prompt"], pair["reply"], tokens).ids for pair in pairs] * 2
+        schedule = tokenizer.schedule_for(resolution)
+        tokens, kept = token_count(schedule), token_count(schedule[: self.scales])
+        rows = [self.chat.drawn(pair["prompt"], pair["reply"], kept).ids for pair in pairs] * 2
         batch = _pad_rows(self.chat, rows)
         batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         packed = [pair[key] for key in ("chosen_bits", "rejected_bits") for pair in pairs]
-        batch["bits"] = torch.from_numpy(np.stack([unpack(bits, tokens, *tokenizer.symbols) for bits in packed]))
+        unpacked = [unpack(bits, tokens, *tokenizer.symbols)[:kept] for bits in packed]
+        batch["bits"] = torch.from_numpy(np.stack(unpacked))
         batch["resolution"] = torch.tensor(resolution)
         for side in ("chosen", "rejected"):
             logps = [pair[f"reference_{side}_logp"] for pair in pairs]

@@ -237,20 +237,18 @@ class VisualDecoder(nn.Module):
         schedule: Schedule,
         drop_path: float = 0.0,
         cache: ScaleCache | None = None,
-        tokens: slice | None = None,
+        tokens: slice = slice(None),
     ) -> torch.Tensor:
         """Logits float [N, L, 2d]; channel 2b says "bit b is 0", channel 2b + 1 says "bit b is 1".
 
-        Teacher forced, ``y_NLC`` holds all L tokens and a block-causal mask hides finer scales. With a ``cache``,
-        it holds the tokens of one scale, found at ``tokens`` of the schedule, and sees what the cache holds.
+        ``y_NLC`` holds the ``tokens`` of the schedule. Teacher forced, these are the tokens of all scales, or of the
+        first ones, and a block-causal mask hides finer scales. With a ``cache``, they are the tokens of one scale and
+        see what the cache holds.
         """
-        scale_L = scale_index(schedule, y_NLC.device)
-        cos, sin = _rope_table(schedule, self.config.width // self.config.heads, y_NLC.device)
-        mask_LL = None
-        if cache is None:
-            mask_LL = scale_L[:, None] >= scale_L[None, :]
-        else:
-            scale_L, cos, sin = scale_L[tokens], cos[tokens], sin[tokens]
+        scale_L = scale_index(schedule, y_NLC.device)[tokens]
+        rope = _rope_table(schedule, self.config.width // self.config.heads, y_NLC.device)
+        cos, sin = (table_Le[tokens] for table_Le in rope)
+        mask_LL = scale_L[:, None] >= scale_L[None, :] if cache is None else None
         x = y_NLC + self.level_embedding(scale_L)
         for i, block in enumerate(self.blocks):
             # The rate grows with depth, from 0 to the full one.

@@ -97,16 +97,25 @@ class MultiScale:
                 inputs.append(self.inputs(summed, schedule[k + 1]))
         return Quantised(torch.cat(labels, 1), _joined(inputs, summed), summed)
 
-    def replay(self, labels_BLs: torch.Tensor, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Quantised:
-        """From stored labels, the very inputs and the latent sum that drawing them produced."""
-        found, expected = labels_BLs.shape[1], token_count(schedule)
+    def replay(
+        self,
+        labels_BLs: torch.Tensor,
+        schedule: Schedule,
+        dtype: torch.dtype = torch.float32,
+        scales: int | None = None,
+    ) -> Quantised:
+        """From stored labels, the very inputs and the latent sum that drawing them produced.
+
+        With ``scales``, the labels are those of that many coarse scales of the schedule, and so are the results.
+        """
+        found, expected = labels_BLs.shape[1], token_count(schedule[:scales])
         if found != expected:
-            raise ValueError(f"{found} image tokens, but the schedule {schedule} has {expected}")
+            raise ValueError(f"{found} image tokens, but the schedule {schedule[:scales]} has {expected}")
         summed, inputs = None, []
-        for k, at in enumerate(scale_slices(schedule)):
+        for k, at in enumerate(scale_slices(schedule[:scales])):
             added = self.addend(labels_BLs[:, at], schedule, k, dtype)
             summed = added if summed is None else summed + added
-            if k + 1 < len(schedule):
+            if k + 1 < len(schedule[:scales]):
                 inputs.append(self.inputs(summed, schedule[k + 1]))
         return Quantised(labels_BLs, _joined(inputs, summed), summed)
 

@@ -47,6 +47,8 @@ class Drawing(NamedTuple):
     unconditional_N: torch.Tensor | None = None
     drop_path: float = 0.0
     labels_NLs: torch.Tensor | None = None
+    scales: int | None = None
+    """Number of coarse scales in the pass, None for all: no scale depends on finer ones, so these may be left out."""
 
 
 @dataclass
@@ -57,15 +59,18 @@ class VargptOutput(CausalLMOutputWithPast):
     image_labels: torch.Tensor | None = None
 
 
-def replayed(labels_NLs: torch.Tensor, size: tuple[int, int]) -> "MakesDrawing":
-    """The drawing of stored labels, its inputs still to be worked out by the model (see ``Unified.teacher_forced``)."""
-    return partial(_replayed, labels_NLs, size)
+def replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | None = None) -> "MakesDrawing":
+    """The drawing of stored labels, its inputs still to be worked out by the model (see ``Unified.teacher_forced``).
+
+    With ``scales``, the labels and the pass are limited to that many coarse scales.
+    """
+    return partial(_replayed, labels_NLs, size, scales)
 
 
-def _replayed(labels_NLs: torch.Tensor, size: tuple[int, int], model: "Unified") -> Drawing:
+def _replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | None, model: "Unified") -> Drawing:
     tokenizer = model.image_tokenizer
-    inputs_NLd = tokenizer.replay(labels_NLs, tokenizer.schedule_for(*size), model.dtype).inputs_BLd
-    return Drawing(inputs_NLd, size, labels_NLs=labels_NLs)
+    inputs_NLd = tokenizer.replay(labels_NLs, tokenizer.schedule_for(*size), model.dtype, scales).inputs_BLd
+    return Drawing(inputs_NLd, size, labels_NLs=labels_NLs, scales=scales)
 
 
 class Unified:
@@ -111,7 +116,7 @@ class Unified:
         if not isinstance(drawing, Drawing):
             drawing = drawing(self)
         schedule = self.image_tokenizer.schedule_for(*drawing.size)
-        tokens = token_count(schedule)
+        tokens = token_count(schedule[: drawing.scales])
         first_N2 = self.find_drawings(input_ids, len(drawing.inputs_NLd), tokens)
         unconditional_N = drawing.unconditional_N
         if unconditional_N is None:
@@ -133,7 +138,7 @@ class Unified:
 
         y_NLC = self.projector_out(hidden_BTH[pads_BT].view_as(drawn_NLH))
         context = self.context(hidden_BTH, attention_mask, first_N2)
-        logits = self.image_decoder(y_NLC, condition, context, schedule, drawing.drop_path)
+        logits = self.image_decoder(y_NLC, condition, context, schedule, drawing.drop_path, tokens=slice(tokens))
         words = self.lm_head(hidden_BTH) if text_logits else None
         return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs)
 

@@ -98,16 +98,17 @@ class V1VisualDecoder(nn.Module):
         schedule: Schedule,
         drop_path: float = 0.0,
         cache: ScaleCache | None = None,
-        tokens: slice | None = None,
+        tokens: slice = slice(None),
     ) -> torch.Tensor:
         """Logits float [N, L, V].
 
-        Teacher forced, ``y_NLC`` holds all L tokens and a block-causal mask hides finer scales. With a ``cache``,
-        it holds the tokens of one scale and sees what the cache holds. ``context`` there is none.
+        ``y_NLC`` holds the ``tokens`` of the schedule. Teacher forced, these are the tokens of all scales, or of the
+        first ones, and a block-causal mask hides finer scales. With a ``cache``, they are the tokens of one scale and
+        see what the cache holds. ``context`` there is none.
         """
         mask_LL = None
         if cache is None:
-            scale_L = scale_index(schedule, y_NLC.device)
+            scale_L = scale_index(schedule, y_NLC.device)[tokens]
             mask_LL = scale_L[:, None] >= scale_L[None, :]
         x = y_NLC
         for i, block in enumerate(self.blocks):

@@ -1,0 +1,90 @@
+"""The model as preference and policy-gradient trainers see it: tokens in, log-probabilities of image tokens out.
+
+Shape legend: B rows, T positions, L image tokens, s symbols a token (32 bits, or one index), K scales of the pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vargpt_rl.model.likelihood import scale_means, scale_sums, symbol_entropy, symbol_hits, symbol_log_probs
+from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.unified import VargptOutput, replayed
+from vargpt_rl.model.v1.modeling import VargptV1
+
+LOG_PROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Largest difference in nats accepted between the log-probabilities of an image under equal weights. These are sums
+over all bits, whose rounding depends on the kernels chosen where worker and learner are different machines."""
+
+
+@dataclass
+class ScoredOutput(VargptOutput):
+    """Scores at positions 1..T-1, as TRL's loss reads them (zero away from image tokens), and by scale.
+
+    ``log_probs`` float64 [B, T-1]; ``entropy``, ``mean_logits``, ``is_top1`` (every symbol right) likewise;
+    ``log_probs_BK`` float64 and ``accuracy_BK`` fp32 by scale, without gradients.
+    """
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    log_probs_BK: torch.Tensor | None = None
+    accuracy_BK: torch.Tensor | None = None
+
+
+class _ScoresImages:
+    """Mixin that makes a model return the log-probabilities of given image tokens."""
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask,
+        bits,
+        resolution,
+        credit_L: torch.Tensor | None = None,
+        scales: int | None = None,
+        tau: float = 1.0,
+        **ignored,
+    ) -> ScoredOutput:
+        """Score integers [B, L, s], ``bits``, of square images of ``resolution`` pixels.
+
+        ``credit_L`` weighs the log-probabilities of tokens in ``log_probs``, but not those by scale. ``scales`` limits
+        the pass to that many coarse scales, whose tokens ``bits`` then holds. Logits are divided by ``tau``.
+        """
+        side = int(resolution)
+        schedule = self.image_tokenizer.schedule_for(side)[:scales]
+        symbols = self.config.image_tokenizer_config.symbols
+        drawing = replayed(bits, (side, side), scales)
+        logits = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False).image_logits / tau
+        log_probs_BLs = symbol_log_probs(logits, bits)
+        hits_BLs = symbol_hits(logits, bits)
+        log_probs_BL = log_probs_BLs.sum(-1, dtype=torch.float64)
+        if credit_L is not None:
+            log_probs_BL = log_probs_BL * credit_L
+        at_BT = input_ids == self.config.image_gen_pad_token_id
+
+        def spread(values_BL: torch.Tensor) -> torch.Tensor:
+            """[B, L] -> [B, T-1]: to the image tokens' positions, dropping the first as TRL's shift does."""
+            row = values_BL.new_zeros(at_BT.shape)
+            return row.masked_scatter(at_BT, values_BL)[:, 1:]
+
+        return ScoredOutput(
+            log_probs=spread(log_probs_BL),
+            entropy=spread(symbol_entropy(logits.detach(), symbols).sum(-1)),
+            mean_logits=spread(logits.detach().float().mean(-1)),
+            is_top1=spread(hits_BLs.all(-1)),
+            log_probs_BK=scale_sums(log_probs_BLs.detach(), schedule),
+            accuracy_BK=scale_means(hits_BLs.float(), schedule),
+        )
+
+
+class ImagePolicy(_ScoresImages, Vargpt):
+    """v1.1 as a policy over image tokens."""
+
+
+class V1ImagePolicy(_ScoresImages, VargptV1):
+    """v1 as a policy over image tokens."""
+
+
+POLICIES = {Vargpt: ImagePolicy, VargptV1: V1ImagePolicy}

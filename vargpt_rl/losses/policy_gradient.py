@@ -1,0 +1,67 @@
+"""Policy gradients on drawings: pure functions of rewards and log-probabilities.
+
+The log-probability of a drawing is here a weighted mean over its bits (in v1 over its indices), with the weights of
+`vargpt_rl.losses.credit`. The ratio of policy and sampler is taken of this mean, one per drawing, as GSPO does
+(arXiv 2507.18071): a product over thousands of bits would leave the clipping range at the first update.
+
+Log-probabilities are those of the logits divided by the sampling temperature tau, the distribution that was drawn from
+up to truncation. Truncation (top-p, top-k) is not renormalised: for a bit, top-p drops an outcome below 1 - top_p, so
+that the outcome drawn had probability 1 in the sampler and at least top_p here, and its gradient is nearly 0. Guidance
+is left out, as in NextFlow-RL (arXiv 2601.02256). Policy and sampler are scored the same way, so that neither moves
+the ratio away from 1 before the first update.
+
+Shape legend: N drawings, G drawings of a prompt, K scales.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+EQUAL = 1e-6
+"""Rewards of a group that differ by no more than this count as equal."""
+
+
+def group_advantages(rewards_G: Sequence[float | None], normalise: bool = True) -> list[float | None] | None:
+    """Advantages of one prompt's drawings: reward minus the group's mean, divided by its standard deviation.
+
+    None for a drawing without a reward (None). None instead of a list if the group carries no signal: fewer than two
+    rewards, or all equal; the caller counts and refills these (DAPO, arXiv 2503.14476). The standard deviation is that
+    of the group itself (divided by its size). ValueError for a reward that is not finite.
+    """
+    scored = [reward for reward in rewards_G if reward is not None]
+    if bad := [reward for reward in scored if not math.isfinite(reward)]:
+        raise ValueError(f"rewards of a group: {bad[0]}, expected finite numbers")
+    if len(scored) < 2 or max(scored) - min(scored) <= EQUAL:
+        return None
+    mean = math.fsum(scored) / len(scored)
+    spread = math.sqrt(math.fsum((reward - mean) ** 2 for reward in scored) / len(scored)) if normalise else 1.0
+    return [None if reward is None else (reward - mean) / spread for reward in rewards_G]
+
+
+def clipped_policy_loss(
+    log_prob_N: torch.Tensor, old_log_prob_N: torch.Tensor, advantage_N: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped surrogate loss of each drawing [N] (PPO, arXiv 1707.06347, eq. 7), and metrics [N].
+
+    ``old_log_prob_N`` is the sampler's. Metrics: ``ratio``, and ``clipped``, 1 where the gradient is cut off.
+    """
+    ratio_N = (log_prob_N - old_log_prob_N).exp()
+    plain_N = ratio_N * advantage_N
+    clipped_N = ratio_N.clamp(1 - clip, 1 + clip) * advantage_N
+    metrics = {"ratio": ratio_N.detach(), "clipped": (clipped_N < plain_N).detach().float()}
+    return -torch.minimum(plain_N, clipped_N), metrics
+
+
+def likelihood_loss(log_prob_N: torch.Tensor, advantage_N: torch.Tensor) -> torch.Tensor:
+    """Weighted negative log-likelihood of each drawing [N]: rejection-sampling fine-tuning with advantages of 1."""
+    return -log_prob_N * advantage_N
+
+
+def kl_k3(log_prob_N: torch.Tensor, reference_log_prob_N: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(policy || reference) from samples of the policy, never negative: r - 1 - ln r of r = ref / policy.
+
+    The k3 estimator of http://joschu.net/blog/kl-approx.html, [N], here of the weighted mean per bit.
+    """
+    log_ratio_N = reference_log_prob_N - log_prob_N
+    return log_ratio_N.exp() - 1 - log_ratio_N
