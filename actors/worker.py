@@ -37,6 +37,7 @@ from vargpt_rl.model.generate import SamplingConfig, generate_images, to_uint8
 from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
+from vargpt_rl.storage.files import atomic_file
 from vargpt_rl.text.engine import TextEngine, TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
@@ -273,9 +274,8 @@ class Worker(BaseWorker):
         paths = []
         for image, (_, name) in zip(self._decode([drawn for drawn, _ in items], resolution), items, strict=True):
             path = Path(folder, name)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            image.save(unfinished, "PNG")
-            os.replace(unfinished, path)
+            with atomic_file(path) as unfinished:
+                image.save(unfinished, "PNG")
             paths.append(path)
         return paths
 

@@ -8,7 +8,6 @@ classes in ``HARMLESS``.
 """
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from learners.checkpoints import mark, prune
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.storage.files import check_room, sync
+from vargpt_rl.storage.files import check_free_space, replace_dir, sync_tree
 
 HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 """Classes in DeepSpeed's files that only hold plain values."""
@@ -87,7 +86,7 @@ class Resumable:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            check_room(unfinished, checkpoint_bytes(self.model))
+            check_free_space(unfinished, checkpoint_bytes(self.model))
         stage = folder.parents[1].name
         point(f"{stage}/rank-{self.args.process_index}/save")
         self.accelerator.wait_for_everyone()
@@ -101,15 +100,12 @@ class Resumable:
             torch.save(self.lr_scheduler.state_dict(), unfinished / SCHEDULER_NAME)
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        for path in (unfinished, *unfinished.rglob("*")):  # on every rank: each may run on its own machine
-            sync(path)
+        sync_tree(unfinished)  # on every rank: each may run on its own machine
         self.accelerator.wait_for_everyone()
         if main:
             mark(unfinished)
             point(f"{stage}/checkpoint/marked")
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, left by an earlier run
-            os.replace(unfinished, folder)
-            sync(folder.parent)
+            replace_dir(unfinished, folder)
             point(f"{stage}/checkpoint/there")
             prune(folder.parent, *self.keep)
         self.accelerator.wait_for_everyone()

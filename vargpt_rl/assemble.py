@@ -35,9 +35,9 @@ from vargpt_rl.storage.sharded import (
     Stored,
     Tensors,
     about,
-    appearing,
     check_tensors,
     copy_files,
+    new_model_dir,
     read_json,
     renamed,
     save_sharded,
@@ -194,7 +194,7 @@ def assemble(command: Assembly) -> None:
 
     model = {our_name(name, *sizes): stored for name, stored in every.items() if not reason_left_out(name)}
     model |= drawn_anew(anew, config, dtype, command.seed)
-    with appearing(Path(command.target)) as target:
+    with new_model_dir(Path(command.target)) as target:
         config.save_pretrained(target)
         files = save_sharded(model, target)
         copy_files(folder, target, OTHER_FILES)

@@ -33,9 +33,9 @@ from vargpt_rl.storage.sharded import (
     Stored,
     Tensors,
     about,
-    appearing,
     check_tensors,
     copy_files,
+    new_model_dir,
     read_json,
     save_sharded,
     save_together,
@@ -112,7 +112,7 @@ def release_to_hf(source: Path, target: Path) -> None:
 
     rows = tensors[release.rows].last_rows(ours[release.our_rows])
     model = {names[name]: stored for name, stored in tensors.items() if name not in unused} | {release.our_rows: rows}
-    with appearing(target) as folder:
+    with new_model_dir(target) as folder:
         release.config.save_pretrained(folder)
         files = save_sharded(model, folder)
         reasons = {name: release.reason(name) for name in tensors if name in unused}
@@ -157,7 +157,7 @@ def hf_to_release(source: Path, target: Path) -> None:
 
     released = {release.name(name): stored for name, stored in model.items()} | unused
     released[release.rows] = replace(rows, dtype=last.dtype, read=with_last)
-    with appearing(target) as folder:
+    with new_model_dir(target) as folder:
         if (source / RELEASE_CONFIG).is_file():
             (folder / "config.json").write_bytes((source / RELEASE_CONFIG).read_bytes())
         else:

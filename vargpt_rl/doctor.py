@@ -18,13 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from packaging.version import Version
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from actors import resources
 from configs.load import load_config
 from configs.schema import LoopConfig
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import load_command, run_program
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.memory.plan import (
     GIB,
     RELEASE,
@@ -185,21 +185,16 @@ def settings(arguments: list[str]) -> tuple[Question, LoopConfig]:
     return load_command(Question, own), config
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print all of it; the exit code."""
+def examine(arguments: list[str]) -> int:
+    """Print the whole report; return 1 if the loop would refuse the run."""
     found = found_gpus()
-    try:
-        question, config = settings(sys.argv[1:] if arguments is None else arguments)
-        devices = planned(question, found)
-        need = plan(config, model_config(config.checkpoint, config.resolutions[0]), devices.gpus > 0, compare=True)
-        stages = dict.fromkeys(training.stage for training in need.training)
-        if question.stage not in (None, *stages):
-            raise ValueError(f"stage={question.stage}: expected one of {', '.join(stages)}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console = Console()
-    console.width = max(console.width, 120)  # the table needs as much; a narrower terminal wraps it
+    question, config = settings(arguments)
+    devices = planned(question, found)
+    need = plan(config, model_config(config.checkpoint, config.resolutions[0]), devices.gpus > 0, compare=True)
+    stages = dict.fromkeys(training.stage for training in need.training)
+    if question.stage not in (None, *stages):
+        raise ValueError(f"stage={question.stage}: expected one of {', '.join(stages)}")
+    console = wide_console()
     for line in about(found):
         console.print(line, highlight=False)
     shown = [training for training in need.training if question.stage in (None, training.stage)]
@@ -210,6 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
     where = f"{devices.gpus} GPUs of" if devices.gpus else "this machine's"
     console.print(reason or f"the run fits into {where} {devices.room / GIB:.1f} GiB", highlight=False)
     return 1 if reason else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    return run_program(examine, arguments)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from actors.resources import plan
 from configs.schema import LoopConfig
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import CommandFailed, load_command, run_program
 from vargpt_rl.common.secret_check import check_shell
 from vargpt_rl.driver.run import Run
 from vargpt_rl.loop import prepare
 from vargpt_rl.memory.plan import GIB, Devices, check_fits, model_config
-from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.files import atomic_dir, write_atomically
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "slurm/loop.sbatch"
@@ -130,11 +130,8 @@ def snapshot(directory: Path) -> Path:
         print(f"not in the copy of the code, for git does not track them: {', '.join(untracked)}", file=sys.stderr)
     folder = directory / "code" / tree[:12]
     if not folder.exists():
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-        unfinished.mkdir(parents=True)
-        with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as archive:
+        with atomic_dir(folder) as unfinished, tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as archive:
             archive.extractall(unfinished, filter="data")
-        unfinished.rename(folder)
         write_atomically(folder.with_suffix(".commit"), git("rev-parse", "HEAD"))
         write_atomically(folder.with_suffix(".diff"), git("diff", "--binary", "HEAD"))
     return folder
@@ -158,8 +155,8 @@ def script(job: SlurmJob, code: Path, directory: Path, arguments: list[str]) -> 
     return text
 
 
-def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> int:
-    """Write what the job runs, and submit it; the exit code."""
+def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None:
+    """Write what the job runs, and submit it. Raises CommandFailed if it is not accepted."""
     directory = run.directory.resolve()
     code = snapshot(directory)
     path = directory / TEMPLATE
@@ -167,33 +164,30 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> int:
     write_atomically(path, script(job, code, directory, arguments).encode())
     print(f"settings {directory / 'config.yaml'}\ncode     {code}\nscript   {path}")
     if dry_run:
-        return 0
+        return
     try:
         done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
-    except FileNotFoundError:
-        print("error: there is no sbatch here: launch where jobs are submitted", file=sys.stderr)
-        return 1
+    except FileNotFoundError as error:
+        raise CommandFailed("sbatch is not installed: launch on a machine where jobs can be submitted") from error
     if done.returncode:
-        print(f"error: {done.stderr.strip()}", file=sys.stderr)
-        return 1
+        raise CommandFailed(done.stderr.strip())
     print(f"job      {done.stdout.strip()}")
-    return 0
+
+
+def execute(arguments: list[str]) -> None:
+    """Check the settings, then write and submit the job."""
+    job, own = split([argument for argument in arguments if argument != DRY_RUN])
+    config, _, inputs, run = prepare(own)
+    check_resources(job, config, inputs.model)
+    if run.summary is not None:
+        print(f"{run.directory} is complete; another name=... starts a new one")
+        return
+    launch(job, run, own, DRY_RUN in arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, write and submit; the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        job, own = split([argument for argument in arguments if argument != DRY_RUN])
-        config, _, inputs, run = prepare(own)
-        check_resources(job, config, inputs.model)
-        if run.summary is not None:
-            print(f"{run.directory} is complete; another name=... starts a new one")
-            return 0
-        return launch(job, run, own, DRY_RUN in arguments)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Run the program; return its exit code."""
+    return run_program(execute, arguments)
 
 
 if __name__ == "__main__":

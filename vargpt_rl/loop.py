@@ -19,6 +19,8 @@ from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
+from vargpt_rl.common.command import report_error
+from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.driver.inputs import Inputs, gather
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.rollout import Rollouts
@@ -114,7 +116,7 @@ def start(arguments: list[str]) -> int:
     try:
         config, settings, inputs, run = prepare(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return 2
     if run.summary is not None:
         print("this run is complete; another name=... starts a new one")
@@ -127,14 +129,14 @@ def start(arguments: list[str]) -> int:
     try:
         connect()
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        print(f"error: no Ray cluster: {' '.join(str(error).split())}", file=sys.stderr)
+        report_error(f"no Ray cluster: {error}")
         return 1
     try:
         shares = learner.gpus_per_rank, learner.bf16, config.placement
         placement = plan(nodes(), config.rollout, learner.ranks, *shares)
         check_fits(config, model_config(inputs.model), devices())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return 2
     run.track(config.tracking.wandb, config.tracking.project, settings)
     failed, learners = True, None
@@ -164,6 +166,7 @@ def start(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the loop; the exit code."""
+    configure_logging()
     try:
         return start(sys.argv[1:] if arguments is None else arguments)
     except SystemExit:  # of ``stop``; in a call of Ray its status is lost

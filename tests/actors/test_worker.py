@@ -14,12 +14,12 @@ from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.data.batches import DrawExample, SftCollator, shown_image
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.inference.conversation import Conversation
-from vargpt_rl.model.bits import quantise, replay, unpack
+from vargpt_rl.model.bits import Bits, unpack
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.likelihood import bit_log_probs
-from vargpt_rl.model.modeling import Drawing
 from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -77,7 +77,7 @@ def test_score_is_the_teacher_forced_log_probability(shared, drawn):
         tokens = token_count(SCHEDULE)
         bits_1Ld = torch.from_numpy(unpack(packed, tokens, BITS))[None]
         ids = torch.tensor([shared.chat.drawn(prompt.text, prompt.reply, tokens).ids])
-        drawing = Drawing(replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
+        drawing = Drawing(Bits().replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
         with torch.no_grad():
             logits = shared.model(ids, drawing=drawing).image_logits
         expected = bit_log_probs(logits, bits_1Ld).double().sum().item()
@@ -135,7 +135,7 @@ def test_an_edit_is_scored_as_the_training_batch_would_be(shared, edited):
     bits_1Ld = torch.from_numpy(unpack(packed, tokens, BITS))[None]
     features = np.zeros((BITS, SIDE // 16, SIDE // 16), np.float16)
     batch = SftCollator(shared.chat)([DrawExample(prompt, features, shown_image(prompt, shared.source, shared.chat))])
-    drawing = Drawing(replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
+    drawing = Drawing(Bits().replay(bits_1Ld, SCHEDULE).inputs_BLd, (SIDE, SIDE))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
     with torch.no_grad():
         logits = shared.model(**inputs, drawing=drawing).image_logits
@@ -167,7 +167,7 @@ def test_images_are_encoded_and_failures_told(shared):
     with torch.no_grad():
         features_1dhw = shared.model.image_tokenizer.features(image_13HW)
     np.testing.assert_allclose(red.features, features_1dhw[0], atol=2e-3)
-    expected_1Ld = quantise(features_1dhw, SCHEDULE).bits_BLd
+    expected_1Ld = Bits().quantise(features_1dhw, SCHEDULE).labels_BLs
     assert (unpack(red.bits, token_count(SCHEDULE), BITS) == expected_1Ld[0].numpy()).all()
 
 

@@ -12,9 +12,9 @@ def test_drawing_without_caches_gives_the_same_images(model, chat, side):
     args = (model, *rollout.prompts(chat, 3), [4, 5, 6], (side, side), SamplingConfig(cfg=1.0, tau=1.0))
     fast, slow = generate_images(*args), rollout.redraw(*args)
     # float32 in another order of additions: a bit differs where noise and probability agree to some six digits
-    assert (fast.bits_BLd != slow.bits_BLd).float().mean() < 1e-3
+    assert (fast.labels_BLs != slow.labels_BLs).float().mean() < 1e-3
     assert fast.summed_Bdhw.shape == slow.summed_Bdhw.shape
-    assert len(fast.bits_BLd.unique(dim=0)) == 3, "seeds and prompts count"
+    assert len(fast.labels_BLs.unique(dim=0)) == 3, "seeds and prompts count"
 
 
 def test_a_measurement_has_times_memory_and_the_share_of_equal_bits(model, chat):

@@ -11,7 +11,7 @@ from vargpt_rl.data import shapes
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.evaluate import evaluated_model
 from vargpt_rl.evaluate.__main__ import main
-from vargpt_rl.evaluate.evaluated_model import digest
+from vargpt_rl.evaluate.evaluated_model import model_digest
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.inference import images
@@ -127,11 +127,11 @@ def test_rejects_images_of_other_weights(command, artist, checkpoint, tmp_path, 
 
 def test_digest_covers_weights_and_tokenizer_only(checkpoint, tmp_path):
     own = shutil.copytree(checkpoint, tmp_path / "own")
-    assert digest(own) == digest(checkpoint)
+    assert model_digest(own) == model_digest(checkpoint)
     (own / "README.md").write_text("a note")
-    assert digest(own) == digest(checkpoint)
+    assert model_digest(own) == model_digest(checkpoint)
     (own / "tokenizer_config.json").write_text("{}")
-    assert digest(own) != digest(checkpoint)
+    assert model_digest(own) != model_digest(checkpoint)
 
 
 def test_reports_checkpoints_side_by_side(command, artist, checkpoint, tmp_path):

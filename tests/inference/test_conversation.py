@@ -12,11 +12,11 @@ from tests.helpers.tiny import BITS
 from vargpt_rl.inference import conversation
 from vargpt_rl.inference.conversation import Conversation, DrawnImage, ReplyConfig, choose_word, load
 from vargpt_rl.model import generate
-from vargpt_rl.model.bits import replay
+from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.generate import SamplingConfig, draw_bits, generate_images
-from vargpt_rl.model.modeling import Drawing
 from vargpt_rl.model.prompt import REPLY, SYSTEM
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 
 SIZE = (64, 48)
 SCHEDULE = schedule_for(*SIZE)
@@ -95,7 +95,7 @@ def test_every_turn_is_that_of_one_teacher_forced_pass(model, chat, monkeypatch)
     )
 
     bits = torch.stack([drawing.bits_Ld for drawing in drawings])
-    teacher = Drawing(replay(bits, SCHEDULE).inputs_BLd, SIZE)
+    teacher = Drawing(Bits().replay(bits, SCHEDULE).inputs_BLd, SIZE)
     forced = model(torch.tensor([talk.ids]), drawing=teacher, **chat.vision_inputs([RED, BLUE, WIDE])._asdict())
     logits_NLD = torch.cat(drawn_logits, 1).unflatten(1, (len(drawings), TOKENS))[0]
     torch.testing.assert_close(logits_NLD * sampling.tau, forced.image_logits, **SAME)
@@ -113,7 +113,7 @@ def test_an_asked_for_image_is_that_of_a_single_prompt(model, chat):
         ids = torch.tensor([chat.drawing_prompt("a star", REPLY)])
         alone = generate_images(model, ids, torch.ones_like(ids), [7], SIZE, sampling)
         assert words == REPLY
-        assert torch.equal(image.bits_Ld, alone.bits_BLd[0])
+        assert torch.equal(image.bits_Ld, alone.labels_BLs[0])
         assert image.bits_Ld.shape == (TOKENS, BITS)
         assert image.image.size == SIZE[::-1]
         assert talk.ids == chat.drawn("a star", REPLY, TOKENS).ids + chat.text("\n")
@@ -125,7 +125,7 @@ def test_an_edit_is_a_turn_with_a_image(model, chat):
     shown = chat.vision_inputs([RED])
     ids = torch.tensor([chat.drawing_prompt("Recolour it.", REPLY, shown.image_grid_thw)])
     alone = generate_images(model, ids, torch.ones_like(ids), [0], SIZE, sampling, *shown)
-    assert torch.equal(image.bits_Ld, alone.bits_BLd[0])
+    assert torch.equal(image.bits_Ld, alone.labels_BLs[0])
     _, other = Conversation(model, chat, SIZE, sampling).say("Recolour it.", [BLUE], generate_images=True)
     assert not torch.equal(image.bits_Ld, other.bits_Ld)
 

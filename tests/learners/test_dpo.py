@@ -17,10 +17,11 @@ from learners.image_policy import ImagePolicy
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import PairCollator
 from vargpt_rl.losses.credit import scale_credit, weighted_sum
-from vargpt_rl.model.bits import pack, replay
+from vargpt_rl.model.bits import Bits, pack
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -39,7 +40,7 @@ def pairs(checkpoint, chat):
         given = torch.from_numpy(bits)
         ids = torch.tensor([chat.drawn(text, "Here:", TOKENS).ids] * 2)
         with torch.no_grad():
-            logits = model(ids, drawing=Drawing(replay(given, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
+            logits = model(ids, drawing=Drawing(Bits().replay(given, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
         by_scale = scale_sums(bit_log_probs(logits, given), SCHEDULE)
         row = {"prompt": text, "reply": "Here:", "resolution": SIDE}
         for i, side in enumerate(("chosen", "rejected")):
@@ -105,7 +106,7 @@ def log_ratios(model: ImagePolicy, batch: dict) -> tuple[torch.Tensor, torch.Ten
             model,
             batch["input_ids"],
             batch["attention_mask"],
-            Drawing(replay(batch["bits"], SCHEDULE).inputs_BLd, (SIDE, SIDE)),
+            Drawing(Bits().replay(batch["bits"], SCHEDULE).inputs_BLd, (SIDE, SIDE)),
         ).image_logits
     policy = bit_log_probs(logits, batch["bits"]).double().sum((1, 2))
     return (policy - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])).chunk(2)
@@ -266,7 +267,7 @@ def test_logits_are_divided_by_the_temperature(shared_model, batch):
             shared_model,
             batch["input_ids"],
             batch["attention_mask"],
-            Drawing(replay(batch["bits"], SCHEDULE).inputs_BLd, (SIDE, SIDE)),
+            Drawing(Bits().replay(batch["bits"], SCHEDULE).inputs_BLd, (SIDE, SIDE)),
         ).image_logits
         expected = scale_sums(bit_log_probs(logits / 0.5, batch["bits"]), SCHEDULE)
         torch.testing.assert_close(shared_model(**inputs, tau=0.5).log_probs_BK, expected)

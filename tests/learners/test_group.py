@@ -25,11 +25,12 @@ from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.samples import Probe, Prompt
-from vargpt_rl.model.bits import pack, replay
+from vargpt_rl.model.bits import Bits, pack
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 from vargpt_rl.stages import STAGES, freeze
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, load_weights_into
 
@@ -79,7 +80,7 @@ def score(model, chat, bits_NLd: np.ndarray) -> torch.Tensor:
     bits = torch.from_numpy(bits_NLd.astype(np.uint8))
     ids = torch.tensor([chat.drawn(PROMPT.text, PROMPT.reply, TOKENS).ids] * len(bits))
     with torch.no_grad():
-        logits = model(ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
+        logits = model(ids, drawing=Drawing(Bits().replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
     return scale_sums(bit_log_probs(logits, bits), SCHEDULE)
 
 

@@ -20,11 +20,12 @@ from tests.helpers.streams import feed_of, write_sources
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.preferences import join_parts, part_path, write_table
 from vargpt_rl.data.samples import Probe, Prompt
-from vargpt_rl.model.bits import pack, replay
+from vargpt_rl.model.bits import Bits, pack
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 from vargpt_rl.stages import STAGES, freeze
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
 
@@ -64,7 +65,7 @@ def pair(model: Vargpt, chat: ChatFormat, number: int) -> dict:
     bits = torch.from_numpy(np.random.default_rng(number).integers(0, 2, (2, TOKENS, BITS)).astype(np.uint8))
     ids = torch.tensor([chat.drawn(PROMPT.text, PROMPT.reply, TOKENS).ids] * 2)
     with torch.no_grad():
-        logits = model(ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
+        logits = model(ids, drawing=Drawing(Bits().replay(bits, SCHEDULE).inputs_BLd, (SIDE, SIDE))).image_logits
     by_scale = scale_sums(bit_log_probs(logits, bits), SCHEDULE)
     row = dict(pair_id=f"pair-{number}", prompt_id=f"prompt-{number}", prompt=PROMPT.text, reply=PROMPT.reply)
     row |= dict(resolution=SIDE, sampling="{}", reference_version=1)

@@ -11,18 +11,16 @@ from PIL import Image
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.samples import Prompt
-from vargpt_rl.losses import supervised as losses
 from vargpt_rl.losses.supervised import (
     IMAGE_WEIGHT,
     Noise,
     forward_batch,
     image_loss,
     noisy_drawing,
-    quantise_noisily,
     sft_loss,
     text_loss,
 )
-from vargpt_rl.model.bits import quantise
+from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import IGNORED, ChatFormat
 from vargpt_rl.model.scales import scale_slices, schedule_for, token_count
@@ -110,13 +108,13 @@ def test_without_noise_a_batch_has_one_loss_and_with_it_many(model, batch):
 def test_flips_are_drawn_image_by_image_below_the_bound():
     features = torch.zeros(64, BITS, 8, 8, dtype=torch.float16)
     features[:, 0] = 1  # bits of the first channel are 1 at every scale, the others 0, unless flipped earlier
+    schedule = schedule_for(128)
     torch.manual_seed(0)
-    assert torch.equal(
-        quantise_noisily(features, NO_NOISE).inputs_BLd, quantise(features.float(), schedule_for(128)).inputs_BLd
-    )
+    truth = Bits().quantise_noisily(features.float(), schedule, flip=0.0)
+    assert torch.equal(truth.inputs_BLd, Bits().quantise(features.float(), schedule).inputs_BLd)
+    noisy = Bits().quantise_noisily(features.float(), schedule, flip=0.3)
     # The codes of scale 0 show in the first input of scale 1 (one cell resized is constant): count its flips.
-    truth = quantise_noisily(features, NO_NOISE).inputs_BLd[:, 0] > 0
-    flipped = (quantise_noisily(features, Noise(flip=0.3)).inputs_BLd[:, 0] > 0) != truth
+    flipped = (noisy.inputs_BLd[:, 0] > 0) != (truth.inputs_BLd[:, 0] > 0)
     # mean 0.15 of 512 bits; images differ in their rate, which widens the standard error to about 0.02
     assert flipped.float().mean().item() == pytest.approx(0.15, abs=0.06)
     assert flipped.any(1).float().mean() < 1, "some images have few flips"
@@ -124,12 +122,12 @@ def test_flips_are_drawn_image_by_image_below_the_bound():
 
 def test_rates_of_flips_are_uniform_below_the_bound_for_each_image_and_scale(monkeypatch):
     given = []
-    monkeypatch.setattr(losses, "quantise", lambda features, schedule, flip=None: given.append(flip))
+    monkeypatch.setattr(Bits, "quantise_flipped", lambda self, features, schedule, flip: given.append(flip))
     torch.manual_seed(0)
-    quantise_noisily(torch.zeros(500, BITS, 4, 4), Noise())
-    quantise_noisily(torch.zeros(500, BITS, 4, 4), NO_NOISE)
-    rates_NK, none = given
-    assert none is None and rates_NK.shape == (500, len(SCHEDULE))
+    Bits().quantise_noisily(torch.zeros(500, BITS, 4, 4), SCHEDULE, Noise().flip)
+    Bits().quantise_noisily(torch.zeros(500, BITS, 4, 4), SCHEDULE, NO_NOISE.flip)
+    (rates_NK,) = given
+    assert rates_NK.shape == (500, len(SCHEDULE))
     assert 0 <= rates_NK.min() < 0.01 and 0.29 < rates_NK.max() <= 0.3
     # 1500 uniform rates: the mean's standard error is 0.3 / sqrt(12 x 1500) = 0.0022
     assert rates_NK.mean().item() == pytest.approx(0.15, abs=0.01)
@@ -142,7 +140,7 @@ def test_rates_of_flips_are_uniform_below_the_bound_for_each_image_and_scale(mon
 def test_conditions_and_paths_are_dropped_as_the_stage_says(stage, share, drop_path):
     torch.manual_seed(0)
     features_Ndhw = torch.zeros(4000, BITS, 1, 1, dtype=torch.float16)
-    drawing = noisy_drawing(features_Ndhw, STAGES[stage].noise, SimpleNamespace(image_tokenizer=losses.BITS))
+    drawing = noisy_drawing(features_Ndhw, STAGES[stage].noise, SimpleNamespace(image_tokenizer=Bits()))
     assert drawing.unconditional_N.dtype == torch.bool and drawing.unconditional_N.shape == (4000,)
     # four standard errors of 4000 images
     assert drawing.unconditional_N.float().mean().item() == pytest.approx(share, abs=0.02 if share else 0.0)

@@ -7,10 +7,10 @@ from PIL import Image
 
 from tests.helpers.tiny import BITS
 from vargpt_rl.model import generate
-from vargpt_rl.model.bits import replay
+from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.generate import SamplingConfig, draw_bits, generate_images, to_images, to_uint8
-from vargpt_rl.model.modeling import Drawing
 from vargpt_rl.model.scales import schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 
 SIZE = (64, 64)
 SCHEDULE = schedule_for(*SIZE)
@@ -34,19 +34,19 @@ def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model
     rows.append(chat.drawing_prompt("Recolour it.", "Here:", images.image_grid_thw))
     assert len({len(row) for row in rows}) == len(rows)
     together = sample(model, chat, rows, seeds, sampling, images)
-    assert together.bits_BLd.shape == (4, token_count(SCHEDULE), BITS)
+    assert together.labels_BLs.shape == (4, token_count(SCHEDULE), BITS)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
         alone = sample(model, chat, [row], [seed], sampling, images if i == 3 else None)
-        assert torch.equal(alone.bits_BLd[0], together.bits_BLd[i])
+        assert torch.equal(alone.labels_BLs[0], together.labels_BLs[i])
     other = sample(model, chat, rows, [seed + 10 for seed in seeds], sampling, images)
-    assert (other.bits_BLd != together.bits_BLd).flatten(1).any(1).all(), "another seed, another image"
+    assert (other.labels_BLs != together.labels_BLs).flatten(1).any(1).all(), "another seed, another image"
     same_seed = sample(model, chat, rows[:3], [5, 5, 5], sampling)
-    assert (same_seed.bits_BLd[0] != same_seed.bits_BLd[1]).any(), "another prompt, another image"
+    assert (same_seed.labels_BLs[0] != same_seed.labels_BLs[1]).any(), "another prompt, another image"
 
 
 def test_the_latent_sum_is_that_of_the_bits(model, chat):
     drawn = sample(model, chat, [chat.drawing_prompt("a star", "")], [0], SamplingConfig(), size=(96, 48))
-    assert torch.equal(replay(drawn.bits_BLd, schedule_for(96, 48)).summed_Bdhw, drawn.summed_Bdhw)
+    assert torch.equal(Bits().replay(drawn.labels_BLs, schedule_for(96, 48)).summed_Bdhw, drawn.summed_Bdhw)
 
 
 @pytest.mark.parametrize("seen", [False, True])
@@ -56,11 +56,11 @@ def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, images, monk
     given, grid = (images, images.image_grid_thw) if seen else (None, None)
     tau = 0.5
     rows = [chat.drawing_prompt("a star", "Here:", grid)]
-    bits = sample(model, chat, rows, [3], SamplingConfig(cfg=1.0, tau=tau), given).bits_BLd
+    bits = sample(model, chat, rows, [3], SamplingConfig(cfg=1.0, tau=tau), given).labels_BLs
     ids = torch.tensor([chat.drawn("a star", "Here:", token_count(SCHEDULE), grid).ids])
     with torch.no_grad():
         forced = model(
-            ids, drawing=Drawing(replay(bits, SCHEDULE).inputs_BLd, SIZE), **(given._asdict() if given else {})
+            ids, drawing=Drawing(Bits().replay(bits, SCHEDULE).inputs_BLd, SIZE), **(given._asdict() if given else {})
         ).image_logits
     # fp32: caches against one pass, at logits of a few units
     torch.testing.assert_close(torch.cat(logits, 1) * tau, forced, rtol=0, atol=5e-5)
@@ -69,7 +69,7 @@ def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, images, monk
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_top_k_1_leaves_nothing_to_the_seed(model, chat, guidance):
     rows = [chat.drawing_prompt("a star", "")] * 2
-    bits = sample(model, chat, rows, [1, 2], SamplingConfig(cfg=guidance, top_k=1)).bits_BLd
+    bits = sample(model, chat, rows, [1, 2], SamplingConfig(cfg=guidance, top_k=1)).labels_BLs
     assert torch.equal(bits[0], bits[1])
 
 
@@ -80,12 +80,12 @@ def test_prompts_longer_than_the_unconditional_rows_work_with_guidance(model, ch
     sampling = SamplingConfig(cfg=3.0)
     contexts = []
     hook = model.image_decoder.register_forward_pre_hook(lambda module, args: contexts.append(args[2]))
-    together = sample(model, chat, rows, [1, 2], sampling).bits_BLd
+    together = sample(model, chat, rows, [1, 2], sampling).labels_BLs
     hook.remove()
     seen = [len(row) - 1 for row in rows]  # all but image_gen_start
     assert contexts[0].mask_NT.sum(1).tolist() == [*seen, unconditional, seen[1]]
     for i, seed in enumerate([1, 2]):
-        assert torch.equal(sample(model, chat, rows[i : i + 1], [seed], sampling).bits_BLd[0], together[i])
+        assert torch.equal(sample(model, chat, rows[i : i + 1], [seed], sampling).labels_BLs[0], together[i])
 
 
 def test_bits_have_the_probability_of_their_logits():

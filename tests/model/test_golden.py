@@ -28,12 +28,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from vargpt_rl.losses.supervised import image_loss
 from vargpt_rl.model import generate
-from vargpt_rl.model.bits import replay
+from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.generate import SamplingConfig, to_uint8
 from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for
+from vargpt_rl.model.unified import Drawing
 from vargpt_rl.release.v1_1_names import from_release, our_name
 
 GOLDEN = Path(os.environ.get("VARGPT_GOLDEN", Path(__file__).parents[3] / "shared/golden/v1_1_tiny"))
@@ -147,7 +148,7 @@ def test_images_become_the_same_bits_and_come_back(model, tokenizer_data, side):
         encoded = model.image_tokenizer.encode(image)
         original = model.image_tokenizer.decode(encoded.summed_Bdhw)
     assert worst(features, tokenizer_data[f"raw_features_{side}"]) <= FEATURES
-    assert torch.equal(encoded.bits_BLd, tokenizer_data[f"gt_BL_{side}"])
+    assert torch.equal(encoded.labels_BLs, tokenizer_data[f"gt_BL_{side}"])
     inputs, recon = tokenizer_data[f"x_BLC_wo_prefix_{side}"], tokenizer_data[f"recon_{side}"]
     assert worst(encoded.inputs_BLd, inputs) <= half_or(FEATURES, inputs)
     assert worst(encoded.summed_Bdhw, tokenizer_data[f"summed_codes_{side}"]) <= FEATURES
@@ -171,7 +172,7 @@ def teacher_forced(model, config, forward_data):
         model.model.language_model.register_forward_hook(lambda module, args, out: seen.update(states=out[0])),
     ]
     with torch.no_grad():
-        output = model(rows.ids, rows.mask, Drawing(replay(bits, schedule_for(*size)).inputs_BLd, size))
+        output = model(rows.ids, rows.mask, Drawing(Bits().replay(bits, schedule_for(*size)).inputs_BLd, size))
     for hook in hooks:
         hook.remove()
     return rows, output, seen["decoder"], seen["states"]
@@ -179,7 +180,7 @@ def teacher_forced(model, config, forward_data):
 
 def test_inputs_rebuilt_from_bits_are_those_of_the_pass(forward_data):
     bits = forward_data["image_gen_labels"]
-    inputs = replay(bits, schedule_for(*forward_data["pixel_gen_values"].shape[-2:])).inputs_BLd
+    inputs = Bits().replay(bits, schedule_for(*forward_data["pixel_gen_values"].shape[-2:])).inputs_BLd
     assert worst(inputs, forward_data["x_BLC_wo_prefix"]) <= FEATURES
 
 
@@ -227,7 +228,7 @@ def test_generation_draws_the_same_image(model, config, settings, monkeypatch, g
     drawn = generate.generate_images(
         model, ids, torch.ones_like(ids), [0], tuple(expected["image"].shape[-2:]), sampling
     )
-    assert torch.equal(drawn.bits_BLd, expected["bits"])
+    assert torch.equal(drawn.labels_BLs, expected["bits"])
     assert worst(torch.cat(logits, 1), expected["logits"]) <= GENERATION_LOGITS
     assert worst(drawn.summed_Bdhw, expected["summed_codes"]) <= FEATURES
     with torch.no_grad():
@@ -301,7 +302,7 @@ def dpo(model, config, rename, tokenizer_data, dpo_data):
     bits = tensors["image_gen_labels"]
     size = tuple(tokenizer_data[values["chosen_images"].split()[-1]].shape[-2:])
     rows = cut(tensors["input_ids"], tensors["attention_mask"], config, bits.shape[1])
-    inputs = replay(bits, schedule_for(*size)).inputs_BLd
+    inputs = Bits().replay(bits, schedule_for(*size)).inputs_BLd
     policy = copy.deepcopy(model)
     for change in values["policy_perturbation"]:
         edit(policy, change, rename)

@@ -5,11 +5,12 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny import BITS
-from vargpt_rl.model.bits import replay
+from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.decoder import DecoderBlock, drop_branch
 from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import scale_index, scale_slices, schedule_for, token_count
+from vargpt_rl.model.unified import Drawing
 
 SIDE = 64
 SCHEDULE = schedule_for(SIDE)
@@ -32,7 +33,7 @@ def images(chat):
 
 
 def drawing(bits_NLd: torch.Tensor) -> Drawing:
-    return Drawing(replay(bits_NLd, SCHEDULE).inputs_BLd, (SIDE, SIDE))
+    return Drawing(Bits().replay(bits_NLd, SCHEDULE).inputs_BLd, (SIDE, SIDE))
 
 
 @torch.no_grad()
@@ -230,7 +231,7 @@ def test_bf16_scores_images_as_fp32_does_within_its_precision(checkpoint, model,
     half = Vargpt.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     row = chat.drawn("a star", "", TOKENS).ids
     ids = chat.pad([row], "right")
-    inputs = replay(bits[:1], SCHEDULE, torch.bfloat16).inputs_BLd
+    inputs = Bits().replay(bits[:1], SCHEDULE, torch.bfloat16).inputs_BLd
     with torch.no_grad():
         logits = half(ids, torch.ones_like(ids), drawing=Drawing(inputs, (SIDE, SIDE))).image_logits
     assert logits.dtype == torch.bfloat16

@@ -27,6 +27,7 @@ from actors.resources import plan
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
+from vargpt_rl.common.command import run_program
 from vargpt_rl.driver.inputs import Inputs, gather
 from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run
@@ -143,24 +144,23 @@ def run_all(configs: dict[Variant, LoopConfig], inputs: Inputs, directory: Path)
     return markdown(results)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run all of it; the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        config = load_config([*SETTINGS, *arguments])
-        configs = {variant: settings_of(variant, config.directory, arguments) for variant in VARIANTS}
-        inputs = gather(config)
-        if not inputs.source.image_check():
-            raise ValueError(f"data.kind={config.data.kind}: expected shapes, which has questions and an exact check")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def execute(arguments: list[str]) -> None:
+    """Check the settings, run all variants and print their table."""
+    config = load_config([*SETTINGS, *arguments])
+    configs = {variant: settings_of(variant, config.directory, arguments) for variant in VARIANTS}
+    inputs = gather(config)
+    if not inputs.source.image_check():
+        raise ValueError(f"data.kind={config.data.kind}: expected shapes, which has questions and an exact check")
     connect()
     try:
         print(run_all(configs, inputs, config.directory), end="")
     finally:
         ray.shutdown()
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    return run_program(execute, arguments)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from configs.load import load_config
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.batches import DrawExample, SftCollator
 from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
 from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
@@ -137,9 +137,7 @@ def main() -> int:
         figures = (f"{found.cached:.3f}", f"{found.tokenized:.3f}", f"{found.tokenized / found.cached:.2f}")
         rest = (f"{found.difference:.4f}", f"{found.bytes_a_crop:.0f}", f"{found.crops_a_second:.1f}")
         table.add_row(str(resolution), str(micro_batch), *figures, *rest)
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    wide_console().print(table)
     return 0
 
 

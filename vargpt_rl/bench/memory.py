@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learners.config import Recipe
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory.plan import RUNTIME, TrainingMemory, activations, batch, parameter_sizes, preference_loss, states
 from vargpt_rl.memory.tracker import META, skeleton
@@ -203,9 +203,7 @@ def main() -> int:
         table.add_row(
             case.model, case.stage, *figures, f"{expected / 1e6:.0f}", f"{found / 1e6:.0f}", f"{expected / found:.3f}"
         )
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    wide_console().print(table)
     return 0 if right else 1
 
 

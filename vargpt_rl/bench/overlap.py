@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import ray
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.driver.steps import Steps
 
@@ -71,9 +71,7 @@ def bench(settings: OverlapSettings) -> None:
             ratios = f"{beside / max(parts):.2f}", f"{beside / both:.2f}"
             table.add_row(case, *(f"{s:.1f}" for s in (*parts, both, beside)), *ratios, f"{result['waited']:.1f}")
         ray.shutdown()
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.driver.run import STATE, SUMMARY
+from vargpt_rl.storage.files import atomic_dir
 
 SHARED = ("checkpoints/iter-00-sft", "preferences/iter-00-held-out.parquet")
 """What later steps need of those before the pairs."""
@@ -44,6 +45,10 @@ class Study:
     held_out: int = 240
     sft_steps: int = 100
     dpo_steps: int = 60
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds}: expected 1 or more")
 
 
 def overrides(study: Study, seed: int) -> dict[str, list[str]]:
@@ -76,27 +81,25 @@ def fork(source: Path, target: Path) -> None:
     """A run directory that has done what ``source`` did before its pairs, and whose settings are still open."""
     if target.exists():
         return
-    unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for name in SHARED:
-        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-        copy(source / name, unfinished / name)
     state = json.loads((source / STATE).read_text())
     steps = list(state["steps"])
     state["steps"] = {step: state["steps"][step] for step in steps[: steps.index("iter-00/pairs")]}
-    (unfinished / STATE).write_text(json.dumps(state, indent=1))
-    unfinished.rename(target)
+    with atomic_dir(target) as unfinished:
+        for name in SHARED:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+            copy(source / name, unfinished / name)
+        (unfinished / STATE).write_text(json.dumps(state, indent=1))
 
 
 def loop(arguments: list[str], log: Path) -> None:
-    """Run the loop, its output in ``log``. RuntimeError with its last lines where it fails."""
+    """Run the loop, its output in ``log``. Raises CommandFailed with its last lines if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         code = subprocess.run([sys.executable, "-m", "vargpt_rl.loop", *arguments], stdout=output, stderr=output)
     if code.returncode:
         last = "\n".join(log.read_text().splitlines()[-5:])
-        raise RuntimeError(f"exit code {code.returncode} of the loop with {' '.join(arguments)}; {log} ends:\n{last}")
+        raise CommandFailed(f"exit code {code.returncode} of the loop with {' '.join(arguments)}; {log} ends:\n{last}")
 
 
 def run(study: Study) -> list[dict[str, dict]]:
@@ -144,20 +147,8 @@ def _spread(values: np.ndarray, sign: str = "") -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study and print its table; the exit code."""
-    try:
-        study = load_command(Study, sys.argv[1:] if arguments is None else arguments)
-        if study.seeds < 1:
-            raise ValueError(f"seeds={study.seeds}: expected 1 or more")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        print(table(run(study)))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the study and print its table; return its exit code."""
+    return run_command(Study, lambda study: print(table(run(study))), arguments)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from rewards.combined import WeightedSum, scorers
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import run_command
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.shapes import render, sample_scene
 from vargpt_rl.loop import connect
 
@@ -47,13 +47,8 @@ def measure(bench: Bench, terms: dict[str, dict]) -> tuple[float, dict[str, dict
     return bench.images / (time.perf_counter() - began), report
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print both speeds and their ratio; the exit code."""
-    try:
-        bench = load_command(Bench, sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def compare(bench: Bench) -> int:
+    """Print both speeds and their ratio; return 1 if a healthy reward did not score every image."""
     hanging = {"path": "vargpt_rl.bench.hanging:hang", "required": False, "timeout_s": bench.timeout_s, "retries": 0}
     connect()
     try:
@@ -67,12 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(column, justify="left" if column == "rewards" else "right")
     table.add_row("two healthy ones", f"{alone:.1f}", _scored(report_alone), "-")
     table.add_row("the two, and one that hangs", f"{beside:.1f}", _scored(report), lost)
-    console = Console()
-    console.width = max(console.width, 120)
+    console = wide_console()
     console.print(table)
     console.print(f"ratio {beside / alone:.3f}: {bench.images / beside - bench.images / alone:.1f} s more")
     everything = all(term["scored"] == bench.images for name, term in report.items() if name in HEALTHY)
     return 0 if everything else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return its exit code."""
+    return run_command(Bench, compare, arguments)
 
 
 def _scored(report: dict[str, dict]) -> str:

@@ -25,9 +25,10 @@ from vargpt_rl.data.shapes import sample_scene
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
 from vargpt_rl.model.generate import GeneratedImages, SamplingConfig, draw_bits, generate_images
 from vargpt_rl.model.hub import EMBEDDED
-from vargpt_rl.model.modeling import Drawing, Vargpt
+from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.model.scales import STRIDE, schedule_for
+from vargpt_rl.model.unified import Drawing
 
 RESOLUTIONS, BATCHES, ROUNDS = (128, 256), (1, 8, 32), 3
 SAMPLING = SamplingConfig(cfg=1.0)
@@ -101,7 +102,7 @@ def measure(model: Vargpt, chat: ChatFormat, resolution: int, batch: int, rounds
     for _ in range(rounds):
         (fast, drawn), (slow, again) = timed(generate_images, *args), timed(redraw, *args)
         best = [min(best[0], fast), min(best[1], slow)]
-    same = (drawn.bits_BLd == again.bits_BLd).float().mean().item()
+    same = (drawn.labels_BLs == again.labels_BLs).float().mean().item()
     return RolloutResult(*best, *used, same)
 
 

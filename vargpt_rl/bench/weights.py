@@ -18,7 +18,6 @@ import psutil
 import ray
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -32,6 +31,7 @@ from actors.transport import (
 )
 from actors.weights import WeightLayout, apply, layout_of
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.network import free_port
 
 TENSOR = 64 * 2**20
@@ -113,8 +113,7 @@ def transfers(way: str, layout: WeightLayout, path: Path, chunk_server, count: i
 def bench(settings: TransferSettings) -> int:
     """Print a row a case."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    console = Console()
-    console.width = max(console.width, 100)
+    console = wide_console()
     table = Table(title="weights on their way to workers", title_justify="left", box=SIMPLE_HEAD)
     for column in ("way", "GB", "receivers", "GB/s each", "plain copy GB/s", "ratio", "memory rose MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")

@@ -1,8 +1,11 @@
-"""``key=value`` command lines of the small programs: a dataclass says which keys there are, of what type, and defaults.
+"""Command lines of the form ``key=value``: a dataclass declares the keys, their types and defaults.
 
-Values are taken as written (a folder called ``2024_01`` is no number). Settings inside a named group are dotted,
-``sources.NAME.format=jsonl``; a list is ``[a,b]`` or its only item. A fault is an error of one line that names the key;
-secrets are refused as the loop refuses them.
+Values are taken literally (a folder called ``2024_01`` is not a number). Settings inside a named group are dotted,
+``sources.NAME.format=jsonl``; a list is ``[a,b]`` or its only item. Every error is one line that names the key.
+Values that look like secrets are rejected.
+
+`run_program` turns errors into exit codes: 0 done, 1 failed, 2 bad argument or input. The loop has its own, since an
+error in training must keep its traceback; it adds 75 (EX_TEMPFAIL), stopped by a signal and to be started again.
 """
 
 import sys
@@ -13,13 +16,18 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.common.secret_check import check_secrets
 
 Command = TypeVar("Command")
 
 
+class CommandFailed(RuntimeError):
+    """The arguments were right, but the program could not do its work: exit code 1."""
+
+
 def _type_of(kind: Any, names: list[str]) -> Any:
-    """The type of a dotted key. ValueError where there is no such key."""
+    """Return the type of a dotted key. Raises ValueError if there is no such key."""
     for name in names:
         if is_dataclass(kind):
             keys = [field.name for field in fields(kind)]
@@ -34,7 +42,7 @@ def _type_of(kind: Any, names: list[str]) -> Any:
 
 
 def _value(kind: Any, text: str) -> str | list[str]:
-    text = text.replace("${", r"\${")  # as written: no reference to another key
+    text = text.replace("${", r"\${")  # literal: not a reference to another key
     if get_origin(kind) is not list:
         return text
     inside = text[1:-1] if text.startswith("[") and text.endswith("]") else None
@@ -42,11 +50,12 @@ def _value(kind: Any, text: str) -> str | list[str]:
 
 
 def load_command(kind: type[Command], arguments: list[str]) -> Command:
-    """An instance of the dataclass; fields without a default must be given. ValueError for whatever is wrong."""
-    settings, given = OmegaConf.structured(kind), set()
+    """Build the dataclass from arguments. Raises ValueError for any wrong, repeated or missing key."""
+    settings = OmegaConf.structured(kind)
+    given: set[str] = set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        check_secrets(value, key)  # before an error repeats one
+        check_secrets(value, key)  # before an error message could repeat one
         names = key.split(".") if equals else [""]
         try:
             nested: Any = _value(_type_of(kind, names), value)
@@ -64,11 +73,26 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
     return OmegaConf.to_object(settings)
 
 
-def run_command(kind: type[Command], execute: Callable[[Command], None], arguments: list[str] | None = None) -> int:
-    """Run a program with ``sys.argv`` or other arguments; its exit code: 0 done, 2 an argument or input is wrong."""
+def report_error(error: Exception | str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def run_program(execute: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
+    """Run a program with ``sys.argv`` or the given arguments; return its exit code (see above)."""
+    configure_logging()
     try:
-        execute(load_command(kind, sys.argv[1:] if arguments is None else arguments))
+        return execute(sys.argv[1:] if arguments is None else arguments) or 0
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report_error(error)
         return 2
-    return 0
+    except CommandFailed as error:
+        report_error(error)
+        return 1
+
+
+def run_command(
+    kind: type[Command], execute: Callable[[Command], int | None], arguments: list[str] | None = None
+) -> int:
+    """Run a program whose arguments are the fields of a dataclass; return its exit code (see above)."""
+    return run_program(lambda given: execute(load_command(kind, given)), arguments)

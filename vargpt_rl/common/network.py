@@ -1,10 +1,10 @@
-"""Where processes of a group meet."""
+"""Network addresses for process groups."""
 
 import socket
 
 
 def free_port() -> int:
-    """A port of this machine that is free now."""
+    """Return a port that is currently free on this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
         return free.getsockname()[1]

@@ -34,7 +34,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_tokenizer, shard_files, tokenizer_checksum
 from vargpt_rl.data.images import random_crop
 from vargpt_rl.data.quarantine import Quarantine
@@ -183,24 +183,21 @@ def encode(command: Encoding) -> Counter[str]:
     return counts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; the exit code."""
-    try:
-        command = load_command(Encoding, sys.argv[1:] if arguments is None else arguments)
-        counts = encode(command)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def execute(command: Encoding) -> None:
+    """Encode and print the counts. Raises CommandFailed if too many records are bad."""
+    counts = encode(command)
     for what in (RECORDS, BAD, IMAGES, SAME, ENCODED, KEPT, *sorted(what for what in counts if ": " in what)):
         print(f"{counts[what]:8d}  {what}")
     if counts[BAD] > command.max_bad_fraction * counts[RECORDS]:
-        print(
-            f"error: {counts[BAD]} of {counts[RECORDS]} records are bad, more than max_bad_fraction="
-            f"{command.max_bad_fraction}, see {command.out / 'quarantine'}",
-            file=sys.stderr,
+        raise CommandFailed(
+            f"{counts[BAD]} of {counts[RECORDS]} records are bad, more than max_bad_fraction="
+            f"{command.max_bad_fraction}, see {command.out / 'quarantine'}"
         )
-        return 1
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    return run_command(Encoding, execute, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ says what one has; ``pandas.read_parquet`` reads one.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vargpt_rl.common.failpoints import point
+from vargpt_rl.common.command import run_program
 from vargpt_rl.data.pair_statistics import describe
-from vargpt_rl.storage.files import sync
+from vargpt_rl.storage.files import atomic_file
 
 # Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over an image's bits or by
 # scale over those of each; a reward is null where none was asked for; seed (32 bits) and policy version are null where
@@ -81,17 +80,8 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
         for name in REFERENCES:
             if not np.isfinite(row[name]).all():
                 raise ValueError(f"{path}: pair {row['pair_id']!r}: {name} is {row[name]}, expected finite numbers")
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        point(f"{path.name}/written")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # where the disk is full, it is not to stay so
-    sync(path.parent)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def _column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
@@ -192,12 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="describe")
     commands.add_parser("describe", help="print what a preference table has").add_argument("file", type=Path)
     path = parser.parse_args(arguments).file
-    try:
-        print(_describe(path))
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda _: print(_describe(path)), [])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from the whole prompt, so that the stronger system's images can be named after i
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import midjourney
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.records.stream import ReadOptions, Records
+from vargpt_rl.storage.files import atomic_file
 
 
 @dataclass
@@ -38,10 +38,10 @@ class PromptsCommand:
 def execute(command: PromptsCommand) -> None:
     """Write the prompts, each once; ``out`` appears when it is whole."""
     reading = ReadOptions(seed=None, max_bad_fraction=command.max_bad_fraction)
-    quarantine, unfinished = (command.out.with_name(command.out.name + end) for end in (".quarantine", ".unfinished"))
+    quarantine = command.out.with_name(f"{command.out.name}.quarantine")
     paths = RecordSource(command.files, "parquet").paths()
     written: set[str] = set()
-    with unfinished.open("w", encoding="utf-8") as file:
+    with atomic_file(command.out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for request in Records(paths, FORMATS["parquet"], [midjourney], quarantine, reading):
             if len(written) == command.limit:
                 break
@@ -49,7 +49,6 @@ def execute(command: PromptsCommand) -> None:
                 written.add(request.prompt.id)
                 line = {"id": request.prompt.id, "prompt": request.prompt.text, "commands": request.commands}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(unfinished, command.out)
     print(f"{len(written)} prompts in {command.out}")
 
 

@@ -1,7 +1,8 @@
 """The summary of a run, and the table that closes it on the terminal."""
 
-from rich.console import Console
 from rich.table import Table
+
+from vargpt_rl.common.console import wide_console
 
 
 def _number(result: dict | None, key: str, form: str) -> str:
@@ -67,8 +68,7 @@ def closing_table(summary: dict) -> Table:
 
 def show(summary: dict, directory: object) -> None:
     """Print the closing table and where everything is."""
-    console = Console()
-    console.width = max(console.width, 120)  # the table needs as much; a narrower terminal wraps it
+    console = wide_console()
     if summary["stages"]:
         console.print(stage_table(summary["stages"]))
     if summary["iterations"]:

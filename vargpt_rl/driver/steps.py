@@ -4,7 +4,6 @@ Each method returns a small JSON object for the run's record. ``weights`` is the
 starting model, in order. Ray and DeepSpeed are behind ``rollouts`` and ``learners``.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import keep_best
+from vargpt_rl.storage.files import remove_dir
 
 # What seeds are for, beside the run's seed and the iteration.
 CORPUS, PROMPTS, LOSERS, HELD_OUT, SOURCES = range(5)
@@ -373,10 +373,7 @@ class Steps:
         rows = {label.replace("_", " "): sorted(self._samples.glob(f"{label}-*.png")) for label in labels}
         sample_grid({label: images[: len(captions)] for label, images in rows.items() if images}, captions, path)
         self.run.log_images(path)
-        unneeded = self._samples.with_name(f".{self._samples.name}")
-        shutil.rmtree(unneeded, ignore_errors=True)
-        os.replace(self._samples, unneeded)  # all rows at once
-        shutil.rmtree(unneeded)
+        remove_dir(self._samples)  # all rows at once
         return result
 
     def sample_grid(self) -> dict:

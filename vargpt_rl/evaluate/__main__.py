@@ -6,7 +6,6 @@ the command resumes it. With ``num_shards=N shard=k``, N processes generate one 
 keys scores the result. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
 """
 
-import subprocess
 import sys
 from dataclasses import asdict
 
@@ -73,11 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    try:
-        return run_command(EvaluateConfig, evaluate, arguments)
-    except subprocess.CalledProcessError as error:
-        print(f"error: lmms-eval failed with exit code {error.returncode}, see its output above", file=sys.stderr)
-        return 1
+    return run_command(EvaluateConfig, evaluate, arguments)
 
 
 if __name__ == "__main__":

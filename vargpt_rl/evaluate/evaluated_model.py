@@ -19,7 +19,7 @@ from vargpt_rl.inference.images import batches, check_unchanged, draw_missing, i
 from vargpt_rl.model.hub import check_model
 from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
-from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.files import digest, write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
 
 Look = Callable[[str], Image.Image]
@@ -61,7 +61,7 @@ class EvaluatedModel:
         ).hexdigest()  # labels of checkpoints may be equal
         self.out = make_folder(str(config.folder / f"{label}-{place}"))
         self.dtype = str(device_and_dtype(config.device, config.dtype)[1]).removeprefix("torch.")
-        self.weights = digest(self.path)
+        self.weights = model_digest(self.path)
 
     @cached_property
     def _loaded(self) -> tuple[Unified, ChatTemplate]:
@@ -139,11 +139,9 @@ class EvaluatedModel:
         return shown
 
 
-def digest(folder: Path) -> str:
+def model_digest(folder: Path) -> str:
     """Hash a model directory's weights, settings and tokenizer."""
     total = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".txt")):
-        with path.open("rb") as file:
-            own = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        total.update(f"{path.name} {own}\n".encode())
+        total.update(f"{path.name} {digest(path)}\n".encode())
     return total.hexdigest()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from vargpt_rl.common.command import CommandFailed
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
@@ -81,7 +82,7 @@ class Understanding:
         return {"task": task, "weights": model.weights, "dtype": model.dtype, "limit": self.config.limit}
 
     def make(self, model: EvaluatedModel) -> None:
-        """Run the tasks that have no results yet. CalledProcessError if lmms-eval fails."""
+        """Run the tasks that have no results yet. Raises CommandFailed if lmms-eval fails."""
         missing = [task for task in self.tasks if not self._results(model, task)]
         if not missing:
             return
@@ -98,7 +99,9 @@ class Understanding:
             "weights": model.weights,
             "about": {task: self._about(model, task) for task in missing},
         }
-        self._run("-m", "vargpt_rl.evaluate.lmms", json.dumps(job), check=True)
+        code = self._run("-m", "vargpt_rl.evaluate.lmms", json.dumps(job)).returncode
+        if code:
+            raise CommandFailed(f"lmms-eval failed with exit code {code}, see its output above")
 
     def _results(self, model: EvaluatedModel, task: str) -> dict | None:
         """Read lmms-eval's results of a task, if any. ValueError if they belong to other settings."""

@@ -22,7 +22,7 @@ from vargpt_rl.losses.supervised import Noise, sft_loss
 from vargpt_rl.memory.tracker import META, MetaModel, counting, skeleton
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.families import family_of, load_config
-from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next
+from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_scales
 from vargpt_rl.model.hub import TINY_V1
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
 from vargpt_rl.model.prompt import IGNORED
@@ -235,7 +235,7 @@ def rollout(
         hook = model.image_decoder.register_forward_hook(after_scale)
         reading = GenerationState(model, rows)
         reading.read(ids, mask, inputs.get("pixel_values"), inputs.get("image_grid_thw"))
-        draw_next.__wrapped__(reading, list(range(rows)), size, sampling)  # not in inference mode, as the ledger wants
+        draw_scales(reading, list(range(rows)), size, sampling)  # not in inference mode, as the ledger wants
         hook.remove()
 
     def decoding():

@@ -1,7 +1,7 @@
-"""Multi-scale binary spherical quantisation: between latent features, bits and the inputs of the next scale.
+"""Multi-scale binary spherical quantisation: converts latent features to bits, and bits to decoder inputs.
 
-Each scale encodes the sign of what the coarser scales left over (Infinity, section 3.2). All functions are pure and
-need no weights, so a learner that knows only bits can rebuild every input the decoder saw.
+Each scale encodes the sign of the remainder of the coarser scales (Infinity, section 3.2). Nothing here needs weights,
+so a learner can recompute every decoder input from the bits alone.
 
 Shape legend: B batch, L image tokens, d bits a token, h w latent grid, K scales.
 """
@@ -15,19 +15,19 @@ from vargpt_rl.model.scales import Schedule, schedule_for
 
 
 def to_codes(bits_BLd: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Bits {0, 1} -> points {-1, +1} / sqrt(d) on the unit sphere."""
+    """Map bits {0, 1} to points {-1, +1} / sqrt(d) on the unit sphere."""
     return (bits_BLd.to(dtype) * 2 - 1) / bits_BLd.shape[-1] ** 0.5
 
 
 def resize(map_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Linear interpolation without antialiasing, as the model was trained with, also where it shrinks."""
+    """Interpolate bilinearly without antialiasing, up or down, as the model was trained."""
     if map_Bdhw.shape[-2:] == torch.Size(grid):
         return map_Bdhw
     return F.interpolate(map_Bdhw, size=grid, mode="bilinear", align_corners=False)
 
 
 def residual(features_Bdhw: torch.Tensor, summed_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Unit-length remainder of the features at one scale, [B, d, *grid]."""
+    """Return the unit-length remainder of the features at one scale, [B, d, *grid]."""
     rest = features_Bdhw - summed_Bdhw
     if rest.shape[-2:] != torch.Size(grid):
         rest = F.interpolate(rest, size=grid, mode="area")
@@ -35,7 +35,7 @@ def residual(features_Bdhw: torch.Tensor, summed_Bdhw: torch.Tensor, grid: tuple
 
 
 class Bits(MultiScale):
-    """Labels are the signs of the remainder (specification, section 2)."""
+    """Quantiser whose labels are the signs of the remainder (specification, section 2)."""
 
     schedule_for = staticmethod(schedule_for)
 
@@ -48,33 +48,35 @@ class Bits(MultiScale):
     def inputs(self, summed_Bdhw, grid):
         return to_tokens(resize(summed_Bdhw, grid))
 
+    def quantise_noisily(self, features_Bdhw, schedule, flip):
+        """Encode features with the bit flips of bitwise self-correction (see `quantise_flipped`).
 
-BITS = Bits()
+        Each image and scale draws its flip probability uniformly from [0, ``flip``).
+        """
+        if not flip:
+            return self.quantise(features_Bdhw, schedule)
+        rates_BK = torch.rand(len(features_Bdhw), len(schedule), device=features_Bdhw.device) * flip
+        return self.quantise_flipped(features_Bdhw, schedule, rates_BK)
 
+    def quantise_flipped(
+        self,
+        features_Bdhw: torch.Tensor,
+        schedule: Schedule,
+        flip_BK: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Quantised:
+        """Encode features, flipping bits before finer scales build on them (Infinity, section 3.4).
 
-def quantise(
-    features_Bdhw: torch.Tensor, schedule: Schedule, flip_BK: torch.Tensor | None = None, generator=None
-) -> Quantised:
-    """Encode features as bits, scale by scale (specification, section 2).
+        ``flip_BK`` is the flip probability per image and scale. Labels remain those of the true remainder, so finer
+        scales learn to repair the flips.
+        """
+        rates = iter(flip_BK.unbind(1))
 
-    ``flip_BK``: per image and scale, the probability that a bit is flipped before it is fed on (bitwise
-    self-correction, Infinity section 3.4). Labels stay those of the true remainder, so later scales learn to repair
-    the flips.
-    """
-    if flip_BK is None:
-        return BITS.quantise(features_Bdhw, schedule)
-    rates = iter(flip_BK.unbind(1))
+        def flipped(bits_Bnd: torch.Tensor) -> torch.Tensor:
+            noise = torch.rand(bits_Bnd.shape, generator=generator, device=bits_Bnd.device)
+            return bits_Bnd ^ (noise < next(rates)[:, None, None]).to(torch.uint8)
 
-    def flipped(bits_Bnd: torch.Tensor) -> torch.Tensor:
-        noise = torch.rand(bits_Bnd.shape, generator=generator, device=bits_Bnd.device)
-        return bits_Bnd ^ (noise < next(rates)[:, None, None]).to(torch.uint8)
-
-    return BITS.quantise(features_Bdhw, schedule, flipped)
-
-
-def replay(bits_BLd: torch.Tensor, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Quantised:
-    """From stored bits, the very inputs and the latent sum that drawing them produced."""
-    return BITS.replay(bits_BLd, schedule, dtype)
+        return self.quantise(features_Bdhw, schedule, flipped)
 
 
 def _width(values: int) -> int:
@@ -82,18 +84,18 @@ def _width(values: int) -> int:
 
 
 def pack(labels_Ls: np.ndarray, values: int = 2) -> bytes:
-    """Integers below ``values`` [L, s] -> bytes, in no more bits each than needed, the highest bit first.
+    """Pack integers below ``values`` [L, s] into bytes, with the minimum number of bits each, highest bit first.
 
-    An image at 256 px takes 2.1 kB as 32 bits a token, 1.0 kB as an index of 4096 a token.
+    An image at 256 px takes 2.1 kB with 32 bits per token, 1.0 kB with one of 4096 indices per token.
     """
     shifts = np.arange(_width(values))[::-1].astype(labels_Ls.dtype)
     return np.packbits((labels_Ls[..., None] >> shifts & 1).astype(np.uint8), axis=None).tobytes()
 
 
 def unpack(packed: bytes, tokens: int, depth: int, values: int = 2) -> np.ndarray:
-    """Inverse of ``pack``: uint8 [L, s], or int32 where ``values`` do not fit.
+    """Invert ``pack``: uint8 [L, s], or int32 if ``values`` do not fit.
 
-    ValueError if the length is not that of ``tokens * depth`` labels, or a label is not below ``values``.
+    Raises ValueError if the length is not that of ``tokens * depth`` labels, or a label is not below ``values``.
     """
     width = _width(values)
     count = tokens * depth * width
@@ -104,5 +106,5 @@ def unpack(packed: bytes, tokens: int, depth: int, values: int = 2) -> np.ndarra
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).reshape(tokens, depth, width)
     labels = bits[..., 0] if width == 1 else bits @ (1 << np.arange(width)[::-1])
     if labels.max(initial=0) >= values:
-        raise ValueError(f"packed bits: a label of {labels.max()}, expected less than {values}")
+        raise ValueError(f"packed bits: found label {labels.max()}, expected less than {values}")
     return labels.astype(np.uint8 if values <= 256 else np.int32)

@@ -1,4 +1,4 @@
-"""The visual decoder: an Infinity-style transformer that turns language-model states into the bits of the next scale.
+"""Visual decoder: an Infinity-style transformer that turns language-model states into the bits of the next scale.
 
 Block-causal over scales, 2-D rotary positions, cosine attention, adaptive layer norm shared by all blocks, and cross
 attention to the prompt's states (specification, section 4, steps 1, 2, 8 and 9; Infinity, section 3.3). The condition
@@ -23,7 +23,7 @@ MAX_LOG_SCALE = 4.605170185988092  # ln 100: cosine attention is never sharper t
 
 
 class Condition(NamedTuple):
-    """What every layer of the decoder is conditioned on, a row an image."""
+    """Conditioning of every layer of the decoder, one row per image."""
 
     start_N1C: torch.Tensor  # input of the first scale's only token
     modulation_N16C: torch.Tensor  # shared adaptive layer norm, before each block's own offset
@@ -31,14 +31,14 @@ class Condition(NamedTuple):
 
 
 class DecoderContext(NamedTuple):
-    """The prompt's states for cross attention; ``mask_NT`` is True where there is one."""
+    """The prompt's states for cross attention; ``mask_NT`` is False at padding."""
 
     states_NTC: torch.Tensor
     mask_NT: torch.Tensor
 
 
 class ScaleCache:
-    """Keys and values of one image batch over the scales drawn so far, for every block; made for one generation."""
+    """Keys and values of every block for the scales drawn so far; one per generated batch of images."""
 
     def __init__(self, depth: int):
         self.self_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
 
 class StartPool(nn.Module):
-    """Attention pool over the one start row: a projection of its value (the softmax over one key is 1)."""
+    """Attention pool over a single row, hence a projection of its value (the softmax over one key is 1)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -72,7 +72,7 @@ class StartPool(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """The learned start row (or the unconditional one) -> the condition of every layer. Does not see the prompt."""
+    """Maps the learned start row, or the unconditional one, to the condition. Does not see the prompt."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -86,7 +86,7 @@ class ConditionEncoder(nn.Module):
         self.head_modulation = nn.Linear(c, 2 * c)
 
     def forward(self, unconditional_N: torch.Tensor) -> Condition:
-        """bool [N], True where the image's condition is dropped."""
+        """Encode bool [N], True where the image's condition is dropped."""
         row_NC = torch.where(unconditional_N[:, None], self.unconditional[0], self.start_embedding)
         cond_NC = self.pool(self.norm(row_NC))
         active_NC = F.silu(cond_NC)
@@ -98,9 +98,9 @@ class ConditionEncoder(nn.Module):
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a table made while sampling must serve training too
+@torch.inference_mode(False)  # a table cached while sampling must also work in training
 def _rope_table(schedule: Schedule, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin fp32 [L, e/2]: the first half of the pairs turns with the row, the second half with the column."""
+    """Return cos, sin fp32 [L, e/2]: the first half of the pairs encodes the row, the second half the column."""
     quarter = head_width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
     position_L2 = grid_positions(schedule).float()
@@ -115,7 +115,7 @@ def _rotate(x_NhLe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class SelfAttention(nn.Module):
-    """Cosine attention: unit-length queries and keys, a learned temperature a head, no key bias; rotated or not."""
+    """Cosine attention: unit-length queries and keys, a learned temperature per head, no key bias; rotary optional."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Plain attention from image tokens to the prompt's states."""
+    """Scaled dot-product attention from image tokens to the prompt's states."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -170,6 +170,8 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a tanh GELU between them."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -177,6 +179,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def causal_mask(scale_L: torch.Tensor) -> torch.Tensor:
+    """Return the block-causal mask, bool [L, L]: a token sees its own scale and the coarser ones."""
+    return scale_L[:, None] >= scale_L[None, :]
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Return the stochastic depth of each block, growing linearly from 0 to ``last``."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def modulated_norm(x_NLC: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer norm without weights, then an adaptive scale and shift, [N, 1, C] each."""
+    return F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def drop_branch(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
@@ -188,7 +205,7 @@ def drop_branch(branch_NLC: torch.Tensor, rate: float) -> torch.Tensor:
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """Self attention, cross attention, feed-forward; the first and last are modulated and gated, cross is not."""
+    """Self attention, cross attention, feed-forward; all but cross attention are modulated and gated."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -203,17 +220,16 @@ class DecoderBlock(GradientCheckpointingLayer):
 
     def forward(self, x_NLC, modulation_N16C, context, rope, mask_LL, drop_path, cache=None) -> torch.Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.modulation_offset + modulation_N16C).unbind(2)
-        norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
-        branch = self.self_attention(norm * (1 + scale1) + shift1, rope, mask_LL, cache, self.index)
+        norm = modulated_norm(x_NLC, scale1, shift1, self.eps)
+        branch = self.self_attention(norm, rope, mask_LL, cache, self.index)
         x_NLC = x_NLC + drop_branch(gate1 * branch, drop_path)
         x_NLC = x_NLC + self.cross_attention(self.cross_norm(x_NLC), context, cache, self.index)
-        norm = F.layer_norm(x_NLC, x_NLC.shape[-1:], eps=self.eps)
-        branch = self.feed_forward(norm * (1 + scale2) + shift2)
+        branch = self.feed_forward(modulated_norm(x_NLC, scale2, shift2, self.eps))
         return x_NLC + drop_branch(gate2 * branch, drop_path)
 
 
 class VisualDecoder(nn.Module):
-    """States of the image tokens -> two logits for each bit of the same token: there is no shift."""
+    """Maps states of the image tokens to two logits for each bit of the same token (no shift by one)."""
 
     def __init__(self, config: DecoderConfig, bits: int):
         super().__init__()
@@ -226,7 +242,7 @@ class VisualDecoder(nn.Module):
         self.head = nn.Linear(c, 2 * bits)
 
     def words(self, inputs_NnD: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """[N, n, C]: what the language model is given for ``tokens`` of the schedule, the first one aside."""
+        """Embed ``tokens`` of the schedule for the language model: [N, n, C]. The first token has no input."""
         return self.word_embedding(inputs_NnD)
 
     def forward(
@@ -239,21 +255,18 @@ class VisualDecoder(nn.Module):
         cache: ScaleCache | None = None,
         tokens: slice = slice(None),
     ) -> torch.Tensor:
-        """Logits float [N, L, 2d]; channel 2b says "bit b is 0", channel 2b + 1 says "bit b is 1".
+        """Return logits [N, L, 2d]; channel 2b says "bit b is 0", channel 2b + 1 says "bit b is 1".
 
         ``y_NLC`` holds the ``tokens`` of the schedule. Teacher forced, these are the tokens of all scales, or of the
         first ones, and a block-causal mask hides finer scales. With a ``cache``, they are the tokens of one scale and
-        see what the cache holds.
+        attend to the cached ones too.
         """
         scale_L = scale_index(schedule, y_NLC.device)[tokens]
         rope = _rope_table(schedule, self.config.width // self.config.heads, y_NLC.device)
         cos, sin = (table_Le[tokens] for table_Le in rope)
-        mask_LL = scale_L[:, None] >= scale_L[None, :] if cache is None else None
+        mask_LL = causal_mask(scale_L) if cache is None else None
         x = y_NLC + self.level_embedding(scale_L)
-        for i, block in enumerate(self.blocks):
-            # The rate grows with depth, from 0 to the full one.
-            rate = drop_path * i / max(len(self.blocks) - 1, 1)
+        for block, rate in zip(self.blocks, drop_path_rates(drop_path, len(self.blocks)), strict=True):
             x = block(x, condition.modulation_N16C, context, (cos, sin), mask_LL, rate, cache)
-        scale_NC, shift_NC = condition.head_N2C.unbind(1)
-        x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
-        return self.head(x * (1 + scale_NC[:, None]) + shift_NC[:, None])
+        scale_N1C, shift_N1C = condition.head_N2C.split(1, dim=1)
+        return self.head(modulated_norm(x, scale_N1C, shift_N1C, self.config.norm_eps))

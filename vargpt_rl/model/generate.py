@@ -1,15 +1,15 @@
-"""Drawing images: next-scale sampling with key-value caches and classifier-free guidance.
+"""Image generation: next-scale sampling with key-value caches and classifier-free guidance.
 
-The language model reads the prompt once, or goes on from what it has read; then each scale takes one pass of language
-model and visual decoder over the tokens of that scale alone (specification, section 5). What the unconditional branch
-of guidance is, and how strong, is each family's own affair.
+The language model reads the prompt once, or continues from its cache; then each scale takes one pass of language model
+and visual decoder over the tokens of that scale alone (specification, section 5). Each family defines the unconditional
+branch of guidance and its strength.
 
 Deviations from the published code: any batch size, prompts of different lengths; each sample draws its noise from its
-own seed, so it does not depend on its neighbours; what is read is kept in an object of its own, not on the model, and
-may hold any number of drawn images.
+own seed, so it does not depend on the rest of the batch; caches are kept in a separate object, not on the model, and
+may contain any number of generated images.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
-scale, L image tokens, d bits or s symbols a token, D logits a token, C decoder width, H language-model width.
+scale, L image tokens, d bits or s symbols per token, D logits per token, C decoder width, H language-model width.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,16 @@ from vargpt_rl.model.unified import Unified
 
 @dataclass
 class SamplingConfig:
-    """How image tokens are drawn. Defaults are those of the release of v1.1.
-
-    ``cfg``: in v1.1 1 is without guidance; in v1 0 is, and the strength grows from 0 at the first scale to ``cfg``.
-    """
+    """Sampling of image tokens; the defaults are those of the v1.1 release."""
 
     cfg: float = 3.0
+    """Guidance strength. Off is 1 in v1.1, and 0 in v1, where it grows from 0 at the first scale to ``cfg``."""
     tau: float = 0.5
+    """Temperature of the logits."""
     top_k: int = 900
+    """Sample among the ``top_k`` most likely values of a symbol; 1 is greedy."""
     top_p: float = 0.97
+    """Sample among the most likely values that together reach this probability."""
 
     def __post_init__(self):
         if self.tau <= 0:
@@ -47,19 +48,16 @@ class SamplingConfig:
 
 
 class GeneratedImages(NamedTuple):
-    """``labels_BLs`` integers; ``summed_Bdhw`` the latent sum that decodes to the images."""
+    """Generated image tokens of a batch."""
 
     labels_BLs: torch.Tensor
+    """Integers."""
     summed_Bdhw: torch.Tensor
-
-    @property
-    def bits_BLd(self) -> torch.Tensor:
-        """The labels where they are bits: uint8 [B, L, d]."""
-        return self.labels_BLs
+    """Sum of the codes, which decodes to the images."""
 
 
 def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
-    """uint8 [B, n, d] from logits [B, n, 2d], already divided by tau and guided.
+    """Sample bits uint8 [B, n, d] from logits [B, n, 2d], already divided by tau and guided.
 
     top_k and top_p act on two options: top_k = 1 keeps the likelier, top_p drops the weaker at 1 - top_p or below.
     """
@@ -71,9 +69,9 @@ def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: l
 
 
 def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
-    """int32 [B, n, 1] from logits [B, n, V], already divided by tau and guided.
+    """Sample indices int32 [B, n, 1] from logits [B, n, V], already divided by tau and guided.
 
-    Of the ``top_k`` likeliest, in order, those are kept before which less than ``top_p`` has been reached.
+    Candidates are the ``top_k`` likeliest, in order, while the probability of those before is less than ``top_p``.
     """
     likeliest = logits_BnV.float().topk(min(sampling.top_k, logits_BnV.shape[-1]), dim=-1)
     p = likeliest.values.softmax(-1, dtype=torch.float64)
@@ -84,32 +82,36 @@ def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, generators:
     return likeliest.indices.gather(-1, rank).to(torch.int32)
 
 
-def draw_labels(logits_BnD: torch.Tensor, symbols: Symbols, *how) -> torch.Tensor:
-    """Integers [B, n, s] from logits [B, n, s * values]: bits or indices."""
-    return draw_bits(logits_BnD, *how) if symbols.values == 2 else draw_indices(logits_BnD, *how)
+def draw_labels(
+    logits_BnD: torch.Tensor, symbols: Symbols, sampling: SamplingConfig, generators: list[torch.Generator]
+) -> torch.Tensor:
+    """Sample bits or indices, integers [B, n, s], from logits [B, n, s * values]."""
+    draw = draw_bits if symbols.values == 2 else draw_indices
+    return draw(logits_BnD, sampling, generators)
 
 
 class GenerationState:
-    """What the language model has read of a batch of rows so far: its cache and its states.
+    """The language model's cache and states for a batch of rows.
 
-    The states of all that was read are kept, drawn tokens included: they are the context of images drawn later.
+    The states of every token, generated ones included, are kept: they are the context of images drawn later.
     """
 
     def __init__(self, model: Unified, batch: int):
-        self.model, self.batch = model, batch
+        self.model = model
+        self.batch = batch
         self.cache = DynamicCache(config=model.config.text_config)
         self.mask_BT = torch.ones(batch, 0, dtype=torch.long, device=model.device)
         self.next_position_B = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.states: list[torch.Tensor] = []
 
     def read(self, input_ids_BT, attention_mask_BT, pixel_values=None, image_grid_thw=None) -> None:
-        """Read token ids and the understood images among them; every row ends with a token, not with padding."""
+        """Read token ids, and the understood images among them. Rows must not end with padding."""
         positions = self.model.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
         embeds_BTH = self.model.embed(input_ids_BT, pixel_values, image_grid_thw)
         self._step(embeds_BTH, attention_mask_BT, positions + self.next_position_B[:, None])
 
     def read_drawn(self, embeds_BnH: torch.Tensor) -> torch.Tensor:
-        """Read drawn tokens; their states [B, n, H]."""
+        """Read drawn tokens and return their states [B, n, H]."""
         mask_Bn = self.mask_BT.new_ones(embeds_BnH.shape[:2])
         return self._step(embeds_BnH, mask_Bn, self.model.positions(mask_Bn, mask_Bn) + self.next_position_B[:, None])
 
@@ -122,12 +124,12 @@ class GenerationState:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.next_position_B = positions[..., -1].view(-1, self.batch).amax(0) + 1  # of any axis
+        self.next_position_B = positions[..., -1].view(-1, self.batch).amax(0) + 1  # the largest over m-rope's axes
         self.states.append(states)
         return states
 
     def context(self) -> DecoderContext:
-        """The decoder's context of an image that begins here, when ``image_gen_start`` was read last."""
+        """Return the decoder's context for an image that begins here, right after ``image_gen_start``."""
         rows = torch.arange(len(self.mask_BT), device=self.mask_BT.device)
         first_N2 = torch.stack([rows, torch.full_like(rows, self.mask_BT.shape[1])], dim=1)
         return self.model.context(torch.cat(self.states, dim=1), self.mask_BT, first_N2)
@@ -144,16 +146,16 @@ def generate_images(
     pixel_values: torch.Tensor | None = None,
     image_grid_thw: torch.Tensor | None = None,
 ) -> GeneratedImages:
-    """Draw one image of ``size`` (height, width) pixels for each prompt.
+    """Generate one image of ``size`` (height, width) pixels for each prompt.
 
-    int64 [B, T] left-padded prompts whose last token is ``image_gen_start``; one seed a sample. Raises ValueError when
-    the prompts do not end so or the seeds are not one a sample.
+    Prompts are int64 [B, T], left-padded, and end with ``image_gen_start``; raises ValueError otherwise, or if there is
+    not one seed per sample.
     """
     if len(seeds) != len(input_ids_BT):
-        raise ValueError(f"{len(seeds)} seeds for {len(input_ids_BT)} prompts, expected one each")
+        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds for {len(input_ids_BT)} prompts")
     if (input_ids_BT[:, -1] != model.config.image_gen_start_token_id).any():
         raise ValueError("each prompt must end with image_gen_start; pad on the left")
-    model.image_tokenizer.schedule_for(*size)  # refuses a bad size before the prompts are read
+    model.image_tokenizer.schedule_for(*size)  # reject a bad size before reading the prompts
     reading = GenerationState(model, len(seeds))
     reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
     return draw_next(reading, seeds, size, sampling)
@@ -163,16 +165,30 @@ def generate_images(
 def draw_next(
     reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
 ) -> GeneratedImages:
-    """Draw one image a row after what was read, ``image_gen_start`` last; its L tokens are then read as well."""
-    model, tokenizer, decoder = reading.model, reading.model.image_tokenizer, reading.model.image_decoder
-    schedule, symbols = tokenizer.schedule_for(*size), model.config.image_tokenizer_config.symbols
-    slices, batch, guided = scale_slices(schedule), len(seeds), model.guided(sampling.cfg)
+    """Draw one image per row after ``image_gen_start``, which was read last. Its L tokens are read in the process."""
+    return draw_scales(reading, seeds, size, sampling)
+
+
+def draw_scales(
+    reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
+) -> GeneratedImages:
+    """Do the work of `draw_next`, which differs in its inference mode only."""
+    model = reading.model
+    tokenizer = model.image_tokenizer
+    decoder = model.image_decoder
+    schedule = tokenizer.schedule_for(*size)
+    symbols = model.config.image_tokenizer_config.symbols
+    slices = scale_slices(schedule)
+    batch = len(seeds)
+    guided = model.guided(sampling.cfg)
     unconditional_M = torch.arange(batch * (1 + guided), device=model.device) >= batch
     condition, context = model.start_drawing(reading.context(), unconditional_M | model.draws_unconditionally)
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     decoder_cache = ScaleCache(model.config.decoder_config.depth)
-    words_MnC, labels, summed = condition.start_N1C, [], None
+    words_MnC = condition.start_N1C
+    labels: list[torch.Tensor] = []
+    summed = None
     for k, at in enumerate(slices):
         y_MnC = model.projector_out(model.drawing_states(reading, model.projector_in(words_MnC), generators))
         logits = decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at) / sampling.tau
@@ -189,12 +205,12 @@ def draw_next(
 
 @torch.inference_mode()
 def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> uint8 [B, H, W, 3]."""
+    """Convert images in [-1, 1] to uint8 [B, H, W, 3]."""
     return ((images_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @torch.inference_mode()
 def to_images(model: Unified, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
-    """The images that latent sums decode to, one by one, so that no pixel is rounded otherwise in another batch."""
+    """Decode latent sums to images, one by one, so that rounding does not depend on the batch."""
     decoded = (model.image_tokenizer.decode(summed_1dhw) for summed_1dhw in summed_Bdhw.split(1))
     return [Image.fromarray(to_uint8(image_13HW)[0].cpu().numpy()) for image_13HW in decoded]

@@ -1,12 +1,12 @@
 """VARGPT-v1.1: Qwen2-VL with a visual decoder for next-scale prediction and an image tokenizer.
 
-The pass for text and images is ``unified``; the states before ``image_gen_start`` are the decoder's context
-(specification, section 4). Positions follow m-rope after an understood image, in training as in sampling.
+The forward pass is in ``unified``; the states before ``image_gen_start`` are the decoder's context (specification,
+section 4). Positions follow m-rope after an understood image, in training as in sampling.
 
-With guidance, the unconditional branch is the one the released weights were sampled with: its language model sees only
-the tokens of the current scale, at positions from 0, while its visual decoder does remember earlier scales; its context
-is the learned unconditional rows (specification, section 5). A prompt longer than these rows uses all of them, where
-the published code crashes.
+Guidance uses the unconditional branch that the released weights were sampled with: its language model sees only the
+tokens of the current scale, at positions from 0, while its visual decoder does remember earlier scales; its context is
+the learned unconditional rows (specification, section 5). A prompt longer than these rows uses all of them; the
+published code crashes.
 
 Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), U unconditional
 rows, M rows of a guided drawing (conditional, then unconditional), n tokens of one scale, D logits a token.
@@ -14,17 +14,16 @@ rows, M rows of a guided drawing (conditional, then unconditional), n tokens of 
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLForConditionalGeneration
 
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.decoder import Condition, DecoderContext, VisualDecoder
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
-from vargpt_rl.model.unified import Drawing, MakesDrawing, Projector, Unified, VargptOutput, text_positions
+from vargpt_rl.model.unified import Projector, Unified, text_positions
 
 
 class Vargpt(Unified, Qwen2VLForConditionalGeneration):
-    """The whole model. Without ``drawing`` it is Qwen2-VL, text generation included."""
+    """The whole model. Without ``drawing``, ``forward`` is Qwen2-VL's, text generation included."""
 
     config_class = VargptConfig
     image_weight = 3.0
@@ -33,6 +32,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         "model.visual.blocks": ("vision_config", "depth"),
         "image_decoder.blocks": ("decoder_config", "depth"),
     }
+    vision_keys = ("image_grid_thw", "mm_token_type_ids")
 
     def __init__(self, config: VargptConfig):
         super().__init__(config)
@@ -43,50 +43,8 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         self.image_decoder = VisualDecoder(config.decoder_config, config.image_tokenizer_config.bits)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        drawing: Drawing | MakesDrawing | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        text_logits: bool = True,
-        blocks: torch.Tensor | None = None,
-        **kwargs,
-    ) -> VargptOutput:
-        """Teacher-forced pass when there is a ``drawing``: int64 [B, T] ids with N runs of L ``image_gen_pad``.
-
-        ``blocks`` int64 [B, T] says which of the texts that share a row each token is of: they do not see one another.
-        Drawings are in the first block of their row.
-
-        Raises ValueError when the pads do not fit the drawing. Without one, see ``Qwen2VLForConditionalGeneration``.
-        """
-        if attention_mask is None and input_ids is not None and past_key_values is None:
-            attention_mask = torch.ones_like(input_ids)
-        if drawing is None:
-            if position_ids is None and past_key_values is None and input_ids is not None:
-                attention_mask, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
-            if blocks is not None:
-                kwargs["use_cache"] = False  # with a cache transformers looks for no blocks
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                pixel_values=pixel_values,
-                image_grid_thw=image_grid_thw,
-                mm_token_type_ids=mm_token_type_ids,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return self.teacher_forced(
-            input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
-        )
-
     def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """[P, H]: the merged patches of all understood images."""
+        """Encode understood images: [P, H], the merged patches of all of them."""
         return torch.cat(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
     def blank_images(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
@@ -99,9 +57,9 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         return {"pixel_values": pixel_values, "image_grid_thw": grids}, seen**2
 
     def positions(self, input_ids_BT, attention_mask_BT, image_grid_thw=None) -> torch.Tensor:
-        """int64 [3, B, T]: m-rope positions (temporal, row, column); the same for training and sampling.
+        """Return m-rope positions (temporal, row, column), int64 [3, B, T].
 
-        Text, and drawn tokens, count up one by one from the first real token; an understood image spans its grid.
+        Text and drawn tokens count up one by one from the first real token; an understood image spans its grid.
         """
         if image_grid_thw is not None:
             is_image_BT = (input_ids_BT == self.config.image_token_id).int()
@@ -111,11 +69,11 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         return text_positions(attention_mask_BT).expand(3, -1, -1)
 
     def block_positions(self, plain_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Of packed rows transformers wants the plain positions before the m-rope positions: [4, B, T]."""
+        """Put the plain positions before the m-rope positions, as transformers expects for packed rows: [4, B, T]."""
         return torch.cat([plain_BT[None], positions])
 
     def context(self, hidden_BTH, attention_mask_BT, first_N2) -> DecoderContext:
-        """What each image's cross attention sees: the projected states strictly before its ``image_gen_start``."""
+        """Return the input of each image's cross attention: the projected states before its ``image_gen_start``."""
         row_N, end_N = first_N2[:, 0], first_N2[:, 1] - 1
         longest = int(end_N.max())
         before_NT = torch.arange(longest, device=end_N.device) < end_N[:, None]
@@ -124,11 +82,9 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
 
     @staticmethod
     def guided(cfg: float) -> bool:
-        """Whether this strength needs the unconditional branch."""
         return cfg != 1
 
     def start_drawing(self, context: DecoderContext, unconditional_M: torch.Tensor) -> tuple[Condition, DecoderContext]:
-        """Condition and context of each row, those of the unconditional ones appended to the samples' context."""
         condition = self.image_decoder.condition(unconditional_M)
         if len(unconditional_M) == len(context.mask_NT):
             return condition, context
@@ -142,7 +98,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         return condition, DecoderContext(*both)
 
     def drawing_states(self, reading, embeds_MnH: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """One scale through the language model: after what was read for the samples, without it for the others."""
+        """Run one scale through the language model: samples after their prompt, the unconditional branch without."""
         batch = reading.batch
         states = reading.read_drawn(embeds_MnH[:batch])
         if len(embeds_MnH) == batch:
@@ -156,6 +112,6 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         return torch.cat([states, alone])
 
     def guide(self, logits_MnD: torch.Tensor, cfg: float, progress: float) -> torch.Tensor:
-        """Logits of the samples, led away from the unconditional ones, by as much at every scale."""
+        """Push the samples' logits away from the unconditional ones, equally at every scale."""
         conditional, unconditional = logits_MnD.chunk(2)
         return cfg * conditional + (1 - cfg) * unconditional

@@ -1,11 +1,12 @@
-"""Multi-scale residual quantisation: a latent map as a sum of coarse-to-fine codes, whatever a code is.
+"""Multi-scale residual quantisation: a latent map as a sum of codes, coarse to fine.
 
-Each scale encodes what the coarser scales left over. A family of the model says what its labels are (``Symbols``), how
-a remainder becomes labels, labels a map, and the sum so far the inputs of the next scale; the rest is here.
+Each scale encodes the remainder of the coarser scales. A family of the model defines its labels (``Symbols``), how a
+remainder becomes labels, how labels become a map, and how the running sum becomes the next scale's inputs.
 
 Shape legend: B batch, L image tokens, s symbols a token, d latent channels, h w latent grid, n tokens of one scale.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from vargpt_rl.model.scales import Schedule, scale_slices, token_count
 
 
 class Symbols(NamedTuple):
-    """What a token is: ``depth`` symbols of ``values`` possible values each.
+    """Format of an image token: ``depth`` symbols of ``values`` possible values each.
 
     32 bits in v1.1 (32, 2), one index of a codebook in v1 (1, 4096). Labels are integers [..., depth], logits
     [..., depth * values] with the values of a symbol side by side.
@@ -26,57 +27,57 @@ class Symbols(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What one symbol is called."""
+        """Name of one symbol, "bit" or "index"."""
         return "bit" if self.values == 2 else "index"
 
     @classmethod
     def of(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Symbols":
-        """Of a pair of logits and labels, by their shapes."""
+        """Infer the format from the shapes of logits and labels."""
         return cls(labels.shape[-1], logits.shape[-1] // labels.shape[-1])
 
 
 class Quantised(NamedTuple):
-    """``labels_BLs`` integers, ``inputs_BLd`` of scales 1..K-1 (L-1 tokens), ``summed_Bdhw`` for the VAE decoder."""
+    """Images as labels, and what follows from these."""
 
     labels_BLs: torch.Tensor
+    """Integers."""
     inputs_BLd: torch.Tensor
+    """Decoder inputs of scales 1 to K - 1 (L - 1 tokens)."""
     summed_Bdhw: torch.Tensor
-
-    @property
-    def bits_BLd(self) -> torch.Tensor:
-        """The labels where they are bits: uint8 [B, L, d]."""
-        return self.labels_BLs
+    """Sum of the codes: the input of the VAE decoder."""
 
 
 def to_map(tokens_Bnd: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Arrange tokens on their grid: [B, d, *grid]."""
     return tokens_Bnd.transpose(1, 2).unflatten(2, grid)
 
 
 def to_tokens(map_Bdhw: torch.Tensor) -> torch.Tensor:
+    """Flatten a map into tokens: [B, h * w, d]."""
     return map_Bdhw.flatten(2).transpose(1, 2)
 
 
-class MultiScale:
-    """The schedule and the three steps that a family defines, and the loops over scales that follow from them."""
+class MultiScale(ABC):
+    """Quantiser: the schedule and three steps that a family defines, and the loops over scales built on them."""
 
+    @abstractmethod
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
-        """The grids of an image of ``height`` x ``width`` pixels (square when width is left out).
+        """Return the grids of an image of ``height`` x ``width`` pixels (square if width is omitted).
 
         Raises ValueError for a size that the family does not draw.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, features_Bdhw: torch.Tensor, summed_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Integers [B, n, s]: what the sum so far lacks, rounded on one grid."""
-        raise NotImplementedError
+        """Quantise the remainder of the features on one grid: integers [B, n, s]."""
 
+    @abstractmethod
     def addend(self, labels_Bns: torch.Tensor, schedule: Schedule, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """[B, d, h, w]: what scale ``k`` adds to the sum."""
-        raise NotImplementedError
+        """Return what scale ``k`` adds to the sum: [B, d, h, w]."""
 
+    @abstractmethod
     def inputs(self, summed_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """[B, n, d]: the sum so far as inputs of the tokens of the next scale."""
-        raise NotImplementedError
+        """Turn the sum so far into decoder inputs on the next scale's grid: [B, n, d]."""
 
     def quantise(
         self,
@@ -84,10 +85,13 @@ class MultiScale:
         schedule: Schedule,
         feed: Callable[[torch.Tensor], torch.Tensor] = lambda labels_Bns: labels_Bns,
     ) -> Quantised:
-        """Encode features scale by scale; ``feed`` makes of each scale's labels those that are fed on."""
+        """Encode features scale by scale.
+
+        ``feed`` maps the labels of a scale to those that finer scales build on.
+        """
         last = schedule[-1]
         if features_Bdhw.shape[-2:] != torch.Size(last):
-            raise ValueError(f"features of grid {tuple(features_Bdhw.shape[-2:])}, but the schedule ends at {last}")
+            raise ValueError(f"features have grid {tuple(features_Bdhw.shape[-2:])}, but the schedule ends at {last}")
         summed = torch.zeros_like(features_Bdhw)
         labels, inputs = [], []
         for k, grid in enumerate(schedule):
@@ -97,6 +101,10 @@ class MultiScale:
                 inputs.append(self.inputs(summed, schedule[k + 1]))
         return Quantised(torch.cat(labels, 1), _joined(inputs, summed), summed)
 
+    def quantise_noisily(self, features_Bdhw: torch.Tensor, schedule: Schedule, flip: float) -> Quantised:
+        """Encode features for training; ``flip`` bounds the bit-flip probability and matters for bits only."""
+        return self.quantise(features_Bdhw, schedule)
+
     def replay(
         self,
         labels_BLs: torch.Tensor,
@@ -104,9 +112,9 @@ class MultiScale:
         dtype: torch.dtype = torch.float32,
         scales: int | None = None,
     ) -> Quantised:
-        """From stored labels, the very inputs and the latent sum that drawing them produced.
+        """Recompute from stored labels exactly the inputs and the latent sum that drawing them produced.
 
-        With ``scales``, the labels are those of that many coarse scales of the schedule, and so are the results.
+        With ``scales``, labels and results are limited to that many coarse scales of the schedule.
         """
         found, expected = labels_BLs.shape[1], token_count(schedule[:scales])
         if found != expected:

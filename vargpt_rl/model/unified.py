@@ -1,30 +1,36 @@
-"""What the families share: one forward pass for text and drawn images.
+"""The forward pass for text and images that both families of the model share.
 
-Image tokens travel through the language model (causal over every token) in the places of ``image_gen_pad``; its states
-there feed the visual decoder (specification, sections 3 and 4).
+Image tokens pass through the language model (causal over every token) at the positions of ``image_gen_pad``; its states
+there are the visual decoder's input (specification, sections 3 and 4).
 
-Deviations from the published code, in both families: L image positions an image and no more; text positions count real
-tokens; any number of drawn images a row, beside understood ones; no state is kept on the module; stochastic training
-aids (condition drop, drop path) are arguments, so that a scoring pass cannot meet them by accident.
+Deviations from the published code, in both families: exactly L positions per image; text positions count real tokens
+only; any number of drawn images per row, along with understood ones; no state on the module; stochastic regularisation
+(condition drop, drop path) is an argument, so a scoring pass cannot use it by accident.
 
 Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), L image tokens,
 C decoder width, d latent channels, s symbols a token, M rows of a guided drawing, n tokens of one scale.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vargpt_rl.model.decoder import DecoderContext
 from vargpt_rl.model.scales import token_count
+
+if TYPE_CHECKING:
+    from vargpt_rl.model.generate import GenerationState
 
 
 class Projector(nn.Module):
-    """Two linear layers with an exact GELU between: one way between decoder and language-model width."""
+    """Two linear layers with an exact GELU between them; maps decoder width to language-model width, or back."""
 
     def __init__(self, width_in: int, width_out: int):
         super().__init__()
@@ -36,31 +42,32 @@ class Projector(nn.Module):
 
 
 class Drawing(NamedTuple):
-    """The drawn images of a batch for a teacher-forced pass.
-
-    ``inputs_NLd`` are those of the scales after the first (L - 1 tokens); ``size`` is (height, width) in pixels;
-    ``unconditional_N`` is True where the condition is dropped, None for what the family samples with.
-    """
+    """The drawn images of a batch in a teacher-forced pass."""
 
     inputs_NLd: torch.Tensor
+    """Decoder inputs of the scales after the first (L - 1 tokens)."""
     size: tuple[int, int]
+    """(height, width) in pixels."""
     unconditional_N: torch.Tensor | None = None
+    """True where the condition is dropped; None for the condition that the family samples with."""
     drop_path: float = 0.0
+    """Stochastic depth of the last decoder block."""
     labels_NLs: torch.Tensor | None = None
+    """Labels of the image tokens, if they are known; returned with the output."""
     scales: int | None = None
     """Number of coarse scales in the pass, None for all: no scale depends on finer ones, so these may be left out."""
 
 
 @dataclass
 class VargptOutput(CausalLMOutputWithPast):
-    """Adds ``image_logits`` float [N, L, s * values] (see ``Symbols``), and the drawing's labels where it has any."""
+    """Adds ``image_logits`` float [N, L, s * values] (see ``Symbols``) and the drawing's labels, if any."""
 
     image_logits: torch.Tensor | None = None
     image_labels: torch.Tensor | None = None
 
 
 def replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | None = None) -> "MakesDrawing":
-    """The drawing of stored labels, its inputs still to be worked out by the model (see ``Unified.teacher_forced``).
+    """Make a drawing from stored labels; the model computes its inputs during the pass.
 
     With ``scales``, the labels and the pass are limited to that many coarse scales.
     """
@@ -73,32 +80,115 @@ def _replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | Non
     return Drawing(inputs_NLd, size, labels_NLs=labels_NLs, scales=scales)
 
 
-class Unified:
-    """Mixed into a family's language-and-vision model, which has these parts besides its own:
+class Unified(ABC):
+    """The part of a model that its families share, mixed into transformers' language-and-vision model of the family.
 
-    ``image_tokenizer``, ``projector_in``, ``projector_out`` and ``image_decoder``. A family also says how it reads
-    images (``image_features``), counts positions (``positions``, ``block_positions``), what its decoder sees of the
-    prompt (``context``) and how it is guided (``guided``, ``start_drawing``, ``drawing_states``, ``guide``).
+    A family's constructor makes ``image_tokenizer``, ``projector_in``, ``projector_out`` and ``image_decoder``.
     """
 
     accepts_loss_kwargs = False  # losses are means: the trainer divides them by the accumulation steps
     image_weight: float
-    """Weight of the image loss beside the text loss in supervised training."""
+    """Weight of the image loss relative to the text loss in supervised training."""
     stacks: dict[str, tuple[str, str]]
-    """Each stack of equal blocks, and where the configuration says how many they are."""
+    """Each stack of equal blocks, and the configuration section and key that hold its depth."""
+    vision_keys: tuple[str, ...] = ()
+    """Arguments about understood images that the transformers model takes besides ``pixel_values``."""
     unreached: tuple[str, ...] = ()
-    """What the names of parameters begin with that no loss depends on."""
+    """Name prefixes of parameters that no loss depends on."""
     draws_unconditionally = False
     """Whether images are sampled, and scored, under the dropped condition."""
 
+    @abstractmethod
+    def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode understood images: [P, H], the features of all of them in order."""
+
+    @abstractmethod
     def blank_images(self, count: int, side: int) -> tuple[dict[str, torch.Tensor], int]:
-        """``pixel_values`` of zeros and ``image_grid_thw`` of images to be shown, and how many features each has.
+        """Make ``pixel_values`` of zeros and ``image_grid_thw`` of understood images; also the features of each.
 
-        ``side``: of an image in pixels, where the family shows more than one size.
+        ``side`` is the side of an image in pixels, if the family takes more than one size.
         """
-        raise NotImplementedError
 
-    def teacher_forced(
+    @abstractmethod
+    def positions(
+        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Number the positions of rows, int64 [..., B, T]; the same in training and sampling."""
+
+    @abstractmethod
+    def block_positions(self, plain_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Combine plain positions and the family's own into what transformers expects for packed rows."""
+
+    @abstractmethod
+    def context(
+        self, hidden_BTH: torch.Tensor, attention_mask_BT: torch.Tensor, first_N2: torch.Tensor
+    ) -> DecoderContext | None:
+        """Return what the decoder sees of each prompt; ``first_N2`` are row and position of the images' first token."""
+
+    @staticmethod
+    @abstractmethod
+    def guided(cfg: float) -> bool:
+        """Tell whether guidance of this strength needs the unconditional branch."""
+
+    @abstractmethod
+    def start_drawing(self, context: DecoderContext | None, unconditional_M: torch.Tensor) -> tuple:
+        """Return condition and context of each row, given the context of the conditional ones.
+
+        ``unconditional_M`` is True where the condition is dropped.
+        """
+
+    @abstractmethod
+    def drawing_states(
+        self, reading: "GenerationState", embeds_MnH: torch.Tensor, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """Return the states [M, n, H] of one scale: of the samples, then of their unconditional branch, if any."""
+
+    @abstractmethod
+    def guide(self, logits_MnD: torch.Tensor, cfg: float, progress: float) -> torch.Tensor:
+        """Combine conditional and unconditional logits: [B, n, D]. ``progress`` grows from 0 to 1 over the scales."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        drawing: "Drawing | MakesDrawing | None" = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        text_logits: bool = True,
+        blocks: torch.Tensor | None = None,
+        **kwargs,
+    ) -> VargptOutput:
+        """Run a teacher-forced pass if there is a ``drawing``, else the transformers model that this is mixed into.
+
+        With a drawing, the int64 [B, T] ids contain N runs of L ``image_gen_pad``; raises ValueError if they do not
+        fit it. ``blocks`` int64 [B, T] numbers the texts that share a row: they do not attend to one another. In v1.1
+        drawings are in the first block of their row; in v1 drawings and understood images are in rows of one block.
+        """
+        if attention_mask is None and input_ids is not None and past_key_values is None:
+            attention_mask = torch.ones_like(input_ids)
+        if drawing is not None:
+            return self._teacher_forced(
+                input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
+            )
+        if position_ids is None and past_key_values is None and input_ids is not None:
+            attention_mask, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
+        if blocks is not None:
+            kwargs["use_cache"] = False  # with a cache transformers ignores blocks
+        vision = {"image_grid_thw": image_grid_thw, "mm_token_type_ids": mm_token_type_ids}
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **{key: vision[key] for key in self.vision_keys},
+            **kwargs,
+        )
+
+    def _teacher_forced(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -108,13 +198,8 @@ class Unified:
         text_logits: bool,
         blocks: torch.Tensor | None,
     ) -> VargptOutput:
-        """One pass over int64 [B, T] ids with N runs of L ``image_gen_pad``; ``blocks`` as in ``forward``.
-
-        What needs the image tokenizer's weights comes as a function of the model, for it is inside the pass that ZeRO-3
-        has them at hand. Raises ValueError when the pads do not fit the drawing.
-        """
         if not isinstance(drawing, Drawing):
-            drawing = drawing(self)
+            drawing = drawing(self)  # inside the pass, where ZeRO-3 has gathered the image tokenizer's weights
         schedule = self.image_tokenizer.schedule_for(*drawing.size)
         tokens = token_count(schedule[: drawing.scales])
         first_N2 = self.find_drawings(input_ids, len(drawing.inputs_NLd), tokens)
@@ -143,9 +228,9 @@ class Unified:
         return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs)
 
     def layout(self, input_ids_BT, attention_mask_BT, image_grid_thw, blocks_BT) -> tuple:
-        """Attention mask and positions for the language model.
+        """Return attention mask and positions for the language model.
 
-        Of packed rows transformers wants no mask and positions that begin anew with each block. Pads are a block of
+        For packed rows transformers expects no mask, and positions that restart with each block. Pads are a block of
         their own.
         """
         positions = self.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
@@ -158,7 +243,7 @@ class Unified:
         return None, self.block_positions(place_BT - first_BT, positions)
 
     def find_drawings(self, input_ids_BT: torch.Tensor, images: int, tokens: int) -> torch.Tensor:
-        """int64 [N, 2]: row and position of the first ``image_gen_pad`` of each drawn image.
+        """Return row and position of the first ``image_gen_pad`` of each drawn image, int64 [N, 2].
 
         Raises ValueError unless the pads form exactly ``images`` runs of ``tokens``.
         """
@@ -172,7 +257,7 @@ class Unified:
         return starts_N2
 
     def embed(self, input_ids_BT, pixel_values=None, image_grid_thw=None) -> torch.Tensor:
-        """[B, T, H]: token embeddings, with understood images in the places of ``image_pad``."""
+        """Embed tokens, with the features of understood images in place of ``image_pad``: [B, T, H]."""
         embeds_BTH = self.get_input_embeddings()(input_ids_BT)
         if pixel_values is None:
             return embeds_BTH
@@ -187,5 +272,5 @@ MakesDrawing = Callable[[Unified], Drawing]
 
 
 def text_positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """int64 [B, T]: from the first real token of each row, one by one."""
+    """Count positions from the first real token of each row: int64 [B, T]."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)

@@ -17,7 +17,7 @@ from vargpt_rl.model.scales import STRIDE
 from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig, VargptV1Config
 from vargpt_rl.model.v1.modeling import VargptV1
 from vargpt_rl.model.v1.prompt import SYSTEM
-from vargpt_rl.storage.sharded import appearing
+from vargpt_rl.storage.sharded import new_model_dir
 
 V1_NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 V1_SPECIAL = [*V1_NAMED.values(), "<image>", *(f"<|image_gen_{name}|>" for name in ("start", "end", "pad"))]
@@ -80,7 +80,7 @@ def make_fresh_v1(folder: Path, side: int, seed: int) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=shapes_bpe(V1_SPECIAL, words), extra_special_tokens=V1_SPECIAL, **V1_NAMED
     )
-    with torch.random.fork_rng(devices=[]), appearing(folder) as unfinished:
+    with torch.random.fork_rng(devices=[]), new_model_dir(folder) as unfinished:
         torch.manual_seed(seed)
         VargptV1(fresh_v1_config(side)).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
 
@@ -91,9 +91,7 @@ def run(settings: SimulateSettings) -> None:
         kinds["driver"] = busy["dispatch"] + busy["store"] + busy["table"]
         figures = f"{found.pairs_s:.0f}", f"{found.total_s:.0f}", *(f"{share:.1%}" for share in busy.values())
         table.add_row(str(gpus), str(machine.workers), str(machine.ranks), *figures, max(kinds, key=kinds.get))
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

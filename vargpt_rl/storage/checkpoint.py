@@ -1,12 +1,10 @@
-"""Weight sets on disk: the tensors that a stage trained, and how they add up to a whole model.
+"""Weight sets on disk: the tensors that one stage trained. Applied in order, they turn the start model into a policy.
 
-A checkpoint is a directory with ``weights.safetensors`` and, written last, ``COMPLETE`` (JSON: size and blake2b of the
-weights). It is made under a temporary name, synced, and renamed, so a directory without its marker never counts.
+A checkpoint is a directory with ``weights.safetensors`` and ``COMPLETE`` (JSON: size and blake2b hash of the weights).
+A directory without that marker is never read.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.storage.files import check_room, digest, sync, write_atomically
+from vargpt_rl.storage.files import atomic_dir, check_free_space, digest, write_atomically
 
-WEIGHTS, MARKER = "weights.safetensors", "COMPLETE"
+WEIGHTS = "weights.safetensors"
+MARKER = "COMPLETE"
 
 
 @dataclass(frozen=True)
@@ -34,55 +33,44 @@ class Policy:
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write a weight set; an older one of the same name is replaced only once this one is complete.
+    """Write a weight set. An older one of the same name is kept until the new one is complete.
 
-    OSError where there is no room for it.
+    Raises OSError if the disk is too small.
     """
-    temporary, name = directory.with_name(f".{directory.name}"), f"{directory.parent.name}/{directory.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        check_room(temporary, sum(tensor.nbytes for tensor in tensors.values()))
-        _write(temporary, tensors)
-    except OSError:
-        shutil.rmtree(temporary)  # the disk is full: it is not to stay so
-        raise
-    point(f"{name}/written")
-    if directory.exists():
-        shutil.rmtree(directory)
-    point(f"{name}/removed")
-    os.replace(temporary, directory)
-    sync(directory.parent)
-    point(f"{name}/there")
+    with atomic_dir(directory) as folder:
+        check_free_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+        weights = folder / WEIGHTS
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+        except SafetensorError as error:
+            raise OSError(f"{weights}: {error}") from error
+        point(f"{directory.parent.name}/{directory.name}/unmarked")
+        marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
+        write_atomically(folder / MARKER, json.dumps(marker).encode())
     return directory
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    weights = folder / WEIGHTS
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-    except SafetensorError as error:
-        raise OSError(f"{weights}: {error}") from error
-    sync(weights)
-    point(f"{folder.parent.name}/{folder.name[1:]}/unmarked")
-    marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
-    write_atomically(folder / MARKER, json.dumps(marker).encode())
-
-
 def check_checkpoint(directory: Path) -> Path:
-    """The weights file of a complete checkpoint. ValueError, naming it, if it is incomplete or its bytes changed."""
-    marker, weights = directory / MARKER, directory / WEIGHTS
+    """Return the weights file of a complete checkpoint.
+
+    Raises ValueError naming the directory if it is incomplete or the weights have changed since they were written.
+    """
+    marker = directory / MARKER
+    weights = directory / WEIGHTS
     if not marker.exists() or not weights.exists():
         raise ValueError(f"checkpoint {directory}: incomplete, expected {WEIGHTS} and {MARKER}")
     expected = json.loads(marker.read_text())
     if weights.stat().st_size != expected["bytes"] or digest(weights) != expected["blake2b"]:
-        raise ValueError(f"checkpoint {directory}: {WEIGHTS} is not what was written (size or blake2b differs)")
+        raise ValueError(f"checkpoint {directory}: {WEIGHTS} is corrupt (its size or blake2b differs from {MARKER})")
     return weights
 
 
 @torch.no_grad()
 def load_weights_into(model: torch.nn.Module, directories: Iterable[Path]) -> None:
-    """Copy weight sets into a model, in order. ValueError for a tensor that the model has not, or in another shape."""
+    """Copy weight sets into a model, in order.
+
+    Raises ValueError for a tensor that the model does not have, or has in another shape.
+    """
     own = model.state_dict()
     for directory in directories:
         path = check_checkpoint(directory)

@@ -1,4 +1,4 @@
-"""Records that are appended to a file line by line while work goes on, and read when it is taken up again."""
+"""JSON-lines files that are appended to during a run and read again on resume."""
 
 import json
 import os
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def read_records(path: Path) -> list[dict]:
-    """The JSON lines of a record, if there is one. A last line that was cut off while it was written is none.
+    """Read the records of a file; an empty list if it does not exist. A truncated last line is ignored.
 
-    ValueError where the file is damaged otherwise.
+    Raises ValueError naming the file if it is damaged elsewhere.
     """
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     try:
@@ -18,12 +18,12 @@ def read_records(path: Path) -> list[dict]:
 
 
 def trim(path: Path) -> None:
-    """Cut a last line off that was not written to its end, so that the next one does not run into it."""
+    """Remove a truncated last line, so that the next record starts on a line of its own."""
     if path.exists():
         before, newline, _ = path.read_bytes().rpartition(b"\n")
         os.truncate(path, len(before + newline))
 
 
 def as_lines(records: list[dict]) -> str:
-    """Records as JSON, one a line."""
+    """Format records as JSON, one per line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -7,7 +7,6 @@ file would stay resident for as long as it is open.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vargpt_rl.storage.files import atomic_dir
 
 SHARD = 1 << 28
 UNUSED = "unused.safetensors"
@@ -225,19 +226,13 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A folder to write into, which is ``target`` when the block ends well and gone when it does not.
+def new_model_dir(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``target`` when the block succeeds and is removed otherwise.
 
-    ValueError if there is something at ``target`` already; an empty folder does not count.
+    Raises ValueError if ``target`` exists and is not an empty folder.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={target}: expected a folder that is empty or does not exist yet")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_dir(target) as folder:
+        yield folder

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vargpt_rl.common.command import load_command
+from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject, Unusable
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
@@ -112,7 +112,7 @@ def attempt(caption: Caption | Reject, ask: Callable[[Caption], Dialogue], metho
         return Reject(caption.id, caption.source, fault.reason, fault.detail)
 
 
-def execute(command: InstructCommand) -> Counter[str]:
+def instruct(command: InstructCommand) -> Counter[str]:
     """Write the dialogues and rejects; how many records came to what."""
     fields = Fields(command.id_field, command.caption_field, command.image_field)
     read = partial(read_captions, command.captions, fields)
@@ -136,23 +136,21 @@ def rejects_of(out: Path) -> Path:
     return Path(f"{out}.rejects.jsonl")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; the exit code."""
-    try:
-        command = load_command(InstructCommand, sys.argv[1:] if arguments is None else arguments)
-        counts = execute(command)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def execute(command: InstructCommand) -> None:
+    """Write the dialogues and print the counts. Raises CommandFailed if too many records were rejected."""
+    counts = instruct(command)
     for what in (WRITTEN, WITHOUT_PICTURE, KEPT, *sorted(reason for reason in counts if reason.startswith("rejected"))):
         print(f"{counts[what]:8d}  {what}")
     bad = sum(count for what, count in counts.items() if what.startswith("rejected"))
     total = counts[WRITTEN] + counts[KEPT] + bad
     print(f"{bad} of {total} records rejected" + (f", see {rejects_of(command.out)}" if bad else ""))
     if bad > command.max_bad_fraction * total:
-        print(f"error: more than max_bad_fraction={command.max_bad_fraction} of the records rejected", file=sys.stderr)
-        return 1
-    return 0
+        raise CommandFailed(f"more than max_bad_fraction={command.max_bad_fraction} of the records rejected")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    return run_command(InstructCommand, execute, arguments)
 
 
 if __name__ == "__main__":
