@@ -1,1 +1,1 @@
-"""Rollout workers: Ray actors that hold the whole model, draw, score, judge, answer, and take new weights in place."""
+"""Rollout workers: Ray actors with the whole model that sample, score, judge and answer, and load weights in place."""

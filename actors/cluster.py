@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined or started, asked what it has, and a plan's whole share of it reserved at once."""
+"""The Ray cluster of a run: join or start it, list its nodes, reserve the resources of a placement."""
 
 import contextlib
 import os
@@ -17,36 +17,36 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.resources import Placement, Resources
 
 Place = PlacementGroupSchedulingStrategy
-"""Where an actor goes: a bundle of the group."""
+"""One bundle of a placement group, as an actor's scheduling strategy."""
 
 LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
-"""How Ray says that an actor, or the node that held its answer, is gone."""
+"""Ray's errors when an actor, or the node that held its answer, is lost."""
 
 
 class Note(Protocol):
-    """Is told in words what went wrong and was put right, and whether processes were started again for it."""
+    """Called with a fault that was repaired, in words; ``restart`` if processes were started again."""
 
     def __call__(self, event: str, restart: bool = False) -> None: ...
 
 
 def unnoted(event: str, restart: bool = False) -> None:
-    """Tell nobody."""
+    """Ignore the event."""
 
 
 def stop(number: int, _frame) -> None:
-    """End this process on a signal as an exception would, once. SystemExit, which from calls of Ray comes with 1."""
+    """Signal handler: raise SystemExit, and ignore further signals. Raised inside a call of Ray, its status is lost."""
     for each in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
-    print(f"{signal.Signals(number).name}: stopping; the same command goes on", file=sys.stderr, flush=True)
+    print(f"{signal.Signals(number).name}: stopping; the same command resumes", file=sys.stderr, flush=True)
     sys.exit(os.EX_TEMPFAIL)
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine. From then on SIGTERM and SIGUSR2 ``stop``.
+    """Join the cluster at RAY_ADDRESS, or start one on this machine; then handle SIGTERM and SIGUSR2 with ``stop``.
 
     Raises what ``ray.init`` does: OSError, RuntimeError, ValueError or RayError.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be Ray's default; silences its notice
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences its notice
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
     if "RAY_ADDRESS" not in os.environ:
@@ -58,7 +58,7 @@ def connect() -> None:
     code, package = Path(__file__).parents[1], Path(__file__).parent.name
     with contextlib.chdir(code if Path(package).is_dir() else "."):
         ray.init(**options)
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # only now, for Ray sets the first itself
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # only now: Ray sets the first itself
         signal.signal(number, stop)
 
 
@@ -68,9 +68,9 @@ def nodes() -> list[Resources]:
 
 
 def reserve(plan: Placement, timeout_s: float) -> tuple[list[Place], list[Place]]:
-    """A place for each worker and for each learner rank. RuntimeError if the cluster has no room for all in time."""
+    """Reserve a place for each worker and each learner rank. RuntimeError if there is no room for all in time."""
     group = placement_group(plan.bundles, strategy=plan.strategy)
     if not group.wait(timeout_s):
         remove_placement_group(group)
-        raise RuntimeError(f"no room for {plan.bundles} on nodes of {nodes()} in {timeout_s:g} s")
+        raise RuntimeError(f"no room for {plan.bundles} on nodes with {nodes()} within {timeout_s:g} s")
     return [Place(group, i) for i in plan.worker_bundles], [Place(group, i) for i in plan.rank_bundles]

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from actors.batches import BatchJob
 from actors.cluster import LOST, Note, Place, unnoted
+from actors.config import RolloutConfig
 from actors.published import PublishedWeights, WeightSet, start_chunk_server
-from actors.resources import Placement, RolloutConfig
+from actors.resources import Placement
 from actors.transport import BroadcastTransfer
 from actors.weights import SwapReport, every
 from actors.worker import REPEATABLE, BaseWorker, Worker

@@ -1,6 +1,6 @@
-"""vLLM as the writer of a run: a pool of one worker that answers and replies, and takes new weights as the others do.
+"""vLLM as a run's text engine: a pool of one worker that writes answers and replies.
 
-It holds the language half of the model only; of each published set it is sent what belongs to that.
+It holds only the language half of the model, and of each published weight set it is sent only that half.
 """
 
 from dataclasses import replace
@@ -8,16 +8,18 @@ from dataclasses import replace
 import torch
 
 from actors.cluster import Note, unnoted
+from actors.config import RolloutConfig
 from actors.pool import Progress, RolloutPool
-from actors.resources import Placement, RolloutConfig
+from actors.resources import Placement
 from actors.transport import WeightTransfer
 from actors.weights import WeightLayout, checksum_of_set
-from actors.worker import BaseWorker, ImageSource
+from actors.worker import BaseWorker
+from vargpt_rl.data.batches import ImageSource
 from vargpt_rl.text.layout import check_set, is_text
 from vargpt_rl.text.vllm_engine import VllmEngine
 
 BATCH = 256
-"""Requests handed over at once: vLLM batches by itself, and better the more it sees."""
+"""Requests sent at once: vLLM batches them itself, and better the more it has."""
 
 
 class VllmWorker(BaseWorker):
@@ -40,7 +42,7 @@ class VllmWorker(BaseWorker):
         check_set(layout.shapes, self.engine.shapes)
 
     def load_weights(self, version: int, transfer: WeightTransfer) -> str:
-        """Swap into vLLM. It packs and fuses what it holds, so the checksum is of what came, once that is in place."""
+        """Swap into vLLM. It fuses its own tensors, so the checksum is of the received ones, once they are loaded."""
         tensors = {name: tensor for chunk in transfer.chunks() for name, tensor in chunk.items()}
         self.engine.swap(version, tensors)
         return checksum_of_set(tensors)
@@ -54,7 +56,7 @@ def start_text_engine(
     progress: Progress | None = None,
     note: Note = unnoted,
 ) -> RolloutPool | None:
-    """vLLM's pool, ready; None where the rollout workers write themselves."""
+    """Start vLLM's pool; None if the rollout workers write text themselves."""
     if plan.text is None:
         return None
     settings = replace(config, batch_size=BATCH)

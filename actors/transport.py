@@ -5,14 +5,14 @@ chunks besides the model (a tensor larger than a chunk is a chunk of its own).
 
 - ``SharedFileTransfer``: the worker reads the file, mapped into its memory. For workers that see the run directory.
 - ``ObjectStoreTransfer``: a process beside the file puts chunks into Ray's object store, where workers on a node share
-  them without a copy. Workers that are in step share a chunk's only copy.
+  them without a copy. Workers in step with each other share a chunk's only copy.
 - ``BroadcastTransfer``: one worker reads the file and broadcasts it, over NCCL from GPU to GPU, over gloo otherwise.
-  All workers take part at once, so it serves for a publication, not for a replacement that catches up.
+  All workers take part at once, so it suits a publication, not a replacement that catches up.
 
-``AutoTransfer`` is the first where the worker sees the file, else the second.
+``AutoTransfer`` is the first if the worker sees the file, else the second.
 
-Numpy arrays go through the object store without being copied in the reader, torch tensors do not. Numpy has no
-bfloat16, so its bits travel as int16, which no parameter of the model has.
+Readers get numpy arrays from the object store without a copy, but not torch tensors. Numpy has no bfloat16, so its
+bits travel as int16, which no parameter of the model has.
 """
 
 import warnings
@@ -32,21 +32,21 @@ from ray.actor import ActorHandle
 from actors.weights import WeightLayout, Weights, read
 
 CHUNK = 256 * 2**20
-"""Bytes of a chunk."""
+"""Most bytes of a chunk."""
 
 
 class WeightTransfer(Protocol):
-    """A weight set under way. ``layout`` says what will come, so that it can be refused before anything is copied."""
+    """A weight set in transit. ``layout`` is known first, so that a bad set is rejected before anything is copied."""
 
     layout: WeightLayout
 
     def chunks(self) -> Iterator[Weights]:
-        """The tensors, in groups."""
+        """Yield the tensors, in groups."""
 
 
 @dataclass(frozen=True)
 class SharedFileTransfer:
-    """A file that the worker sees."""
+    """The worker reads the file itself."""
 
     layout: WeightLayout
     path: Path
@@ -58,7 +58,7 @@ class SharedFileTransfer:
 
 @dataclass(frozen=True)
 class ObjectStoreTransfer:
-    """A file that ``chunk_server`` (a ``ChunkServer`` actor) sees."""
+    """``chunk_server`` (a ``ChunkServer`` actor) reads the file; the next chunk is fetched ahead."""
 
     layout: WeightLayout
     path: Path
@@ -68,17 +68,17 @@ class ObjectStoreTransfer:
         groups = self.layout.chunks(CHUNK)
         if not groups:
             return
-        coming = self.chunk_server.chunk.remote(self.path, groups[0])
+        pending = self.chunk_server.chunk.remote(self.path, groups[0])
         for following in (*groups[1:], None):
-            (chunk,) = ray.get(coming)
+            (chunk,) = ray.get(pending)
             if following:
-                coming = self.chunk_server.chunk.remote(self.path, following)
+                pending = self.chunk_server.chunk.remote(self.path, following)
             yield {name: _to_torch(array) for name, array in ray.get(chunk).items()}
 
 
 @dataclass(frozen=True)
 class AutoTransfer:
-    """A shared file if the worker sees one of ``size`` bytes at ``path``, else what is on ``chunk_server``."""
+    """A shared file if the worker sees one of ``size`` bytes at ``path``, else the object store."""
 
     layout: WeightLayout
     path: Path
@@ -87,21 +87,19 @@ class AutoTransfer:
 
     def chunks(self) -> Iterator[Weights]:
         seen = self.path.is_file() and self.path.stat().st_size == self.size
-        found = (
-            SharedFileTransfer(self.layout, self.path)
-            if seen
-            else ObjectStoreTransfer(self.layout, self.path, self.chunk_server)
-        )
-        yield from found.chunks()
+        shared = SharedFileTransfer(self.layout, self.path)
+        stored = ObjectStoreTransfer(self.layout, self.path, self.chunk_server)
+        yield from (shared if seen else stored).chunks()
 
 
 class _ChunkServer:
-    """Puts chunks of files into the object store; the two that were asked for last stay there."""
+    """Puts chunks of files into the object store and keeps the two requested last."""
 
     def __init__(self):
         self.kept: OrderedDict[tuple[Path, int, str], ray.ObjectRef] = OrderedDict()
 
     def chunk(self, path: Path, names: list[str]) -> list[ray.ObjectRef]:
+        """The ref of a chunk, in a list: Ray would resolve a bare one."""
         key = path, path.stat().st_ino, names[0]  # a file that is replaced has another inode
         if key not in self.kept:
             self.kept[key] = ray.put({name: _to_numpy(tensor) for name, tensor in read(path, names).items()})
@@ -116,10 +114,9 @@ ChunkServer = ray.remote(num_cpus=0)(_ChunkServer)
 
 @dataclass(frozen=True)
 class BroadcastTransfer:
-    """The part of rank ``rank`` of ``world`` in a broadcast: rank 0 reads ``path``, the others receive.
+    """One rank's part in a broadcast: rank 0 reads ``path``, the others receive.
 
-    ``device`` is where the tensors pass: "cuda" for NCCL, "cpu" for gloo. RuntimeError where a rank does not come, or
-    is lost, within ``timeout_s``.
+    ``device`` is "cuda" for NCCL, "cpu" for gloo. RuntimeError if a rank does not arrive, or is lost, in ``timeout_s``.
     """
 
     layout: WeightLayout
@@ -133,7 +130,7 @@ class BroadcastTransfer:
     def chunks(self) -> Iterator[Weights]:
         limit = timedelta(seconds=self.timeout_s)
         host, port = self.address
-        # A group of its own: a default group, if the process has one, has other members.
+        # A separate group: the process's default group, if any, has other members.
         store = dist.TCPStore(host, port, self.world, is_master=self.rank == 0, timeout=limit)
         if self.device == "cuda":
             options = dist.ProcessGroupNCCL.Options()
@@ -148,7 +145,7 @@ class BroadcastTransfer:
                 tensor = torch.empty(shape, dtype=self.layout.dtypes[name], device=self.device)
             group.broadcast([tensor.view(-1).view(torch.uint8)], dist.BroadcastOptions()).wait()
             yield {name: tensor}
-        group.barrier().wait()  # rank 0 holds the store: it must not go before the others have come
+        group.barrier().wait()  # rank 0 holds the store: it must not leave before the others are done
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -157,7 +154,7 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
-        # Arrays out of the object store are read-only; torch warns, but they are only read here.
+        # Arrays from the object store are read-only; torch warns, but nothing writes to them here.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

@@ -1,7 +1,7 @@
-"""What a weight set is on both of its ends: tensors of a safetensors file, and tensors of a model.
+"""Weight sets, on disk as a safetensors file and in a live model.
 
-Read a chunk at a time, checked against the model before the first one is copied, applied in place, and verified by a
-checksum of what the model then holds. How chunks travel in between is in ``actors.transport``.
+A set is checked against the model before anything is copied, read and applied in place one chunk at a time, and
+verified by a checksum of the model's own tensors. ``actors.transport`` moves the chunks.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 Weights = dict[str, torch.Tensor]
-"""Tensor by name."""
+"""Tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WeightLayout:
         return int(np.prod(self.shapes[name], dtype=np.int64)) * self.dtypes[name].itemsize
 
     def chunks(self, limit: int) -> list[list[str]]:
-        """All names, in groups of at most ``limit`` bytes; a tensor larger than that is a group of its own."""
+        """All names, in groups of at most ``limit`` bytes; a larger tensor is a group of its own."""
         groups: list[list[str]] = [[]]
         room = limit
         for name in self.shapes:
@@ -47,31 +47,35 @@ class WeightLayout:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """One publication: ``bytes`` of the set, ``seconds`` from reading it to the last worker's answer.
-
-    ``verified``: every worker's own tensors have the published checksum.
-    """
+    """One publication of a weight set."""
 
     version: int
     checksum: str
+
     bytes: int
+    """Size of the set."""
+
     seconds: float
+    """From reading the set to the last worker's answer."""
+
     gbytes_per_s: float
     workers: int
+
     verified: bool
+    """Whether every worker's own tensors have the published checksum."""
 
 
 Wanted = Callable[[str], bool]
-"""Whether the tensor of a name is wanted."""
+"""Whether the tensor of this name belongs to the set."""
 
 
 def every(name: str) -> bool:
-    """All tensors are wanted."""
+    """Accept all tensors."""
     return True
 
 
 def layout_of(path: Path, wanted: Wanted = every) -> WeightLayout:
-    """The layout of the wanted tensors of a safetensors file, from its header and empty slices."""
+    """The layout of the wanted tensors of a safetensors file; only its header is read."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a dict)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -80,7 +84,7 @@ def layout_of(path: Path, wanted: Wanted = every) -> WeightLayout:
 
 
 def read(path: Path, names: Iterable[str]) -> Weights:
-    """Tensors of a safetensors file."""
+    """Read tensors of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -99,9 +103,9 @@ def checksum_of_set(tensors: Weights) -> str:
 
 
 def checksum(path: Path, wanted: Wanted = every) -> str:
-    """Hexadecimal blake2b over the names of a file's wanted tensors in order, their dtypes, shapes and bytes.
+    """Hexadecimal blake2b of a file's wanted tensors in the order of their names: name, dtype, shape and bytes.
 
-    One tensor at a time is in memory.
+    Only one tensor at a time is in memory.
     """
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,23 +117,26 @@ def checksum(path: Path, wanted: Wanted = every) -> str:
 
 
 def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
-    """``checksum`` of what the model itself holds under these names, in the dtypes of the set it was given.
+    """``checksum`` of the model's own tensors of these names, cast to the dtypes of the set.
 
-    A model of wider dtype holds the set exactly, so casting back loses nothing.
+    A model of a wider dtype holds the set exactly, so casting back loses nothing.
     """
     own = model.state_dict()
     return _digest((name, own[name].to("cpu", dtypes[name])) for name in sorted(dtypes))
 
 
 def check_fits(model: torch.nn.Module, layout: WeightLayout) -> None:
-    """KeyError names tensors that the model does not have, ValueError those of another shape, or of a dtype that the
-    model's cannot hold exactly."""
+    """Check a set against a model before loading it.
+
+    KeyError names tensors that the model lacks; ValueError names those of another shape, or of a dtype that the model's
+    cannot hold exactly.
+    """
     own = model.state_dict()
     unknown = sorted(layout.shapes.keys() - own.keys())
     if unknown:
-        raise KeyError(f"not tensors of the model: {', '.join(unknown)}")
+        raise KeyError(f"the model has no tensors {', '.join(unknown)}")
     misfits = [
-        f"{name} is {shape} {layout.dtypes[name]}, the model's {tuple(own[name].shape)} {own[name].dtype}"
+        f"{name}: expected {tuple(own[name].shape)} {own[name].dtype}, got {shape} {layout.dtypes[name]}"
         for name, shape in layout.shapes.items()
         if shape != own[name].shape or torch.promote_types(layout.dtypes[name], own[name].dtype) != own[name].dtype
     ]
@@ -139,7 +146,7 @@ def check_fits(model: torch.nn.Module, layout: WeightLayout) -> None:
 
 @torch.no_grad()
 def apply(model: torch.nn.Module, tensors: Weights) -> None:
-    """Copy tensors that fit into the model's own, in place."""
+    """Copy tensors that fit into the model, in place."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

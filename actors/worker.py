@@ -1,11 +1,11 @@
-"""One rollout worker: a whole model in one process, that draws, encodes, scores, judges, writes and answers.
+"""A rollout worker: one process with the whole model that samples, encodes, scores, judges and writes images.
 
-Every method takes a batch and returns one result an item, so that the pool can cut, order and repeat batches as it
-likes. ``Worker`` is a plain class; the pool makes it a Ray actor.
+Every method takes a batch and returns one result per item, so that the pool can cut, order and repeat batches.
+``Worker`` is a plain class; the pool makes it a Ray actor.
 
-A worker is stale, and refuses to serve, until it holds at least the version that was current when it was made.
+A worker is stale, and refuses to serve, until it holds at least the version that was current when it was started.
 
-Shape legend: B batch, T positions, L image tokens, s symbols a token (32 bits, or one index), d latent channels,
+Shape legend: B batch, T positions, L image tokens, s symbols per token (32 bits, or one index), d latent channels,
 h w latent grid, H W pixels.
 """
 
@@ -42,18 +42,18 @@ from vargpt_rl.text.engine import TextEngine, TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Rewards = Callable[[list[Image.Image], list[str]], list[float | None]]
-"""Images and their prompts -> a number each, None where there is none."""
+"""Images and their prompts -> one number each, None for an image without a score."""
 
 Check = Callable[[list[Image.Image], list[Prompt]], list]
-"""Images and their whole prompts -> a verdict each."""
+"""Images and their prompts, with all fields -> one verdict each."""
 
 PromptedBits = tuple[Prompt, bytes]
-"""A prompt and the packed image tokens of an image of it."""
+"""A prompt and the packed image tokens of one of its images."""
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as packed tokens, ``bits``, and as the float16 latent ``features`` [d, h, w] they were read off."""
+    """An image as packed tokens, ``bits``, and the float16 latent ``features`` [d, h, w] they were quantised from."""
 
     key: str
     bits: bytes
@@ -62,7 +62,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be loaded, and why."""
+    """An image that could not be loaded, and the reason."""
 
     key: str
     reason: str
@@ -70,7 +70,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Teacher-forced log-probability of an image's tokens, in nats, and the share of symbols guessed right."""
+    """Teacher-forced log-probability of an image's tokens, in nats, and the share of symbols predicted right."""
 
     total: float
     by_scale: list[float]
@@ -96,14 +96,17 @@ def serving(method: Callable[Parameters, Result]) -> Callable[Parameters, Result
 
 
 class BaseWorker(ABC):
-    """What all workers share: published weights and how they are taken, and text.
+    """The part common to all workers: versioned weights, and text.
 
-    The checkpoint it starts from is version 0; it serves once it holds ``version_required``.
+    The initial checkpoint is version 0. A worker serves once it holds ``version_required``.
     """
 
     def __init__(self, engine: TextEngine, source: ImageSource, device: str, version_required: int):
-        self.engine, self.source, self.device = engine, source, device
-        self.version, self.checksum = 0, ""
+        self.engine = engine
+        self.source = source
+        self.device = device
+        self.version = 0
+        self.checksum = ""
         self.version_required = version_required
 
     @abstractmethod
@@ -115,7 +118,7 @@ class BaseWorker(ABC):
         """Load a weight set that fits; return the checksum of what was loaded."""
 
     def status(self) -> dict[str, int | str]:
-        """Version and checksum of the last weight set received, and where the worker runs."""
+        """Version and checksum of the last weight set, and the worker's process, device and node."""
         return {
             "version": self.version,
             "checksum": self.checksum,
@@ -125,15 +128,15 @@ class BaseWorker(ABC):
         }
 
     def address(self) -> tuple[str, int]:
-        """This node's address in the cluster and a free port, for the other workers to meet at."""
+        """This node's address in the cluster and a free port: the rendezvous of a broadcast."""
         return ray.util.get_node_ip_address(), free_port()
 
     def receive(self, version: int, expected_checksum: str, transfer: WeightTransfer) -> dict[str, int | str | float]:
-        """Put a weight set in place and verify it.
+        """Load a weight set and verify it.
 
-        ValueError for a version older than the worker's own; KeyError or ValueError for a set that does not fit, which
-        changes nothing. RuntimeError when what it holds does not have the expected checksum. When that is so, or the
-        set did not come whole, it is of no known version, and the worker is stale until the next good set.
+        ValueError for a version older than the worker's own. KeyError or ValueError for a set that does not fit, which
+        changes nothing. RuntimeError if the loaded weights do not have the expected checksum; then, or if the transfer
+        breaks off, the worker is stale until the next good set.
         """
         if version < self.version:
             raise ValueError(f"version {version} is older than the worker's own, {self.version}")
@@ -142,25 +145,25 @@ class BaseWorker(ABC):
         self.version = -1
         found = self.load_weights(version, transfer)
         if found != expected_checksum:
-            raise RuntimeError(f"version {version} arrived with checksum {found}, published was {expected_checksum}")
+            raise RuntimeError(f"version {version} has checksum {found}, expected {expected_checksum}")
         self.version, self.checksum = version, found
         seconds = time.perf_counter() - start
         return {"version": version, "checksum": found, "bytes": transfer.layout.bytes, "seconds": seconds}
 
     @serving
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
-        """Greedy answer in words to each (image key, question); images are loaded at ``side`` pixels a side."""
+        """Answer each (image key, question) greedily; images are loaded as ``side`` x ``side`` pixels."""
         requests = [TextRequest(text, self.source.load(key, side)) for key, text in questions]
         return answers(self.engine, requests, max_new_tokens)
 
     @serving
     def reply(self, texts: list[str], max_new_tokens: int) -> list[str | None]:
-        """What the model says to each drawing request before it begins an image; None where it begins none."""
+        """The model's words before the image for each drawing request; None if it begins no image."""
         return replies(self.engine, texts, max_new_tokens)
 
 
 class Worker(BaseWorker):
-    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever its files hold."""
+    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever the dtype of its files."""
 
     def __init__(
         self,
@@ -184,7 +187,7 @@ class Worker(BaseWorker):
         check_fits(self.model, layout)
 
     def load_weights(self, version: int, transfer: WeightTransfer) -> str:
-        """Copy into the model's own tensors, and hash these."""
+        """Copy into the model's own tensors and return their checksum."""
         for chunk in transfer.chunks():
             apply(self.model, chunk)
             point("worker/swap")
@@ -194,7 +197,10 @@ class Worker(BaseWorker):
     def generate_images(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig, checkpoint: str
     ) -> list[Sample]:
-        """Draw a square image of ``resolution`` pixels a side for each (prompt, seed); prompts may show images."""
+        """Sample an image of ``resolution`` x ``resolution`` pixels for each (prompt, seed); prompts may show images.
+
+        ``checkpoint`` is a name for the current weights, kept in the samples.
+        """
         grids, seen = self._shown([prompt for prompt, _ in jobs])
         rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "left")
@@ -208,7 +214,7 @@ class Worker(BaseWorker):
 
     @serving
     def encode(self, keys: list[str], resolution: int) -> list[EncodedImage | Failure]:
-        """Images of the source as tokens and features; one that cannot be loaded is a ``Failure``."""
+        """Encode images of the source; one that cannot be loaded becomes a ``Failure``."""
         results: dict[int, EncodedImage | Failure] = {}
         images: dict[int, np.ndarray] = {}
         for i, key in enumerate(keys):
@@ -224,17 +230,17 @@ class Worker(BaseWorker):
             schedule = self.image_tokenizer.schedule_for(resolution)
             packed = self._packed(self.image_tokenizer.quantise(features_Bdhw, schedule).labels_BLs)
             for i, bits, features_dhw in zip(images, packed, features_Bdhw.half().cpu().numpy(), strict=True):
-                # A copy, or each result would drag the whole batch's array along.
+                # A copy: a view would keep the whole batch's array alive.
                 results[i] = EncodedImage(keys[i], bits, features_dhw.copy())
         return [results[i] for i in range(len(keys))]
 
     def find_unreadable(self, keys: list[str], side: int) -> list[Failure | None]:
-        """Why images of the source cannot be shown, None for each that can."""
+        """Try to load images of the source: a ``Failure`` for each that cannot be loaded, else None."""
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
     @serving
     def score(self, items: list[PromptedBits], resolution: int) -> list[ImageScore]:
-        """Log-probability of each image's very tokens given its prompt, teacher forced, no condition dropped."""
+        """Log-probability of each image's own tokens given its prompt, teacher-forced, never unconditional."""
         schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
         grids, seen = self._shown([prompt for prompt, _ in items])
@@ -256,7 +262,7 @@ class Worker(BaseWorker):
 
     @serving
     def reward(self, items: list[PromptedBits], resolution: int, rewards: Rewards) -> list[float | None]:
-        """What ``rewards`` says of each image; NaN counts as None. ValueError unless it says one thing an image."""
+        """The reward of each image; NaN counts as None. ValueError unless there is one value per image."""
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
         if len(values) != len(items):
             raise ValueError(f"the reward returned {len(values)} values for {len(items)} images")
@@ -265,12 +271,12 @@ class Worker(BaseWorker):
 
     @serving
     def check(self, items: list[PromptedBits], resolution: int, check: Check) -> list:
-        """What ``check`` says of each image."""
+        """The verdict of ``check`` on each image."""
         return check(self._decode(items, resolution), [prompt for prompt, _ in items])
 
     @serving
     def write_images(self, items: list[tuple[PromptedBits, str]], resolution: int, folder: str) -> list[Path]:
-        """Write each image as ``folder/name``, a PNG; returns the paths. A file is there whole or not at all."""
+        """Write each image as a PNG, ``folder/name``, atomically; return the paths."""
         paths = []
         for image, (_, name) in zip(self._decode([drawn for drawn, _ in items], resolution), items, strict=True):
             path = Path(folder, name)
@@ -286,28 +292,28 @@ class Worker(BaseWorker):
             return Failure(key, f"{type(error).__name__}: {error}")
 
     def _shown(self, prompts: list[Prompt]) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
-        """The grid of each prompt's image, None where it shows none, and all images on the model's device."""
+        """The grid of each prompt's image (None if it shows none), and all images on the model's device."""
         images = [shown_image(prompt, self.source, self.chat) for prompt in prompts]
         seen = {name: tensor.to(self.model.device) for name, tensor in joined(images).items()}
         return [image and image.image_grid_thw for image in images], seen
 
     def _rows(self, rows: list[list[int]], side: str, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 ids and attention mask [B, T] on the model's device."""
+        """Padded int64 ids and attention mask [B, T] on the model's device."""
         ids_BT = self.chat.pad(rows, side, multiple=multiple)
         mask_BT = self.chat.pad([[1] * len(row) for row in rows], side, value=0, multiple=multiple)
         return ids_BT.to(self.model.device), mask_BT.to(self.model.device)
 
     def _packed(self, labels_BLs: torch.Tensor) -> list[bytes]:
-        """The image tokens of each image as they travel."""
+        """The packed image tokens of each image."""
         return [pack(labels_Ls, self.symbols.values) for labels_Ls in labels_BLs.cpu().numpy()]
 
     def _labels(self, items: list[PromptedBits], tokens: int) -> torch.Tensor:
-        """Integers [B, L, s] on the model's device."""
+        """Unpacked symbols [B, L, s], uint8 or int32, on the model's device."""
         labels_BLs = np.stack([unpack(packed, tokens, *self.symbols) for _, packed in items])
         return torch.from_numpy(labels_BLs).to(self.model.device)
 
     def _decode(self, items: list[PromptedBits], resolution: int) -> list[Image.Image]:
-        """The images that the image tokens stand for."""
+        """Decode image tokens to images."""
         schedule = self.image_tokenizer.schedule_for(resolution)
         labels_BLs = self._labels(items, token_count(schedule))
         summed_Bdhw = self.image_tokenizer.replay(labels_BLs, schedule, self.model.dtype).summed_Bdhw

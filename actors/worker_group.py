@@ -16,8 +16,9 @@ from ray.exceptions import GetTimeoutError
 
 from actors.batches import BatchJob, Call
 from actors.cluster import LOST, Note, Place
+from actors.config import RolloutConfig
 from actors.published import PublishedWeights
-from actors.resources import Placement, RolloutConfig
+from actors.resources import Placement
 from actors.worker import BaseWorker
 from vargpt_rl.data.batches import ImageSource
 

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actors.resources import PlacementConfig, RolloutConfig
+from actors.config import PlacementConfig, RolloutConfig
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.generate import SamplingConfig

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from actors.cluster import nodes, reserve
-from actors.resources import PlacementConfig, RolloutConfig, plan
+from actors.config import PlacementConfig, RolloutConfig
+from actors.resources import plan
 from tests.helpers.access import listening, nodes_shown
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import actors.batches
 import actors.pool
 from actors.batches import BatchJob
+from actors.config import RolloutConfig
 from actors.pool import RolloutPool
-from actors.resources import RolloutConfig, plan
+from actors.resources import plan
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum
 from actors.worker import Failure, Worker

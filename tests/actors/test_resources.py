@@ -1,4 +1,4 @@
-"""Who gets what: sums, shares by node, and bundles in which no two ranks share a GPU."""
+"""Placement: sums, shares by node, and bundles in which no two ranks share a GPU."""
 
 from collections import Counter
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.resources import PlacementConfig, RolloutConfig, plan
+from actors.config import PlacementConfig, RolloutConfig
+from actors.resources import plan
 
 COLOCATED = PlacementConfig("colocated")
 
@@ -19,11 +20,11 @@ COLOCATED = PlacementConfig("colocated")
         ([10.0], 3, 1, 2.0, 3),
         ([1.0], 4, 0, 0.25, 1),
         ([2.0, 2.0], 2, 2, 1.0, 2),
-        ([16.0, 4.0], 3, 1, 4.0, 4),  # 16 would hold 4 shares of 4, and so do both
-        ([1.0, 1.0, 1.0], 2, 2, 0.5, 1),  # 3 CPUs for 4, but no process has parts of two nodes
+        ([16.0, 4.0], 3, 1, 4.0, 4),  # five shares of 4
+        ([1.0, 1.0, 1.0], 2, 2, 0.5, 1),  # no process spans two nodes
     ],
 )
-def test_without_gpus_all_share_the_cpus(cpus, workers, ranks, share, threads):
+def test_without_gpus_processes_share_cpus(cpus, workers, ranks, share, threads):
     decided = plan([{"CPU": count} for count in cpus], RolloutConfig(workers=workers), ranks)
     assert decided.worker_options == {"num_cpus": share}
     assert decided.rank_bundle == {"CPU": share}
@@ -32,7 +33,7 @@ def test_without_gpus_all_share_the_cpus(cpus, workers, ranks, share, threads):
     assert not decided.use_gpu
 
 
-def test_split_gives_ranks_gpus_of_their_own():
+def test_split_gives_ranks_their_own_gpus():
     rollout = RolloutConfig(workers=4, gpus_per_worker=0.5)
     decided = plan([{"CPU": 32.0, "GPU": 4.0}] * 2, rollout, ranks=6)
     assert decided.use_gpu
@@ -49,11 +50,11 @@ def test_colocated_puts_a_rank_and_workers_on_each_gpu():
     assert decided.bundles == [{"CPU": 12.0, "GPU": 1.0}] * 2
     assert decided.worker_options == {"num_cpus": 4.0, "num_gpus": 0.25}
     spread = plan([{"CPU": 32.0, "GPU": 4.0}], rollout, 2, 0.5, placement=COLOCATED)
-    assert spread.worker_bundles == [0, 1, 2, 3]  # where there is room, a GPU each
+    assert spread.worker_bundles == [0, 1, 2, 3]  # one GPU each if there is room
 
 
 @pytest.mark.parametrize("placement", [PlacementConfig(), COLOCATED])
-def test_too_few_gpus_says_the_sum(placement):
+def test_too_few_gpus_names_the_sum(placement):
     share = 0.5 if placement.is_colocated else 1.0
     with pytest.raises(ValueError, match=f"need 3 GPUs in placement={placement.kind}, but the cluster has 2"):
         ranks = 3 if placement.is_colocated else 1
@@ -67,7 +68,7 @@ def test_too_few_gpus_says_the_sum(placement):
     st.sampled_from([1.0, 0.5, 0.4, 0.25, 0.1]),
     st.booleans(),
 )
-def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers, ranks, share, colocated):
+def test_plan_fits_cluster_and_bundles(nodes, workers, ranks, share, colocated):
     resources = [{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})} for cpus, gpus in nodes]
     placement = COLOCATED if colocated else PlacementConfig()
     try:
@@ -100,11 +101,11 @@ def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers,
         (lambda: RolloutConfig(batch_size=0), "rollout.batch_size=0"),
         (lambda: RolloutConfig(gpus_per_worker=2), "rollout.gpus_per_worker=2"),
         (lambda: RolloutConfig(gpus_per_worker=0), "rollout.gpus_per_worker=0"),
-        (lambda: RolloutConfig(reply="sing"), "rollout.reply=sing: expected template or generate"),
+        (lambda: RolloutConfig(reply="sing"), "rollout.reply=sing: expected one of template, generate"),
         (lambda: RolloutConfig(reply_tokens=0), "rollout.reply_tokens=0"),
         (
             lambda: RolloutConfig(text_engine="sglang"),
-            "rollout.text_engine=sglang: expected auto, vllm or transformers",
+            "rollout.text_engine=sglang: expected one of auto, vllm, transformers",
         ),
         (lambda: PlacementConfig("both"), "placement.kind=both"),
         (lambda: PlacementConfig(strategy="STRICT"), "placement.strategy=STRICT"),
@@ -112,14 +113,14 @@ def test_a_plan_fits_its_cluster_and_its_processes_their_bundles(nodes, workers,
         (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5, placement=COLOCATED), "at most 1"),
     ],
 )
-def test_nonsense_is_refused(make, named):
+def test_bad_settings_are_rejected(make, named):
     with pytest.raises(ValueError, match=named):
         make()
 
 
-def test_generated_replies_ask_for_vllm_where_it_is(monkeypatch):
+def test_generated_replies_use_vllm_if_installed(monkeypatch):
     def installed(there):
-        monkeypatch.setattr("actors.resources.find_spec", lambda name: object() if there else None)
+        monkeypatch.setattr("actors.config.find_spec", lambda name: object() if there else None)
 
     installed(False)
     assert not RolloutConfig(reply="generate").uses_vllm

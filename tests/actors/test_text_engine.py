@@ -9,8 +9,9 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.config import RolloutConfig
 from actors.pool import RolloutPool
-from actors.resources import RolloutConfig, plan
+from actors.resources import plan
 from actors.text_engine import start_text_engine
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of

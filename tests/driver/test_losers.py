@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actors.resources import RolloutConfig
+from actors.config import RolloutConfig
 from actors.worker import EncodedImage, ImageScore
 from rewards.preferences import external_winner
 from tests.helpers.pools import FakePool

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from actors.resources import RolloutConfig
+from actors.config import RolloutConfig
 from actors.weights import SwapReport
 from actors.worker import EncodedImage, Failure
 from tests.data.test_preferences import row as table_row

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from actors.resources import PlacementConfig, RolloutConfig
+from actors.config import PlacementConfig, RolloutConfig
 from configs.load import load_config
 from learners.config import LearnerConfig
 from tests.helpers.tiny import tiny_config, tiny_tokenizer

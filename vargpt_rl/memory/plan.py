@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from actors.resources import PlacementConfig, RolloutConfig, per_gpu
+from actors.config import PlacementConfig, RolloutConfig
+from actors.resources import per_gpu
 from configs.schema import LoopConfig
 from learners.config import LearnerConfig, Recipe
 from vargpt_rl.losses.supervised import Noise, sft_loss

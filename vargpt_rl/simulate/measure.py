@@ -85,7 +85,7 @@ def driver_costs(steps: Steps) -> tuple[float, float]:
 
 
 def idle_pool(steps: Steps) -> RolloutPool:
-    one = Placement(1, {"num_cpus": 0}, 0, {}, 1, False, False)
+    one = Placement(workers=1, worker_options={"num_cpus": 0})
     return RolloutPool(steps.config.rollout, one, steps.inputs.model, steps.inputs.source, kind=Idle)
 
 
