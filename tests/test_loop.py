@@ -6,29 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from configs.load import load_config
-from configs.schema import STAGES as STAGE_ORDER
+from tests.helpers.driver import stage_context
 from tests.helpers.faults import ask
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
-from vargpt_rl.data.quarantine import Quarantine
-from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.stages import STAGES, UNREACHED, freeze
-from vargpt_rl.storage.checkpoint import load_weights_into
+from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, UNREACHED, freeze
+from vargpt_rl.storage.checkpoint import Policy, load_weights_into
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -105,7 +101,7 @@ def finished(folder) -> Path:
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on after iter-00/pairs" in again.stdout
+    assert "resuming after iter-00/pair" in again.stdout
     return directory
 
 
@@ -113,7 +109,7 @@ def finished(folder) -> Path:
 def test_a_killed_driver_goes_on_and_completes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "complete"
-    assert summary["events"] == [f"going on after iter-00/{step}" for step in ("before", "pairs")]
+    assert summary["events"] == [f"resuming after iter-00/{step}" for step in ("before", "pair")]
     assert [iteration["resolution"] for iteration in summary["iterations"]] == [32, 48]
     for iteration in summary["iterations"]:
         assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 8
@@ -206,53 +202,44 @@ def test_dpo_overlaps_the_making_of_its_pairs(folder):
     assert {name for step in steps for name in step["pairs"]} == set(table.pair_id)
 
 
-class Recorder:
-    """Stands in for the steps: any that is asked for is noted, with the weights adopted so far."""
+@pytest.mark.parametrize("stages", [s for n in range(1, 6) for s in combinations(RUN_STAGES, n)], ids="+".join)
+def test_stages_run_in_order_each_from_the_last_policy(stages, tmp_path, monkeypatch):
+    asked, exported = [], []
 
-    def __init__(self):
-        self.asked, self.weights, self.resolution, self.name = [], (), 0, ""
+    def record(self, step, work, *args):
+        """Stand in for the steps: note each, with the policy that it is given."""
+        policy = next((arg for arg in args if isinstance(arg, Policy)), Policy(""))
+        asked.append((self.name, step, self.resolution, tuple(path.parent.name for path in policy.weights)))
+        return {"accuracy": 0.5}
 
-    def begin(self, iteration, resolution, name=""):
-        self.resolution, self.name = resolution, name or f"iter-{iteration or 0:02d}"
-
-    def adopt(self, key):
-        self.weights = (*self.weights, key)
-
-    def __getattr__(self, step):
-        def work(*what):
-            self.asked.append((" ".join([step, *map(str, what)]), self.resolution, self.weights))
-            return {"eval": {}, "swap": {}, "accuracy": 0.5}
-
-        return work
-
-
-@pytest.fixture(scope="module")
-def loop_config():
-    return load_config(["resolutions=[32,48]", "dpo.control=false"])
-
-
-@pytest.mark.parametrize("stages", [s for n in range(1, 6) for s in combinations(STAGE_ORDER, n)], ids="+".join)
-def test_any_stages_in_order_train_one_after_the_other_and_are_measured(loop_config, stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "export_model", lambda start, weights, target: exported.append(weights))
-    exported, steps, run = [], Recorder(), Run(tmp_path / "run", {})
-    config = replace(loop_config, stages=list(stages))
-    inputs = SimpleNamespace(model="", quarantine=Quarantine(tmp_path / "q"))
-    summary = loop.execute(steps, run, config, inputs)
-    keys = [key for s in stages for key in (TRAINED if s == "align" else [s])]
-    assert exported == [tuple(keys)]
-    assert list(summary["stages"]) == [stage for stage in stages if stage != "align"]
-    assert len(summary["iterations"]) == (2 if "align" in stages else 0)
-    done = [what for what, _, _ in steps.asked]
+    monkeypatch.setattr(StageContext, "step", record)
+    monkeypatch.setattr(loop, "export_model", lambda model, weights, target: exported.append(weights))
+    settings = [f"stages=[{','.join(stages)}]", "resolutions=[32,48]", "iterations=2", "dpo.control=false"]
+    summary = loop.execute(stage_context(tmp_path, *settings).session)
+    keys = [key for s in stages for key in (TRAINED if s == ALIGN else [s])]
+    assert [path.parent.name for path in exported[0]] == keys
+    assert list(summary["stages"]) == [stage for stage in stages if stage != ALIGN]
+    assert len(summary["iterations"]) == (2 if ALIGN in stages else 0)
     for stage in summary["stages"]:
         at = 48 if stage == "edit" else 32
         before, after = tuple(keys[: keys.index(stage)]), tuple(keys[: keys.index(stage) + 1])
-        assert (stage, at, before) in steps.asked and (f"measure {stage}", at, after) in steps.asked
-    assert ("edits before" in done) == ("edit" in stages) == ("edit_grid" in done)
-    answered = done.count("understands") + done.count("measure understanding")
-    assert answered == 2 * ("align" in stages) + ("understanding" in stages and "align" not in stages)
+        assert {(stage, "", at, before), (stage, "swap", at, after), (stage, "eval", at, after)} <= set(asked)
+    steps = [(name, step) for name, step, *_ in asked]
+    assert (("edit", "before") in steps) == ("edit" in stages) == (("edit", "grid") in steps)
+    answered = [step for name, step in steps if name == "understands"]
+    assert answered == (["before"] * ("understanding" not in stages) + ["after"]) * (ALIGN in stages)
 
 
-def test_a_killed_stage_goes_on_inside(finished):
+@pytest.mark.parametrize("control", [True, False])
+def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
+    it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
+    loop.align(it, Policy(""))
+    assert asked == [step for step in Step if control or "control" not in step]
+
+
+def test_a_killed_stage_resumes_inside(finished):
     for stage, steps in (("sft", 4), ("dpo", 3)):
         lines = (finished / f"checkpoints/iter-00-{stage}/log.jsonl").read_text().splitlines()
         trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]

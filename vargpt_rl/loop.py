@@ -1,120 +1,126 @@
 """The iterated SFT/DPO loop (VARGPT-v1.1, section 3.2, Fig. 6): ``python -m vargpt_rl.loop [key=value ...]``.
 
-Each iteration: SFT -> evaluate -> sample from the SFT checkpoints, pair with winners, score -> DPO -> swap -> evaluate.
-Every step is recorded when it is done; the same command goes on after the last one. Exit codes: 0 done, 1 failed,
-2 a setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or SIGUSR2 (EX_TEMPFAIL: try again).
+Every step is recorded when it is done; the same command resumes after the last one. Exit codes: 0 done, 1 failed, 2 a
+setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or SIGUSR2 (EX_TEMPFAIL: try again).
 """
 
 import os
 import sys
 
 import ray
-from omegaconf import OmegaConf
 from ray.exceptions import RayError
 
-from actors.cluster import connect, nodes, reserve
-from actors.pool import RolloutPool
-from actors.resources import plan
-from actors.text_engine import start_text_engine
-from configs.load import load_config
-from configs.schema import LoopConfig
-from learners.group import LearnerGroup
+from actors.cluster import connect
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import configure_logging
-from vargpt_rl.driver.inputs import Inputs, gather
+from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
+from vargpt_rl.driver.grids import edit_grid, sample_grid
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
-from vargpt_rl.driver.rollout import Rollouts
-from vargpt_rl.driver.run import Run
-from vargpt_rl.driver.steps import Steps
-from vargpt_rl.driver.verify import check_steps
-from vargpt_rl.memory.plan import Devices, check_fits, gpu_memory, model_config
+from vargpt_rl.driver.sampling import sample
+from vargpt_rl.driver.session import Session, StageContext, Step
+from vargpt_rl.driver.start import open_session, place, plain, prepare, resume
+from vargpt_rl.driver.training import swap, train_control, train_dpo, train_sft, train_stage
+from vargpt_rl.stages import ALIGN, STAGES, Learns
+from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import export_model, read_best
 
 SAVE_S = 180.0
-"""How long a signal may wait for training to come to the end of a step and to save: of Slurm's 300 s, some are needed
-afterwards.
-"""
+"""Seconds to let the current step finish and save after a signal. Slurm allows 300; the rest is for shutdown."""
 
 
-def align(steps: Steps, run: Run, config: LoopConfig) -> list[dict]:
-    """The iterations; what each of them measured."""
-    results = []
-    for k in range(config.iterations):
-        steps.begin(k, config.resolutions[min(k, len(config.resolutions) - 1)])
-        name = steps.name
-        run.step(f"{name}/before", steps.before)
-        sft = run.step(f"{name}/sft", steps.sft)
-        steps.adopt(f"{name}-sft")
-        after_sft = run.step(f"{name}/after_sft", lambda: steps.evaluate("after_sft", steps.weights))
-        sampled = run.step(f"{name}/pairs", steps.pairs)
-        dpo = run.step(f"{name}/dpo", steps.dpo)
-        control = run.step(f"{name}/control", steps.control) if config.dpo.control else {"eval": None}
-        steps.forget(f"{name}-control")
-        steps.adopt(f"{name}-dpo")
-        after_dpo = run.step(f"{name}/after_dpo", lambda: steps.evaluate("after_dpo", steps.weights))
-        run.step(f"{name}/grid", steps.sample_grid)
-        scores = {"after_sft": after_sft, "after_dpo": after_dpo, "sft_on_winners": control["eval"]}
-        results.append(
-            {"resolution": steps.resolution, "sft": sft, **sampled, "dpo": dpo, "swap": dpo["swap"], "eval": scores}
-        )
-    return results
+def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Run one iteration from ``policy``; return the aligned policy and the results."""
+    it.step(Step.BEFORE, draw_before, policy)
+    sft = it.step(Step.SFT, train_sft, policy)
+    policy = it.adopt(policy, Step.SFT)
+    sft_swap = it.step(Step.SFT_SWAP, swap, policy, sft)
+    after_sft = it.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)
 
+    if it.config.dpo.min_pairs:
+        rollout, pairs, dpo = sample_while_training(it, policy)
+    else:
+        rollout = it.step(Step.SAMPLE, sample, policy)
+        judged = it.step(Step.JUDGE, judge)
+        pairs = it.step(Step.PAIR, pair, policy, judged)
+        dpo = it.step(Step.DPO, train_dpo, policy)
 
-def train(stage: str, steps: Steps, run: Run, config: LoopConfig) -> dict:
-    """A stage before or after the iterations, and what it reaches; editing comes last, at the last resolution."""
-    edits = stage == "edit"
-    steps.begin(None, config.resolutions[-1 if edits else 0], stage)
-    before = {"before": run.step("edit/before", lambda: steps.edits("before"))} if edits else {}
-    result = run.step(stage, getattr(steps, stage))
-    steps.adopt(stage)
-    measured = run.step(f"{stage}/eval", lambda: steps.measure(stage))
-    if edits:
-        run.step("edit/grid", steps.edit_grid)
-    return {"resolution": steps.resolution, **result, **before, "eval": measured}
-
-
-def execute(steps: Steps, run: Run, config: LoopConfig, inputs: Inputs) -> dict:
-    """All stages in order, then the model's export; the summary."""
-    summary = {"status": "complete", "seconds": 0.0, "stages": {}, "iterations": [], "understanding": {}}
-    for stage in config.stages:
-        if stage != "align":
-            summary["stages"][stage] = train(stage, steps, run, config)
-            continue
-        steps.begin(None, config.resolutions[0])
-        known = summary["stages"].get("understanding", {}).get("eval")  # the same questions and weights
-        summary["understanding"]["before"] = known or run.step("understands/before", steps.understands)
-        summary["iterations"] = align(steps, run, config)
-        summary["understanding"]["after"] = run.step("understands/after", steps.understands)
-    export_model(inputs.model, steps.weights, run.directory / "model")
-    quarantined, best = dict(inputs.quarantine.counts), read_best(run.directory / "best")
-    return summary | {
-        "best": best and {"path": "best", **best},
-        "seconds": run.seconds,
-        "quarantined": quarantined,
-        "restarts": run.state["restarts"],
-        "events": run.state["events"],
+    after_control = run_control(it, policy) if it.config.dpo.control else None
+    policy = it.adopt(policy, Step.DPO)
+    dpo_swap = it.step(Step.DPO_SWAP, swap, policy, dpo)
+    after_dpo = it.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
+    it.step(Step.GRID, sample_grid)
+    return policy, {
+        "resolution": it.resolution,
+        "sft": {**sft, "swap": sft_swap},
+        "rollout": rollout,
+        "pairs": pairs,
+        "dpo": {**dpo, "swap": dpo_swap},
+        "swap": dpo_swap,
+        "eval": {"after_sft": after_sft, "after_dpo": after_dpo, "sft_on_winners": after_control},
     }
 
 
-def devices() -> Devices:
-    """What Ray sees: GPUs, with the memory of the first that it gives, and the memory of all machines."""
-    found = ray.cluster_resources()
-    gpus = int(found.get("GPU", 0))
-    each = ray.get(ray.remote(num_gpus=1)(gpu_memory).remote()) if gpus else 0
-    return Devices(gpus, each, int(found["memory"] + found["object_store_memory"]))
+def run_control(it: StageContext, policy: Policy) -> dict:
+    """Train SFT on the winners of the pairs instead of DPO, and evaluate it; the policy is not changed."""
+    control = it.step(Step.CONTROL, train_control, policy)
+    controlled = it.adopt(policy, Step.CONTROL)
+    it.step(Step.CONTROL_SWAP, swap, controlled, control)
+    return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
 
 
-def prepare(arguments: list[str]) -> tuple[LoopConfig, dict, Inputs, Run]:
-    """The settings, also as plain values, all that they name, and the run's directory. ValueError if any is wrong."""
-    config = load_config(arguments)
-    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return config, settings, gather(config), Run(config.directory, settings)
+def run_stage(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Run a stage outside the iterations from ``policy``; return the trained policy and the results."""
+    edits = STAGES[it.name].learns is Learns.EDITS
+    before = {"before": it.step("before", edit_images, policy, "before")} if edits else {}
+    trained = it.step("", train_stage, policy)
+    policy = it.adopt(policy)
+    swapped = it.step("swap", swap, policy, trained)
+    measured = it.step("eval", evaluate_stage, policy)
+    if edits:
+        it.step("grid", edit_grid)
+    return policy, {"resolution": it.resolution, **trained, "swap": swapped, **before, "eval": measured}
+
+
+def execute(session: Session) -> dict:
+    """Run all stages in order and export the model; return the summary."""
+    config = session.config
+    policy = Policy(session.inputs.model)
+    stages: dict[str, dict] = {}
+    iterations: list[dict] = []
+    understanding: dict[str, dict] = {}
+    for name in config.stages:
+        if name != ALIGN:
+            resolution = STAGES[name].resolutions(config.resolutions)[0]
+            policy, stages[name] = run_stage(session.stage(name, resolution), policy)
+            continue
+        asked = session.stage("understands", config.resolutions[0])
+        known = stages.get("understanding", {}).get("eval")  # the same questions and weights
+        understanding["before"] = known or asked.step("before", answer_questions, policy)
+        for k in range(config.iterations):
+            policy, results = align(session.iteration(k), policy)
+            iterations.append(results)
+        understanding["after"] = asked.step("after", answer_questions, policy)
+    export_model(policy.model, policy.weights, session.run.directory / "model")
+    best = read_best(session.run.directory / "best")
+    return {
+        "status": "complete",
+        "seconds": session.run.seconds,
+        "stages": stages,
+        "iterations": iterations,
+        "understanding": understanding,
+        "best": best and {"path": "best", **best},
+        "quarantined": dict(session.inputs.quarantine.counts),
+        "restarts": session.run.state["restarts"],
+        "events": session.run.state["events"],
+    }
 
 
 def start(arguments: list[str]) -> int:
-    """Run the loop; the exit code. SystemExit if a signal ends it, see ``actors.cluster.stop``."""
+    """Run the loop; return the exit code. SystemExit if a signal ends it, see ``actors.cluster.stop``."""
     try:
-        config, settings, inputs, run = prepare(arguments)
+        config, inputs, run = prepare(arguments)
     except ValueError as error:
         report_error(error)
         return 2
@@ -122,40 +128,29 @@ def start(arguments: list[str]) -> int:
         print("this run is complete; another name=... starts a new one")
         show(run.summary, run.directory)
         return 0
-    check_steps(run)
-    if run.state["steps"]:
-        run.note(f"going on after {list(run.state['steps'])[-1]}")
-    learner = config.learner
+    resume(run)
     try:
         connect()
     except (OSError, RuntimeError, ValueError, RayError) as error:
         report_error(f"no Ray cluster: {error}")
         return 1
     try:
-        shares = learner.gpus_per_rank, learner.bf16, config.placement
-        placement = plan(nodes(), config.rollout, learner.ranks, *shares)
-        check_fits(config, model_config(inputs.model), devices())
+        placement = place(config, inputs)
     except ValueError as error:
         report_error(error)
         return 2
-    run.track(config.tracking.wandb, config.tracking.project, settings)
-    failed, learners = True, None
+    run.track(config.tracking.wandb, config.tracking.project, plain(config))
+    failed = True
+    session = None
     try:
-        workers, ranks = reserve(placement, learner.start_timeout_s)
-        note = {"note": run.note}
-        pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=workers, **note)
-        kind = placement.rank_bundle, placement.threads_per_worker, placement.use_gpu
-        learners = LearnerGroup(learner, *kind, ranks, **note)
-        text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, **note)
-        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling, text)
-        steps = Steps(config, run, inputs, rollouts, learners)
-        summary = execute(steps, run, config, inputs)
+        session = open_session(config, inputs, run, placement)
+        summary = execute(session)
         run.finish(summary)
         show(summary, run.directory)
         failed = False
     except SystemExit:
-        if learners is not None:
-            learners.checkpoint(SAVE_S)
+        if session is not None:
+            session.learners.checkpoint(SAVE_S)
         raise
     finally:
         run.save()
@@ -165,11 +160,11 @@ def start(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the loop; the exit code."""
+    """Run the loop; return the exit code."""
     configure_logging()
     try:
         return start(sys.argv[1:] if arguments is None else arguments)
-    except SystemExit:  # of ``stop``; in a call of Ray its status is lost
+    except SystemExit:  # raised by ``stop``; within a call of Ray its status is lost
         return os.EX_TEMPFAIL
 
 

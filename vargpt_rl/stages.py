@@ -1,13 +1,12 @@
-"""The stage table: what each stage of the papers trains, with which losses (VARGPT-v1.1, section 3.2, Fig. 5).
+"""The stage table: what each stage of the papers trains, on what, with which losses (VARGPT-v1.1, section 3.2, Fig. 5).
 
-``base`` makes the tiny model that stands in for the papers' starting points; ``sft_on_winners`` is the control of DPO.
-
-``edit`` trains all parameters, as the paper has it, but for those that its loss cannot reach: the image tokenizer,
-whose tokens are a choice without a gradient, and what the model knows to be ``unreached``.
+A stage of a run is a row here and a block of settings of the same name in ``configs.schema.LoopConfig``. The driver,
+the settings, the memory plan and the report read the rest from the row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum, auto
 
 from torch import nn
 
@@ -16,33 +15,79 @@ from vargpt_rl.losses.supervised import Noise
 PROJECTORS = ("projector_in.", "projector_out.")
 DECODER = ("image_decoder.",)
 LANGUAGE = ("model.language_model.", "lm_head.")
-# Of v1.1 and v1, whose language-and-vision models differ in these names.
+# Of v1.1 and v1, whose vision towers have different names.
 VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
 VISION_PROJECTOR = ("model.visual.merger.", "model.multi_modal_projector.")
 UNREACHED = "image_decoder.condition.pool.query"
 """Kept for released checkpoints only: the pool has a single key, so no loss of any stage depends on its query."""
 NO_NOISE = Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
+ALIGN = "align"
+"""Name, in a run's ``stages``, of the iterations: all rows whose ``at`` is `At.ITERATIONS`."""
 
 
-def _names(trained: str | tuple[str, ...]) -> list[str]:
-    """The part that a prefix, or each family's prefixes of it, stands for, as a user names it."""
-    return [prefix.removesuffix(".") for prefix in ([trained] if isinstance(trained, str) else trained)]
+class Learns(StrEnum):
+    """Data of a stage."""
+
+    IMAGES = auto()
+    DRAWINGS = auto()
+    QUESTIONS = auto()
+    """Questions about images, and the share of drawings that the stage's settings ask for."""
+    EDITS = auto()
+    WINNERS = auto()
+    PAIRS = auto()
 
 
-@dataclass(frozen=True)
+class At(StrEnum):
+    """Where in a run a stage stands, which is also its resolution."""
+
+    FIRST = auto()
+    """Before the iterations, at the first of ``resolutions``."""
+    ITERATIONS = auto()
+    """In each iteration, at its resolution."""
+    LAST = auto()
+    """After the iterations, at the last of ``resolutions``."""
+    NOWHERE = auto()
+    """Not in a run: used by a program of its own."""
+
+
+class Measure(StrEnum):
+    """Held-out measure of what a stage is for. The value names it in the report."""
+
+    RECONSTRUCTIONS = "reconstructions"
+    DRAWINGS = "drawings"
+    QUESTIONS = "questions answered"
+    EDITS = "edits"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``trains``: prefixes of parameter names, all else is frozen; a tuple holds those of one part in each family.
-
-    ``text_weight`` 0 leaves the text head out.
-    """
+    """A row of the stage table."""
 
     name: str
     trains: tuple[str | tuple[str, ...], ...]
-    text_weight: float
-    noise: Noise
+    """Prefixes of the names of parameters that train; a nested tuple holds those of one part in each family."""
+    learns: Learns
+    text_weight: float = 0.0
+    """Weight of the text loss beside the image loss; 0 leaves the text head out."""
+    noise: Noise = NO_NOISE
+    at: At = At.ITERATIONS
+    measure: Measure | None = None
+    """Measured after a stage outside the iterations."""
+    settings: str = ""
+    """Block of ``LoopConfig`` with the recipe, if it is not the stage's name."""
+
+    @property
+    def block(self) -> str:
+        """The block of ``LoopConfig`` with the stage's settings."""
+        return self.settings or self.name
+
+    def resolutions(self, of_run: Sequence[int]) -> list[int]:
+        """Return the resolutions at which the stage trains in a run with these."""
+        chosen = {At.FIRST: of_run[:1], At.ITERATIONS: of_run, At.LAST: of_run[-1:], At.NOWHERE: ()}
+        return list(dict.fromkeys(chosen[self.at]))
 
     def without(self, parts: Sequence[str]) -> "Stage":
-        """The stage with some of its parts frozen too. ValueError for what it does not train, or if nothing is left."""
+        """Return the stage with ``parts`` frozen too. ValueError if it does not train one, or if none is left."""
         own = {trained: _names(trained) for trained in self.trains}
         known = [name for names in own.values() for name in names]
         if unknown := [part for part in parts if part not in known]:
@@ -53,24 +98,80 @@ class Stage:
         return replace(self, trains=left)
 
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("base", (*LANGUAGE, VISION, *PROJECTORS, *DECODER), 1.0, Noise(flip=0.1, drop_path=0.0)),
-        Stage("pretrain", PROJECTORS, 0.0, Noise(drop_path=0.0)),
-        Stage("understanding", (*LANGUAGE, VISION_PROJECTOR), 1.0, Noise(drop_path=0.0)),
-        Stage("sft", (*DECODER, *PROJECTORS), 0.0, Noise()),
-        Stage("sft_on_winners", (*DECODER, *PROJECTORS), 0.0, NO_NOISE),
-        Stage("edit", (*LANGUAGE, VISION, *PROJECTORS, *DECODER), 1.0, Noise()),
-        Stage("dpo", (*DECODER, *PROJECTORS), 0.0, NO_NOISE),
-    )
-}
+def _names(trained: str | tuple[str, ...]) -> list[str]:
+    """Return the names by which a user refers to a part: its prefix in each family, without the dot."""
+    return [prefix.removesuffix(".") for prefix in ([trained] if isinstance(trained, str) else trained)]
+
+
+# `edit` trains all parameters, as the paper has it, except those that its loss cannot reach: the image tokenizer, whose
+# tokens are a choice without a gradient, and those that the model lists as `unreached`.
+_ROWS = (
+    Stage(
+        name="base",  # makes the tiny model that stands in for the papers' starting points
+        trains=(*LANGUAGE, VISION, *PROJECTORS, *DECODER),
+        learns=Learns.QUESTIONS,
+        text_weight=1.0,
+        noise=Noise(flip=0.1, drop_path=0.0),
+        at=At.NOWHERE,
+    ),
+    Stage(
+        name="tokenizer",
+        trains=("image_tokenizer.",),
+        learns=Learns.IMAGES,
+        at=At.FIRST,
+        measure=Measure.RECONSTRUCTIONS,
+    ),
+    Stage(
+        name="pretrain",
+        trains=PROJECTORS,
+        learns=Learns.DRAWINGS,
+        noise=Noise(drop_path=0.0),
+        at=At.FIRST,
+        measure=Measure.DRAWINGS,
+    ),
+    Stage(
+        name="understanding",
+        trains=(*LANGUAGE, VISION_PROJECTOR),
+        learns=Learns.QUESTIONS,
+        text_weight=1.0,
+        noise=Noise(drop_path=0.0),
+        at=At.FIRST,
+        measure=Measure.QUESTIONS,
+    ),
+    Stage(name="sft", trains=(*DECODER, *PROJECTORS), learns=Learns.DRAWINGS, noise=Noise()),
+    Stage(name="dpo", trains=(*DECODER, *PROJECTORS), learns=Learns.PAIRS),
+    Stage(  # the control of DPO
+        name="sft_on_winners",
+        trains=(*DECODER, *PROJECTORS),
+        learns=Learns.WINNERS,
+        settings="dpo",
+    ),
+    Stage(
+        name="edit",
+        trains=(*LANGUAGE, VISION, *PROJECTORS, *DECODER),
+        learns=Learns.EDITS,
+        text_weight=1.0,
+        noise=Noise(),
+        at=At.LAST,
+        measure=Measure.EDITS,
+    ),
+)
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _ROWS}
+RUN_STAGES: tuple[str, ...] = tuple(
+    dict.fromkeys(ALIGN if s.at is At.ITERATIONS else s.name for s in _ROWS if s.at is not At.NOWHERE)
+)
+"""Values of ``stages``, in the order in which a run goes through them."""
+
+
+def stages_of(run: Sequence[str]) -> list[Stage]:
+    """Return the rows of a run's ``stages``; ``align`` stands for those of the iterations."""
+    return [stage for stage in _ROWS if (ALIGN if stage.at is At.ITERATIONS else stage.name) in run]
 
 
 def freeze(model: nn.Module, stage: Stage) -> list[str]:
-    """Let only the stage's parameters train, if a loss can reach them; their names, sorted.
+    """Let only the stage's parameters train, if a loss can reach them; return their names, sorted.
 
-    ValueError if a prefix fits none.
+    ValueError if a prefix matches no parameter.
     """
     for prefix in stage.trains:
         if not any(name.startswith(prefix) for name, _ in model.named_parameters()):
@@ -85,7 +186,7 @@ def freeze(model: nn.Module, stage: Stage) -> list[str]:
 
 
 def frozen_parts(model: nn.Module) -> list[str]:
-    """The largest parts of a model that do not train, by name."""
+    """Return the names of the largest parts of a model that do not train."""
     found = [name for name, parameter in model.named_parameters(recurse=False) if not parameter.requires_grad]
     for name, part in model.named_children():
         trains = [parameter.requires_grad for parameter in part.parameters()]

@@ -8,6 +8,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
+from vargpt_rl.driver.rollout import Rollouts
 
 from actors.config import RolloutConfig
 from actors.pool import RolloutPool
@@ -18,7 +19,6 @@ from actors.weights import checksum, layout_of
 from actors.worker import BaseWorker, Worker
 from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.prompt import REPLY

@@ -14,7 +14,7 @@ from vargpt_rl.driver.run import Run
 def begun(directory):
     """A run that has been through its pairs, without the training."""
     run = Run(directory, {"name": "external"})
-    for name in ("understands/before", "iter-00/before", "iter-00/sft", "iter-00/after_sft", "iter-00/pairs"):
+    for name in ("understands/before", "iter-00/before", "iter-00/sft", "iter-00/after_sft", "iter-00/sample"):
         run.step(name, lambda name=name: {"did": name})
     weights = directory / "checkpoints/iter-00-sft/final"
     weights.mkdir(parents=True)
@@ -33,9 +33,9 @@ def test_a_fork_has_what_was_done_before_the_pairs(tmp_path):
     assert list(run.state["steps"]) == done
     assert (run.directory / "checkpoints/iter-00-sft/final/weights.safetensors").read_bytes() == b"weights"
     assert [path.name for path in (run.directory / "preferences").iterdir()] == ["iter-00-held-out.parquet"]
-    run.step("iter-00/pairs", dict)
+    run.step("iter-00/sample", dict)
     fork(source, tmp_path / "best")  # begun: left as it is
-    assert list(Run(tmp_path / "best", {"name": "best"}).state["steps"]) == [*done, "iter-00/pairs"]
+    assert list(Run(tmp_path / "best", {"name": "best"}).state["steps"]) == [*done, "iter-00/sample"]
     assert not list(tmp_path.glob(".*"))
 
 

@@ -23,6 +23,7 @@ from tests.helpers.faults import ask
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.driver.run import differences
+from vargpt_rl.driver.session import Step
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
@@ -33,8 +34,7 @@ sft.records=8 sft.recipe.steps=3 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled
 """
-IN_ITERATION = ("before", "sft", "after_sft", "pairs", "dpo", "control", "after_dpo", "grid")
-STEPS = ["understands/before", *(f"iter-00/{step}" for step in IN_ITERATION), "understands/after"]
+STEPS = ["understands/before", *(f"iter-00/{step}" for step in Step), "understands/after"]
 TIMES = ("seconds", "images_per_second")
 """What of a summary is not the same twice."""
 DEADLINE_S = 600.0
@@ -145,7 +145,7 @@ def test_the_driver_is_killed_at_every_step(folder, undisturbed):
         assert (ran.code, ran.left) == (-signal.SIGKILL, []), (step, ran.said[-3000:])
     ran = Ran(folder, "driver")
     assert ran.code == 0, ran.said[-3000:]
-    assert same(folder / "driver", undisturbed) == [f"going on after {step}" for step in STEPS[:-1]]
+    assert same(folder / "driver", undisturbed) == [f"resuming after {step}" for step in STEPS[:-1]]
 
 
 def test_learner_ranks_are_killed_in_sft_in_dpo_and_while_saving(folder):
@@ -205,9 +205,9 @@ def test_a_disk_is_full_and_files_are_damaged(folder, undisturbed, small_disk):
     ran = Ran(folder, "disk", runs=small_disk)
     assert ran.code == 0, ran.said[-3000:]
     first, again, on, _, refused = same(run, undisturbed)
-    assert first == "going on after iter-00/before"
-    assert again.startswith(f"iter-00/sft is done again: checkpoint {weights.parent}: weights.safetensors is not what")
-    assert on == "going on after iter-00/before"
+    assert first == "resuming after iter-00/before"
+    assert again.startswith(f"redoing iter-00/sft: checkpoint {weights.parent}: weights.safetensors is not what")
+    assert on == "resuming after iter-00/before"
     assert refused.startswith(f"training checkpoint {trainer}/checkpoint-000002: ")
     assert refused.endswith("is not what was written (size or blake2b differs); going on from checkpoint-000001")
 
@@ -227,4 +227,4 @@ def test_rays_head_is_killed(folder, undisturbed):
     ran = Ran(folder, "head")
     assert ran.code == 0, ran.said[-3000:]
     (event,) = same(folder / "head", undisturbed)
-    assert event.startswith("going on after iter-00/")
+    assert event.startswith("resuming after iter-00/")

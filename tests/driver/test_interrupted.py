@@ -56,14 +56,14 @@ def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(folder, points
     name = f"killed-{len(points)}-{points[0].split('/')[0]}"
     go(folder, name, *points, "end")
     events = same(folder / name, folder / "undisturbed")
-    assert events and all(event.startswith("going on after ") for event in events)
+    assert events and all(event.startswith("resuming after ") for event in events)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     run = folder / "damaged"
-    go(folder, "damaged", "iter-00/pairs")
+    go(folder, "damaged", "iter-00/pair")
     weights = run / "checkpoints/iter-00-sft/final/weights.safetensors"
     flip(weights)
     go(folder, "damaged", "iter-00/dpo")
@@ -72,7 +72,7 @@ def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     flip(max((trainer / "checkpoint-000002").rglob("*optim_states.pt")))
     go(folder, "damaged", "end")
     again, first, _, refused = same(run, folder / "undisturbed")
-    assert again.startswith(f"iter-00/sft is done again: checkpoint {weights.parent}: weights.safetensors is not what")
-    assert first == "going on after iter-00/before"
+    assert again.startswith(f"redoing iter-00/sft: checkpoint {weights.parent}: weights.safetensors is not what")
+    assert first == "resuming after iter-00/before"
     assert refused.startswith(f"training checkpoint {trainer}/checkpoint-000002: ")
     assert refused.endswith("is not what was written (size or blake2b differs); going on from checkpoint-000001")

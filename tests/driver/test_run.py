@@ -44,7 +44,7 @@ def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tm
     after = {"rollout": {"workers": 1, "reply": "template"}, "learner": {"max_restarts": 9}}
     Run(tmp_path / "run", before)
     run = Run(tmp_path / "run", after)
-    said = "going on with other settings: learner.max_restarts: 3 -> 9; rollout.workers: 2 -> 1"
+    said = "resuming with other settings: learner.max_restarts: 3 -> 9; rollout.workers: 2 -> 1"
     assert run.state["events"] == [said]
     assert Run(tmp_path / "run", after).state["events"] == [said], "once"
     with pytest.raises(ValueError, match=r"\(rollout.reply: template -> generate\)"):
@@ -176,4 +176,4 @@ def test_going_back_forgets_a_step_and_all_after_it_and_says_why(tmp_path):
     for each in (run, Run(tmp_path / "run", {})):
         assert list(each.state["steps"]) == list(each.state["served"]) == ["one"]
         assert each.served == {"version": 0, "weights": ["one"]}
-        assert each.state["events"] == ["two is done again: its file is damaged"]
+        assert each.state["events"] == ["redoing two: its file is damaged"]

@@ -11,7 +11,16 @@ from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.storage.checkpoint import save_checkpoint
 
-STEPS = ["understands/before", "iter-00/sft", "iter-00/after_sft", "iter-00/pairs", "iter-00/dpo", "iter-00/after_dpo"]
+STEPS = [
+    "understands/before",
+    "iter-00/sft",
+    "iter-00/after_sft",
+    "iter-00/sample",
+    "iter-00/judge",
+    "iter-00/pair",
+    "iter-00/dpo",
+    "iter-00/after_dpo",
+]
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def test_a_whole_run_stays_as_it_is(run):
         ("checkpoints/iter-00-sft/final/weights.safetensors", "iter-00/sft"),
         ("checkpoints/iter-00-dpo/final/weights.safetensors", "iter-00/dpo"),
         ("preferences/iter-00-held-out.parquet", "iter-00/after_sft"),
-        ("preferences/iter-00.parquet", "iter-00/pairs"),
+        ("preferences/iter-00.parquet", "iter-00/pair"),
     ],
 )
 @pytest.mark.parametrize("damage", ["byte", "missing"])
@@ -56,4 +65,4 @@ def test_the_step_whose_file_is_damaged_is_done_again_and_all_after_it(run, file
     again = Run(run.directory, {})
     assert list(again.state["steps"]) == STEPS[: STEPS.index(step)]
     (event,) = again.state["events"]
-    assert event.startswith(f"{step} is done again: ") and str(Path(file).parent) in event
+    assert event.startswith(f"redoing {step}: ") and str(Path(file).parent) in event

@@ -2,16 +2,14 @@
 
 from PIL import Image
 
-from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL, sample_grid
+from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL, compose
 
 
 def test_places_images_by_row_and_column(tmp_path):
     for name, colour in (("a", "red"), ("b", "lime"), ("c", "blue")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
     a, b, c = (tmp_path / f"{name}.png" for name in "abc")
-    sample_grid(
-        {"before": [a, b], "after": [c, a]}, ["a circle", "four red crosses on the left"], tmp_path / "grid.png"
-    )
+    compose({"before": [a, b], "after": [c, a]}, ["a circle", "four red crosses on the left"], tmp_path / "grid.png")
     grid = Image.open(tmp_path / "grid.png")
     assert grid.size == (LABEL + 2 * CELL, CAPTION + 2 * CELL)
 

@@ -24,9 +24,9 @@ from tests.helpers.faults import ask
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
-from vargpt_rl.driver.rollout import Rollouts
-from vargpt_rl.driver.steps import Steps
-from vargpt_rl.driver.verify import check_steps
+from vargpt_rl.driver.session import Session
+from vargpt_rl.driver.start import prepare, resume
+from vargpt_rl.driver.weights import WeightSync
 
 
 class OwnWorker:
@@ -66,16 +66,21 @@ class OwnRank(LearnerGroup):
 
 
 def start(arguments: list[str]) -> None:
-    """What ``loop.start`` does, without a cluster."""
+    """Run the loop as ``loop.start`` does, without a cluster."""
     torch.set_num_threads(1)
-    config, _, inputs, run = loop.prepare(arguments)
-    check_steps(run)
-    if run.state["steps"]:
-        run.note(f"going on after {list(run.state['steps'])[-1]}")
+    config, inputs, run = prepare(arguments)
+    resume(run)
     pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1))
-    rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, config.sampling)
-    steps = Steps(config, run, inputs, rollouts, OwnRank(config.learner, run.note))
-    run.finish(loop.execute(steps, run, config, inputs))
+    session = Session(
+        config=config,
+        inputs=inputs,
+        run=run,
+        pool=pool,
+        text=None,
+        weights=WeightSync(pool, None, run),
+        learners=OwnRank(config.learner, run.note),
+    )
+    run.finish(loop.execute(session))
 
 
 def main(arguments: list[str], points: list[str]) -> None:

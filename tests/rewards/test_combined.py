@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import ray
 from PIL import Image
+from vargpt_rl.driver.rollout import Rollouts
 
 from actors.worker import EncodedImage, ImageScore
 from configs.load import load_config
@@ -22,7 +23,6 @@ from rewards.processes import MAX_RESTARTS, RewardTerm
 from tests.helpers.pools import FakePool
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.inputs import gather
-from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run
 
 PLUGIN = """

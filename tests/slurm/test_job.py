@@ -148,7 +148,7 @@ def test_a_run_is_cut_by_its_time_limit_requeued_loses_a_node_and_completes(slur
     job.start_now()
 
     # A node is lost: Slurm ends the job and puts it back into the queue by itself.
-    job.wait(lambda: job.said().count("going on after") == 1)
+    job.wait(lambda: job.said().count("resuming after") == 1)
     slurm("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     job.wait(lambda: job.shown("Restarts") == "2")
     job.leaves_nothing()
@@ -164,7 +164,7 @@ def test_a_run_is_cut_by_its_time_limit_requeued_loses_a_node_and_completes(slur
     (iteration,) = summary["iterations"]
     assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 4
     assert iteration["swap"]["verified"] and iteration["dpo"]["step0_max_abs_logratio"] <= 1e-4
-    assert summary["events"] == [f"going on after {done[-1]}"] * 2
+    assert summary["events"] == [f"resuming after {done[-1]}"] * 2
     written = [path for path in [job.log, *job.directory.rglob("*")] if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written) and any(path.parent.name == "node1-ray" for path in written)
     for path in written:

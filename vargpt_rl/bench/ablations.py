@@ -14,27 +14,26 @@ is wrong.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 import torch
-from omegaconf import OmegaConf
 
-from actors.cluster import connect, nodes
-from actors.pool import RolloutPool
-from actors.resources import plan
+from actors.cluster import connect
 from configs.load import load_config
 from configs.schema import LoopConfig
-from learners.group import LearnerGroup
 from vargpt_rl.common.command import run_program
+from vargpt_rl.driver.evaluation import answer_questions, bit_nll, draw
 from vargpt_rl.driver.inputs import Inputs, gather
-from vargpt_rl.driver.rollout import Rollouts
 from vargpt_rl.driver.run import Run
-from vargpt_rl.driver.steps import Steps
+from vargpt_rl.driver.session import Session, Step
+from vargpt_rl.driver.start import open_session, place, plain
+from vargpt_rl.driver.training import train_sft, train_stage
+from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.stages import PROJECTORS, VISION_PROJECTOR
-from vargpt_rl.storage.checkpoint import save_checkpoint
+from vargpt_rl.stages import PROJECTORS, STAGES, VISION_PROJECTOR
+from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
 from vargpt_rl.storage.files import write_atomically
 
 SETTINGS = [
@@ -51,7 +50,7 @@ SETTINGS = [
     "sft.recipe.lr=5e-4",
     "sft.checkpoints=[]",
 ]
-ANEW = (*PROJECTORS, *VISION_PROJECTOR)
+RANDOM = (*PROJECTORS, *VISION_PROJECTOR)
 """Prefixes of the parameters that start from random weights."""
 
 
@@ -79,32 +78,37 @@ VARIANTS = (
 )
 
 
-def start_anew(model: str, directory: Path, seed: int) -> Path:
-    """A weight set of all that any stage trains: the model's own weights, and fresh ones where ``ANEW`` says so."""
+def random_start(model: str, directory: Path, seed: int) -> Path:
+    """A weight set of all that any stage trains: the model's own weights, and fresh ones where ``RANDOM`` says so."""
     trained = Vargpt.from_pretrained(model, dtype=torch.float32)
     torch.manual_seed(seed)
     fresh = dict(Vargpt(trained.config).named_parameters())
     tensors = {
-        name: (fresh[name] if name.startswith(ANEW) else parameter).detach()
+        name: (fresh[name] if name.startswith(RANDOM) else parameter).detach()
         for name, parameter in trained.named_parameters()
         if not name.startswith("image_tokenizer.")
     }
     return save_checkpoint(directory, tensors)
 
 
-def run_variant(variant: Variant, steps: Steps, run: Run, trained: dict[tuple, Path]) -> dict:
-    """Train the stages that no earlier variant has trained, and measure what came of all of them."""
-    steps.begin(0, steps.settings.resolutions[0])
+def run_variant(variant: Variant, session: Session, start: Path, trained: dict[tuple, Path]) -> dict:
+    """Train the stages that no earlier variant has trained; measure the result of all of them."""
+    policy = Policy(session.inputs.model, (start,))
+    resolution = session.config.resolutions[0]
     count = 0
-    for i, stage in enumerate(variant.stages):
+    for i, name in enumerate(variant.stages):
         work = variant.prefix(i + 1)
+        it = session.iteration(0) if name == Step.SFT else session.stage(name, resolution)
+        step = Step.SFT if name == Step.SFT else ""
         if work not in trained:
-            run.step(stage, getattr(steps, stage))
-            trained[work] = steps.checkpoint(f"{steps.name}-sft" if stage == "sft" else stage) / "final"
-        steps.weights = (*steps.weights, trained[work])
-        count += getattr(steps.config, stage).recipe.steps
-    measured = {"drawings": steps.draws, "images": steps.predicts, "questions": steps.understands}
-    return {"variant": variant.name, "steps": count, **{name: run.step(name, work) for name, work in measured.items()}}
+            it.step(step, train_sft if name == Step.SFT else train_stage, policy)
+            trained[work] = it.checkpoint(step) / "final"
+        policy = policy.plus(trained[work])
+        count += getattr(it.config, STAGES[name].block).recipe.steps
+    measured = session.stage("measured", resolution)
+    measures = {"drawings": draw, "images": bit_nll, "questions": answer_questions}
+    results = {name: measured.step(name, measure, policy) for name, measure in measures.items()}
+    return {"variant": variant.name, "steps": count, **results}
 
 
 def markdown(results: list[dict]) -> str:
@@ -127,19 +131,18 @@ def settings_of(variant: Variant, runs: Path, arguments: list[str]) -> LoopConfi
 
 
 def run_all(configs: dict[Variant, LoopConfig], inputs: Inputs, directory: Path) -> str:
-    """Every variant, with the same workers and ranks; the table, which is written anew after each."""
+    """Run every variant with the same workers and ranks; return the table, which is rewritten after each."""
     config = next(iter(configs.values()))
-    learner, rollout = config.learner, config.rollout
-    placement = plan(nodes(), rollout, learner.ranks, learner.gpus_per_rank, learner.bf16)
-    pool = RolloutPool(rollout, placement, inputs.model, inputs.source)
-    learners = LearnerGroup(learner, placement.rank_bundle, placement.threads_per_worker, placement.use_gpu)
-    start = start_anew(inputs.model, directory / "start", config.seed)
+    session: Session | None = None
+    start = random_start(inputs.model, directory / "start", config.seed)
     trained: dict[tuple, Path] = {}
     results = []
     for variant, own in configs.items():
-        run = Run(own.directory, OmegaConf.to_container(OmegaConf.structured(own), enum_to_str=True))
-        rollouts = Rollouts(pool, inputs.source, run, inputs.quarantine, own.sampling)
-        results.append(run_variant(variant, Steps(own, run, inputs, rollouts, learners, (start,)), run, trained))
+        run = Run(own.directory, plain(own))
+        if session is None:
+            session = open_session(own, inputs, run, place(own, inputs))
+        session = replace(session, config=own, run=run, weights=WeightSync(session.pool, session.text, run))
+        results.append(run_variant(variant, session, start, trained))
         write_atomically(directory / "ablations.md", markdown(results).encode())
     return markdown(results)
 

@@ -9,7 +9,7 @@ go. The two cases: the final policy draws all, and an earlier checkpoint draws h
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from omegaconf import OmegaConf
@@ -20,7 +20,12 @@ from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.preferences import read_table
-from vargpt_rl.driver.steps import Steps
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.pairs import pair, sample_while_training
+from vargpt_rl.driver.sampling import sample
+from vargpt_rl.driver.session import Session
+from vargpt_rl.driver.training import train_dpo
+from vargpt_rl.storage.checkpoint import Policy
 
 CASES = {
     "the final policy draws all": "sft.checkpoints=[]",
@@ -38,16 +43,19 @@ class OverlapSettings:
     resolution: int = 128
 
 
-def iterate(steps: Steps, name: str, changes: list[str]) -> tuple[float, float, dict]:
-    """Pairs and DPO with changed settings: seconds of the first, of both, and what DPO reports."""
-    usual = steps.settings
-    steps.settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(usual), OmegaConf.from_dotlist(changes)))
-    steps.begin(0, steps.resolution, name)
-    steps.settings = usual
+def iterate(session: Session, policy: Policy, name: str, changes: list[str]) -> tuple[float, float, dict]:
+    """Make pairs and train DPO with changed settings; return seconds of the first, of both, and DPO's result."""
+    settings = OmegaConf.merge(OmegaConf.structured(session.config), OmegaConf.from_dotlist(changes))
+    config = OmegaConf.to_object(settings)
+    it = replace(session.iteration(0), name=name, config=config)
     began = time.perf_counter()
-    steps.pairs()
+    if config.dpo.min_pairs:
+        _, _, result = sample_while_training(it, policy)
+        return 0.0, time.perf_counter() - began, result
+    sample(it, policy)
+    pair(it, policy, judge(it))
     made = time.perf_counter() - began
-    result = steps.dpo()
+    result = train_dpo(it, policy)
     return made, time.perf_counter() - began, result
 
 
@@ -58,13 +66,13 @@ def bench(settings: OverlapSettings) -> None:
         table.add_column(column, justify="right" if column else "left")
     with tempfile.TemporaryDirectory() as folder:
         sizes = f"preference.count={settings.prompts}", f"dpo.recipe.steps={settings.steps}"
-        steps = start(folder, settings.resolution, *sizes)
-        iterate(steps, "warm-up", ["preference.count=16", "dpo.recipe.steps=2"])
+        session, policy = start(folder, settings.resolution, *sizes)
+        iterate(session, policy, "warm-up", ["preference.count=16", "dpo.recipe.steps=2"])
         for number, (case, checkpoints) in enumerate(CASES.items()):
             names = f"case-{number}-apart", f"case-{number}-beside"
-            made, both, _ = iterate(steps, names[0], [checkpoints])
-            _, beside, result = iterate(steps, names[1], [checkpoints, f"dpo.min_pairs={settings.min_pairs}"])
-            ids = [set(read_table(steps.run.directory / f"preferences/{name}.parquet").pair_id) for name in names]
+            made, both, _ = iterate(session, policy, names[0], [checkpoints])
+            _, beside, result = iterate(session, policy, names[1], [checkpoints, f"dpo.min_pairs={settings.min_pairs}"])
+            ids = [set(read_table(session.run.directory / f"preferences/{name}.parquet").pair_id) for name in names]
             if ids[0] != ids[1]:
                 raise RuntimeError(f"{case}: the pairs are not the same with overlap and without")
             parts = made, both - made

@@ -20,6 +20,7 @@ import numpy as np
 
 from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.driver.run import STATE, SUMMARY
+from vargpt_rl.driver.session import Step
 from vargpt_rl.storage.files import atomic_dir
 
 SHARED = ("checkpoints/iter-00-sft", "preferences/iter-00-held-out.parquet")
@@ -83,7 +84,7 @@ def fork(source: Path, target: Path) -> None:
         return
     state = json.loads((source / STATE).read_text())
     steps = list(state["steps"])
-    state["steps"] = {step: state["steps"][step] for step in steps[: steps.index("iter-00/pairs")]}
+    state["steps"] = {step: state["steps"][step] for step in steps[: steps.index(f"iter-00/{Step.SAMPLE}")]}
     with atomic_dir(target) as unfinished:
         for name in SHARED:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)

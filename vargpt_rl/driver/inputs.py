@@ -1,6 +1,6 @@
-"""What a run is given besides settings: a starting model, data, plug-ins. All checked before any worker starts."""
+"""Inputs of a run besides settings: a starting model, data, plug-ins. All are checked before any worker starts."""
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
 from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
+from configs.stages import SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
@@ -24,35 +25,41 @@ from vargpt_rl.data.sources import (
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
+from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
+
+logger = logging.getLogger(__name__)
 
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
-"""The reward that is the shapes world's own measure."""
+"""The reward that equals the shapes world's exact check."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """``prompts``: those of a file, or None where the source's own are used; ``reward`` None scores nothing.
-
-    ``judge``: what held-out drawings are scored by and pairs are not, if there is one. ``lines`` is how many records
-    the data has, if they can be bad, and ``max_bad_fraction`` how many of them may be. ``feed``: what supervised stages
-    stream, or None where ``source`` has records to choose from.
-    """
+    """What a run is given besides settings."""
 
     model: str
+    """Directory of the starting model."""
     source: Source
+    """Prompts, winners and held-out data; without a ``stream``, the training data too."""
     quarantine: Quarantine
+    """Unusable records and images, by reason."""
     builder: Callable
+    """Preference builder."""
     reward: Callable | None
+    """Training reward; None scores nothing."""
+    judge: Callable | None
+    """Judge of held-out images that training does not see, if there is one."""
     prompts: list[Prompt] | None
-    lines: int
+    """Prompts of a file; None uses the source's own."""
     max_bad_fraction: float
-    feed: RecordStream | None = None
-    judge: Callable | None = None
+    """Share of the source's records that may be unusable."""
+    stream: RecordStream | None
+    """Records that supervised stages read; None lets them choose from ``source``."""
 
     def check_quarantine(self) -> None:
         """ValueError, with the counts by reason, when too many records are lost."""
-        if self.lines:
-            self.quarantine.check(self.lines, self.max_bad_fraction)
+        if self.source.lines:
+            self.quarantine.check(self.source.lines, self.max_bad_fraction)
 
 
 def check_resolutions(model: str, resolutions: list[int]) -> None:
@@ -66,12 +73,12 @@ def check_resolutions(model: str, resolutions: list[int]) -> None:
 
 
 def make_reward(config: RewardConfig) -> Callable | None:
-    """The reward that the settings name, if any. ValueError where it cannot be made."""
+    """Return the reward that the settings name, if any. ValueError if it cannot be made."""
     return make_plugin(config.path, dict(config.options)) if config.path else None
 
 
 def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Callable:
-    """A preference builder with its options, tried without samples. ValueError where it refuses, naming both."""
+    """Return a preference builder with its options, tried without samples. ValueError, naming both, if it refuses."""
     builder = make_plugin(path, options, BUILDER)
     rewards = ([], {}) if rewarded else (None, None)
     try:
@@ -90,90 +97,117 @@ def gather(config: LoopConfig) -> Inputs:
     check_resolutions(model, config.resolutions)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
-    reward, judge = make_reward(config.reward), make_reward(config.evaluation.reward)
+    reward = make_reward(config.reward)
+    judge = make_reward(config.evaluation.reward)
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
-    feed = None
-    if config.data.kind == "shapes":
-        source: Source = ShapesSource(ShapesConfig())
-    elif config.data.kind == "records":
-        feed = make_feed(config, model)
-        source, prompts = records_source(config, feed, prompts or [], quarantine), None
-    else:
-        source = CaptionedSource(
-            CaptionedConfig(
-                captions=config.data.captions,
-                images=config.data.images,
-                winners=config.preference.winners,
-                held_out_fraction=config.data.held_out_fraction,
-            ),
-            quarantine,
-        )
-    bad = config.data.max_bad_fraction
-    inputs = Inputs(model, source, quarantine, builder, reward, prompts, source.lines, bad, feed, judge)
+    stream = open_stream(config, model) if config.data.kind == "records" else None
+    inputs = Inputs(
+        model=model,
+        source=make_source(config, stream, prompts or [], quarantine),
+        quarantine=quarantine,
+        builder=builder,
+        reward=reward,
+        judge=judge,
+        prompts=prompts if stream is None else None,
+        max_bad_fraction=config.data.max_bad_fraction,
+        stream=stream,
+    )
     inputs.check_quarantine()
     if is_judged_by_its_reward(config):
-        print("note: held-out images are scored by the very reward that makes the pairs; evaluation.reward.path=... "
-              "names another", file=sys.stderr)  # fmt: skip
+        logger.warning(
+            "held-out images are scored by the same reward that makes the pairs; evaluation.reward.path=... names "
+            "another"
+        )
     return inputs
 
 
+def make_source(
+    config: LoopConfig, stream: RecordStream | None, prompts: list[Prompt], quarantine: Quarantine
+) -> Source:
+    """Return the data source: what is sampled and compared, and, without a ``stream``, trained on."""
+    if stream is not None:
+        return records_source(config, stream, prompts, quarantine)
+    if config.data.kind == "shapes":
+        return ShapesSource(ShapesConfig())
+    captioned = CaptionedConfig(
+        captions=config.data.captions,
+        images=config.data.images,
+        winners=config.preference.winners,
+        held_out_fraction=config.data.held_out_fraction,
+    )
+    return CaptionedSource(captioned, quarantine)
+
+
 def is_judged_by_its_reward(config: LoopConfig) -> bool:
-    """Whether the held-out score of drawings is what chooses the pairs, and so no independent measure."""
+    """Return whether the held-out score also chooses the pairs, and so is no independent measure."""
     score = SHAPES_CHECK if config.data.kind == "shapes" else config.reward.path
-    chooses = config.preference.builder != PreferenceConfig.builder  # which takes all, whatever their rewards
+    chooses = config.preference.builder != PreferenceConfig.builder  # the default takes all
     return bool(chooses and config.reward.path == score and score and not config.evaluation.reward.path)
 
 
-def make_feed(config: LoopConfig, model: str) -> RecordStream:
-    """What data=records streams, tried for every stage and resolution of the run. ValueError naming what is wrong."""
+def open_stream(config: LoopConfig, model: str) -> RecordStream:
+    """Open what data=records streams, tried for every stage and resolution. ValueError naming what is wrong."""
     data = config.data
     sources = {name: source.absolute() for name, source in data.records().items()}
     quarantine = config.directory.resolve() / "quarantine"
     tasks = {name: task_of(name, source, quarantine) for name, source in sources.items()}
-    encoded, checksum = None, ""
-    if data.encoded is not None:
-        from vargpt_rl.data.features import load_image_tokenizer, tokenizer_checksum
-
-        encoded = Path(data.encoded).resolve()
-        checksum = tokenizer_checksum(load_image_tokenizer(Path(model)).state_dict())
-    feed = RecordStream(
-        sources, tasks, quarantine, data.held_out_fraction, data.max_bad_fraction, data.block, data.max_tokens,
-        data.seen_pixels, data.pack, data.workers, encoded, checksum,
-    )  # fmt: skip
+    stream = RecordStream(
+        sources=sources,
+        tasks=tasks,
+        quarantine=quarantine,
+        held_out_fraction=data.held_out_fraction,
+        max_bad_fraction=data.max_bad_fraction,
+        block=data.block,
+        max_tokens=data.max_tokens,
+        seen_pixels=data.seen_pixels,
+        packs=data.pack,
+        workers=data.workers,
+        encoded=Path(data.encoded).resolve() if data.encoded is not None else None,
+        tokenizer_checksum=_tokenizer_checksum(model) if data.encoded is not None else "",
+    )
     chat = markup_for(model, load_config(model))
     used: set[str] = set()
-    for stage, resolution, share in supervised_stages(config):
-        rows = getattr(config.at_resolution(resolution), stage).recipe.micro_batch
-        wanted = EDITS if stage == "edit" else None
+    for stage, resolution in supervised_stages(config):
+        settings = getattr(config.at_resolution(resolution), stage.block)
+        share = settings.drawing_share if isinstance(settings, SupervisedStage) else 1.0
+        wanted = EDITS if stage.learns is Learns.EDITS else None
+        rows = settings.recipe.micro_batch
         try:
-            mixture = feed.at(resolution, share, wanted).mixture(chat, rows, 0, 0, config.learner.ranks)
+            mixture = stream.at(resolution, share, wanted).mixture(chat, rows, 0, 0, config.learner.ranks)
             used |= mixture.ingredients.keys()
         except ValueError as error:
-            raise ValueError(f"data.sources, for {stage} at {resolution} px: {error}") from error
+            raise ValueError(f"data.sources, for {stage.name} at {resolution} px: {error}") from error
     if idle := sources.keys() - used:
         told = ", ".join(f"{name} ({tasks[name]})" for name in sorted(idle))
         raise ValueError(f"data.sources: no stage of stages={config.stages} learns from {told}")
-    return feed
+    return stream
 
 
-def supervised_stages(config: LoopConfig) -> list[tuple[str, int, float]]:
-    """The stages of a run that stream records: name, resolution, share of drawings."""
-    first = config.resolutions[0]
-    shares = {"pretrain": 1.0, "understanding": config.at_resolution(first).understanding.drawing_share}
-    found = [(stage, first, shares[stage]) for stage in config.stages if stage in shares]
-    found += [("sft", px, 1.0) for px in dict.fromkeys(config.resolutions) if "align" in config.stages]
-    return found + [("edit", config.resolutions[-1], 1.0)] * ("edit" in config.stages)
+def _tokenizer_checksum(model: str) -> str:
+    """Return the checksum of a model's image tokenizer, which encoded features must have been made with."""
+    from vargpt_rl.data.features import load_image_tokenizer, tokenizer_checksum
+
+    return tokenizer_checksum(load_image_tokenizer(Path(model)).state_dict())
+
+
+def supervised_stages(config: LoopConfig) -> list[tuple[Stage, int]]:
+    """Return the stages of a run that learn from records, each with its resolutions."""
+    found = []
+    for stage in stages_of(config.stages):
+        if stage.learns in (Learns.DRAWINGS, Learns.QUESTIONS, Learns.EDITS):
+            found += [(stage, resolution) for resolution in stage.resolutions(config.resolutions)]
+    return found
 
 
 def records_source(
-    config: LoopConfig, feed: RecordStream, prompts: list[Prompt], quarantine: Quarantine
+    config: LoopConfig, stream: RecordStream, prompts: list[Prompt], quarantine: Quarantine
 ) -> RecordsSource:
-    """What the iterations draw and compare, where there are iterations. ValueError naming what is missing."""
-    if "align" not in config.stages:
+    """Return the source of the iterations' prompts and winners. ValueError naming what is missing."""
+    if ALIGN not in config.stages:
         return RecordsSource([], None, [], quarantine)
     sizes = [config.at_resolution(resolution).evaluation for resolution in config.resolutions]
     count = max(max(size.prompts, size.grid) for size in sizes)
-    held_out = held_out_of(feed, count, config.directory / "held_out")
+    held_out = held_out_of(stream, count, config.directory / "held_out")
     return RecordsSource(prompts, Path(config.preference.winners), held_out, quarantine)

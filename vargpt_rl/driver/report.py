@@ -1,8 +1,9 @@
-"""The summary of a run, and the table that closes it on the terminal."""
+"""The tables that a run prints at its end."""
 
 from rich.table import Table
 
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.stages import STAGES
 
 
 def _number(result: dict | None, key: str, form: str) -> str:
@@ -10,23 +11,15 @@ def _number(result: dict | None, key: str, form: str) -> str:
 
 
 def _measure(result: dict | None) -> str:
-    """A held-out measure with its standard error."""
+    """Format a held-out measure with its standard error."""
     for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
         if result and key in result:
             return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}{unit}"
     return "-"
 
 
-MEASURED = {
-    "tokenizer": "reconstructions",
-    "pretrain": "drawings",
-    "understanding": "questions answered",
-    "edit": "edits",
-}
-
-
 def stage_table(stages: dict[str, dict]) -> Table:
-    """What the stages before and after the iterations reached."""
+    """Return the results of the stages before and after the iterations."""
     table = Table(title="stages", title_justify="left")
     for column in ("stage", "px", "steps", "loss", "held out", "before", "after"):
         table.add_column(column, justify="left" if column in ("stage", "held out") else "right", no_wrap=True)
@@ -36,7 +29,7 @@ def stage_table(stages: dict[str, dict]) -> Table:
             str(result["resolution"]),
             str(result["steps"]),
             f"{result['loss_first']:.3f} -> {result['loss_last']:.3f}",
-            MEASURED[name],
+            STAGES[name].measure or "-",
             _measure(result.get("before")),
             _measure(result["eval"]),
         )
@@ -44,7 +37,7 @@ def stage_table(stages: dict[str, dict]) -> Table:
 
 
 def closing_table(summary: dict) -> Table:
-    """What each stage of each iteration reached on held-out prompts and pairs."""
+    """Return the results of each stage of each iteration on held-out prompts and pairs."""
     table = Table(title="held-out prompts and pairs", title_justify="left")
     for column in ("iteration", "px", "policy", "score", "single object", "margin", "accuracy", "chosen log-prob"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
@@ -67,7 +60,7 @@ def closing_table(summary: dict) -> Table:
 
 
 def show(summary: dict, directory: object) -> None:
-    """Print the closing table and where everything is."""
+    """Print the closing tables and the folder of the run."""
     console = wide_console()
     if summary["stages"]:
         console.print(stage_table(summary["stages"]))

@@ -1,7 +1,7 @@
-"""A run's directory: what was set, what was measured, which steps are done, and the summary at the end.
+"""A run's directory: settings, metrics, the steps that are done, and the summary at the end.
 
-A step is a named piece of the loop whose result is a small JSON object; its files lie in the run directory. A finished
-step is never repeated: the same command goes on after the last one.
+A step is a named piece of the loop whose result is a small JSON object; its files are in the run directory. A finished
+step is never repeated: the same command resumes after the last one.
 """
 
 import copy
@@ -30,12 +30,28 @@ FREE = tuple(
         "learner.gpus_per_rank",
     )
 )
-"""Settings that may change under a run: they say where and how it runs, not what comes out."""
-NEW = {"steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
+"""Settings that may change when a run is resumed: they say where and how it runs, not what comes out."""
+LAYOUT = 2
+"""Version of the run directory's steps and files. Directories of other versions are refused."""
+NEW = {"layout": LAYOUT, "steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
+
+
+Labels = dict[str, int | None]
+"""Iteration and resolution of metrics."""
+
+
+def _check_layout(path: Path) -> None:
+    """ValueError if the run of this state file was begun by a version with other steps or files."""
+    layout = json.loads(path.read_text()).get("layout", 1)
+    if layout != LAYOUT:
+        raise ValueError(
+            f"{path.parent} was begun by another version of vargpt_rl (run layout {layout}, expected {LAYOUT}): "
+            f"finish it with that version, or give this run another name=..."
+        )
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """``key: old -> new`` for every setting that differs, by dotted name."""
+    """Return ``key: old -> new`` for every setting that differs, by dotted name."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix}: {old} -> {new}"]
     lines = []
@@ -45,19 +61,23 @@ def differences(old: object, new: object, prefix: str = "") -> list[str]:
 
 
 class Run:
-    """Opens the directory, new or begun.
+    """Opens a run directory, new or to be resumed.
 
-    ValueError if it was begun with other settings than these, naming each, but for those that are ``FREE``.
+    ValueError if it was begun with other settings, naming each that is not ``FREE``, or by an incompatible version.
     """
 
     def __init__(self, directory: Path, config: dict):
         self.directory = directory
-        saved, changed = directory / CONFIG, []
+        saved = directory / CONFIG
+        path = directory / STATE
+        changed: list[str] = []
+        if path.exists():
+            _check_layout(path)
         if saved.exists():
             changed = differences(yaml.safe_load(saved.read_text()), config)
             if fixed := [line for line in changed if not line.startswith(FREE)]:
                 raise ValueError(
-                    f"{directory} was begun with other settings ({'; '.join(fixed)}): go on with those, "
+                    f"{directory} was begun with other settings ({'; '.join(fixed)}): resume with those, "
                     f"or give this run another name=..."
                 )
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,19 +85,17 @@ class Run:
             for unfinished in directory.glob(f".{name}.*"):  # of a driver that was killed
                 unfinished.unlink()
         write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
-        path = directory / STATE
         self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})
         self.began = time.time() - self.state["seconds"]
         trim(directory / METRICS)
         self.tracker = None
-        self.where: dict[str, object] = {}
         self.served = self._recorded
         if changed:
-            self.note(f"going on with other settings: {'; '.join(changed)}")
+            self.note(f"resuming with other settings: {'; '.join(changed)}")
 
     @property
     def _recorded(self) -> dict:
-        """What the workers held after the last recorded step: weight sets, and the version of the last published."""
+        """Weight sets in the workers after the last recorded step, and the version of the last one published."""
         return self.state["served"].get(next(reversed(self.state["steps"]), None), {"version": 0, "weights": []})
 
     @property
@@ -99,7 +117,7 @@ class Run:
         )
 
     def step(self, name: str, work: Callable[[], dict]) -> dict:
-        """The result of a named step: from its record if it is done, else by doing it and recording the result."""
+        """Return the result of a named step: from its record if it is done, else by doing and recording it."""
         if name not in self.state["steps"]:
             result = work()
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
@@ -109,16 +127,16 @@ class Run:
         return self.state["steps"][name]
 
     def rewind(self, name: str, why: str) -> None:
-        """Forget a step, whose files cannot be used, and all after it: they are done again."""
+        """Forget a step whose files cannot be used, and all later steps: they will be redone."""
         steps = list(self.state["steps"])
         for step in steps[steps.index(name) :]:
             del self.state["steps"][step]
             self.state["served"].pop(step, None)
         self.served = self._recorded
-        self.note(f"{name} is done again: {why}")
+        self.note(f"redoing {name}: {why}")
 
     def note(self, event: str, restart: bool = False) -> None:
-        """Record what went wrong and was put right, and whether processes were started again for it."""
+        """Record an event, such as a fault that was handled, and whether processes were restarted for it."""
         print(f"note: {event}", flush=True)
         self.state["events"].append(event)
         self.state["restarts"] += restart
@@ -131,35 +149,35 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run; time between an interruption and the next start does not count."""
+        """Seconds spent on this run, without the time between an interruption and the next start."""
         return time.time() - self.began
 
-    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]]) -> None:
-        """A line of ``metrics.jsonl``, and the same, lists aside, to wandb under ``stage/``."""
-        line = {"time": time.time(), **self.where, "stage": stage, "step": step, **metrics}
+    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]], labels: Labels) -> None:
+        """Append a line to ``metrics.jsonl``; send all but lists to wandb under ``stage/``."""
+        line = {"time": time.time(), **labels, "stage": stage, "step": step, **metrics}
         with (self.directory / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
             numbers = {f"{stage}/{key}": value for key, value in metrics.items() if not isinstance(value, list)}
-            self.tracker.log(numbers | self.where)
+            self.tracker.log(numbers | labels)
 
     def log_images(self, path: Path) -> None:
-        """Show an image file in wandb."""
+        """Send an image file to wandb."""
         if self.tracker is not None:
             self.tracker.log({f"samples/{path.stem}": wandb.Image(str(path))})
 
-    def log_table(self, name: str, table: pd.DataFrame) -> None:
-        """Show a table in wandb; paths in it are of images, which may go afterwards."""
+    def log_table(self, name: str, table: pd.DataFrame, labels: Labels) -> None:
+        """Send a table to wandb; paths in it are image files, which may be deleted afterwards."""
         if self.tracker is not None:
             cells = table.astype(object).where(table.notna(), None).values.tolist()
             rows = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in cells]
-            self.tracker.log({name: wandb.Table(columns=list(table.columns), data=rows)} | self.where)
+            self.tracker.log({name: wandb.Table(columns=list(table.columns), data=rows)} | labels)
 
     def finish(self, summary: dict) -> None:
-        """Write the summary, at once and last."""
+        """Write the summary; the run is then complete."""
         write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1).encode())
 
     def close(self, failed: bool) -> None:
-        """Flush what is tracked, whatever happened."""
+        """Flush what is tracked, whether the run ``failed`` or not."""
         if self.tracker is not None:
             self.tracker.finish(exit_code=int(failed))

@@ -13,7 +13,7 @@ CAPTION = 40
 """Height of the captions in pixels."""
 
 
-def sample_grid(rows: dict[str, list[Path]], captions: list[str], path: Path) -> None:
+def compose(rows: dict[str, list[Path]], captions: list[str], path: Path) -> None:
     """Compose images into one PNG with a column per caption and a row per entry of ``rows``, in order."""
     grid = Image.new("RGB", (LABEL + CELL * len(captions), CAPTION + CELL * len(rows)), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)

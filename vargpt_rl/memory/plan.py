@@ -31,7 +31,7 @@ from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.release.tiny_v1 import fresh_v1_config
-from vargpt_rl.stages import STAGES, Stage, freeze
+from vargpt_rl.stages import Learns, Stage, freeze, stages_of
 
 GIB = 2**30
 RELEASE, RELEASE_V1 = "release", "release_v1"
@@ -309,7 +309,7 @@ class _Case:
 
     def loss(self, model: Unified) -> torch.Tensor:
         inputs = self.inputs(model)
-        if self.stage.name == "dpo":
+        if self.stage.learns is Learns.PAIRS:
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
 
@@ -337,16 +337,15 @@ def _dtype(config: LoopConfig) -> torch.dtype:
 
 def _cases(config: LoopConfig) -> Iterator[_Case]:
     """All that DeepSpeed trains in a run. SFT covers DPO's control, which trains the same on as many rows or fewer."""
-    for step in config.stages:
-        one = config.resolutions[-1:] if step == "edit" else config.resolutions[:1]
-        resolutions = dict.fromkeys(config.resolutions) if step == "align" else one
-        for resolution in resolutions:
+    for name in config.stages:
+        stages = [stage for stage in stages_of([name]) if stage.learns not in (Learns.IMAGES, Learns.WINNERS)]
+        for resolution in stages[0].resolutions(config.resolutions) if stages else []:
             settings = config.at_resolution(resolution)
-            for name in ("sft", "dpo") if step == "align" else (step,):
-                if name in STAGES:
-                    rows = getattr(settings, name).recipe.micro_batch * (2 if name == "dpo" else 1)
-                    share = settings.understanding.drawing_share if name == "understanding" else 1
-                    yield _Case(STAGES[name], resolution, settings, rows, round(share * rows), name == "edit")
+            for stage in stages:
+                block = getattr(settings, stage.block)
+                rows = block.recipe.micro_batch * (2 if stage.learns is Learns.PAIRS else 1)
+                share = block.drawing_share if stage.learns is Learns.QUESTIONS else 1
+                yield _Case(stage, resolution, settings, rows, round(share * rows), stage.learns is Learns.EDITS)
 
 
 def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> MemoryPlan:
@@ -375,7 +374,14 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
     drawings, questions = max(case.drawings for case in cases), max(case.rows - case.drawings for case in cases)
     resolution = max(case.resolution for case in cases)
     edits = any(case.edits for case in cases)
-    widest = _Case(Stage("all", ("",), 1.0, Noise()), resolution, config, drawings + questions, drawings, edits)
+    widest = _Case(
+        Stage(name="all", trains=("",), learns=Learns.EDITS, text_weight=1.0, noise=Noise()),
+        resolution,
+        config,
+        drawings + questions,
+        drawings,
+        edits,
+    )
     kept = activations(small, widest.stage, widest.loss, False)
     rows = max(case.settings.rollout.batch_size for case in cases)
     sampling = max(

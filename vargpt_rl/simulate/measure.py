@@ -26,9 +26,13 @@ from actors.worker import PromptedBits, Worker
 from learners.jobs import DpoJob
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
-from vargpt_rl.data.preferences import read_table
-from vargpt_rl.data.samples import Probe, Prompt
-from vargpt_rl.driver.steps import Steps
+from vargpt_rl.data.samples import Sample
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.pairs import pair
+from vargpt_rl.driver.sampling import generate, plan_samples, sample
+from vargpt_rl.driver.session import Session, StageContext
+from vargpt_rl.driver.training import random_probe
+from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Machine, Work, simulate
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, save_checkpoint
@@ -70,9 +74,9 @@ def timed(clock: Callable[[], float], work: Callable, *args) -> float:
     return clock() - began
 
 
-def driver_costs(steps: Steps) -> tuple[float, float]:
+def driver_costs(it: StageContext) -> tuple[float, float]:
     """CPU seconds of the driver for a batch, and for a byte of its result."""
-    pool = idle_pool(steps)
+    pool = idle_pool(it)
     items = list(range(IDLE_BATCHES * pool.config.batch_size))
 
     def work(size: int) -> float:
@@ -84,38 +88,37 @@ def driver_costs(steps: Steps) -> tuple[float, float]:
     return empty / IDLE_BATCHES, max(0.0, full - empty) / len(items) / PAYLOAD
 
 
-def idle_pool(steps: Steps) -> RolloutPool:
+def idle_pool(it: StageContext) -> RolloutPool:
     one = Placement(workers=1, worker_options={"num_cpus": 0})
-    return RolloutPool(steps.config.rollout, one, steps.inputs.model, steps.inputs.source, kind=Idle)
+    return RolloutPool(it.config.rollout, one, it.inputs.model, it.source, kind=Idle)
 
 
-def train_costs(steps: Steps, table: Path) -> tuple[float, float]:
+def train_costs(it: StageContext, policy: Policy) -> tuple[float, float]:
     """Seconds of a micro-batch of DPO, and of a step beside its micro-batches: from steps of one and of four."""
-    row, seconds = read_table(table).iloc[0], []
-    probe = Probe(Prompt(row.prompt_id, row.prompt, row.reply), row.chosen_bits, steps.resolution)
+    seconds = []
     for count in (1, 4):
-        micro = steps.config.dpo.recipe.micro_batch
-        recipe = replace(steps.config.dpo.recipe, steps=6, batch=count * micro)
+        recipe = replace(it.config.dpo.recipe, steps=6, batch=count * it.config.dpo.recipe.micro_batch)
         job = DpoJob(
-            start=Policy(steps.inputs.model, steps.weights),
-            table=table,
+            start=policy,
+            table=it.table(),
             recipe=recipe,
-            dpo=steps.config.dpo,
-            output=steps.checkpoint(f"costs-{count}"),
+            dpo=it.config.dpo,
+            output=it.checkpoint(f"costs-{count}"),
             seed=0,
-            probe=probe,
+            probe=random_probe(it),
         )
-        result = steps.learners.run(job, lambda line: None)
+        result = it.session.learners.run(job, lambda line: None)
         seconds.append(result["seconds"] / recipe.steps)
     micro_batch_s = max(0.0, seconds[1] - seconds[0]) / 3
     return micro_batch_s, max(0.0, seconds[0] - micro_batch_s)
 
 
-def swap_costs(steps: Steps) -> tuple[float, float, int]:
+def swap_costs(it: StageContext, policy: Policy) -> tuple[float, float, int]:
     """Seconds of a swap that brings next to nothing, of a byte more, and the bytes of the SFT weights."""
-    pool, weights = steps.rollouts.pool, check_checkpoint(steps.weights[-1])
+    pool = it.pool
+    weights = check_checkpoint(policy.weights[-1])
     name, tensor = min(load_file(weights).items(), key=lambda item: item[1].numel())
-    small = check_checkpoint(save_checkpoint(steps.checkpoint("small"), {name: tensor}))
+    small = check_checkpoint(save_checkpoint(it.checkpoint("small"), {name: tensor}))
     found = []
     for path in (small, weights) * 3:
         report = pool.publish(path, pool.version + 1)
@@ -124,18 +127,19 @@ def swap_costs(steps: Steps) -> tuple[float, float, int]:
     return least, max(0.0, most - least) / (many - few), many
 
 
-def measure(steps: Steps) -> Costs:
+def measure(session: Session, policy: Policy) -> Costs:
     """The costs, from a worker and a rank at work."""
-    pool, batch, side = steps.rollouts.pool, steps.config.rollout.batch_size, steps.resolution
-    dispatch_s, byte_s = driver_costs(steps)
-    prompts = steps.inputs.source.prompts("train", BATCHES * batch, 1)
-    keys = [steps.inputs.source.winner_key(prompt) for prompt in prompts]
-    steps.rollouts.serve(steps.weights)
+    it = iteration_named(session, "costs")
+    pool = it.pool
+    batch = it.config.rollout.batch_size
+    side = it.resolution
+    dispatch_s, byte_s = driver_costs(it)
+    prompts = it.source.prompts("train", BATCHES * batch, 1)
+    keys = [it.source.winner_key(prompt) for prompt in prompts]
+    it.swap_to(policy)
 
-    def draw(count: int):
-        return pool.run(
-            Worker.generate_images, list(zip(prompts, range(count), strict=False)), side, steps.config.sampling, "costs"
-        )
+    def draw(count: int) -> list[Sample]:
+        return generate(it, prompts[:count], list(range(count)), "costs")
 
     draw(batch)
     samples = draw(2)
@@ -144,17 +148,15 @@ def measure(steps: Steps) -> Costs:
     encode_s = timed(time.perf_counter, pool.run, Worker.encode, keys, side) / BATCHES
     pool.run(Worker.score, items[:2], side)
     score_s = timed(time.perf_counter, pool.run, Worker.score, items, side) / BATCHES
-    count = len(steps.losers().prompts)
-    before = time.process_time()
-    table = make_pairs(steps, "costs")
-    batches = 2 * count / batch + 2 * count / (2 * steps.config.dpo.recipe.micro_batch)
-    pair_s = max(0.0, time.process_time() - before - batches * dispatch_s) / count
-    micro_batch_s, step_s = train_costs(steps, table)
-    swap_s, swap_byte_s, weight_bytes = swap_costs(steps)
+    count = len(plan_samples(it, policy).prompts)
+    pairs_s = timed(time.process_time, make_pairs, it, policy)
+    batches = 2 * count / batch + 2 * count / (2 * it.config.dpo.recipe.micro_batch)
+    micro_batch_s, step_s = train_costs(it, policy)
+    swap_s, swap_byte_s, weight_bytes = swap_costs(it, policy)
     encoded = pool.run(Worker.encode, keys[:1], side)[0]
     return Costs(
         batch=batch,
-        micro_batch=steps.config.dpo.recipe.micro_batch,
+        micro_batch=it.config.dpo.recipe.micro_batch,
         draw_s=max(0.0, draw_s - dispatch_s),
         encode_s=max(0.0, encode_s - dispatch_s),
         score_s=max(0.0, score_s - dispatch_s),
@@ -162,7 +164,7 @@ def measure(steps: Steps) -> Costs:
         step_s=step_s,
         dispatch_s=dispatch_s,
         byte_s=byte_s,
-        pair_s=pair_s,
+        pair_s=max(0.0, pairs_s - batches * dispatch_s) / count,
         swap_s=swap_s,
         swap_byte_s=swap_byte_s,
         result_bytes=len(samples[0].bits),
@@ -171,24 +173,29 @@ def measure(steps: Steps) -> Costs:
     )
 
 
-def make_pairs(steps: Steps, name: str) -> Path:
-    """An iteration's table."""
-    steps.begin(0, steps.resolution, name)
-    for _ in steps.losers().make(steps.inputs.builder, steps.inputs.reward, steps.config.dpo.recipe.micro_batch):
-        pass
-    return steps.table()
+def iteration_named(session: Session, name: str) -> StageContext:
+    """Return an iteration whose files have a name of their own."""
+    return replace(session.iteration(0), name=name)
 
 
-def check(steps: Steps, costs: Costs, counts: list[int]) -> list[dict]:
+def make_pairs(it: StageContext, policy: Policy) -> None:
+    """Write an iteration's preference table."""
+    sample(it, policy)
+    pair(it, policy, judge(it))
+
+
+def check(session: Session, policy: Policy, costs: Costs, counts: list[int]) -> list[dict]:
     """Real and predicted seconds of an iteration's pairs with so many workers, on the cores that are here."""
-    cores, found = len(psutil.Process().cpu_affinity()), []
+    cores = len(psutil.Process().cpu_affinity())
+    found = []
     for count in counts:
-        steps.rollouts.pool.close()
-        crew = replace(steps.rollouts.pool.plan, workers=count, worker_options={"num_cpus": 0})
-        steps.rollouts.pool = RolloutPool(steps.config.rollout, crew, steps.inputs.model, steps.inputs.source)
-        steps.rollouts.owners = {}
-        real = timed(time.perf_counter, make_pairs, steps, f"check-{count}")
-        work = Work(len(steps.losers().prompts), 1, 1)
+        session.pool.close()
+        crew = replace(session.pool.plan, workers=count, worker_options={"num_cpus": 0})
+        pool = RolloutPool(session.config.rollout, crew, session.inputs.model, session.inputs.source)
+        session = replace(session, pool=pool, weights=WeightSync(pool, None, session.run))
+        it = iteration_named(session, f"check-{count}")
+        real = timed(time.perf_counter, make_pairs, it, policy)
+        work = Work(len(plan_samples(it, policy).prompts), 1, 1)
         predicted = simulate(costs, work, Machine(count, cores=cores)).pairs_s
         found.append({"workers": count, "seconds": real, "predicted": predicted, "error": predicted / real - 1})
     return found
@@ -198,14 +205,14 @@ def run(settings: MeasureSettings) -> None:
     """Write the costs and print both tables."""
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        steps = start(folder, settings.resolution, f"preference.count={settings.prompts}")
-        costs = measure(steps)
+        session, policy = start(folder, settings.resolution, f"preference.count={settings.prompts}")
+        costs = measure(session, policy)
         costs.write(Path(settings.out))
         console.print(json.dumps(vars(costs), indent=1))
         table = Table(title="an iteration's pairs, seconds", title_justify="left", box=SIMPLE_HEAD)
         for column in ("workers", "measured", "predicted", "error"):
             table.add_column(column, justify="right")
-        for row in check(steps, costs, settings.workers):
+        for row in check(session, policy, costs, settings.workers):
             figures = f"{row['seconds']:.1f}", f"{row['predicted']:.1f}", f"{row['error']:+.0%}"
             table.add_row(str(row["workers"]), *figures)
         ray.shutdown()

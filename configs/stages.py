@@ -1,0 +1,108 @@
+"""Settings of the stages: the blocks of ``LoopConfig`` that the rows of ``vargpt_rl.stages`` name."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from learners.config import DpoConfig, Recipe
+
+
+@dataclass
+class TokenizerStage:
+    """Image-tokenizer training, for images that the starting checkpoint's tokenizer does not know."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    batch: int = 8
+    """Images per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    images: int = 600
+    """Training images of the data source, to which their winners are added."""
+
+
+@dataclass
+class SupervisedStage:
+    """A supervised stage outside the iterations. With data=records, the recipe alone says how much is read."""
+
+    records: int = 256
+    """Training images of the data source."""
+    questions: int = 0
+    """Questions about images, for a stage that learns from them."""
+    drawing_share: float = 1.0
+    """Share of drawings in each micro-batch; the rest are questions."""
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def pretrain_defaults() -> SupervisedStage:
+    """Default of ``pretrain``: only the two generation projectors train, on drawings."""
+    return SupervisedStage(records=256, recipe=Recipe(steps=20, batch=16, micro_batch=8, lr=2e-4))
+
+
+def understanding_defaults() -> SupervisedStage:
+    """Default of ``understanding``: the language model and the vision projector train, on questions and drawings."""
+    recipe = Recipe(steps=40, batch=32, micro_batch=16, lr=2e-4)
+    return SupervisedStage(records=256, questions=1024, drawing_share=0.25, recipe=recipe)
+
+
+def edit_defaults() -> SupervisedStage:
+    """Default of ``edit``: all but the image tokenizer trains, on edits, at the last of ``resolutions``.
+
+    The paper too edits at its highest resolution.
+    """
+    return SupervisedStage(records=512, recipe=Recipe(steps=60, batch=16, micro_batch=4, lr=2e-4))
+
+
+@dataclass
+class SftStage:
+    """The visual decoder and both projectors train, on drawings, at the iteration's resolution."""
+
+    records: int = 2048
+    """Training images of the data source."""
+    checkpoints: list[float] = field(default_factory=lambda: [0.5])
+    """Fractions of the stage after which weights are kept as samplers of rejected images, beside the final ones.
+
+    The paper says only "different SFT checkpoints and the fully SFT-trained model".
+    """
+    shares: list[float] = field(default_factory=list)
+    """Share of the samples that each of ``checkpoints`` draws, the final model the rest; empty for equal shares."""
+    frozen: list[str] = field(default_factory=list)
+    """Parts (projector_in, projector_out, image_decoder) that stay as they are, for ablations."""
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=1e-4))
+
+    def __post_init__(self):
+        if not all(0 < fraction <= 1 for fraction in self.checkpoints):
+            raise ValueError(f"sft.checkpoints={self.checkpoints}: expected fractions above 0 and up to 1")
+        if self.shares and len(self.shares) != len(self.checkpoints):
+            raise ValueError(f"sft.shares={self.shares}: expected one for each of sft.checkpoints={self.checkpoints}")
+        if not all(share >= 0 for share in self.shares) or sum(self.shares) > 1 + 1e-9:
+            raise ValueError(f"sft.shares={self.shares}: expected 0 or more each and at most 1 in all")
+
+    def samplers(self) -> dict[int, float]:
+        """Return the steps whose weights sample rejected images, the last included, each with its share."""
+        given = [*self.shares, max(0.0, 1 - sum(self.shares))] if self.shares else [1] * (len(self.checkpoints) + 1)
+        shares: dict[int, float] = defaultdict(float)
+        for fraction, share in zip([*self.checkpoints, 1.0], given, strict=True):
+            shares[max(1, round(fraction * self.recipe.steps))] += share / sum(given)
+        return dict(sorted(shares.items()))
+
+    def saved_steps(self) -> tuple[int, ...]:
+        """Return the steps of `samplers` before the last: weights are saved after each."""
+        return tuple(step for step in self.samplers() if step < self.recipe.steps)
+
+
+@dataclass
+class DpoStage(DpoConfig):
+    """DPO on the pairs of the iteration.
+
+    The learning rate is low on purpose: with external winners, ten times as much drives pair accuracy to 1 while
+    images get worse. An SFT anchor (``loss_type=[sigmoid,sft]``) is the other remedy.
+    """
+
+    control: bool = True
+    """Also train SFT on the winners, for as many steps, to compare."""
+    min_pairs: int | None = None
+    """Start DPO with this many pairs while the workers make the rest, in rounds of as many prompts.
+
+    null waits for all pairs. Only if workers and ranks do not share GPUs.
+    """
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60, batch=16, micro_batch=4, lr=2e-5))

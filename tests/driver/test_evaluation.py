@@ -1,0 +1,89 @@
+"""Held-out measures: who judges, and what is counted."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from tests.helpers.driver import stage_context
+from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.driver import evaluation
+from vargpt_rl.driver.evaluation import bit_nll, score_images
+from vargpt_rl.storage.checkpoint import Policy
+
+SAMPLES = [Sample(Prompt(t, t), b"", 64, 0, {}, 0, "") for t in ("a red circle", "a blue square", "a small circle")]
+WHITE = Image.new("RGB", (64, 64), "white")
+
+
+@contextmanager
+def in_this_process(reward):
+    """Stand in for the processes of rewards."""
+    values = []
+
+    def live(images, prompts):
+        values[:] = reward(images, prompts)
+        return values
+
+    live.report = lambda: {
+        "reward": {"scored": len(values), "mean": 0.5, "seconds": 0.1, "restarts": 0, "unscored": {}, "errors": []}
+    }
+    yield live
+
+
+def training_reward(images, prompts):
+    return [1.0] * len(images)
+
+
+def judge(images, prompts):
+    return [None if "small" in prompt else float("red" in prompt) for prompt in prompts]
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """Score images with a reward and a judge, with or without the source's exact check."""
+    monkeypatch.setattr("vargpt_rl.driver.judging.scorers", in_this_process)
+
+    def score(samples, reward=None, judge=None, exact=True):
+        it = stage_context(tmp_path, reward=reward, judge=judge)
+        it.pool.reward = lambda items, side, call: call([WHITE] * len(items), [p.text for p, _ in items])
+        it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+        if not exact:
+            it.inputs.source.image_check = lambda: None
+        return score_images(it, samples)
+
+    return score
+
+
+def test_the_exact_check_scores_with_the_judge_beside_it(scored):
+    assert scored(SAMPLES, training_reward)["overall"] == 0.0, "nothing is on a white image"
+    assert "judge" not in scored(SAMPLES, training_reward)
+    scores = scored(SAMPLES, training_reward, judge)
+    assert (scores["overall"], scores["judge"], scores["judge_n"]) == (0.0, 0.5, 2)
+    assert scores["judge_stderr"] == pytest.approx(0.5)
+
+
+def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):
+    judged = {"overall": 0.5, "overall_stderr": pytest.approx(0.5), "n": 2, "unscored": 1}
+    assert scored(SAMPLES, training_reward, judge, exact=False) == judged
+    assert scored(SAMPLES, None, judge, exact=False) == judged
+    alone = {"overall": 1.0, "overall_stderr": 0.0, "n": 3, "unscored": 0}
+    assert scored(SAMPLES, training_reward, exact=False) == alone
+    assert scored(SAMPLES, exact=False) == {"n": 3}
+
+
+def test_nothing_scored_is_an_error_and_not_zero(scored):
+    with pytest.raises(ValueError, match="none of 1 images was scored"):
+        scored(SAMPLES[2:], None, judge, exact=False)
+
+
+def test_bits_of_true_images_are_predicted_and_unreadable_ones_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "held_out_prompts", lambda it, count: prompts)
+    prompts = [Prompt("red", "a red circle"), Prompt("bad", "a blue one"), Prompt("none", "nothing"), Prompt("x", "x")]
+    it = stage_context(tmp_path)
+    it.inputs.source.winner_key = lambda prompt: None if prompt.id == "none" else prompt.id
+    totals = {"red": -4.0, "x": -8.0}
+    it.pool.score = lambda items, side: [SimpleNamespace(total=totals[prompt.id]) for prompt, _ in items]
+    # Eight bits each.
+    assert bit_nll(it, Policy("")) == {"nats": 0.75, "nats_stderr": pytest.approx(0.25), "n": 2}
+    assert it.inputs.quarantine.counts.total() == 1

@@ -1,0 +1,145 @@
+"""Pairs: each sample is accounted for once; rounds make the same pairs as one pass; nothing is repeated on resume."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_preferences import row as table_row
+from tests.helpers.driver import WorkersDouble, stage_context
+from vargpt_rl.data.preferences import ORIGIN, part_path, read_table, write_table
+from vargpt_rl.data.samples import Prompt
+from vargpt_rl.driver import pairs
+from vargpt_rl.driver.grids import show_pairs
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.pairs import PairRounds, pair
+from vargpt_rl.driver.sampling import sample
+from vargpt_rl.storage.checkpoint import Policy
+
+COUNT = 10
+POLICY = Policy("", (Path("run/sft/final"),))
+
+
+class Prompts:
+    """A data source of numbered prompts, some of which lack a winner."""
+
+    lines = 0
+
+    def __init__(self, lacking: tuple[str, ...] = ()):
+        self.lacking = lacking
+
+    def prompts(self, split, count, seed):
+        return [Prompt(str(i), f"prompt {i}") for i in range(count)]
+
+    def winner_key(self, prompt):
+        return None if prompt.id in self.lacking else "key"
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Return a stage whose swaps are recorded instead of made."""
+    monkeypatch.setattr(pairs, "describe_pairs", lambda it: None)
+
+    def build(name: str, min_pairs: int | None = None, lacking: tuple[str, ...] = ()):
+        settings = [f"preference.count={COUNT}", "at.256.dpo.recipe.batch=4", "dpo.recipe.batch=4"]
+        settings += ["dpo.recipe.micro_batch=2", f"dpo.min_pairs={min_pairs or 'null'}", "sft.recipe.steps=4"]
+        it = stage_context(tmp_path / name, *settings, source=Prompts(lacking), max_bad_fraction=1.0)
+        swaps: list[Path] = []
+        monkeypatch.setattr(type(it), "swap_to", lambda self, policy: swaps.append(policy.weights[-1]) or {})
+        it.pool.swaps = swaps
+        return it
+
+    return build
+
+
+def in_one_pass(it) -> dict:
+    sample(it, POLICY)
+    return pair(it, POLICY, judge(it))
+
+
+def generated(it) -> list[int]:
+    return sorted(seed for name, jobs in it.pool.calls if name == "generate_images" for _, seed in jobs)
+
+
+def test_rounds_make_the_same_pairs_as_one_pass(make):
+    once, rounds = make("once"), make("rounds", 4)
+    counts = in_one_pass(once)
+    work = PairRounds(rounds, POLICY)
+    assert list(work.write()) == [4, 8, 10]
+    result = work.join()
+    assert generated(once) == generated(rounds) and result["rollout"]["images"] == COUNT
+    tables = [read_table(it.table()) for it in (once, rounds)]
+    assert set(tables[0].pair_id) == set(tables[1].pair_id) and tables[1].pair_id.is_unique
+    assert [set(tables[1].prompt_id[at : at + 4]) for at in (0, 4, 8)] == [set("0123"), set("4567"), set("89")]
+    assert tables[1].attrs[ORIGIN]["parts"] == [4, 4, 2] and "parts" not in tables[0].attrs[ORIGIN]
+    assert {key: result["pairs"][key] for key in counts} == counts
+
+
+def test_workers_hold_the_reference_from_the_first_round_on(make):
+    it = make("rounds", 4)
+    list(PairRounds(it, POLICY).write())
+    assert [path.name for path in it.pool.swaps] == ["step-000002", "final", "final", "final", "final"]
+
+
+def test_dropped_samples_are_counted_and_a_round_may_be_empty(make):
+    rounds = make("rounds", 4, lacking=("4", "5", "6", "7", "9"))
+    work = PairRounds(rounds, POLICY)
+    assert list(work.write()) == [4, 4, 5]
+    counts = work.join()["pairs"]
+    assert (counts["built"], counts["dropped"]) == (5, 5)
+    assert counts["dropped_by_reason"] == {"no winner": 5} and counts["prompts_without_winner"] == 5
+
+
+@pytest.mark.parametrize("min_pairs", [None, 4])
+def test_no_pair_at_all_is_an_error(make, min_pairs):
+    it = make("none", min_pairs, lacking=tuple(map(str, range(COUNT))))
+    with pytest.raises(ValueError, match="no pair could be built of 10 samples; dropped: {'no winner': 10}"):
+        if min_pairs:
+            work = PairRounds(it, POLICY)
+            list(work.write())
+            work.join()
+        else:
+            in_one_pass(it)
+
+
+def test_existing_parts_are_kept(make):
+    whole, cut = make("whole", 4), make("cut", 4)
+    work = PairRounds(whole, POLICY)
+    list(work.write())
+    work.join()
+    interrupted = PairRounds(cut, POLICY).write()
+    next(interrupted)
+    interrupted.close()
+    first = part_path(cut.table(), 0).read_bytes()
+    done = generated(cut)
+    resumed = replace(cut, session=replace(cut.session, pool=WorkersDouble()))
+    again = PairRounds(resumed, POLICY)
+    assert list(again.write()) == [4, 8, 10]
+    again.join()
+    assert part_path(cut.table(), 0).read_bytes() == first
+    assert len(generated(resumed)) == 6 and len(done) > 4, "the earlier checkpoint had drawn for all rounds"
+    assert read_table(cut.table()).equals(read_table(whole.table()))
+
+
+def test_pairs_are_shown_with_both_images(tmp_path):
+    it = stage_context(tmp_path)
+    write_table(tmp_path / "t.parquet", [table_row("a"), table_row("b", prompt="two", rejected_bits=b"\x03")])
+    table = read_table(tmp_path / "t.parquet")
+    shown, written = [], []
+
+    def write_images(items, resolution, folder):
+        written.extend((prompt.text, bits, name) for (prompt, bits), name in items)
+        return [Path(folder, name) for _, name in items]
+
+    it.pool.write_images = write_images
+    it.run.log_table = lambda name, table, labels: shown.append((name, table))
+    show_pairs(it, table, tmp_path / "images")
+    assert not shown and not written, "nothing is tracked"
+    it.run.tracker = object()
+    show_pairs(it, table.head(0), tmp_path / "images")
+    show_pairs(it, table, tmp_path / "images")
+    [(name, columns)] = shown
+    assert name == "pairs/table" and list(columns.prompt) == ["a red circle", "two"]
+    assert list(columns.chosen) == [tmp_path / "images" / f"chosen-0{i}.png" for i in range(2)]
+    assert written[1] == ("two", b"\x03", "rejected-01.png") and written[3][1] == b"\x00\xff"
+    assert not (tmp_path / "images").exists()

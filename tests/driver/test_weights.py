@@ -1,0 +1,92 @@
+"""Weight sync sends what differs, keeps versions across a resume, and stops a run whose workers disagree."""
+
+import pytest
+import torch
+
+from tests.helpers.driver import WorkersDouble, stage_context
+from vargpt_rl.data.samples import Probe, Prompt
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.weights import WeightSync, verify_swap
+from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Weight sets: one of the language model's tensors, three of the decoder's."""
+    names = {"language": "l", "sft": "d", "dpo": "d", "control": "d"}
+    return {key: save_checkpoint(tmp_path / key, {name: torch.zeros(2)}) for key, name in names.items()}
+
+
+@pytest.fixture
+def swap(tmp_path, sets):
+    """Swap the workers of a stage to weight sets by name."""
+    it = stage_context(tmp_path)
+
+    def to(*names: str) -> dict:
+        return it.swap_to(Policy("", tuple(sets[name] for name in names)))
+
+    to.it = it
+    return to
+
+
+def test_only_what_differs_is_sent(swap):
+    swap("language", "sft")
+    swap("language", "sft")
+    swap("language", "sft", "dpo")
+    assert swap.it.pool.published == ["language", "sft", "dpo"]
+
+
+def test_a_superseded_set_is_not_sent(swap):
+    swap("language", "sft", "dpo")
+    assert swap.it.pool.published == ["language", "dpo"]
+
+
+def test_workers_can_go_back(swap):
+    swap("language", "sft", "control")
+    swap("language", "sft")
+    assert swap.it.pool.published == ["language", "control", "sft"]
+
+
+def test_going_back_to_the_starting_model_is_refused(swap):
+    swap("sft")
+    with pytest.raises(RuntimeError, match="do not set"):
+        swap()
+
+
+def test_an_unverified_swap_stops_the_run(swap):
+    swap.it.pool.verified = False
+    with pytest.raises(RuntimeError, match="other weights"):
+        swap("sft")
+
+
+def test_versions_are_the_same_after_a_resume(swap, sets):
+    done = [
+        swap.it.run.step("0", lambda: swap("language", "sft")),
+        swap.it.run.step("1", lambda: swap("language", "control")),
+        swap("language", "sft", "dpo"),
+    ]
+    pool = WorkersDouble()
+    again = WeightSync(pool, None, Run(swap.it.run.directory, {}))
+    policy = Policy("", tuple(sets[name] for name in ("language", "sft", "dpo")))
+    assert again.swap_to(policy, swap.it.log) == done[2]
+    assert [each["version"] for each in done] == [2, 3, 4]
+    assert (pool.published, pool.version) == (["language", "control", "dpo"], 4)
+
+
+def test_the_text_engine_gets_the_same_weights(tmp_path, sets):
+    it = stage_context(tmp_path, text=WorkersDouble())
+    it.swap_to(Policy("", (sets["language"], sets["sft"])))
+    assert it.session.text.published == it.pool.published == ["language", "sft"]
+    assert it.session.text.version == it.pool.version
+    it.session.text.verified = False
+    with pytest.raises(RuntimeError, match="other weights"):
+        it.swap_to(Policy("", (sets["language"], sets["dpo"])))
+
+
+def test_workers_that_disagree_with_the_learner_stop_the_run():
+    pool = WorkersDouble()
+    probe = Probe(Prompt("a", "a circle"), b"", 32)
+    assert verify_swap(pool, probe, -10.0) == 0.0
+    pool.probed = [-10.0, -10.5]
+    with pytest.raises(RuntimeError, match="after the swap"):
+        verify_swap(pool, probe, -10.0)

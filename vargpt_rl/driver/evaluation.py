@@ -1,0 +1,194 @@
+"""Evaluation on held-out data: images scored, preferences, reconstructions, questions, edits.
+
+Each measure loads its policy into the workers first and always uses the same prompts and seeds, so that moments of a
+run can be compared.
+"""
+
+from actors.worker import BaseWorker, PromptedBits, Worker
+from rewards.preferences import external_winner
+from vargpt_rl.common.averages import mean_and_error
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.rollouts import Rollouts
+from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.data.sources import ImageCheck
+from vargpt_rl.driver.grids import write_row
+from vargpt_rl.driver.judging import NO_REWARDS, score
+from vargpt_rl.driver.pairs import write_pairs
+from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
+from vargpt_rl.driver.sampling import encode_winners, generate
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
+from vargpt_rl.stages import STAGES, Measure
+from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.export import keep_best
+
+
+def draw_before(it: StageContext, policy: Policy) -> dict:
+    """Draw the first row of the sample grid with the policy that the iteration starts from."""
+    it.swap_to(policy)
+    prompts = held_out_prompts(it, it.config.evaluation.grid)
+    write_row(it, Step.BEFORE, generate(it, prompts, held_out_seeds(it, len(prompts)), Step.BEFORE))
+    return {}
+
+
+def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
+    """Generate held-out prompts and score the images and the preferences; after SFT also fix the held-out pairs."""
+    it.swap_to(policy)
+    prompts = held_out_prompts(it, it.config.evaluation.prompts)
+    samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
+    result = score_images(it, samples)
+    if moment == Step.AFTER_SFT:
+        rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
+        size = it.config.rollout.batch_size
+        table = it.table("held-out")
+        result["pairs"] = write_pairs(it, table, rollouts, external_winner, NO_REWARDS, size)["built"]
+    else:
+        result |= preference_metrics(it)
+    write_row(it, moment, samples[: it.config.evaluation.grid])
+    _keep_best(it, policy, moment, result)
+    it.log(f"evaluate/{moment}", it.index, {k: v for k, v in result.items() if v is not None})
+    return result
+
+
+def evaluate_stage(it: StageContext, policy: Policy) -> dict:
+    """Measure what a stage outside the iterations is for."""
+    measure = STAGES[it.name].measure
+    result = MEASURES[measure](it, policy) if measure else {}
+    it.log(f"evaluate/{it.name}", it.index, result)
+    return result
+
+
+def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> None:
+    """Export the policy to ``best/`` if it has the highest value of ``tracking.best`` so far."""
+    wanted, _, metric = (it.session.config.tracking.best or "").partition(".")
+    if moment != wanted:
+        return
+    if metric not in result:
+        it.run.note(f"{it.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+        return
+    note = {
+        "metric": f"{moment}.{metric}",
+        "value": result[metric],
+        "iteration": it.index,
+        "resolution": it.resolution,
+    }
+    keep_best(policy.model, policy.weights, it.run.directory / "best", note)
+
+
+# Measures
+
+
+def reconstruct(it: StageContext, policy: Policy) -> dict[str, float]:
+    """Measure what the image tokenizer keeps of the stronger system's images of held-out prompts.
+
+    By the source's exact check if it has one, else by the peak signal-to-noise ratio in dB.
+    """
+    it.swap_to(policy)
+    prompts = held_out_prompts(it, it.config.evaluation.prompts)
+    winners = encode_winners(it, prompts).values()
+    if check := it.source.image_check():
+        return _checked(it, [(winner.prompt, winner.bits) for winner in winners], check)
+    items = [(Prompt(winner.source, winner.prompt.text), winner.bits) for winner in winners]
+    ratio, error = mean_and_error(it.pool.run(Worker.check, items, it.resolution, Fidelity(it.source, it.resolution)))
+    return {"psnr": ratio, "psnr_stderr": error, "n": len(items)}
+
+
+def draw(it: StageContext, policy: Policy) -> dict:
+    """Generate held-out prompts and score the images; empty if nothing can score them."""
+    if not (it.source.image_check() or it.inputs.reward or it.inputs.judge):
+        return {}
+    it.swap_to(policy)
+    prompts = held_out_prompts(it, it.config.evaluation.prompts)
+    return score_images(it, generate(it, prompts, held_out_seeds(it, len(prompts)), it.name))
+
+
+def answer_questions(it: StageContext, policy: Policy) -> dict[str, float]:
+    """Measure exact-match accuracy on held-out questions; empty if the source has none."""
+    it.swap_to(policy)
+    rows = it.source.questions(it.config.evaluation.questions, 0, "held_out")
+    if not rows:
+        return {}
+    asked = [(row.image, row.question) for row in rows]
+    answers = it.writer.run(BaseWorker.answer, asked, it.config.data.seen_side)
+    right = [float(answer == row.answer) for answer, row in zip(answers, rows, strict=True)]
+    accuracy, error = mean_and_error(right)
+    return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}
+
+
+def edit_images(it: StageContext, policy: Policy, moment: str = "after") -> dict:
+    """Edit held-out images and score the edits; the first are a row of the grid. Empty if the source has no edits."""
+    prompts = held_out_edits(it, it.config.evaluation.edits)
+    if not prompts:
+        return {}
+    it.swap_to(policy)
+    samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
+    write_row(it, moment, samples[: it.config.evaluation.grid])
+    check = it.source.edit_check()
+    return _checked(it, [(sample.prompt, sample.bits) for sample in samples], check) if check else {}
+
+
+MEASURES = {
+    Measure.RECONSTRUCTIONS: reconstruct,
+    Measure.DRAWINGS: draw,
+    Measure.QUESTIONS: answer_questions,
+    Measure.EDITS: edit_images,
+}
+
+
+def bit_nll(it: StageContext, policy: Policy) -> dict[str, float]:
+    """Measure how well the source's own images of held-out prompts are predicted, in nats per bit; chance is ln 2."""
+    it.swap_to(policy)
+    prompts = held_out_prompts(it, it.config.evaluation.prompts)
+    winners = list(encode_winners(it, prompts).values())
+    scores = it.pool.run(Worker.score, [(winner.prompt, winner.bits) for winner in winners], it.resolution)
+    each = [-score.total / (8 * len(winner.bits)) for winner, score in zip(winners, scores, strict=True)]
+    mean, error = mean_and_error(each)
+    return {"nats": mean, "nats_stderr": error, "n": len(each)}
+
+
+def preference_metrics(it: StageContext) -> dict[str, float]:
+    """Compare the weights in the workers with the reference scores of the held-out pairs."""
+    rows = read_table(it.table("held-out"))
+    resolution = int(rows.resolution[0])
+    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    scores = {}
+    for side in ("chosen", "rejected"):
+        items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
+        scores[side] = [score.total for score in it.pool.run(Worker.score, items, resolution)]
+    return preference_scores(
+        scores["chosen"],
+        scores["rejected"],
+        rows.reference_chosen_logp,
+        rows.reference_rejected_logp,
+        it.config.dpo.beta,
+    )
+
+
+def score_images(it: StageContext, samples: list[Sample]) -> dict:
+    """Score held-out images: by the source's exact check, with the judge's mean beside it.
+
+    Without an exact check, by the mean of the judge, or of the training reward if there is no judge.
+    """
+    items: list[PromptedBits] = [(sample.prompt, sample.bits) for sample in samples]
+    judge = it.inputs.judge
+    if check := it.source.image_check():
+        scores = _checked(it, items, check)
+        if judge:
+            scores["judge"], scores["judge_stderr"], scores["judge_n"] = _mean_reward(it, items, judge)
+        return scores
+    reward = judge or it.inputs.reward
+    if reward is None:
+        return {"n": len(samples)}
+    mean, error, count = _mean_reward(it, items, reward)
+    return {"overall": mean, "overall_stderr": error, "n": count, "unscored": len(samples) - count}
+
+
+def _checked(it: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:
+    """Return the scores of an exact check, which runs in the workers."""
+    return check.scores([prompt for prompt, _ in items], it.pool.run(Worker.check, items, it.resolution, check))
+
+
+def _mean_reward(it: StageContext, items: list[PromptedBits], reward) -> tuple[float, float, int]:
+    """Return the mean of a reward over the images that it scores, its standard error, and their number."""
+    values = [value for value in score(it, items, reward)[0] if value is not None]
+    return *mean_and_error(values), len(values)

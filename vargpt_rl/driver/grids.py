@@ -1,0 +1,92 @@
+"""Images for people: rows of the sample grid, collected during an iteration, and pairs shown in wandb."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from actors.worker import PromptedBits, Worker
+from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.evaluate.grid import compose
+
+
+def write_row(it: StageContext, label: str, samples: list[Sample]) -> None:
+    """Write samples as the row ``label`` of the current grid."""
+    names = [_cell(label, i) for i in range(len(samples))]
+    _write_images(it, [(sample.prompt, sample.bits) for sample in samples], _rows(it), names)
+
+
+def sample_grid(it: StageContext) -> dict:
+    """Compose the iteration's grid: the rows written so far, and the winners."""
+    prompts = held_out_prompts(it, it.config.evaluation.grid)
+    winners = [key for prompt in prompts if (key := it.source.winner_key(prompt))]
+    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, Step.AFTER_DPO, "winner"]
+    sources = {"winner": winners} if len(winners) == len(prompts) else {}
+    return compose_grid(it, labels, [prompt.text for prompt in prompts], sources)
+
+
+def edit_grid(it: StageContext) -> dict:
+    """Compose the grid of edits: the images shown, the edits before and after the stage, the targets."""
+    prompts = held_out_edits(it, min(it.config.evaluation.grid, it.config.evaluation.edits))
+    if not prompts:
+        return {}
+    sources = {"shown": [str(prompt.shown) for prompt in prompts], "target": [prompt.id for prompt in prompts]}
+    return compose_grid(it, ["shown", "before", "after", "target"], [prompt.text for prompt in prompts], sources)
+
+
+def compose_grid(it: StageContext, labels: list[str], captions: list[str], sources: dict[str, list[str]]) -> dict:
+    """Compose the rows written under ``labels``, and ``sources``: rows of the data source's own images by key."""
+    path = _rows(it).with_suffix(".png")
+    result = {"path": str(path.relative_to(it.run.directory))}
+    if not _rows(it).exists():
+        return result  # the run was interrupted after composing it
+    for label, keys in sources.items():
+        for i, key in enumerate(keys):
+            it.source.load(key, it.resolution).save(_rows(it) / _cell(label, i))
+    rows = {label.replace("_", " "): sorted(_rows(it).glob(f"{label}-*.png")) for label in labels}
+    compose({label: files[: len(captions)] for label, files in rows.items() if files}, captions, path)
+    it.run.log_images(path)
+    _delete_at_once(_rows(it))
+    return result
+
+
+def show_pairs(it: StageContext, pairs: pd.DataFrame, folder: Path) -> None:
+    """Show rows of a preference table in wandb, with their images; ``folder`` is for these in the meantime."""
+    if it.run.tracker is None or pairs.empty:
+        return
+    prompts = [Prompt(*row) for row in pairs[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    shown = pairs[["prompt"]].copy()
+    for side in ("rejected", "chosen"):
+        items = list(zip(prompts, pairs[f"{side}_bits"], strict=True))
+        shown[side] = _write_images(it, items, folder, [_cell(side, i) for i in range(len(pairs))])
+        for what in ("reward", "source", "version"):
+            shown[f"{side} {what}"] = pairs[f"{side}_{what}"]
+        shown[f"{side} reference log-prob"] = pairs[f"reference_{side}_logp"]
+    shown["reference version"] = pairs.reference_version
+    it.run.log_table("pairs/table", shown, it.labels)
+    shutil.rmtree(folder)
+
+
+def _rows(it: StageContext) -> Path:
+    """The folder in which the rows of the current grid are collected."""
+    return it.run.directory / "samples" / it.name
+
+
+def _cell(label: str, number: int) -> str:
+    return f"{label}-{number:02d}.png"
+
+
+def _write_images(it: StageContext, items: list[PromptedBits], folder: Path, names: list[str]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return it.pool.run(Worker.write_images, list(zip(items, names, strict=True)), it.resolution, str(folder))
+
+
+def _delete_at_once(folder: Path) -> None:
+    """Delete a folder so that it is never seen with some of its files."""
+    hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,97 @@
+"""Judging: score images with the reward plug-ins, which run in processes of their own beside the workers."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.worker import PromptedBits, Worker
+from rewards.combined import Running, Total, scorers
+from vargpt_rl.data.rollouts import Rollouts, read_rollouts
+from vargpt_rl.driver.sampling import SAMPLES
+from vargpt_rl.driver.session import StageContext
+from vargpt_rl.storage.files import write_atomically
+
+REWARDS = "rewards.json"
+"""File of an iteration's rewards in `StageContext.rollouts`."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of `Rollouts`: one per sample, and those of winners by prompt id; both None without a reward."""
+
+    samples: list[float | None] | None
+    winners: dict[str, float | None] | None
+
+
+NO_REWARDS = Rewards(None, None)
+
+
+def judge(it: StageContext) -> dict:
+    """Score an iteration's samples and winners with the reward, if there is one; return what became of them by term."""
+    if it.inputs.reward is None:
+        return {}
+    rollouts = read_rollouts(it.rollouts / SAMPLES)
+    with running(it.inputs.reward) as reward:
+        values, report = score(it, rollouts.images, reward)
+    write_rewards(it.rollouts / REWARDS, values)
+    return report
+
+
+@contextmanager
+def running(reward: Callable | None) -> Iterator[Running | None]:
+    """Start a reward's processes for the duration of the context; None without a reward."""
+    if reward is None:
+        yield None
+        return
+    with scorers(reward) as live:
+        yield live
+
+
+def judge_rollouts(it: StageContext, rollouts: Rollouts, reward: Callable | None) -> tuple[Rewards, dict]:
+    """Score samples and winners; return the rewards and the report of `score`."""
+    if reward is None:
+        return NO_REWARDS, {}
+    values, report = score(it, rollouts.images, reward)
+    return split_rewards(rollouts, values), report
+
+
+def split_rewards(rollouts: Rollouts, values: list[float | None]) -> Rewards:
+    """Assign the rewards of `Rollouts.images`, in order, to samples and winners."""
+    count = len(rollouts.samples)
+    return Rewards(values[:count], dict(zip(rollouts.winners, values[count:], strict=True)))
+
+
+def score(it: StageContext, items: list[PromptedBits], reward: Callable) -> tuple[list[float | None], dict]:
+    """Score images with ``reward``; return a value each and the report by term, which is logged.
+
+    ValueError if no image at all is scored.
+    """
+    with scorers(reward) as live:
+        values = it.pool.run(Worker.reward, items, it.resolution, live)
+        report = live.report()
+    for name, term in report.items():
+        unscored = {f"unscored/{reason}": count for reason, count in term["unscored"].items()}
+        numbers = {key: term[key] for key in ("scored", "mean", "seconds", "restarts") if term[key] is not None}
+        it.log(f"reward/{name}", it.pool.version, numbers | unscored)
+    if all(value is None for value in values):
+        why = {name: term["errors"] or term["unscored"] for name, term in report.items()}
+        raise ValueError(f"none of {len(values)} images was scored by the reward; see reward.path: {why}")
+    return values, report
+
+
+def write_rewards(path: Path, values: Sequence[float | None]) -> None:
+    """Write rewards in order as JSON; a sum of rewards keeps its terms."""
+    rows = [[value, value.terms if isinstance(value, Total) else None] for value in values]
+    write_atomically(path, json.dumps(rows).encode())
+
+
+def read_rewards(path: Path, rollouts: Rollouts) -> Rewards:
+    """Read the rewards of ``rollouts``. ValueError naming the file if it is damaged or of other rollouts."""
+    try:
+        rows = json.loads(path.read_bytes())
+        values = [value if terms is None else Total(value, terms) for value, terms in rows]
+        return split_rewards(rollouts, values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the rewards of {len(rollouts.images)} images: {error}") from error

@@ -1,0 +1,192 @@
+"""Pairs: build them of samples and winners, score both sides with the reference policy, write the preference table.
+
+Usually all samples are drawn, judged and paired before DPO starts. `sample_while_training` is the alternative for
+``dpo.min_pairs``: it does so in rounds and starts DPO as soon as there are enough pairs. Each round takes the next
+prompts and writes a part of the table. The earlier SFT checkpoints draw first, for all rounds, so that from the first
+pairs on the workers hold the final SFT weights, which are the reference. Parts that exist after a resume are kept.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from actors.worker import PromptedBits, Worker
+from learners.group import RunningJob
+from rewards.combined import Running
+from rewards.preferences import PreferencePair, check_books
+from vargpt_rl.data.pair_statistics import statistics
+from vargpt_rl.data.preferences import count_rows, join_parts, part_path, read_table, write_table
+from vargpt_rl.data.rollouts import Rollouts, read_rollouts
+from vargpt_rl.data.samples import Sample
+from vargpt_rl.driver.grids import show_pairs
+from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, judge_rollouts, read_rewards, running
+from vargpt_rl.driver.sampling import (
+    SAMPLES,
+    draw_share,
+    encode_winners,
+    plan_samples,
+    report_speed,
+)
+from vargpt_rl.driver.seeds import seeds_for
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.driver.training import finish_dpo, start_dpo
+from vargpt_rl.evaluate.pair_plot import plot_pairs
+from vargpt_rl.storage.checkpoint import Policy
+
+
+def pair(it: StageContext, policy: Policy, judged: dict) -> dict:
+    """Build the iteration's pairs and write its preference table, with ``policy`` as the reference.
+
+    ``judged`` is the report of the rewards, which becomes part of the result.
+    """
+    it.swap_to(policy)
+    rollouts = read_rollouts(it.rollouts / SAMPLES)
+    rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
+    counts = write_pairs(it, it.table(), rollouts, it.inputs.builder, rewards, it.config.dpo.recipe.micro_batch)
+    describe_pairs(it)
+    return counts | ({"rewards": judged} if judged else {})
+
+
+def write_pairs(
+    it: StageContext,
+    path: Path,
+    rollouts: Rollouts,
+    builder: Callable,
+    rewards: Rewards,
+    micro_batch: int,
+    part: bool = False,
+) -> dict:
+    """Build pairs, score both sides with the weights in the workers, and write the table; return what became of all.
+
+    Rows are in random order and scored in the micro-batches that the learner trains on first: at step 0 both run the
+    same kernels on the same shapes and agree to the last bit, or nearly. ValueError if there is no pair, unless this
+    is only ``part`` of a table.
+    """
+    samples = rollouts.samples
+    pairs, dropped = builder(samples, rollouts.winners, rewards.samples, rewards.winners)
+    check_books(samples, pairs, dropped)
+    if not (pairs or part):
+        raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
+    order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
+    origin = {
+        "samples": len(samples),
+        "prompts": len(rollouts.prompts),
+        "prompts_without_winner": len(rollouts.prompts) - len(rollouts.winners),
+        "dropped_by_reason": dict(dropped),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, _scored_rows(it, [pairs[i] for i in order], micro_batch), origin)
+    return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
+
+
+def _scored_rows(it: StageContext, pairs: list[PreferencePair], micro_batch: int) -> list[dict[str, object]]:
+    """Return the pairs as rows of the table, with the log-probabilities that the weights in the workers give them."""
+    groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
+    items: list[PromptedBits] = []
+    for group in groups:  # ordered like the learner's batches: [all chosen, all rejected]
+        items += [(each.prompt, each.chosen.bits) for each in group]
+        items += [(each.prompt, each.rejected.bits) for each in group]
+    scores = iter(it.pool.run(Worker.score, items, it.resolution, batch_size=2 * micro_batch))
+    rows = []
+    for group in groups:
+        chosen = [next(scores) for _ in group]
+        rejected = [next(scores) for _ in group]
+        rows += [p.row(c, r, it.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
+    return rows
+
+
+def describe_pairs(it: StageContext) -> None:
+    """Report the iteration's table: as metrics, as a plot beside the sample grid, some pairs in wandb."""
+    table = read_table(it.table())
+    path = it.run.directory / "samples" / f"{it.name}-pairs.png"
+    it.log("pairs", it.index, statistics(table))
+    path.parent.mkdir(exist_ok=True)
+    plot_pairs(table, path)
+    it.run.log_images(path)
+    show_pairs(it, table.head(it.config.tracking.table_rows), path.with_suffix(""))
+
+
+# Sampling and DPO at the same time
+
+
+def sample_while_training(it: StageContext, policy: Policy) -> tuple[dict, dict, dict]:
+    """Sample, judge and pair in rounds, with DPO training beside the later ones.
+
+    Return the results of sampling, of pairing and of DPO.
+
+    DPO starts with the first ``dpo.min_pairs`` pairs.
+    """
+    rounds = PairRounds(it, policy)
+    job: RunningJob | None = None
+
+    def pair_in_rounds(it: StageContext) -> dict:
+        nonlocal job
+        for built in rounds.write():
+            it.inputs.check_quarantine()
+            if job:
+                job.look()
+            elif built >= rounds.min_pairs:
+                job = start_dpo(it, policy, parts=len(rounds.parts))
+        return rounds.join()
+
+    result = it.step(Step.PAIR, pair_in_rounds)
+    dpo = it.step(Step.DPO, finish_dpo, policy, job)
+    return result["rollout"], result["pairs"], dpo
+
+
+class PairRounds:
+    """The rounds of an iteration: each draws the next prompts and writes a part of the preference table."""
+
+    def __init__(self, it: StageContext, policy: Policy):
+        self.it = it
+        self.policy = policy
+        self.plan = plan_samples(it, policy)
+        self.min_pairs = it.config.dpo.min_pairs or it.config.preference.count
+        size = self.min_pairs * it.config.preference.samples
+        count = len(self.plan.prompts)
+        self.rounds = [range(at, min(at + size, count)) for at in range(0, count, size)]
+        self.parts = [part_path(it.table(), number) for number in range(len(self.rounds))]
+        self.drawn = 0
+        self.seconds = 0.0
+        self.rewards_report: dict = {}
+
+    def write(self) -> Iterator[int]:
+        """Write the parts that are missing; yield the number of pairs so far after each round."""
+        done = sum(part.exists() for part in self.parts)
+        samples: dict[int, Sample] = {}
+        for sampler in range(len(self.plan.samplers) - 1):
+            samples |= self._draw(sampler, [i for left in self.rounds[done:] for i in left])
+        self.it.swap_to(self.policy)
+        built = 0
+        with running(self.it.inputs.reward) as reward:
+            for number, (part, indices) in enumerate(zip(self.parts, self.rounds, strict=True)):
+                if number >= done:
+                    samples |= self._draw(len(self.plan.samplers) - 1, indices)
+                    self._write_part(part, [samples.pop(i) for i in self.plan.ordered(indices)], reward)
+                built += count_rows(part)
+                yield built
+
+    def _draw(self, sampler: int, indices: range | list[int]) -> dict[int, Sample]:
+        samples, seconds = draw_share(self.it, self.plan, sampler, indices)
+        self.drawn += len(samples)
+        self.seconds += seconds
+        return samples
+
+    def _write_part(self, part: Path, samples: list[Sample], reward: Running | None) -> None:
+        rollouts = Rollouts(samples, {})
+        rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts))
+        rewards, self.rewards_report = judge_rollouts(self.it, rollouts, reward)
+        micro_batch = self.it.config.dpo.recipe.micro_batch
+        write_pairs(self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True)
+
+    def join(self) -> dict:
+        """Join the parts to the table; return what became of all samples, and the speed of drawing them."""
+        origin = join_parts(self.it.table(), self.parts)
+        if origin["samples"] != len(self.plan.prompts):
+            raise RuntimeError(f"{len(self.plan.prompts)} samples were planned, {origin['samples']} are in the table")
+        describe_pairs(self.it)
+        counts = {"built": sum(origin["parts"]), "dropped": sum(origin["dropped_by_reason"].values()), **origin}
+        if self.rewards_report:
+            counts["rewards"] = self.rewards_report
+        return {"rollout": report_speed(self.it, self.plan, self.drawn, self.seconds), "pairs": counts}

@@ -1,0 +1,161 @@
+"""Sampling: generate images with a policy, and an iteration's samples with its SFT checkpoints.
+
+Samples are the rejected side of DPO (VARGPT-v1.1, section 3.2.2): "different SFT checkpoints and the fully SFT-trained
+model" draw each prompt, in the shares that ``sft.shares`` gives.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from actors.worker import BaseWorker, Failure, Worker
+from vargpt_rl.data.rollouts import Rollouts, write_rollouts
+from vargpt_rl.data.samples import Prompt, Sample, Winner
+from vargpt_rl.driver.seeds import Purpose, apportion, seeds_for
+from vargpt_rl.driver.session import StageContext
+from vargpt_rl.storage.checkpoint import Policy
+
+SAMPLES = "samples.parquet"
+"""File of an iteration's samples and winners in `StageContext.rollouts`."""
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What an iteration samples: ``prompts[i]`` with ``seeds[i]`` by ``samplers[owner[i]]``.
+
+    ``samplers`` are policies in the order in which they draw; the last one is the final policy.
+    """
+
+    prompts: list[Prompt]
+    seeds: list[int]
+    samplers: list[Policy]
+    owner: np.ndarray
+
+    def drawn_by(self, sampler: int, indices: range | list[int]) -> list[int]:
+        """Return those of ``indices`` that this sampler draws."""
+        return [i for i in indices if self.owner[i] == sampler]
+
+    def ordered(self, indices: range) -> list[int]:
+        """Return ``indices`` grouped by sampler, as the preference builder is given them."""
+        return sorted(indices, key=lambda i: (self.owner[i], i))
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the policies that draw anything."""
+        return sorted({checkpoint_name(self.samplers[i]) for i in self.owner})
+
+
+def checkpoint_name(policy: Policy) -> str:
+    """Name a policy in samples: the last two parts of its last weight set's path."""
+    return "/".join(policy.weights[-1].parts[-2:])
+
+
+def plan_samples(it: StageContext, policy: Policy) -> SamplePlan:
+    """Plan an iteration's samples: ``preference.samples`` of each prompt, shared among the SFT checkpoints.
+
+    ``policy`` is the final SFT policy.
+    """
+    settings = it.config.preference
+    final = policy.weights[-1]
+    earlier = Policy(policy.model, policy.weights[:-1])
+    checkpoints = [final.with_name(f"step-{step:06d}") for step in it.config.sft.saved_steps()]
+    prompts = it.inputs.prompts or it.source.prompts("train", settings.count, _seed(it, Purpose.PROMPTS))
+    prompts = [prompt for prompt in prompts[: settings.count] for _ in range(settings.samples)]
+    shares = list(it.config.sft.samplers().values())
+    return SamplePlan(
+        prompts=prompts,
+        seeds=seeds_for(len(prompts), it.config.seed, it.index, Purpose.SAMPLES),
+        samplers=[earlier.plus(weights) for weights in (*checkpoints, final)],
+        owner=apportion(len(prompts), shares, _seed(it, Purpose.SOURCES)),
+    )
+
+
+def _seed(it: StageContext, purpose: Purpose) -> int:
+    return seeds_for(1, it.config.seed, it.index, purpose)[0]
+
+
+def sample(it: StageContext, policy: Policy) -> dict:
+    """Generate an iteration's samples with its SFT checkpoints and encode the stronger system's images."""
+    plan = plan_samples(it, policy)
+    samples: dict[int, Sample] = {}
+    seconds = 0.0
+    for sampler in range(len(plan.samplers)):
+        drawn, took = draw_share(it, plan, sampler, range(len(plan.prompts)))
+        samples |= drawn
+        seconds += took
+    it.swap_to(policy)
+    ordered = [samples[i] for i in plan.ordered(range(len(samples)))]
+    rollouts = Rollouts(ordered, {})
+    rollouts = replace(rollouts, winners=encode_winners(it, rollouts.prompts))
+    it.inputs.check_quarantine()
+    write_rollouts(it.rollouts / SAMPLES, rollouts)
+    return report_speed(it, plan, len(samples), seconds)
+
+
+def report_speed(it: StageContext, plan: SamplePlan, images: int, seconds: float) -> dict:
+    """Log and return the speed of sampling: ``images`` generated in ``seconds``."""
+    speed = {
+        "images": images,
+        "seconds": seconds,
+        "images_per_second": images / seconds if images else None,
+    }
+    it.log("rollout", it.index, speed)
+    return speed | {"checkpoints": plan.checkpoints}
+
+
+def draw_share(
+    it: StageContext, plan: SamplePlan, sampler: int, indices: range | list[int]
+) -> tuple[dict[int, Sample], float]:
+    """Generate those of ``indices`` that a sampler draws; return the samples by index, and seconds."""
+    share = plan.drawn_by(sampler, indices)
+    if not share:
+        return {}, 0.0
+    policy = plan.samplers[sampler]
+    it.swap_to(policy)
+    began = time.perf_counter()
+    prompts = [plan.prompts[i] for i in share]
+    seeds = [plan.seeds[i] for i in share]
+    drawn = generate(it, prompts, seeds, checkpoint_name(policy))
+    return dict(zip(share, drawn, strict=True)), time.perf_counter() - began
+
+
+def generate(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
+    """Generate an image for each prompt and seed with the weights in the workers, called ``name`` in the samples.
+
+    If ``rollout.reply`` is generate, the model first answers in its own words.
+    """
+    if it.config.rollout.reply == "generate":
+        prompts = _with_own_replies(it, prompts)
+    jobs = list(zip(prompts, seeds, strict=True))
+    return it.pool.run(Worker.generate_images, jobs, it.resolution, it.config.sampling, name)
+
+
+def _with_own_replies(it: StageContext, prompts: list[Prompt]) -> list[Prompt]:
+    """Replace replies by the model's own words; keep and count those for which it begins no image.
+
+    Edits keep their replies too: an instruction without its image means little.
+    """
+    plain = [prompt for prompt in prompts if prompt.shown is None]
+    if not plain:
+        return prompts
+    texts = list(dict.fromkeys(prompt.text for prompt in plain))
+    replies = it.writer.run(BaseWorker.reply, texts, it.config.rollout.reply_tokens)
+    said = dict(zip(texts, replies, strict=True))
+    template = sum(said[prompt.text] is None for prompt in plain)
+    it.log("reply", it.pool.version, {"generated": len(plain) - template, "template": template})
+    return [p if p.shown is not None or said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
+
+
+def encode_winners(it: StageContext, prompts: list[Prompt]) -> dict[str, Winner]:
+    """Encode the stronger system's images as bits, by prompt id; missing and unreadable ones are left out."""
+    keys = {prompt.id: key for prompt in prompts if (key := it.source.winner_key(prompt)) is not None}
+    with_winner = [prompt for prompt in prompts if prompt.id in keys]
+    encoded = it.pool.run(Worker.encode, [keys[prompt.id] for prompt in with_winner], it.resolution)
+    winners = {}
+    for prompt, result in zip(with_winner, encoded, strict=True):
+        if isinstance(result, Failure):
+            it.inputs.quarantine.add(result.key, prompt.text, result.reason)
+        else:
+            winners[prompt.id] = Winner(prompt, result.bits, it.resolution, keys[prompt.id])
+    return winners

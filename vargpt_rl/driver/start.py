@@ -1,0 +1,80 @@
+"""Start of a run: settings and inputs checked, workers and learner ranks placed and started."""
+
+import logging
+
+import ray
+from omegaconf import OmegaConf
+
+from actors.cluster import nodes, reserve
+from actors.pool import RolloutPool
+from actors.resources import Placement, plan
+from actors.text_engine import start_text_engine
+from configs.load import load_config
+from configs.schema import LoopConfig
+from learners.group import LearnerGroup
+from vargpt_rl.driver.inputs import Inputs, gather
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.session import Session
+from vargpt_rl.driver.verify import check_steps
+from vargpt_rl.driver.weights import WeightSync
+from vargpt_rl.memory.plan import Devices, check_fits, gpu_memory, model_config
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(arguments: list[str]) -> tuple[LoopConfig, Inputs, Run]:
+    """Return the settings, all that they name, and the run's directory. ValueError if any is wrong."""
+    config = load_config(arguments)
+    return config, gather(config), Run(config.directory, plain(config))
+
+
+def plain(config: LoopConfig) -> dict:
+    """Return settings as plain values, as they are written down."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def resume(run: Run) -> None:
+    """Verify the files of a run that was begun before, and note after which step it resumes."""
+    check_steps(run)
+    if run.state["steps"]:
+        run.note(f"resuming after {list(run.state['steps'])[-1]}")
+
+
+def place(config: LoopConfig, inputs: Inputs) -> Placement:
+    """Place workers and ranks in the cluster. ValueError if the run will not fit."""
+    learner = config.learner
+    placement = plan(
+        nodes(),
+        config.rollout,
+        learner.ranks,
+        gpus_per_rank=learner.gpus_per_rank,
+        bf16=learner.bf16,
+        placement=config.placement,
+    )
+    check_fits(config, model_config(inputs.model), devices())
+    return placement
+
+
+def devices() -> Devices:
+    """Return the cluster's GPUs, with the memory of the first that Ray gives, and the memory of all machines."""
+    found = ray.cluster_resources()
+    gpus = int(found.get("GPU", 0))
+    each = ray.get(ray.remote(num_gpus=1)(gpu_memory).remote()) if gpus else 0
+    return Devices(gpus, each, int(found["memory"] + found["object_store_memory"]))
+
+
+def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> Session:
+    """Start workers, learner ranks and the text engine; RuntimeError if the cluster has no room in time."""
+    worker_places, rank_places = reserve(placement, config.learner.start_timeout_s)
+    pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=worker_places, note=run.note)
+    learners = LearnerGroup(
+        config.learner,
+        placement.rank_bundle,
+        placement.threads_per_worker,
+        placement.use_gpu,
+        places=rank_places,
+        note=run.note,
+    )
+    text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, note=run.note)
+    weights = WeightSync(pool, text, run)
+    return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)

@@ -1,0 +1,232 @@
+"""Training: the learner jobs of each stage, from the policy so far, and the swap of their weights into the workers."""
+
+import logging
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+from learners.config import Recipe
+from learners.group import RunningJob
+from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
+from vargpt_rl.data.preferences import part_path, read_table
+from vargpt_rl.data.records.loading import EDITS, RecordStream
+from vargpt_rl.data.samples import Probe, Prompt, Record
+from vargpt_rl.driver.corpus import delete_corpus, encode_corpus
+from vargpt_rl.driver.prompts import edit_records
+from vargpt_rl.driver.seeds import Purpose, seeds_for
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.driver.weights import verify_swap
+from vargpt_rl.model.bits import pack
+from vargpt_rl.model.families import load_config
+from vargpt_rl.model.prompt import REPLY
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.stages import STAGES, Learns, Stage
+from vargpt_rl.storage.checkpoint import Policy
+
+logger = logging.getLogger(__name__)
+Dataset = list[Record] | RecordStream
+
+SEED_OFFSETS = {"pretrain": 0, "understanding": 1, "edit": 2}
+"""Added to the run's seed to choose a stage's records."""
+
+
+def train_stage(it: StageContext, policy: Policy) -> dict:
+    """Train a stage outside the iterations, from ``policy``."""
+    stage = STAGES[it.name]
+    if stage.learns is Learns.IMAGES:
+        return train_image_tokenizer(it, policy)
+    settings = getattr(it.config, stage.block)
+    seed = it.config.seed + SEED_OFFSETS[it.name]
+    questions = None
+    if stage.learns is Learns.QUESTIONS and it.inputs.stream is None:
+        rows = it.source.questions(settings.questions, seed, "train")
+        questions = QuestionSet(rows, it.source, settings.drawing_share, it.config.data.seen_side)
+    dataset = stage_dataset(it, stage, settings.records, settings.drawing_share, seed)
+    return train_supervised(it, policy, stage, dataset, settings.recipe, questions=questions)
+
+
+def stage_dataset(it: StageContext, stage: Stage, count: int, drawing_share: float, seed: int) -> Dataset:
+    """Return what a stage learns from: an endless stream of records, or ``count`` records of the source."""
+    if it.inputs.stream is not None:
+        wanted = EDITS if stage.learns is Learns.EDITS else None
+        return it.inputs.stream.at(it.resolution, drawing_share, wanted)
+    if stage.learns is Learns.EDITS:
+        return edit_records(it, "train", count, seed)
+    return it.source.records(count, seed)
+
+
+def train_sft(it: StageContext, policy: Policy) -> dict:
+    """Train the iteration's SFT, from ``policy``; checkpoints that will sample are saved on the way."""
+    settings = it.config.sft
+    seed = seeds_for(1, it.config.seed, it.index, Purpose.CORPUS)[0]
+    stage = STAGES[Step.SFT].without(settings.frozen)
+    dataset = stage_dataset(it, stage, settings.records, 1.0, seed)
+    return train_supervised(
+        it,
+        policy,
+        stage,
+        dataset,
+        settings.recipe,
+        step=Step.SFT,
+        save_steps=settings.saved_steps(),
+        frozen=tuple(settings.frozen),
+    )
+
+
+def train_control(it: StageContext, policy: Policy) -> dict:
+    """Train SFT on the winners of this iteration's pairs: same start, images, steps and learning rate as DPO."""
+    rows = read_table(it.table()).drop_duplicates("prompt_id")
+    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts]
+    records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
+    stage = STAGES["sft_on_winners"]
+    return train_supervised(it, policy, stage, records, it.config.dpo.recipe, step=Step.CONTROL)
+
+
+def train_supervised(
+    it: StageContext,
+    policy: Policy,
+    stage: Stage,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    step: str = "",
+    questions: QuestionSet | None = None,
+    save_steps: tuple[int, ...] = (),
+    frozen: tuple[str, ...] = (),
+) -> dict:
+    """Train a supervised stage from ``policy``."""
+    it.swap_to(policy)
+    output = it.checkpoint(step)
+    corpus = it.run.directory / "data" / output.name
+    stream = dataset if isinstance(dataset, RecordStream) else None
+    if isinstance(dataset, RecordStream):
+        counts: dict = {}
+    else:
+        counts = encode_corpus(it, dataset, corpus)
+        it.inputs.check_quarantine()
+    job = SftJob(
+        stage=stage.name,
+        start=policy,
+        corpus=corpus,
+        recipe=recipe,
+        output=output,
+        seed=it.config.seed + it.index,
+        probe=random_probe(it),
+        questions=questions,
+        save_steps=save_steps,
+        feed=stream,
+        source=it.source,
+        frozen=frozen,
+    )
+    try:
+        result = it.session.learners.run(job, follow(it, stage.name, recipe, it.config.learner.ranks))
+    finally:  # if too many bad records abort the stage, still report them
+        if stream is not None:
+            counts["bad_records"] = it.inputs.quarantine.gather(stream.quarantine)
+        _log_quarantine(it)
+    if stream is None:
+        delete_corpus(corpus)
+    return result | {"corpus": counts}
+
+
+def train_image_tokenizer(it: StageContext, policy: Policy) -> dict:
+    """Adapt the image tokenizer to the data source's images, winners included."""
+    settings = it.config.tokenizer
+    records = it.source.records(settings.images, it.config.seed)
+    winners = [key for record in records if (key := it.source.winner_key(record.prompt))]
+    keys = [*dict.fromkeys(record.image for record in records), *dict.fromkeys(winners)]
+    job = TokenizerJob(
+        start=policy,
+        keys=keys,
+        source=it.source,
+        side=it.resolution,
+        steps=settings.steps,
+        batch=settings.batch,
+        lr=settings.lr,
+        output=it.checkpoint(),
+        seed=it.config.seed,
+    )
+    recipe = Recipe(steps=settings.steps, batch=settings.batch, micro_batch=settings.batch)
+    result = it.session.learners.run(job, follow(it, it.name, recipe, ranks=1))
+    for key, reason in result.pop("failures"):
+        it.inputs.quarantine.add(key, key, reason)
+    return result
+
+
+# DPO
+
+
+def train_dpo(it: StageContext, policy: Policy) -> dict:
+    """Train DPO on this iteration's pairs, from ``policy``, which is the reference."""
+    return finish_dpo(it, policy, None)
+
+
+def start_dpo(it: StageContext, policy: Policy, parts: int = 1) -> RunningJob:
+    """Start DPO on the preference table, or on the ``parts`` that it will have."""
+    job = DpoJob(
+        start=policy,
+        table=it.table(),
+        recipe=it.config.dpo.recipe,
+        dpo=it.config.dpo,
+        output=it.checkpoint(Step.DPO),
+        seed=it.config.seed + it.index,
+        probe=random_probe(it),
+        parts=parts,
+    )
+    return it.session.learners.start(job, follow(it, Step.DPO, it.config.dpo.recipe, it.config.learner.ranks))
+
+
+def finish_dpo(it: StageContext, policy: Policy, job: RunningJob | None) -> dict:
+    """Wait for DPO, which starts now unless ``job`` is running."""
+    it.swap_to(policy)
+    shutil.rmtree(it.rollouts, ignore_errors=True)  # the pairs are recorded
+    result = (job or start_dpo(it, policy)).result()
+    shutil.rmtree(part_path(it.table(), 0).parent, ignore_errors=True)
+    return result
+
+
+# Shared
+
+
+def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
+    """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
+    swapped = it.swap_to(policy)
+    if "probe" in trained:
+        swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"])
+    return swapped
+
+
+def random_probe(it: StageContext) -> Probe:
+    """Return an image of random tokens: as good as any to compare weights by."""
+    tokenizer = load_config(it.inputs.model).image_tokenizer_config
+    tokens = token_count(tokenizer.schedule_for(it.resolution))
+    depth, values = tokenizer.symbols
+    labels = np.random.default_rng(it.config.seed).integers(0, values, (tokens, depth))
+    return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), it.resolution)
+
+
+def follow(it: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:
+    """Return a callback that shows the learner's log lines as a progress bar and logs them as metrics."""
+    print(f"{stage} {it.resolution} px: {recipe.arithmetic(ranks)}", flush=True)
+    bar = tqdm(total=recipe.steps, desc=f"{stage} {it.resolution}")
+
+    def on_log(line: dict) -> None:
+        step = line.pop("step")
+        bar.update(step - bar.n)
+        if "loss" in line:
+            bar.set_postfix(loss=f"{line['loss']:.3f}")
+            it.log(stage, step, {key: value for key, value in line.items() if key != "epoch"})
+        if step == recipe.steps:
+            bar.close()
+
+    return on_log
+
+
+def _log_quarantine(it: StageContext) -> None:
+    """Log all records quarantined so far, by reason; ``lost`` counts those that could not be used."""
+    quarantine = it.inputs.quarantine
+    if quarantine.counts:
+        it.log("quarantine", it.index, {"lost": quarantine.lost, **quarantine.counts})
