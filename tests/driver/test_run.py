@@ -64,8 +64,7 @@ def test_differences_name_added_and_removed_keys():
 
 def test_metrics_are_lines_with_their_place(tmp_path):
     run = Run(tmp_path / "run", {})
-    run.where = {"iteration": 1, "resolution": 256}
-    run.log("sft", 7, {"loss": 0.5})
+    run.log("sft", 7, {"loss": 0.5}, {"iteration": 1, "resolution": 256})
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert line.pop("time") > 0
     assert line == {"iteration": 1, "resolution": 256, "stage": "sft", "step": 7, "loss": 0.5}
@@ -83,8 +82,9 @@ class Tracker:
 
 def test_numbers_by_scale_reach_wandb_with_their_place_and_lists_do_not(tmp_path):
     run = Run(tmp_path / "run", {})
-    run.tracker, run.where = Tracker(), {"iteration": 1, "resolution": 256}
-    run.log("dpo", 1, {"rewards/margins/scale_0": 0.5, "rewards/margins": 0.75, "counts": [1, 2]})
+    labels = {"iteration": 1, "resolution": 256}
+    run.tracker = Tracker()
+    run.log("dpo", 1, {"rewards/margins/scale_0": 0.5, "rewards/margins": 0.75, "counts": [1, 2]}, labels)
     assert run.tracker.lines == [
         {"dpo/rewards/margins/scale_0": 0.5, "dpo/rewards/margins": 0.75, "iteration": 1, "resolution": 256}
     ]
@@ -95,9 +95,9 @@ def test_a_table_has_images_and_no_nan(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     run = Run(tmp_path / "run", {})
     table = pd.DataFrame({"prompt": ["x", "y"], "image": [tmp_path / "a.png"] * 2, "reward": [0.5, math.nan]})
-    run.log_table("pairs/table", table)  # without wandb there is nothing to do
+    run.log_table("pairs/table", table, {})  # without wandb there is nothing to do
     run.tracker = Tracker()
-    run.log_table("pairs/table", table)
+    run.log_table("pairs/table", table, {})
     shown = run.tracker.lines[0]["pairs/table"]
     assert shown.columns == ["prompt", "image", "reward"]
     assert [(row[0], row[2]) for row in shown.data] == [("x", 0.5), ("y", None)]
@@ -110,7 +110,7 @@ def test_wandbs_files_stay_in_the_run_directory(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     run = Run(tmp_path / "run", {})
     run.track("offline", "test", {})
-    run.log_table("pairs/table", pd.DataFrame({"image": [tmp_path / "a.png"]}))
+    run.log_table("pairs/table", pd.DataFrame({"image": [tmp_path / "a.png"]}), {})
     (tmp_path / "a.png").unlink()
     run.close(failed=False)
     staged = [path.read_bytes()[:4] for path in (tmp_path / "run/wandb/artifacts/staging").iterdir()]
@@ -140,7 +140,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run_nor_in_wandbs(tmp_pa
     monkeypatch.chdir(tmp_path)
     run = Run(tmp_path / "run", {"a": 1})
     run.track("offline", "test", {"a": 1})
-    run.log("sft", 1, {"loss": 0.5})
+    run.log("sft", 1, {"loss": 0.5}, {})
     run.finish({})
     run.close(failed=False)
     written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -159,10 +159,10 @@ def test_what_a_killed_driver_left_half_written_goes(tmp_path):
 
 def test_a_torn_last_line_of_metrics_goes(tmp_path):
     run = Run(tmp_path / "run", {})
-    run.log("sft", 1, {"loss": 0.5})
+    run.log("sft", 1, {"loss": 0.5}, {})
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"time": 17')
-    Run(tmp_path / "run", {}).log("sft", 2, {"loss": 0.25})
+    Run(tmp_path / "run", {}).log("sft", 2, {"loss": 0.25}, {})
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
