@@ -235,7 +235,7 @@ def test_settings_that_make_no_sense_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize("norm", ["sum", "per_token", "per_bit"])
-@pytest.mark.parametrize("alpha, scales", [(0.6, None), (0.0, 2), (1.0, 2)])
+@pytest.mark.parametrize(("alpha", "scales"), [(0.6, None), (0.0, 2), (1.0, 2)])
 def test_step_0_is_the_identity_under_every_credit(checkpoint, chat, pairs, trainer, norm, alpha, scales):
     fresh = trainer(ImagePolicy.from_pretrained(checkpoint), norm, alpha, scales)
     fresh.model.train()
@@ -247,7 +247,7 @@ def test_step_0_is_the_identity_under_every_credit(checkpoint, chat, pairs, trai
         fresh.compute_loss(fresh.model, wrong)
 
 
-@pytest.mark.parametrize("alpha, scales", [(0.6, None), (0.0, 2), (0.6, 2)])
+@pytest.mark.parametrize(("alpha", "scales"), [(0.6, None), (0.0, 2), (0.6, 2)])
 def test_credit_weighs_policy_and_reference_by_scale(trainer, shared_model, chat, pairs, batch, alpha, scales):
     cut = PairCollator(chat, scales)(pairs)
     assert cut["bits"].shape[1] == token_count(SCHEDULE[:scales])

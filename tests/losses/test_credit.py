@@ -33,8 +33,14 @@ def test_scales_beyond_the_prefix_have_weight_0():
     assert token_count(schedule_for(256)[:5]) == 121
 
 
-@pytest.mark.parametrize("alpha, scales, message", [(-0.1, None, "credit_alpha=-0.1"), (0.0, 0, "credit_scales=0"),
-                                                    (0.0, 4, "credit_scales=4: expected null or 1 to 3")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("alpha", "scales", "message"),
+    [
+        (-0.1, None, "credit_alpha=-0.1"),
+        (0.0, 0, "credit_scales=0"),
+        (0.0, 4, "credit_scales=4: expected null or 1 to 3"),
+    ],
+)
 def test_impossible_credit_is_refused(alpha, scales, message):
     with pytest.raises(ValueError, match=message):
         scale_credit(SCHEDULE, alpha, scales)

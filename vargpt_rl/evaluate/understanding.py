@@ -75,7 +75,7 @@ class Understanding:
             reason = (found.stderr.strip().splitlines() or ["no error message"])[-1]
             raise ValueError(
                 f"python={self.python}: cannot import lmms-eval there ({reason}): create an environment with "
-                "lmms-eval and this package, installed with --no-deps (README, Evaluation), and set python=..."
+                "lmms-eval and this package, installed with --no-deps (docs/evaluation.md), and set python=..."
             )
 
     def _about(self, model: EvaluatedModel, task: str) -> dict:
