@@ -1,6 +1,6 @@
 """Pluggable rewards and preference builders.
 
-Rewards run in processes of their own (`rewards.combined`); `rewards.testing` checks whether one keeps the contract.
+Rewards run in separate processes (`rewards.combined`); `rewards.testing` checks a reward against the contract.
 """
 
 from collections.abc import Callable
@@ -8,4 +8,4 @@ from collections.abc import Callable
 from PIL import Image
 
 Reward = Callable[[list[Image.Image], list[str]], list[float | None]]
-"""Images and their prompts -> a number each, None where there is none."""
+"""Images and their prompts -> one number each, None for an image without a score."""

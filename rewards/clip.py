@@ -1,7 +1,7 @@
-"""Scorers that are CLIP models: prompt alignment (CLIP score), human choice (PickScore), looks (aesthetic predictor).
+"""Rewards by CLIP models: prompt alignment (CLIP score), human choice (PickScore), looks (aesthetic predictor).
 
-``model`` is a directory, or the name of a model that is in the hub's local cache. Prompts are cut to what the text
-model takes (77 tokens). Models are loaded at the first call, once in a process.
+``model`` is a directory, or the name of a model in the hub's local cache. Prompts are truncated to the text model's
+length (77 tokens). Models are loaded at the first call, once per process.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class Clip:
-    """A CLIP model with the tokenizer and the image settings of ``processor``; features are of length 1."""
+    """A CLIP model with the tokenizer and image processor of ``processor``; features have norm 1."""
 
     def __init__(self, model: CLIPModel, processor: str, device: str):
         self.model = model.to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
-        # Pillow's resampling is what published scores were made with.
+        # Published scores were computed with Pillow's resampling.
         self.pixels = AutoImageProcessor.from_pretrained(processor, backend="pil")
 
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -34,7 +34,7 @@ class Clip:
         return self.features(pixels)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Features [B, D] of images that are tensors already."""
+        """Features [B, D] of preprocessed images."""
         return normalize(self.model.get_image_features(pixels.to(self.model.device)).pooler_output, dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -47,7 +47,7 @@ class Clip:
 
 @cache
 def load_clip(model: str, processor: str, device: str) -> Clip:
-    """A CLIP model with all its weights. ValueError where some are missing."""
+    """Load a CLIP model. ValueError if weights are missing."""
     loaded, info = CLIPModel.from_pretrained(model, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{model}: {len(info['missing_keys'])} weights are missing, e.g. {min(info['missing_keys'])}")
@@ -55,14 +55,14 @@ def load_clip(model: str, processor: str, device: str) -> Clip:
 
 
 def clip_from_state(state: dict[str, Tensor], processor: str, device: str) -> Clip:
-    """A CLIP model of the shape that ``processor`` describes, with these weights and no others."""
+    """A CLIP model with the config of ``processor`` and exactly these weights."""
     model = CLIPModel(CLIPConfig.from_pretrained(processor))
     model.load_state_dict(state)
     return Clip(model, processor, device)
 
 
 class ClipScore:
-    """The cosine of image and prompt, in [-1, 1]; a hundred times it is the CLIP score as it is usually given."""
+    """The cosine of image and prompt, in [-1, 1]; the CLIP score as usually reported is 100 times that."""
 
     def __init__(self, model: str = CLIP_L, device: str = "cpu"):
         self.model, self.device = model, device
@@ -75,7 +75,7 @@ class ClipScore:
 class PickScore:
     """PickScore: the cosine times the model's own scale. Of two images of a prompt, people prefer the higher one.
 
-    The published model uses the processor of another one.
+    The published model uses another model's processor.
     """
 
     def __init__(self, model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, device: str = "cpu"):
@@ -90,10 +90,10 @@ class PickScore:
 
 
 class Aesthetic:
-    """How good an image looks, whatever its prompt: linear layers on CLIP's image features, about 1 to 10.
+    """Aesthetic score, about 1 to 10, independent of the prompt: linear layers on CLIP's image features.
 
-    ``head`` is a file of weights, safetensors or .pth: the published heads of the LAION aesthetic predictors fit,
-    those of one layer and those of several, each with the CLIP model it was trained on.
+    ``head`` is a weights file, safetensors or .pth: a published head of the LAION aesthetic predictors, of one or
+    several layers, with the CLIP model it was trained on.
     """
 
     def __init__(self, head: str, model: str = CLIP_L, device: str = "cpu"):
@@ -108,15 +108,15 @@ class Aesthetic:
 
 
 def cosines(clip: Clip, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """[B], image by image with its own prompt. ValueError where the lengths differ."""
+    """Cosines [B] of each image with its own prompt. ValueError if the lengths differ."""
     check_lengths(images, prompts)
     return (clip.image_features(images) * clip.texts(prompts)).sum(-1)
 
 
 def check_lengths(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """ValueError where they differ."""
+    """ValueError unless there are as many prompts as images."""
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Several rewards in one: a weighted sum that also knows its parts, each part computed in a process of its own.
+"""Several rewards in one: a weighted sum that keeps its terms, each computed in its own process.
 
     reward:
       path: rewards.combined:WeightedSum
@@ -7,7 +7,7 @@
           text: {path: "rewards.ocr:TextAccuracy", weight: 2, required: false}
           sharp: {path: "rewards.technical:sharpness"}
 
-The keys of a term are those of `rewards.processes.RewardTerm`. `scorers` starts and ends the processes, also for a
+The keys of a term are the fields of `rewards.processes.RewardTerm`. `scorers` starts and ends the processes, also for a
 single reward of any other kind.
 """
 
@@ -38,7 +38,7 @@ check_callable(load_plugin(sys.argv[1]), json.loads(sys.argv[2]))
 
 
 class Total(float):
-    """A weighted sum of rewards; ``terms`` are those that were scored, by name."""
+    """A weighted sum of rewards; ``terms`` holds the scored ones by name."""
 
     terms: dict[str, float]
 
@@ -52,10 +52,10 @@ class Total(float):
 
 
 def weighted_sum(values: dict[str, float | None], terms: dict[str, RewardTerm]) -> Total | None:
-    """The sum of weight x value of one image; None where a required term, or every term, has no value.
+    """The sum of weight x value for one image; None if a required term, or every term, has no value.
 
-    Without an optional term, the others' sum is scaled up to the weight of all: so optional terms should be of a
-    similar size as the others.
+    If an optional term is missing, the sum of the others is scaled up to the weight of all: optional terms should be of
+    the same magnitude as the others.
     """
     scored = {name: value for name, value in values.items() if value is not None}
     if not scored or any(term.required and name not in scored for name, term in terms.items()):
@@ -65,14 +65,14 @@ def weighted_sum(values: dict[str, float | None], terms: dict[str, RewardTerm]) 
 
 
 class WeightedSum:
-    """A reward made of others. ValueError, naming the term, for whatever is wrong with one.
+    """A reward made of others. ValueError, naming the term, for a bad term.
 
-    Called by itself it starts the processes of its rewards and ends them again; `scorers` keeps them.
+    A direct call starts and ends the processes of its rewards; `scorers` keeps them running.
     """
 
     def __init__(self, terms: dict[str, dict[str, object]]):
         if not terms:
-            raise ValueError("reward.options.terms is empty: name a reward, or leave reward.path out")
+            raise ValueError("reward.options.terms is empty: expected at least one reward, or no reward.path")
         self.terms = {name: _term(name, fields) for name, fields in terms.items()}
         self.makes = {name: partial(make_plugin, term.path, term.options) for name, term in self.terms.items()}
 
@@ -83,27 +83,27 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Running:
-    """Rewards whose processes run: a reward itself, which can be sent to any process of the same Ray cluster."""
+    """Rewards whose processes are running: itself a reward, which any process of the same Ray cluster can call."""
 
     terms: dict[str, RewardTerm]
-    keeper: ray.actor.ActorHandle
+    server: ray.actor.ActorHandle
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
         pngs = ray.put([to_png(image) for image, _ in zip(images, prompts, strict=True)])
-        values = ray.get(self.keeper.score.remote([pngs], list(prompts)))
+        values = ray.get(self.server.score.remote([pngs], list(prompts)))
         rows = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
         return [weighted_sum(row, self.terms) for row in rows]
 
     def report(self) -> dict[str, dict[str, object]]:
-        """What became of the images so far, by term: scored, their mean, unscored by reason, seconds, restarts."""
-        return ray.get(self.keeper.report.remote())
+        """Statistics so far, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
+        return ray.get(self.server.report.remote())
 
 
 @contextmanager
 def scorers(reward: Reward | Running) -> Iterator[Running]:
-    """Run the rewards of a `WeightedSum` in processes of their own; any other reward is a single required term.
+    """Run the rewards of a `WeightedSum` in separate processes; any other reward is a single required term.
 
-    Rewards that run already are left running.
+    Rewards that are already running are left running.
     """
     if isinstance(reward, Running):
         yield reward
@@ -112,11 +112,11 @@ def scorers(reward: Reward | Running) -> Iterator[Running]:
         terms, makes = reward.terms, reward.makes
     else:
         terms, makes = {"reward": RewardTerm("")}, {"reward": partial(_same, reward)}
-    keeper = RewardServer.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
+    server = RewardServer.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
     try:
-        yield Running(terms, keeper)
+        yield Running(terms, server)
     finally:
-        ray.kill(keeper)  # the processes end with it
+        ray.kill(server)  # the processes end with it
 
 
 def _same(reward: Reward) -> Reward:
@@ -124,7 +124,7 @@ def _same(reward: Reward) -> Reward:
 
 
 def _term(name: str, fields: dict[str, object]) -> RewardTerm:
-    """A checked term. ValueError for an unknown or bad key, and for a plug-in that is not there or does not fit."""
+    """Check and build a term. ValueError for an unknown or bad key, or a missing or unsuitable plug-in."""
     try:
         term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardTerm), fields))
         where, colon, attribute = term.path.rpartition(":")
@@ -140,7 +140,7 @@ def _term(name: str, fields: dict[str, object]) -> RewardTerm:
 
 
 def _check_elsewhere(term: RewardTerm) -> None:
-    """The same check in the term's own environment, where alone its imports work."""
+    """Check the plug-in in the term's own environment, the only one where its imports work."""
     if not Path(term.python).is_file():
         raise ValueError(f"python={term.python}: there is no such file")
     command = [term.python, "-c", CHECK, term.path, json.dumps(term.options)]

@@ -1,6 +1,7 @@
-"""Human preference scores: HPSv2, a CLIP ViT-H/14, from the published open_clip checkpoint; HPSv3, a Qwen2-VL-7B with a
-head, by the package of its authors, which needs torchvision and more: best in an environment of its own (a term's
-``python``).
+"""Human preference scores.
+
+HPSv2 is a CLIP ViT-H/14, loaded from the published open_clip checkpoint. HPSv3 is a Qwen2-VL-7B with a head, run by its
+authors' package, which needs torchvision and more: best in a separate environment (a term's ``python``).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch.nn.functional import interpolate, pad
 from rewards.clip import CLIP_H, Clip, check_lengths, clip_from_state
 from rewards.weights import read_weights, rename
 
-# open_clip's names and those of transformers.
+# open_clip's names -> those of transformers.
 NAMES = (
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -37,9 +38,8 @@ IN_BLOCKS = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".c_fc.": ".f
 class HPSv2:
     """HPSv2: the cosine of image and prompt, about 0.2 to 0.35. Of two images, people prefer the higher one.
 
-    ``weights`` is the published checkpoint (``HPS_v2.1_compressed.pt``) or the same as safetensors. ``base`` is a
-    directory or cached hub name of the CLIP model it was trained from, of which only the settings and the tokenizer
-    are read.
+    ``weights`` is the published checkpoint (``HPS_v2.1_compressed.pt``) or its safetensors version. ``base`` is a
+    directory or cached hub name of the CLIP model it was trained from; only its config and tokenizer are read.
     """
 
     def __init__(self, weights: str, base: str = CLIP_H, device: str = "cpu"):
@@ -60,9 +60,9 @@ class HPSv2:
 class HPSv3:
     """HPSv3: the mean of its score's normal distribution, about 0 to 15. Needs the package ``hpsv3`` and a GPU.
 
-    On CPUs the package (1.0.0) gives its float32 head bfloat16: it has an autocast for CUDA only.
+    On CPUs the package (1.0.0) passes bfloat16 to its float32 head: it autocasts on CUDA only.
 
-    ``weights`` is the published checkpoint (``HPSv3.safetensors``); without it the package fetches it from the hub.
+    ``weights`` is the published checkpoint (``HPSv3.safetensors``); without it the package downloads it from the hub.
     """
 
     def __init__(self, weights: str | None = None, device: str = "cuda"):
@@ -70,7 +70,7 @@ class HPSv3:
             raise ValueError(f"weights={weights}: no such file")
         self.weights, self.device = weights, device
 
-    @torch.inference_mode()  # the package would keep what gradients need
+    @torch.inference_mode()  # the package itself would record gradients
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
         check_lengths(images, prompts)
         if not images:
@@ -87,7 +87,7 @@ def _load_v3(weights: str | None, device: str):
         from hpsv3 import HPSv3RewardInferencer
     except ImportError as error:
         raise ImportError(
-            "HPSv3 needs `pip install hpsv3`, best in an environment of its own that the term's `python` names"
+            "HPSv3 needs `pip install hpsv3`, best in a separate environment, named by the term's `python`"
         ) from error
     return HPSv3RewardInferencer(checkpoint_path=weights, device=device)
 
@@ -98,7 +98,7 @@ def _load(weights: str, base: str, device: str) -> Clip:
 
 
 def _fit(image: Image.Image, side: int) -> Tensor:
-    """[3, side, side] from 0 to 1: the longer side scaled to ``side``, black beside the shorter one."""
+    """[3, side, side] in 0 to 1: scaled so that the longer side is ``side``, padded with black."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"), np.float32) / 255).permute(2, 0, 1)
     height, width = (max(1, round(n * side / max(pixels.shape[1:]))) for n in pixels.shape[1:])
     if (height, width) != tuple(pixels.shape[1:]):
@@ -108,7 +108,7 @@ def _fit(image: Image.Image, side: int) -> Tensor:
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an open_clip model under the names and in the layout of transformers."""
+    """Convert the weights of an open_clip model to the names and layout of transformers."""
     converted = {}
     for name, tensor in state.items():
         name = rename(name, NAMES)

@@ -14,9 +14,9 @@ from rewards.weights import linear_head, read_weights, rename
 
 BASE = "Salesforce/blip-itm-large-coco"
 MAX_TOKENS = 35
-# Of its scores on the training set, as published.
+# Of the scores on the training set, as published.
 MEAN, STD = 0.16717363, 1.0333395
-# The names of the published vision model and those of transformers; everything else is called the same.
+# Names of the published vision model -> those of transformers; all other names are the same.
 VISION = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -30,11 +30,11 @@ VISION = (
 
 
 class ImageReward:
-    """ImageReward: alignment and quality in one number, about 0 on average and 1 apart.
+    """ImageReward: alignment and quality in one number, with a mean of about 0 and a deviation of 1.
 
-    ``weights`` is the published checkpoint (``ImageReward.pt``) or the same as safetensors. ``base`` is a directory or
-    cached hub name of a BLIP model of the same size, of which only the settings and the tokenizer are read. Prompts
-    are cut to 35 tokens.
+    ``weights`` is the published checkpoint (``ImageReward.pt``) or its safetensors version. ``base`` is a directory or
+    cached hub name of a BLIP model of the same size; only its config and tokenizer are read. Prompts are truncated to
+    35 tokens.
     """
 
     def __init__(self, weights: str, base: str = BASE, device: str = "cpu"):
@@ -47,7 +47,7 @@ class ImageReward:
 
 
 class Blip:
-    """The published model: what the text model makes of the prompt while it looks at the image, put into a number."""
+    """The published model: a text model reads the prompt, attends to the image, and a head turns that into a number."""
 
     def __init__(self, state: dict[str, Tensor], base: str, device: str):
         config = BlipConfig.from_pretrained(base)
@@ -67,7 +67,7 @@ class Blip:
             module.to(device).eval()
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """A number for each image and prompt."""
+        """One number for each image and its prompt."""
         rows = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
@@ -88,5 +88,5 @@ def _load(weights: str, base: str, device: str) -> Blip:
 
 
 def _part(state: dict[str, Tensor], prefix: str, names: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it and renamed."""
+    """The tensors under a prefix, with the prefix removed and renamed."""
     return {rename(n.removeprefix(prefix), names): tensor for n, tensor in state.items() if n.startswith(prefix)}

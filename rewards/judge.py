@@ -1,11 +1,11 @@
-"""A vision-language model as judge: how sure it is that an image shows what its prompt says.
+"""A vision-language model as judge: the probability that an image shows what its prompt says.
 
-It is asked a question about each image and only the first token of its answer is looked at: the score is the
-probability of ``yes`` as a share of ``yes`` and ``no`` together, in (0, 1). VQAScore (Lin et al., 2024) takes the
-probability of "Yes" alone, which falls where a model would rather begin its answer in another way.
+The model is asked a question about each image, and only the first token of its answer counts: the score is
+p(yes) / (p(yes) + p(no)), in (0, 1). VQAScore (Lin et al., 2024) uses p(yes) alone, which drops when a model prefers to
+begin its answer with another word.
 
-vLLM takes over the process it runs in; as every reward, the judge runs in one of its own. An environment without vLLM
-can use one that has it: the term's ``python`` (`rewards.processes.Term`).
+vLLM takes over its process; like every reward, the judge runs in its own. An environment without vLLM can use another
+one that has it: the term's ``python`` (`rewards.processes.RewardTerm`).
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ KINDS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "vargpt": Vargpt}
 
 
 class VlmJudge:
-    """``model``: the directory of a Qwen2-VL or VARGPT checkpoint; of several ``questions`` the mean score counts.
+    """``model``: the directory of a Qwen2-VL or VARGPT checkpoint. Scores of several ``questions`` are averaged.
 
-    ``yes`` and ``no`` are single tokens. ``engine``: vllm, transformers or auto (vllm where it is installed, unless a
-    ``device`` is given: vLLM takes the GPU that it finds). ValueError for whatever of this is wrong.
+    ``yes`` and ``no`` are single tokens. ``engine``: vllm, transformers or auto (vllm if it is installed and no
+    ``device`` is given: vLLM uses the GPU that it finds). ValueError for a bad argument.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class VlmJudge:
         dtype: str = "auto",
     ):
         if isinstance(questions, str) or not questions:
-            raise ValueError(f"questions={questions!r}: expected a list of one question or more")
+            raise ValueError(f"questions={questions!r}: expected a list of at least one question")
         kind = read_json(Path(model, "config.json")).get("model_type")
         if kind not in KINDS:
-            raise ValueError(f"model={model}: a model of type {kind!r}, expected one of {', '.join(KINDS)}")
-        device_and_dtype(device, dtype)  # refuses what there is not
+            raise ValueError(f"model={model}: expected a model of type {' or '.join(KINDS)}, got {kind!r}")
+        device_and_dtype(device, dtype)  # raises if there is no such device
         self.questions, self.words = tuple(questions), (yes, no)
         self.settings = (str(Path(model).resolve()), _choose(engine, device), device, dtype)
 
@@ -67,30 +67,30 @@ class VlmJudge:
 
 
 def _choose(engine: str, device: str) -> str:
-    """The engine that is meant. ValueError where it cannot be."""
+    """Resolve ``auto``. ValueError for an engine that cannot be used."""
     if engine == "auto":
         return "vllm" if is_installed() and device == "auto" else "transformers"
     if engine == "vllm" and not is_installed():
         raise ValueError("engine=vllm: vLLM is not installed in this environment")
     if engine == "vllm" and device != "auto":
-        raise ValueError(f"engine=vllm device={device}: vLLM takes the GPU that it finds, expected no device")
+        raise ValueError(f"engine=vllm device={device}: expected no device, vLLM uses the GPU that it finds")
     if engine not in ("vllm", "transformers"):
         raise ValueError(f"engine={engine}: expected auto, vllm or transformers")
     return engine
 
 
 def _tokens(engine: TextEngine, words: tuple[str, ...]) -> list[int]:
-    """The id of each word. ValueError for one that the model writes in several tokens."""
+    """The token id of each word. ValueError if it is not a single token."""
     ids = [engine.chat.text(word) for word in words]
     for word, found in zip(words, ids, strict=True):
         if len(found) != 1:
-            raise ValueError(f"{word!r} is {len(found)} tokens of this model, expected an answer of one token")
+            raise ValueError(f"{word!r}: expected a single token, got {len(found)} tokens of this model")
     return [found[0] for found in ids]
 
 
 @cache
 def _load(model: str, engine: str, device: str, dtype: str) -> TextEngine:
-    """The engine with the model in it. ValueError where weights are missing."""
+    """Load the model into its engine. ValueError if weights are missing."""
     place, kind = device_and_dtype(device, dtype)
     if engine == "vllm":
         return VllmEngine(model, kind)

@@ -1,6 +1,6 @@
-"""Whether an image shows the text that its prompt asks for, in quotes. Needs the extra ``rewards``.
+"""Text accuracy: does an image show the text that its prompt asks for in quotes? Needs the extra ``rewards``.
 
-The reader is RapidOCR, whose package brings its weights along.
+RapidOCR reads the text; its package includes its weights.
 """
 
 import re
@@ -14,15 +14,15 @@ from PIL import Image
 if not (find_spec("rapidocr") and find_spec("onnxruntime")):
     raise ValueError("rewards.ocr needs the extra 'rewards': pip install 'vargpt-rl[rewards]'")
 
-# Single quotes count only where no letter is on their outer side: elsewhere they are apostrophes.
+# A single quote with a letter on its outer side is an apostrophe.
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|‘(.+?)’(?!\w)|(?<!\w)'(.+?)'(?!\w)")
 
 
 class TextAccuracy:
-    """1 - d / n: d letters must change to get from the text read to the text asked for, n is the length of the longer.
+    """1 - d / n: d is the edit distance between the text read and the text requested, n the length of the longer.
 
-    1 is exactly the text, 0 another one or none; more text than asked for counts against it. Upper and lower case and
-    spaces make no difference. A prompt without a text in quotes is not scored; several texts are taken in their order.
+    1 is an exact match, 0 another text or none; extra text lowers the score. Case and spaces are ignored. A prompt
+    without quoted text is not scored; several quoted texts are joined in order.
     """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
@@ -33,24 +33,24 @@ class TextAccuracy:
 
 
 def asked_text(prompt: str) -> str:
-    """What the prompt has in quotes, joined by spaces; empty if there is nothing."""
+    """The prompt's quoted texts, joined by spaces; empty if there are none."""
     return " ".join(filter(None, (text for groups in QUOTED.findall(prompt) for text in groups)))
 
 
 def read_text(image: Image.Image) -> str:
-    """What is written on the image, line by line from the top, joined by spaces."""
+    """The text in the image, line by line from the top, joined by spaces."""
     return " ".join(_reader()(np.asarray(image.convert("RGB"))[..., ::-1]).txts or ())
 
 
 def accuracy(asked: str, read: str) -> float:
-    """1 - the edit distance, as a share of the longer text; without regard to case and spaces."""
+    """1 - edit distance / length of the longer text, ignoring case and spaces."""
     asked, read = ("".join(text.casefold().split()) for text in (asked, read))
     longer = max(len(asked), len(read))
     return 1 - edit_distance(asked, read) / longer if longer else 1.0
 
 
 def edit_distance(first: str, second: str) -> int:
-    """How many letters must be added, taken away or replaced to get from one text to the other."""
+    """Levenshtein distance: the fewest letters to insert, delete or replace."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         above, row = row, [i]
@@ -61,6 +61,6 @@ def edit_distance(first: str, second: str) -> int:
 
 @cache
 def _reader():
-    from rapidocr import RapidOCR  # takes a second to import: only where images are read
+    from rapidocr import RapidOCR  # takes a second to import
 
     return RapidOCR(params={"Global.log_level": "error"})

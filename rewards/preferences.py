@@ -1,16 +1,15 @@
-"""Preference builders: they turn samples and winners into pairs of a chosen and a rejected image.
+"""Preference builders: turn samples and winners into pairs of a chosen and a rejected image.
 
 A builder is a callable ``(samples, winners, sample_rewards, winner_rewards) -> (pairs, dropped)``:
 
-- ``samples``: what policies drew;
-- ``winners``: the stronger system's image by prompt id;
+- ``samples``: images drawn by policies;
+- ``winners``: the stronger system's images, by prompt id;
 - ``sample_rewards``: one for each sample; None (or NaN) is not scored;
 - ``winner_rewards``: by prompt id;
-- ``dropped``: how many samples are in no pair, by reason.
+- ``dropped``: the number of samples that are in no pair, by reason.
 
-Both rewards are None where no reward was asked for. ``preference.options`` are a builder's keyword-only arguments.
-Before a run starts its builder is called once without samples, so that bad options are found; `check_books` then holds
-every builder to its count.
+Both rewards are None if no reward is configured. ``preference.options`` are a builder's keyword-only arguments. A
+builder is called once without samples before a run starts, to find bad options; `check_books` verifies its counts.
 """
 
 import hashlib
@@ -25,11 +24,11 @@ from typing import Protocol
 from vargpt_rl.data.samples import Prompt, Sample, Winner
 
 Built = tuple[list["PreferencePair"], Counter[str]]
-Reward = float | None
+RewardValue = float | None
 
 
 class ReferenceScore(Protocol):
-    """An image's log-probability in nats: the sum over its bits, and the parts of the scales."""
+    """An image's log-probability in nats: the sum over its bits, and its parts by scale."""
 
     total: float
     by_scale: list[float]
@@ -37,13 +36,13 @@ class ReferenceScore(Protocol):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two images of one prompt, the better first. ``pair_id`` is that of a sample in it (`pair_id`)."""
+    """Two images of one prompt. ``pair_id`` is the id of one of its samples (`pair_id`)."""
 
     pair_id: str
     chosen: Sample | Winner
     rejected: Sample | Winner
-    chosen_reward: Reward
-    rejected_reward: Reward
+    chosen_reward: RewardValue
+    rejected_reward: RewardValue
 
     @property
     def prompt(self) -> Prompt:
@@ -51,11 +50,11 @@ class PreferencePair:
 
     @property
     def samples(self) -> list[Sample]:
-        """The sides that a policy drew."""
+        """The images drawn by a policy."""
         return [side for side in (self.chosen, self.rejected) if isinstance(side, Sample)]
 
     def row(self, chosen: ReferenceScore, rejected: ReferenceScore, reference_version: int) -> dict[str, object]:
-        """The pair as a row of the preference table, with what the reference policy makes of its images."""
+        """The pair as a row of the preference table, with the reference policy's scores."""
         row = {
             "pair_id": self.pair_id,
             "prompt_id": self.prompt.id,
@@ -84,13 +83,13 @@ class PreferencePair:
 
 
 def pair_id(sample: Sample) -> str:
-    """Names a sample, and the pair that is made of it: 16 hex digits, the same in every run."""
+    """Id of a sample and of the pair made of it: 16 hex digits, the same in every run."""
     origin = json.dumps([sample.prompt.id, sample.resolution, sample.seed, sample.checkpoint])
     return hashlib.blake2b(origin.encode(), digest_size=8).hexdigest()
 
 
 def check_books(samples: Sequence[Sample], pairs: Sequence[PreferencePair], dropped: Counter[str]) -> None:
-    """RuntimeError unless every pair is there once and every sample is in a pair or dropped, and not both."""
+    """RuntimeError unless pairs are unique and every sample is either in a pair or dropped."""
     names = Counter(pair.pair_id for pair in pairs)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise RuntimeError(f"the preference builder made {len(repeated)} pairs twice, among them {repeated[0]}")
@@ -107,15 +106,15 @@ def check_books(samples: Sequence[Sample], pairs: Sequence[PreferencePair], drop
 def external_winner(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[Reward] | None,
-    winner_rewards: dict[str, Reward] | None,
+    sample_rewards: Sequence[RewardValue] | None,
+    winner_rewards: dict[str, RewardValue] | None,
 ) -> Built:
-    """Each sample loses to the stronger system's image of its prompt, whatever the rewards say.
+    """Each sample is rejected for the stronger system's image of its prompt, whatever their rewards.
 
-    Raises ValueError where the number of rewards is not that of the samples, or only one side has rewards.
+    ValueError if there are not as many rewards as samples, or only one side has rewards.
     """
     if (sample_rewards is None) != (winner_rewards is None):
-        raise ValueError("rewards are given for one side of the pairs only")
+        raise ValueError("expected rewards for both sides of the pairs or for neither, got one side")
     asked = sample_rewards is not None
     pairs: dict[str, PreferencePair] = {}
     dropped: Counter[str] = Counter()
@@ -142,17 +141,17 @@ def external_winner(
 def reward_gated(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[Reward],
-    winner_rewards: dict[str, Reward],
+    sample_rewards: Sequence[RewardValue],
+    winner_rewards: dict[str, RewardValue],
     *,
     margin: float = 0.0,
     flip: bool = False,
 ) -> Built:
-    """The pairs of `external_winner` whose winner has a reward higher by more than ``margin``.
+    """The pairs of `external_winner` whose chosen image has a reward higher by more than ``margin``.
 
-    A sample whose reward is higher by as much does not lose: it is dropped, or with ``flip`` wins. SSPO (self-sampling
-    preference optimisation) too looks for such samples, though by likelihoods, and trains SFT where it finds one.
-    Raises ValueError without rewards and for a negative margin.
+    A sample that is better than its winner by more than ``margin`` is dropped or, with ``flip``, chosen. SSPO
+    (self-sampling preference optimisation) looks for such samples too, but by likelihood, and trains SFT on them.
+    ValueError without rewards and for a negative margin.
     """
     _check(sample_rewards, "reward_gated", margin)
     if not isinstance(flip, bool):
@@ -177,13 +176,13 @@ def reward_gated(
 def majority_vote(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[Reward],
-    winner_rewards: dict[str, Reward],
+    sample_rewards: Sequence[RewardValue],
+    winner_rewards: dict[str, RewardValue],
 ) -> Built:
-    """The pairs of `external_winner` whose winner is better by more rewards than it is worse by.
+    """The pairs of `external_winner` whose chosen image is better by more rewards than it is worse by.
 
-    Each term of `rewards.combined.WeightedSum` that both sides have has one vote, whatever its weight. Raises
-    ValueError where the rewards are not of that kind.
+    Each term of `rewards.combined.WeightedSum` that both sides have has one vote, whatever its weight. ValueError
+    for rewards of another kind.
     """
     _check(sample_rewards, "majority_vote")
     pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
@@ -203,15 +202,15 @@ def majority_vote(
 def best_of_n(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[Reward],
-    winner_rewards: dict[str, Reward],
+    sample_rewards: Sequence[RewardValue],
+    winner_rewards: dict[str, RewardValue],
     *,
     margin: float = 0.0,
 ) -> Built:
-    """Of the samples of a prompt and resolution, the one of the lowest reward loses to the one of the highest.
+    """Among the samples of a prompt and resolution, choose the highest reward and reject the lowest.
 
-    Their rewards must differ by more than ``margin``. The stronger system's images are not used. Raises ValueError
-    without rewards and for a negative margin.
+    Their rewards must differ by more than ``margin``. The stronger system's images are not used. ValueError without
+    rewards and for a negative margin.
     """
     _check(sample_rewards, "best_of_n", margin)
     groups: dict[tuple[str, int], list[tuple[float, Sample]]] = defaultdict(list)
@@ -242,21 +241,21 @@ def best_of_n(
 def mixed(
     samples: Sequence[Sample],
     winners: dict[str, Winner],
-    sample_rewards: Sequence[Reward],
-    winner_rewards: dict[str, Reward],
+    sample_rewards: Sequence[RewardValue],
+    winner_rewards: dict[str, RewardValue],
     *,
     external: float = 0.5,
     margin: float = 0.0,
 ) -> Built:
     """Pairs of `external_winner`, a share ``external`` of all, and of `best_of_n` with ``margin``.
 
-    The samples of a prompt go to one of the two. Pairs over their share, where the other kind gave too few, are
-    dropped. Raises ValueError without rewards, for a negative margin and for a share that is none.
+    The samples of a prompt go to one of the two. Pairs in excess of their share, if the other kind has too few, are
+    dropped. ValueError without rewards, for a negative margin and for a share outside 0 to 1.
     """
     _check(sample_rewards, "mixed", margin)
     if not 0 <= external <= 1:
         raise ValueError(f"external={external}: expected a share from 0 to 1")
-    prompts: dict[str, list[tuple[Sample, Reward]]] = defaultdict(list)
+    prompts: dict[str, list[tuple[Sample, RewardValue]]] = defaultdict(list)
     for sample, value in zip(samples, sample_rewards, strict=True):
         prompts[sample.prompt.id].append((sample, value))
     from_winners, from_samples, dropped = [], [], Counter()
@@ -281,12 +280,12 @@ def mixed(
     return from_winners[:outer] + from_samples[:inner], +dropped
 
 
-def _check(rewards: object, name: str, margin: float = 0.0) -> None:
+def _check(rewards: Sequence[RewardValue] | None, name: str, margin: float = 0.0) -> None:
     if rewards is None:
-        raise ValueError(f"{name} needs a reward, but none is configured (reward.path)")
+        raise ValueError(f"{name} needs a reward, but reward.path is not set")
     if not margin >= 0:
         raise ValueError(f"margin={margin}: expected 0 or more")
 
 
-def _scored(value: Reward) -> Reward:
+def _scored(value: RewardValue) -> RewardValue:
     return None if value is None or math.isnan(value) else value

@@ -1,8 +1,8 @@
-"""Rewards in processes of their own: one that hangs, dies or raises loses its own images and nobody else's.
+"""Rewards in separate processes: one that hangs, dies or raises loses only its own scores.
 
-``RewardServer`` is a Ray actor without any work of its own. It has a ``RewardQueue`` for each reward, which hands
-batches to the reward's process one after another, counts what is lost and why, and kills and restarts a process that
-hangs or dies. Queues do not wait for each other.
+``RewardServer`` is a Ray actor that computes nothing itself. It has a ``RewardQueue`` for each reward, which sends
+batches to the reward's process one after another, counts the unscored images by reason, and kills and restarts a
+process that hangs or dies. Queues do not wait for each other.
 """
 
 import asyncio
@@ -18,46 +18,52 @@ from ray.exceptions import RayError, RayTaskError
 
 from rewards import Reward
 from rewards.images import from_png
+from vargpt_rl.common.settings import require
 
 START_S = 900.0
-"""Seconds in which a reward's process must be up and have loaded what it needs."""
+"""Seconds in which a reward's process must start and load its model."""
 
 MAX_RESTARTS = 3
-"""Of one reward's process, before the reward is given up. Each restart costs a timeout or a load of the weights."""
+"""Restarts of one reward's process before it is given up. Each costs a timeout or loading the weights."""
 
 
 @dataclass
 class RewardTerm:
-    """One reward of several.
-
-    ``required``: an image that it does not score has no score at all; without it, the others decide. ``timeout_s`` is
-    for one batch; a failed batch is tried ``retries`` times more. ``python`` is the interpreter of a virtual
-    environment for this reward alone, which needs this package and the same Ray. ``options`` go to a class's
-    constructor.
-    """
+    """One reward of several."""
 
     path: str
+    """The plug-in, ``package.module:Name`` or ``file.py:name``."""
+
     weight: float = 1.0
+
     required: bool = True
+    """Whether an image that this reward does not score has no score at all; otherwise the others decide."""
+
     timeout_s: float = 120.0
+    """Seconds for one batch."""
+
     batch_size: int = 16
+
     retries: int = 1
+    """Further attempts at a failed batch."""
+
     python: str | None = None
+    """Interpreter of a virtual environment for this reward alone; it needs this package and the same Ray."""
+
     options: dict[str, Any] = field(default_factory=dict)
+    """Arguments for a class's constructor."""
 
     def __post_init__(self):
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(f"weight={self.weight}: expected a number other than 0")
-        if self.timeout_s <= 0 or self.batch_size < 1 or self.retries < 0:
-            raise ValueError(
-                f"timeout_s={self.timeout_s} batch_size={self.batch_size} retries={self.retries}: "
-                "expected more than 0, 1 or more, 0 or more"
-            )
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: expected more than 0")
+        require(self, batch_size=1, retries=0)
 
 
 @dataclass
 class RewardStats:
-    """What became of the images given to one reward; ``errors`` has the first message of each reason."""
+    """Counts of one reward's images; ``errors`` has the first message of each reason."""
 
     scored: int = 0
     total: float = 0.0
@@ -73,7 +79,7 @@ class RewardStats:
             self.errors.setdefault(reason, message)
 
     def report(self) -> dict[str, object]:
-        """The tally as JSON."""
+        """The counts as JSON."""
         return {
             "scored": self.scored,
             "mean": self.total / self.scored if self.scored else None,
@@ -85,7 +91,7 @@ class RewardStats:
 
 
 class RewardLost(Exception):
-    """A batch that a reward did not score: ``reason`` to count it by, and a message if there is more to say."""
+    """A batch was not scored: ``reason`` is its category, the message gives details."""
 
     def __init__(self, reason: str, message: str = ""):
         super().__init__(message)
@@ -94,38 +100,39 @@ class RewardLost(Exception):
 
 @ray.remote(num_cpus=0)
 class RewardProcess:
-    """The process of one reward. Images come as PNG, values go as plain numbers."""
+    """The process of one reward. It receives PNG images and returns plain numbers."""
 
     def __init__(self, make: Callable[[], Reward]):
         self.make = make
 
     def load(self) -> None:
-        """Make the reward: here and not in the constructor, whose errors come as a long text only."""
+        """Build the reward: not in the constructor, whose errors Ray reports only as a long text."""
         self.reward = self.make()
 
     def score(self, pngs: list[bytes], prompts: list[str], first: int) -> list[float | None]:
-        """The values of ``prompts`` with the images from number ``first`` on."""
+        """Score ``prompts`` with the images from index ``first`` on."""
         images = [from_png(png) for png in pngs[first : first + len(prompts)]]
         return [None if value is None else float(value) for value in self.reward(images, prompts)]
 
 
 class RewardQueue:
-    """One reward's process, its queue and its tally. ``make`` is in the object store: its ref in a list."""
+    """One reward's process, queue and statistics. ``make`` is a list of one ref to the reward's factory."""
 
     def __init__(self, term: RewardTerm, make: list[ray.ObjectRef]):
-        self.term, self.make = term, make
-        self.tally = RewardStats()
+        self.term = term
+        self.make = make
+        self.stats = RewardStats()
         self.turn = asyncio.Lock()
         self.process: ray.actor.ActorHandle | None = None
         self.starts = 0
 
     async def score(self, pngs: ray.ObjectRef, prompts: Sequence[str]) -> list[float | None]:
-        """A value for each image; None where there is none, for whatever reason."""
+        """One value for each image; None for an image that could not be scored."""
         async with self.turn:
             began, values = perf_counter(), []
             for first in range(0, len(prompts), self.term.batch_size):
                 values += await self._batch(pngs, list(prompts[first : first + self.term.batch_size]), first)
-            self.tally.seconds += perf_counter() - began
+            self.stats.seconds += perf_counter() - began
             return values
 
     async def _batch(self, pngs: ray.ObjectRef, prompts: list[str], first: int) -> list[float | None]:
@@ -134,7 +141,7 @@ class RewardQueue:
                 return self._count(await self._attempt(pngs, prompts, first))
             except RewardLost as error:
                 lost = error
-        self.tally.lose(lost.reason, len(prompts), str(lost))
+        self.stats.lose(lost.reason, len(prompts), str(lost))
         return [None] * len(prompts)
 
     async def _attempt(self, pngs: ray.ObjectRef, prompts: list[str], first: int) -> list[float | None]:
@@ -142,7 +149,7 @@ class RewardQueue:
             if self.starts > MAX_RESTARTS:
                 raise RewardLost(f"given up after {MAX_RESTARTS} restarts")
             self.starts += 1
-            self.tally.restarts = self.starts - 1
+            self.stats.restarts = self.starts - 1
             env = {"runtime_env": {"py_executable": self.term.python}} if self.term.python else {}
             self.process = RewardProcess.options(**env).remote(self.make[0])
             try:
@@ -158,7 +165,7 @@ class RewardQueue:
     async def _answer(self, ref: ray.ObjectRef, timeout_s: float) -> list[float | None]:
         try:
             return await asyncio.wait_for(ref, timeout_s)
-        except RayTaskError as error:  # before the timeout: it is a TimeoutError too where the reward raised one
+        except RayTaskError as error:  # first: if the reward raised a TimeoutError, this is one too
             raise RewardLost(f"raised {type(error.cause).__name__}", _first_line(error.cause)) from error
         except TimeoutError as error:
             self._end()
@@ -173,15 +180,15 @@ class RewardQueue:
             self.process = None
 
     def _count(self, values: list[float | None]) -> list[float | None]:
-        """The values, with None for those that are no number, all counted."""
+        """Count the values, and replace those that are not finite by None."""
         finite = [value if value is not None and math.isfinite(value) else None for value in values]
         scored = [value for value in finite if value is not None]
         none, odd = values.count(None), finite.count(None) - values.count(None)
-        self.tally.scored += len(scored)
-        self.tally.total += sum(scored)
+        self.stats.scored += len(scored)
+        self.stats.total += sum(scored)
         for reason, count in (("returned None", none), ("not finite", odd)):
             if count:
-                self.tally.lose(reason, count)
+                self.stats.lose(reason, count)
         return finite
 
 
@@ -191,16 +198,16 @@ def _first_line(error: BaseException) -> str:
 
 @ray.remote(num_cpus=0)
 class RewardServer:
-    """The lanes of several rewards, by name. It never looks at an image: their refs pass through in a list."""
+    """The queues of several rewards, by name. Images pass through as a list of refs, unread."""
 
     def __init__(self, terms: dict[str, RewardTerm], makes: dict[str, list[ray.ObjectRef]]):
-        self.lanes = {name: RewardQueue(term, makes[name]) for name, term in terms.items()}
+        self.queues = {name: RewardQueue(term, makes[name]) for name, term in terms.items()}
 
     async def score(self, pngs: list[ray.ObjectRef], prompts: list[str]) -> dict[str, list[float | None]]:
-        """What each reward says of each image."""
-        values = await asyncio.gather(*(lane.score(pngs[0], prompts) for lane in self.lanes.values()))
-        return dict(zip(self.lanes, values, strict=True))
+        """Every reward's value for each image."""
+        values = await asyncio.gather(*(queue.score(pngs[0], prompts) for queue in self.queues.values()))
+        return dict(zip(self.queues, values, strict=True))
 
     async def report(self) -> dict[str, dict[str, object]]:
-        """Each reward's tally so far."""
-        return {name: lane.tally.report() for name, lane in self.lanes.items()}
+        """Every reward's statistics so far."""
+        return {name: queue.stats.report() for name, queue in self.queues.items()}

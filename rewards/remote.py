@@ -1,8 +1,8 @@
-"""A reward behind HTTP: sends images as base64 PNG in JSON, gets numbers back. The other side: `rewards.serve`.
+"""A reward behind HTTP: send images as base64 PNG in JSON, receive numbers. `rewards.serve` is the server.
 
     POST URL  {"images": ["<base64 PNG>", ...], "prompts": ["...", ...]}  ->  {"scores": [0.5, null, ...]}
 
-Where the environment variable REWARD_TOKEN is set, it is sent as a bearer token.
+The environment variable REWARD_TOKEN, if set, is sent as a bearer token.
 """
 
 import base64
@@ -18,20 +18,21 @@ from PIL import Image
 from rewards.images import to_png
 
 TOKEN = "REWARD_TOKEN"
-MAX_ANSWER = 16 * 2**20  # bytes
+MAX_ANSWER = 16 * 2**20
+"""Bytes of an answer that are read."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects are errors: following one would hand the token to another host."""
+    """Turn redirects into errors: following one would send the token to another host."""
 
     def redirect_request(self, *args):
         return None
 
 
 class HttpReward:
-    """The reward at ``url``, such as http://host:8000/score. ``timeout_s`` is for one step of the exchange.
+    """The reward at ``url``, such as http://host:8000/score. ``timeout_s`` is for one socket operation.
 
-    Raises OSError where the server does not answer or says no, ValueError for an answer of another form.
+    OSError if the server does not answer or refuses, ValueError for a malformed answer.
     """
 
     def __init__(self, url: str, timeout_s: float = 60.0):

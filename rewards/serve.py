@@ -1,8 +1,7 @@
 """Serve a reward over HTTP, for `rewards.remote`: ``python -m rewards.serve path=file.py:name [port=8000] [host=...]``.
 
-``options={"key": value}`` (JSON) go to a class's constructor. GET /health says that the server is up. Where the
-environment variable REWARD_TOKEN is set, /score asks for it as a bearer token; on other hosts than the loopback it
-must be set. Images are scored one request at a time. Needs the extra ``serve``.
+``options={"key": value}`` (JSON) go to a class's constructor. GET /health answers once the server is up. If the
+environment variable REWARD_TOKEN is set, /score requires it as a bearer token; hosts other than the loopback need it. Requests are scored one at a time. Needs the extra ``serve``.
 """
 
 import base64
@@ -41,7 +40,7 @@ MAX_PIXELS = 4096 * 4096  # of one image
 
 @dataclass
 class Serve:
-    """What is served, and where."""
+    """The reward to serve, and the address."""
 
     path: str
     options: str = "{}"
@@ -50,7 +49,7 @@ class Serve:
 
 
 def make_app(reward: Reward, token: str | None) -> FastAPI:
-    """The server of one reward."""
+    """Build the server of one reward."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     one_at_a_time = threading.Lock()
 
@@ -78,7 +77,7 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
             raise HTTPException(400, str(error)) from error
         try:
             return await run_in_threadpool(answer, images, prompts)
-        except Exception as error:  # whatever the plug-in raises, the client is told and the log has it in full
+        except Exception as error:  # of the plug-in: the client gets the message, the log the traceback
             logger.exception("the reward failed")
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
@@ -95,7 +94,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
-    """The images and prompts of a request. ValueError saying what is wrong with it."""
+    """The images and prompts of a request. ValueError for a malformed one."""
     try:
         given = json.loads(body)
     except ValueError as error:
@@ -107,7 +106,7 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise ValueError(f"{name}: expected a list of strings")
     if len(images) != len(prompts) or len(images) > MAX_IMAGES:
-        raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected as many, at most {MAX_IMAGES}")
+        raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected equally many, at most {MAX_IMAGES}")
     decoded = []
     for i, image in enumerate(images):
         try:
@@ -118,7 +117,7 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
 
 
 def serve(command: Serve) -> None:
-    """Run the server until it is stopped. ValueError for a bad plug-in, or an open host without a token."""
+    """Run the server until it is stopped. ValueError for a bad plug-in, or a public host without a token."""
     token = os.environ.get(TOKEN)
     if not token and not _loopback(command.host):
         raise ValueError(f"host={command.host}: set the environment variable {TOKEN} to serve other machines")

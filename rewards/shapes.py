@@ -1,4 +1,4 @@
-"""The exact judge of the shapes world as a reward."""
+"""The exact checker of the shapes world as a reward."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from vargpt_rl.data.shapes_check import check
 
 
 def shapes_reward(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
-    """1.0 for an image that shows what its prompt demands, 0.0 for others, None for a prompt of another world.
+    """1.0 for an image that shows what its prompt asks for, 0.0 for others, None for a prompt of another kind.
 
-    Raises ValueError where the lengths differ or an image is not square.
+    ValueError if the lengths differ or an image is not square.
     """
     return [
         float(check(image, prompt).correct) if _is_caption(prompt) else None

@@ -1,7 +1,7 @@
-"""Does a reward of your own keep the contract? ``python -m rewards.testing file.py:name [key=value ...]``.
+"""Check a reward against the contract: ``python -m rewards.testing file.py:name [key=value ...]``.
 
-``key=value`` go to a class's constructor, values as YAML. Exit codes: 0 it does, 1 it does not, 2 it was not found. In
-a test of your own: ``check_reward("file.py:name", key=value)``, which raises AssertionError.
+``key=value`` go to a class's constructor, values as YAML. Exit codes: 0 kept, 1 broken, 2 not found. In a test, call
+``check_reward("file.py:name", key=value)``, which raises AssertionError.
 """
 
 import math
@@ -16,19 +16,19 @@ from rewards import Reward
 from vargpt_rl.common.plugins import make_plugin
 
 TOLERANCE = 1e-3
-"""By how much, as a share of the larger score, one image's score may differ from batch to batch."""
+"""Relative difference allowed between one image's scores in different batches."""
 
 PROMPTS = ["a red circle", "a blue square", 'a shop sign that says "OPEN"', "a photograph of a cat on a sofa", "fog"]
 
 
 class Skipped(Exception):
-    """A check that can say nothing about this reward, and why."""
+    """A check does not apply to this reward; the message is the reason."""
 
 
 def check_reward(path: str, /, **options: object) -> None:
-    """Load a reward and print which parts of the contract it keeps. AssertionError where it breaks one.
+    """Load a reward and print which parts of the contract it keeps. AssertionError if it breaks one.
 
-    ValueError where the path or the options do not fit.
+    ValueError for a bad path or bad options.
     """
     reward = make_plugin(path, options)
     broken = []
@@ -46,7 +46,7 @@ def _outcome(check: Callable[[Reward], None], reward: Reward) -> tuple[str, str]
         check(reward)
     except Skipped as reason:
         return "skipped", str(reason)
-    except Exception as error:  # whatever foreign code raises breaks the contract
+    except Exception as error:  # any exception of the reward breaks the contract
         return "BROKEN", f"{type(error).__name__}: {error}".rstrip(": ")
     return "ok", ""
 
@@ -68,7 +68,7 @@ def _require(kept: bool, otherwise: str) -> None:
 
 
 def _call(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
-    """The reward's answer, if it has the right form."""
+    """The reward's values, in the right form."""
     values = reward(list(images), list(prompts))
     _require(isinstance(values, list), f"expected a list, got {type(values).__name__}")
     _require(len(values) == len(images), f"{len(values)} values for {len(images)} images")
@@ -89,7 +89,7 @@ def _scored(reward: Reward) -> list[float | None]:
 def _expect(found: Sequence[float | None], expected: Sequence[float | None]) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         same = one == other or (None not in (one, other) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6))
-        _require(same, f"image {i} has {one}, before {other}")
+        _require(same, f"image {i} has {one}, expected {other} as before")
 
 
 def _one_value_each(reward: Reward) -> None:
@@ -108,7 +108,7 @@ def _alone(reward: Reward) -> None:
 def _order(reward: Reward) -> None:
     forwards = _scored(reward)
     if len(set(forwards)) == 1:
-        raise Skipped("it gives all the same score")
+        raise Skipped("it gives all images the same score")
     _expect(_call(reward, images()[::-1], PROMPTS[::-1])[::-1], forwards)
 
 
@@ -120,8 +120,8 @@ def _repeatable(reward: Reward) -> None:
 def _unchanged(reward: Reward) -> None:
     given, prompts = images(), list(PROMPTS)
     reward(given, prompts)
-    _require(given == images(), "an image is another one afterwards")
-    _require(prompts == PROMPTS, "a prompt is another one afterwards")
+    _require(given == images(), "an image was changed")
+    _require(prompts == PROMPTS, "a prompt was changed")
 
 
 def _other_modes(reward: Reward) -> None:

@@ -1,4 +1,4 @@
-"""Reads the weights of published scorers: safetensors, or torch files without code in them."""
+"""Read the weights of published rewards: safetensors, or torch files that contain no code."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a file, by name. ValueError where there is no such file or it has something else in it."""
+    """The tensors of a file, by name. ValueError if it is missing or holds anything else."""
     if not Path(path).is_file():
-        raise ValueError(f"there is no file of weights {path}")
+        raise ValueError(f"{path}: there is no such weights file")
     state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     state = state.get("state_dict", state)
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"{path}: expected tensors by name, but {odd[0]!r} is none")
+        raise ValueError(f"{path}: expected tensors by name, but {odd[0]!r} is not a tensor")
     return state
 
 
 def rename(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """``name`` with the first pattern that occurs in it replaced."""
+    """Replace the first matching pattern in ``name``."""
     for pattern, other in patterns:
         name, count = re.subn(pattern, other, name)
         if count:
@@ -31,10 +31,9 @@ def rename(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 
 
 def linear_head(state: dict[str, Tensor]) -> nn.Sequential:
-    """The linear layers of a state in the order of their numbers, without anything between them.
+    """The linear layers of a state in the order of their numbers, with nothing in between.
 
-    That is how published heads score: what lies between their layers is dropout. ValueError where the layers do not
-    fit each other or do not end in one number.
+    In published heads only dropout lies between them. ValueError unless the layers fit together and end in one number.
     """
     weights = sorted((name for name in state if re.fullmatch(r"(.*\.)?weight", name)), key=_numbers)
     layers = []

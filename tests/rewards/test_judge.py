@@ -122,9 +122,9 @@ def test_bad_settings_are_refused_before_anything_is_loaded(folder, options, sai
 
 def test_other_models_and_answers_of_several_tokens_are_refused(folder, shown, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="a model of type 'llama', expected one of qwen2_vl, vargpt"):
+    with pytest.raises(ValueError, match="expected a model of type qwen2_vl or vargpt, got 'llama'"):
         VlmJudge(str(tmp_path))
-    with pytest.raises(ValueError, match="'Yes' is 2 tokens of this model"):
+    with pytest.raises(ValueError, match="'Yes': expected a single token, got 2 tokens"):
         VlmJudge(folder, engine="transformers")(*shown)
 
 
