@@ -1,7 +1,8 @@
 """Serve a reward over HTTP, for `rewards.remote`: ``python -m rewards.serve path=file.py:name [port=8000] [host=...]``.
 
 ``options={"key": value}`` (JSON) go to a class's constructor. GET /health answers once the server is up. If the
-environment variable REWARD_TOKEN is set, /score requires it as a bearer token; hosts other than the loopback need it. Requests are scored one at a time. Needs the extra ``serve``.
+environment variable REWARD_TOKEN is set, /score requires it as a bearer token; hosts other than the loopback need it.
+Requests are scored one at a time. Needs the extra ``serve``.
 """
 
 import base64

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.helpers.families import TinyFamily
 from tests.helpers.tiny import tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.model.families import load_config, load_model, markup_for
 from vargpt_rl.model.modeling import Vargpt
@@ -53,6 +54,14 @@ def chat(checkpoint):
 def v1_checkpoint(tmp_path_factory):
     """Directory of a whole tiny v1 model; tests only read it."""
     return tiny_v1_checkpoint(tmp_path_factory.mktemp("tiny_v1"))
+
+
+@pytest.fixture(scope="session", params=["v1.1", "v1"])
+def family(request):
+    """Each family in turn."""
+    if request.param == "v1.1":
+        return TinyFamily("v1.1", request.getfixturevalue("checkpoint"), tiny_checkpoint)
+    return TinyFamily("v1", request.getfixturevalue("v1_checkpoint"), tiny_v1_checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ class Process:
 
 
 @pytest.mark.parametrize("kind", ["split", "colocated"])
-def test_all_processes_of_a_plan_run_at_once_in_what_is_reserved(cluster, kind):
+def test_a_reservation_holds_all_processes(cluster, kind):
     decided = plan(nodes(), RolloutConfig(workers=3), ranks=2, placement=PlacementConfig(kind))
     workers, ranks = reserve(decided, 30)
     assert (len(workers), len(ranks)) == (3, 2)
@@ -66,14 +66,14 @@ def test_all_processes_of_a_plan_run_at_once_in_what_is_reserved(cluster, kind):
     ray.util.remove_placement_group(workers[0].placement_group)
 
 
-def test_what_the_cluster_cannot_hold_ends_in_time_and_says_what_it_has(cluster):
+def test_reserve_fails_in_time_without_room(cluster):
     decided = plan([{"CPU": 8.0}], RolloutConfig(workers=2), ranks=2)
     with pytest.raises(RuntimeError, match=r"no room for .*'CPU': 2.0.* on nodes of .*'CPU': 4.0.* in 1 s"):
         reserve(decided, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_local_cluster_runs_the_drivers_code_lets_nobody_in_and_ends_in_order(tmp_path, number):
+def test_a_local_cluster_is_private_and_stops_cleanly(tmp_path, number):
     shadow = tmp_path / "actors"
     shadow.mkdir()
     (shadow / "__init__.py").write_text("")

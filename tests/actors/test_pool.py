@@ -67,7 +67,7 @@ def start(cluster, checkpoint, tmp_path):
         pool.close()
 
 
-def test_results_come_in_order_and_errors_as_they_were_raised(start, tmp_path):
+def test_run_keeps_order_and_raises_errors_as_they_are(start, tmp_path):
     told = []
     pool = start(progress=lambda *what: told.append(what), batch_size=3)
     samples = pool.run(Worker.generate_images, JOBS[:8], SIDE, SAMPLING, "ckpt")
@@ -97,7 +97,7 @@ def test_results_come_in_order_and_errors_as_they_were_raised(start, tmp_path):
     assert (pool.workers.restarts, pool.workers.events) == (0, [])
 
 
-def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_weights(start, tmp_path, checkpoint):
+def test_a_replacement_has_the_published_weights(start, tmp_path, checkpoint):
     whole = load_file(tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors")
     decoder = {name: tensor for name, tensor in whole.items() if name.startswith("image_decoder")}
     nudged = {name: tensor * 1.5 for name, tensor in decoder.items()}
@@ -133,7 +133,7 @@ def test_a_killed_worker_costs_no_result_and_its_replacement_has_the_published_w
     assert first == second
 
 
-def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start):
+def test_deaths_and_hangs_are_survived_up_to_a_limit(start):
     pool = start(workers=1, max_restarts=2)
     keys = ["red", "die", "blue"]
     assert [encoded.key for encoded in pool.run(Worker.encode, keys, SIDE)] == keys
@@ -147,7 +147,7 @@ def test_deaths_in_mid_batch_and_hanging_calls_are_survived_up_to_a_limit(start)
 
 
 @pytest.mark.parametrize("transport", ["object_store", "broadcast"])
-def test_every_way_brings_the_weights_and_a_lost_worker_does_not_stop_it(start, tmp_path, transport, monkeypatch):
+def test_publish_survives_a_lost_worker(start, tmp_path, transport, monkeypatch):
     monkeypatch.setattr(actors.pool, "BROADCAST_TIMEOUT_S", 10.0)
     whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
     pool = start(transport=transport)
@@ -180,9 +180,7 @@ def slow_patches(folder: Path) -> Patches:
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.6])
-def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
-    cluster, checkpoint, tmp_path, monkeypatch, pause_s
-):
+def test_a_late_batch_is_repeated_and_counts_once(cluster, checkpoint, tmp_path, monkeypatch, pause_s):
     """Also where the driver does not run for a while between looking for late batches and waiting for news."""
     monkeypatch.setattr(actors.batches, "LATE_S", 0.5)
     look = BatchJob.late_batches
@@ -207,6 +205,7 @@ def test_a_stragglers_batch_is_done_by_another_worker_and_counts_once(
         assert pool.health() == [State.SUSPECT, State.HEALTHY], "the first worker is still at it"
         assert len(pool.run(Worker.encode, ["blue"] * 3, SIDE)) == 3, "the other one works on"
         (tmp_path / "slow").unlink()
+        monkeypatch.setattr(actors.batches, "LATE_S", 60.0)  # on a busy machine, any batch may take half a second
         assert [status["health"] for status in pool.status()] == [State.HEALTHY] * 2
         assert len(pool.run(Worker.encode, ["green"] * 4, SIDE)) == 4
         assert pool.health() == [State.HEALTHY] * 2, "it came back, and its second result is dropped"
@@ -228,9 +227,7 @@ class Delayed(SharedFileTransfer):
         yield from super().chunks()
 
 
-def test_a_replacement_is_restarting_then_stale_and_serves_nothing_before_it_has_the_weights(
-    start, tmp_path, checkpoint, monkeypatch
-):
+def test_a_replacement_is_stale_until_it_has_the_weights(start, tmp_path, checkpoint, monkeypatch):
     whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
     pool = start()
     pool.publish(whole, 1)

@@ -75,7 +75,7 @@ def everything(writer: RolloutPool | Worker) -> tuple[list[str], list[str | None
 
 
 @needs_vllm
-def test_it_writes_what_transformers_writes_with_whatever_weights_are_published(text, worker, sets):
+def test_vllm_equals_transformers_after_every_swap(text, worker, sets):
     answers, replies = everything(worker)
     assert everything(text) == (answers, replies)
     assert replies == [REPLY] * len(TEXTS) and len(set(answers)) > 5
@@ -112,7 +112,7 @@ def test_a_set_that_does_not_fit_changes_nothing(text, sets):
 
 
 @needs_vllm
-def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
+def test_a_killed_engine_is_replaced(text):
     before, pid = everything(text), text.status()[0]["pid"]
     os.kill(pid, signal.SIGKILL)
     assert everything(text) == before
@@ -120,7 +120,7 @@ def test_a_killed_engine_is_replaced_by_one_with_the_published_weights(text):
 
 
 @needs_vllm
-def test_questions_of_the_evaluation_go_to_it(text, worker, tmp_path):
+def test_evaluation_questions_use_the_engine(text, worker, tmp_path):
     """The same accuracy as that of the workers, with the weights that are being served."""
     asked = []
     counting = SimpleNamespace(run=lambda *args: asked.append(args) or text.run(*args))

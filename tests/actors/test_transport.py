@@ -58,7 +58,7 @@ def test_a_shared_file_is_read_tensor_by_tensor(path, layout):
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])
-def test_the_chunk_server_brings_chunks_of_bounded_size(path, layout, chunk_server, monkeypatch, limit):
+def test_chunks_have_a_bounded_size(path, layout, chunk_server, monkeypatch, limit):
     monkeypatch.setattr(transport, "CHUNK", limit)
     sizes = [
         sum(tensor.nbytes for tensor in chunk.values())
@@ -69,7 +69,7 @@ def test_the_chunk_server_brings_chunks_of_bounded_size(path, layout, chunk_serv
     assert_same(taken(ObjectStoreTransfer(layout, path, chunk_server)), path)
 
 
-def test_the_chunk_server_keeps_two_chunks_and_never_those_of_an_older_file(tmp_path, monkeypatch):
+def test_the_chunk_server_keeps_two_current_chunks(tmp_path, monkeypatch):
     chunk_server = transport._ChunkServer()
     monkeypatch.setattr(transport.ray, "put", lambda chunk: chunk)
     path = tmp_path / "set.safetensors"
@@ -83,7 +83,7 @@ def test_the_chunk_server_keeps_two_chunks_and_never_those_of_an_older_file(tmp_
     assert chunk_server.chunk(path, ["a"])[0]["a"].sum() == 0
 
 
-def test_the_nearest_way_is_taken(path, layout, chunk_server, tmp_path):
+def test_auto_prefers_the_shared_file(path, layout, chunk_server, tmp_path):
     size = path.stat().st_size
     assert_same(taken(AutoTransfer(layout, path, None, size)), path)  # the file is seen: no chunk_server is asked
     other = tmp_path / "other.safetensors"  # seen here, but not the file that the chunk_server's side means
@@ -109,12 +109,12 @@ def test_a_broadcast_reads_once_and_reaches_all(path, layout, tmp_path):
         assert_same(found[rank], path)
 
 
-def test_a_broadcast_that_nobody_comes_to_ends(path, layout):
+def test_a_broadcast_without_peers_times_out(path, layout):
     with pytest.raises(RuntimeError, match="(?i)time"):
         taken(BroadcastTransfer(layout, path, ("127.0.0.1", free_port()), 0, 2, "cpu", 1.0))
 
 
-def test_a_set_of_which_nothing_is_wanted_has_no_chunks(path, chunk_server):
+def test_an_empty_set_has_no_chunks(path, chunk_server):
     nothing = layout_of(path, lambda name: False)
     assert (
         nothing.bytes == 0

@@ -25,7 +25,7 @@ def path(request, tmp_path):
 
 
 @pytest.mark.parametrize("wide", [torch.float32, None])
-def test_a_model_that_took_a_set_has_its_checksum(path, wide):
+def test_a_loaded_set_has_its_checksum(path, wide):
     layout = layout_of(path)
     taker = model(wide or layout.dtypes["1.bias"])
     assert checksum_of(taker, layout.dtypes) != checksum(path)
@@ -38,7 +38,7 @@ def test_a_model_that_took_a_set_has_its_checksum(path, wide):
     assert layout.bytes == 14 * layout.dtypes["1.bias"].itemsize
 
 
-def test_checksum_depends_on_names_shapes_dtypes_and_bytes_but_not_on_order(tmp_path):
+def test_checksum_ignores_order_only(tmp_path):
     def of(tensors) -> str:
         save_file(tensors, tmp_path / "set.safetensors")
         return checksum(tmp_path / "set.safetensors")

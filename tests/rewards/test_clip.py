@@ -65,7 +65,7 @@ class EvilWeights:
         return print, ("code in a file of weights was run",)
 
 
-def test_bad_files_of_weights_are_named(folder, tmp_path, capsys):
+def test_bad_weights_files_are_named(folder, tmp_path, capsys):
     first, prompts = images()[:1], PROMPTS[:1]
     with pytest.raises(ValueError, match=r"none\.pth: there is no such weights file"):
         Aesthetic(str(tmp_path / "none.pth"), folder)(first, prompts)
@@ -78,7 +78,7 @@ def test_bad_files_of_weights_are_named(folder, tmp_path, capsys):
     assert "was run" not in capsys.readouterr().out
 
 
-def test_models_without_all_their_weights_are_refused(folder, tmp_path):
+def test_missing_weights_are_rejected(folder, tmp_path):
     model = load_clip(folder, folder, "cpu").model
     state = {name: value for name, value in model.state_dict().items() if name != "visual_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=state)

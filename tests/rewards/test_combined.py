@@ -97,7 +97,7 @@ def test_the_sum_is_weighted_and_knows_its_terms():
     assert (again, again.terms) == (total, total.terms) and isinstance(again, Total)
 
 
-def test_a_required_term_decides_alone_and_an_optional_one_is_made_up_for():
+def test_missing_terms_in_a_weighted_sum():
     terms = {"a": term(weight=1.0), "b": term(weight=3.0, required=False)}
     assert weighted_sum({"a": None, "b": 1.0}, terms) is None
     assert weighted_sum({"a": 0.5, "b": None}, terms) == 2.0  # the weight of all is 4
@@ -122,7 +122,7 @@ def test_a_required_term_decides_alone_and_an_optional_one_is_made_up_for():
         ({"weight": 1}, "path"),
     ],
 )
-def test_a_bad_term_is_one_line_that_names_it(plugin, fields, said):
+def test_a_bad_term_is_named_in_one_line(plugin, fields, said):
     fields = {key: v.replace("FILE", str(plugin)) if isinstance(v, str) else v for key, v in fields.items()}
     with pytest.raises(ValueError, match=said) as raised:
         WeightedSum({"good": {"path": f"{plugin}:width"}, "looks": fields})
@@ -130,7 +130,7 @@ def test_a_bad_term_is_one_line_that_names_it(plugin, fields, said):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_terms_are_set_and_checked_before_a_run_starts(plugin, tmp_path):
+def test_terms_are_checked_before_a_run(plugin, tmp_path):
     settings = [f"runs={tmp_path}", "reward.path=rewards.combined:WeightedSum"]
     good = [f"+reward.options.terms.fixed.path={plugin}:Fixed", "+reward.options.terms.fixed.options.value=2"]
     more = [f"+reward.options.terms.wide.path={plugin}:width", "+reward.options.terms.wide.required=false"]
@@ -149,7 +149,7 @@ def test_no_terms_are_an_error():
         WeightedSum({})
 
 
-def test_each_failure_loses_its_own_image_and_is_counted(cluster, plugin):
+def test_failures_are_counted_and_stay_separate(cluster, plugin):
     moods = ["fine", "raise", "hang", "nan", "none", "die", "long", "fine"]
     reward = WeightedSum(
         {
@@ -186,7 +186,7 @@ def test_each_failure_loses_its_own_image_and_is_counted(cluster, plugin):
     json.dumps(report)
 
 
-def test_a_reward_that_always_hangs_is_given_up_and_holds_up_no_other(cluster, plugin):
+def test_a_hanging_reward_is_given_up(cluster, plugin):
     hanging = {"path": f"{plugin}:moody", "timeout_s": 1, "retries": 1, "batch_size": 2}
     reward = WeightedSum({"hangs": hanging, "width": {"path": f"{plugin}:width"}, "pid": {"path": f"{plugin}:pid"}})
     with scorers(reward) as live:
@@ -205,7 +205,7 @@ def test_a_reward_that_always_hangs_is_given_up_and_holds_up_no_other(cluster, p
         time.sleep(0.1)
 
 
-def test_a_single_reward_runs_apart_too_and_one_that_cannot_load_says_so(cluster, plugin):
+def test_a_single_reward_has_its_own_process(cluster, plugin):
     def pids(images, prompts):
         return [float(os.getpid())] * len(images)
 
@@ -221,7 +221,7 @@ def test_a_single_reward_runs_apart_too_and_one_that_cannot_load_says_so(cluster
     assert report["errors"] == {"did not start": "raised OSError: no weights here"}
 
 
-def test_a_reward_in_an_environment_of_its_own(cluster, tmp_path):
+def test_a_reward_in_a_separate_environment(cluster, tmp_path):
     venv.create(tmp_path / "env", symlinks=True)
     packages = next((tmp_path / "env").glob("lib/python*/site-packages"))
     own = [path for path in sys.path if path.endswith("site-packages")]
@@ -253,7 +253,7 @@ class ScoringPool(FakePool):
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
 
-def test_what_was_not_scored_is_in_the_books(cluster, plugin, tmp_path):
+def test_unscored_images_are_reported(cluster, plugin, tmp_path):
     run = Run(tmp_path / "run", {})
     rollouts = Rollouts(ScoringPool(), SimpleNamespace(winner_key=lambda prompt: "key"), run, None, None)
     prompts = [Prompt("a", "raise"), Prompt("b", "fine")]

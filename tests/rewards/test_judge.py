@@ -85,7 +85,7 @@ def test_it_can_tell_what_is_there(expected):
 
 
 @needs_vllm
-def test_vllm_in_its_own_process_is_transformers(folder, shown, expected):
+def test_vllm_equals_transformers(folder, shown, expected):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         term = {"path": "rewards.judge:VlmJudge", "timeout_s": 600.0, "options": {"model": folder, **WORDS}}
@@ -96,7 +96,7 @@ def test_vllm_in_its_own_process_is_transformers(folder, shown, expected):
         ray.shutdown()
 
 
-def test_braces_are_only_replaced_where_the_prompt_goes(folder, shown):
+def test_only_the_prompt_placeholder_is_replaced(folder, shown):
     judge = VlmJudge(folder, ["{prompt}? {x}", "{prompt}? {x}"], "yes", "no", "transformers")
     said = judge(shown[0][:2], ["{a}", "{prompt}"])
     assert said == VlmJudge(folder, ["{prompt}? {x}"], "yes", "no", "transformers")(shown[0][:2], ["{a}", "{prompt}"])
@@ -115,12 +115,12 @@ def test_braces_are_only_replaced_where_the_prompt_goes(folder, shown):
         ({"model": "/nowhere"}, "/nowhere/config.json: no such file"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_loaded(folder, options, said):
+def test_bad_settings_are_rejected_before_loading(folder, options, said):
     with pytest.raises(ValueError, match=said):
         VlmJudge(**{"model": folder, **options})
 
 
-def test_other_models_and_answers_of_several_tokens_are_refused(folder, shown, tmp_path):
+def test_other_models_and_long_answers_are_rejected(folder, shown, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="expected a model of type qwen2_vl or vargpt, got 'llama'"):
         VlmJudge(str(tmp_path))
@@ -128,7 +128,7 @@ def test_other_models_and_answers_of_several_tokens_are_refused(folder, shown, t
         VlmJudge(folder, engine="transformers")(*shown)
 
 
-def test_it_keeps_the_contract_and_is_named_in_the_settings(folder, tmp_path):
+def test_the_judge_keeps_the_contract(folder, tmp_path):
     check_reward("rewards.judge:VlmJudge", model=folder, engine="transformers", **WORDS)
     settings = ["reward.path=rewards.judge:VlmJudge", f"+reward.options.model={folder}", f"runs={tmp_path}"]
     assert gather(load_config(settings)).reward.questions == (QUESTION,)

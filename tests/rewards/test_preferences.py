@@ -104,14 +104,14 @@ def test_pair_ids_are_stable_and_tell_origins_apart():
     assert len({pair_id(origin) for origin in origins}) == 4
 
 
-def test_the_gate_keeps_pairs_whose_winner_is_better():
+def test_reward_gated_keeps_better_winners():
     samples = [sample("a", b"x", 0), sample("a", b"y", 1), sample("a", b"z", 2), sample("c", b"x")]
     pairs, dropped = reward_gated(samples, WINNERS, [0.0, 1.0, 0.5, 0.0], {"a": 0.5})
     assert bits(pairs) == [(b"A", b"x")]
     assert dropped == {"sample better than winner": 1, "reward margin too small": 1, "no winner": 1}
 
 
-def test_the_gate_has_a_margin_and_can_turn_pairs_over(tmp_path):
+def test_reward_gated_margin_and_flip(tmp_path):
     samples = [sample("a", bytes([i]), i) for i in range(5)]
     rewards = [0.0, 0.25, 0.5, 0.75, 1.0]  # winner: 0.5, so ahead by 0.5, 0.25, 0, -0.25, -0.5
     pairs, dropped = reward_gated(samples, WINNERS, rewards, {"a": 0.5}, margin=0.25, flip=True)
@@ -128,7 +128,7 @@ def test_the_gate_has_a_margin_and_can_turn_pairs_over(tmp_path):
     assert turned.pair_id == pair_id(samples[4])
 
 
-def test_the_best_sample_beats_the_worst_of_its_prompt_and_resolution():
+def test_best_of_n_pairs_best_and_worst():
     samples = [
         sample("a", b"x", 0),
         sample("a", b"y", 1),
@@ -163,7 +163,7 @@ def prompts_of(*rewards: list[float]) -> tuple[list[Sample], list[float]]:
 @pytest.mark.parametrize(
     ("external", "from_winners", "from_samples"), [(0, 0, 4), (0.5, 4, 4), (0.75, 7, 2), (1, 7, 0)]
 )
-def test_a_mixture_keeps_its_shares(external, from_winners, from_samples):
+def test_mixed_keeps_its_shares(external, from_winners, from_samples):
     samples, rewards = prompts_of([0.0], [0.0, 1.0], [1.0], [1.0, 0.0], [0.0], [0.0, 1.0], [0.0], [1.0, 0.0], [0.0])
     winners = {f"p{i}": winner(f"p{i}", b"W") for i in range(9) if i not in (1, 3, 5)}
     pairs, dropped = mixed(samples, winners, rewards, dict.fromkeys(winners, 1.0), external=external)
@@ -180,7 +180,7 @@ def test_a_mixture_keeps_its_shares(external, from_winners, from_samples):
     st.booleans(),
     st.floats(0, 1),
 )
-def test_every_builder_keeps_its_books(rewards, with_winner, margin, flip, external):
+def test_every_builder_accounts_for_all_samples(rewards, with_winner, margin, flip, external):
     samples, values = prompts_of(*rewards)
     winners = {f"p{i}": winner(f"p{i}", b"W") for i in with_winner}
     of_winners = dict.fromkeys(winners, 0.5)
@@ -230,14 +230,14 @@ REWARD = "reward.path=rewards.technical:sharpness"
         (["builder=rewards.preferences:winner"], "has no 'winner'"),
     ],
 )
-def test_bad_options_are_found_before_a_run_starts(tmp_path, settings, said):
+def test_bad_options_are_found_before_a_run(tmp_path, settings, said):
     overrides = [f"preference.{key}" if key[0] != "+" else f"+preference.{key[1:]}" for key in settings]
     with pytest.raises(ValueError, match=said) as raised:
         gather(load_config([f"runs={tmp_path}", REWARD, *overrides]))
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_options_reach_the_builder_and_a_missing_reward_is_found_before_a_run_starts(tmp_path):
+def test_options_reach_the_builder(tmp_path):
     settings = [
         f"runs={tmp_path}",
         "preference.builder=rewards.preferences:reward_gated",
@@ -250,7 +250,7 @@ def test_options_reach_the_builder_and_a_missing_reward_is_found_before_a_run_st
         gather(load_config(settings))
 
 
-def test_the_side_that_more_rewards_prefer_wins(tmp_path):
+def test_majority_vote(tmp_path):
     def total(**terms: float) -> Total:
         return Total(sum(terms.values()), terms)
 

@@ -44,7 +44,7 @@ def test_image_reward_scores_as_published(tmp_path):
     check_reward("rewards.image_reward:ImageReward", weights=str(tmp_path / "reward.safetensors"), base=str(tmp_path))
 
 
-def test_checkpoints_of_another_model_are_refused(tmp_path):
+def test_checkpoints_of_other_models_are_rejected(tmp_path):
     clip_settings(tmp_path)
     state = open_clip_state()
     del state["visual.proj"]
@@ -67,7 +67,7 @@ class HPSv3RewardInferencer:
 """
 
 
-def test_hpsv3_gives_the_means_of_its_package(tmp_path, monkeypatch):
+def test_hpsv3_returns_its_packages_means(tmp_path, monkeypatch):
     (tmp_path / "hpsv3.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hpsv3", raising=False)
@@ -76,7 +76,7 @@ def test_hpsv3_gives_the_means_of_its_package(tmp_path, monkeypatch):
     check_reward("rewards.hps:HPSv3", device="cpu")
 
 
-def test_hpsv3_says_what_it_lacks(tmp_path, monkeypatch):
+def test_hpsv3_names_the_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "hpsv3", None)
     with pytest.raises(ValueError, match="missing.safetensors: no such file"):
         HPSv3(str(tmp_path / "missing.safetensors"))

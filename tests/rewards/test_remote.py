@@ -71,7 +71,7 @@ def reds(*values: int) -> list[Image.Image]:
     return [Image.new("RGB", (4, 4), (value, 0, 0)) for value in values]
 
 
-def test_scores_come_back_as_the_reward_gave_them(server):
+def test_scores_are_returned_unchanged(server):
     assert HttpReward(server)(reds(10, 20, 30, 40), ["a", "none", "nan", "b"]) == [20.0, None, None, 80.0]
     assert HttpReward(server)([], []) == []
 
@@ -90,7 +90,7 @@ def test_errors_of_the_reward_reach_the_client(server, prompt, said):
         HttpReward(server)(reds(1), [prompt])
 
 
-def test_slow_absent_and_foreign_servers_are_errors(server):
+def test_unusable_servers_are_errors(server):
     with pytest.raises(TimeoutError):
         HttpReward(server, timeout_s=0.5)(reds(1), ["slow"])
     with pytest.raises(OSError, match="127.0.0.1:9: .*refused"):

@@ -10,7 +10,7 @@ from vargpt_rl.common.plugins import load_plugin, make_callable
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 
 
-def test_shapes_reward_tells_right_from_wrong_and_leaves_other_prompts():
+def test_shapes_reward_scores_captions_only():
     source = ShapesSource(ShapesConfig())
     image = source.load("commercial/1/a red circle", 64)
     prompts = ["a red circle", "a blue circle", "two circles", "a photograph of a cat"]

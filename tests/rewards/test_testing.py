@@ -47,14 +47,14 @@ def plugin(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("i", range(len(BREAKS)))
-def test_a_broken_contract_is_found(plugin, capsys, i):
+def test_a_broken_contract_is_reported(plugin, capsys, i):
     with pytest.raises(AssertionError, match="breaks the contract"):
         check_reward(f"mine.py:broken_{i}")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
     assert any(list(BREAKS)[i] in line for line in lines)
 
 
-def test_a_good_one_passes_and_what_was_not_tested_is_said(plugin, capsys):
+def test_a_good_reward_passes_with_skips_named(plugin, capsys):
     check_reward("mine.py:Brightness", power=0.5)
     assert [line[:8] for line in capsys.readouterr().out.splitlines()] == ["ok      "] * 7
     check_reward("mine.py:particular")
@@ -72,6 +72,6 @@ def test_a_good_one_passes_and_what_was_not_tested_is_said(plugin, capsys):
         ([], 2, "error: expected file.py:name"),
     ],
 )
-def test_the_exit_code_tells_the_truth(plugin, arguments, code, said):
+def test_exit_codes(plugin, arguments, code, said):
     done = subprocess.run([sys.executable, "-m", "rewards.testing", *arguments], capture_output=True, text=True)
     assert done.returncode == code and done.stderr.startswith(said)

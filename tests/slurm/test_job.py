@@ -129,7 +129,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(3600)
-def test_a_run_is_cut_by_its_time_limit_requeued_loses_a_node_and_completes(slurm, folder, monkeypatch, tmp_path):
+def test_a_run_survives_its_time_limit_and_a_lost_node(slurm, folder, monkeypatch, tmp_path):
     for name, value in SECRETS.items():
         monkeypatch.setitem(slurm.environ, name, value)
     hold = folder / "hold"  # while it exists, the run waits for it before it makes pairs
@@ -194,7 +194,7 @@ def keeps_to_itself(job: Job, home: Path) -> str:
 
 
 @pytest.mark.timeout(1800)
-def test_a_wrong_setting_ends_the_job_with_2_before_ray_is_started(slurm, folder):
+def test_a_bad_setting_ends_the_job_with_2(slurm, folder):
     job = Job(slurm, folder, "wrong", "dpo.bta=1", [])
     assert job.exit_code() == "2"
     assert "bta" in job.said() and not job.directory.exists()
@@ -203,7 +203,7 @@ def test_a_wrong_setting_ends_the_job_with_2_before_ray_is_started(slurm, folder
 
 @in_a_checkout
 @pytest.mark.timeout(1800)
-def test_a_launched_job_names_the_missing_node_and_gpus_at_the_deadline(slurm, folder, monkeypatch):
+def test_missing_nodes_and_gpus_are_named(slurm, folder, monkeypatch):
     monkeypatch.setitem(slurm.environ, "VARGPT_RL_READY_S", "90")
     monkeypatch.setitem(slurm.environ, "PYTHONPATH", str(ROOT))
     python = folder / "python"  # on the second node Ray never starts

@@ -23,7 +23,7 @@ ENVIRON = {
 }
 
 
-def test_the_head_and_the_others_start_ray_in_their_own_ways(tmp_path):
+def test_ray_start_on_head_and_other_nodes(tmp_path):
     head = node.command(ENVIRON, tmp_path)
     assert {"--head", "--port=20003", "--dashboard-host=127.0.0.1", "--dashboard-port=20004"} <= set(head)
     assert {"--ray-client-server-port=20005", "--node-ip-address=10.0.0.1", "--labels=slurm-node=a"} <= set(head)
@@ -46,7 +46,7 @@ def test_ray_gets_the_jobs_memory_not_the_machines(limits):
     assert node.memory_options(ENVIRON) == []
 
 
-def test_a_folder_too_deep_for_sockets_is_refused(tmp_path, monkeypatch):
+def test_a_folder_too_deep_for_sockets_is_rejected(tmp_path, monkeypatch):
     deep = tmp_path / ("d" * 40)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
@@ -79,7 +79,7 @@ def test_what_nodes_lack_is_named():
     assert drive.missing(nodes, ["a"], 4) == []
 
 
-def test_further_is_a_finished_step_or_a_newer_checkpoint(tmp_path):
+def test_progress_is_a_step_or_a_newer_checkpoint(tmp_path):
     assert drive.finished(tmp_path) == (set(), 0.0)
     (tmp_path / "state.json").write_text('{"steps": {"pretrain": {}}}')
     begun = drive.finished(tmp_path)
@@ -109,7 +109,7 @@ node.end_descendants()
 """
 
 
-def test_an_orphan_that_ignores_to_be_asked_is_ended_too():
+def test_an_orphan_that_ignores_sigterm_is_killed():
     mark = {"VARGPT_RL_TEST": str(time.time())}
     environment = os.environ | mark | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", PARENT], env=environment, capture_output=True, text=True, timeout=30)
