@@ -27,7 +27,7 @@ from actors.transport import BroadcastTransfer
 from actors.weights import SwapReport, every
 from actors.worker import REPEATABLE, BaseWorker, Worker
 from actors.worker_group import State, WorkerGroup
-from vargpt_rl.data.batches import ImageSource
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt
 
 Progress = Callable[[str, int, int], None]

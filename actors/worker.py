@@ -29,7 +29,8 @@ from actors.transport import WeightTransfer
 from actors.weights import WeightLayout, apply, check_fits, checksum_of
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
-from vargpt_rl.data.batches import ImageSource, joined, shown_image
+from vargpt_rl.data.batches import joined, shown_image
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for

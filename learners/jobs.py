@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from learners.config import DpoConfig, Recipe
-from vargpt_rl.data.batches import ImageSource
-from vargpt_rl.data.records.loading import RecordStream
-from vargpt_rl.data.samples import ImageQuestion, Probe
+from vargpt_rl.data.images import ImageSource
+from vargpt_rl.data.records.stream import RecordStream
+from vargpt_rl.data.samples import Probe
 from vargpt_rl.storage.checkpoint import Policy
 
 
@@ -21,38 +21,21 @@ def save_request(output: Path) -> Path:
     return output / "save"
 
 
-@dataclass(frozen=True)
-class QuestionSet:
-    """Questions about images: rows of (image key, question, answer), loaded by ``source`` at ``side`` pixels a side.
-
-    ``drawing_share`` is the share of each batch that is drawings instead.
-    """
-
-    rows: list[ImageQuestion]
-    source: ImageSource
-    drawing_share: float
-    side: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class SftJob:
-    """A supervised stage on the drawings encoded in ``corpus``, or on the records streamed by ``feed``."""
+    """A supervised stage on the records of ``stream``."""
 
     kind: ClassVar[str] = "sft"
     stage: str
     start: Policy
-    corpus: Path | None
+    stream: RecordStream
     recipe: Recipe
     output: Path
     seed: int
     probe: Probe
     """Image whose log-probability under the trained weights is returned."""
-    questions: QuestionSet | None = None
     save_steps: tuple[int, ...] = ()
     """Steps after which intermediate weights are saved as ``output/step-NNNNNN``."""
-    feed: RecordStream | None = None
-    source: ImageSource | None = None
-    """Loads the images that prompts show."""
     frozen: tuple[str, ...] = ()
     """Parts that the stage would train but that stay unchanged."""
     resume: Path | None = None

@@ -26,11 +26,11 @@ from learners.image_tokenizer import image_batches, train_image_tokenizer
 from learners.jobs import DpoJob, Job, SftJob, TokenizerJob, save_request, training_checkpoints
 from learners.pairs import PairTable
 from learners.resume import SaveEvery
-from learners.sft import BalancedBatches, Drawings, Questions, SftTrainer
+from learners.sft import SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
-from vargpt_rl.data.batches import PairCollator, SftCollator, joined, shown_image
+from vargpt_rl.data.batches import PairCollator
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
@@ -121,8 +121,8 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob, source=None) -> dict:
-        output, probe = job.output, job.probe
+    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob) -> dict:
+        output = job.output
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
         trainer.keep = self.config.keep_last, self.config.keep_every
@@ -137,73 +137,55 @@ class Rank:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "trained_tensors": len(trained),
-            "probe": self._score(trainer, chat, probe, source),
+            "probe": self._score(trainer, chat, job.probe),
         }
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: ChatTemplate, probe: Probe, source) -> float:
+    def _score(self, trainer, chat: ChatTemplate, probe: Probe) -> float:
         """Log-probability of the probe under the trained weights, in nats. Every rank must call it (ZeRO-3 gathers)."""
         tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
         tokens = token_count(tokenizer.schedule_for(probe.resolution))
         labels = torch.from_numpy(unpack(probe.bits, tokens, *tokenizer.symbols))[None].to(engine.device)
-        shown = shown_image(probe.prompt, source, chat)
-        grid = shown and shown.image_grid_thw
-        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens, grid).ids], "right", multiple=8)
+        row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens).ids], "right", multiple=8)
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # pads after the image cannot influence it: attention is causal
         if isinstance(trainer, ImageDpoTrainer):
             return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
-        seen = {name: tensor.to(engine.device) for name, tensor in joined([shown]).items()}
-        logits = engine(row, mask, drawing=drawing, text_logits=False, **seen).image_logits
+        logits = engine(row, mask, drawing=drawing, text_logits=False).image_logits
         return image_log_probs(symbol_log_probs(logits, labels)).item()
 
     def _common(self, recipe: Recipe, seed: int, output: Path) -> dict:
         folder = training_checkpoints(output)
         return training_arguments(recipe, self.ranks, seed, folder, self.use_gpu, self.bf16)
 
-    def _corpus(self, job: SftJob, chat: ChatTemplate) -> dict:
-        """Drawings that were encoded beforehand, and questions."""
-        questions, share = None, 1.0
-        if job.questions is not None:
-            questions = Questions(job.questions.rows, job.questions.source, chat, job.questions.side)
-            share = job.questions.drawing_share
-        length = job.recipe.steps * job.recipe.batch
-        drawings = Drawings(job.corpus, job.source, chat)
-        rows = BalancedBatches(drawings, questions, length, job.recipe.micro_batch, share, job.seed)
-        return {"train_dataset": rows}
-
-    def _streamed(self, job: SftJob, model: Unified, chat: ChatTemplate) -> dict:
-        """Records as they come, and what takes the features of their images if nobody did beforehand."""
-        mixture = job.feed.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
-        loader = job.feed.loader(mixture, job.seed, self.use_gpu)
-        tokenizer = None if job.feed.encoded else copy.deepcopy(model.image_tokenizer)  # the model's own may be cut up
-        return {"loader": loader, "image_tokenizer": tokenizer}
-
     def sft(self, job: SftJob) -> dict:
-        """Train a supervised stage; losses, steps and seconds. Weights: ``output/final`` and ``output/step-*``."""
+        """Train a supervised stage; returns losses, steps and seconds. Weights: ``output/final``, ``output/step-*``."""
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start)
-        stage, chat = STAGES[job.stage].without(job.frozen), markup_for(job.start.model, model.config)
+        stage = STAGES[job.stage].without(job.frozen)
+        chat = markup_for(job.start.model, model.config)
         trained = freeze(model, stage)
         frozen = frozen_parts(model)
+        # Without cached features the learner encodes images, with a copy: ZeRO-3 may partition the model's own.
+        image_tokenizer = None if job.stream.encoded else copy.deepcopy(model.image_tokenizer)
+        mixture = job.stream.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
         trainer = SftTrainer(
             stage,
+            loader=job.stream.loader(mixture, job.seed, self.use_gpu),
+            image_tokenizer=image_tokenizer,
             model=model,
             args=TrainingArguments(
                 **self._common(job.recipe, job.seed, job.output),
-                ignore_data_skip=job.feed is not None,
-                dataloader_num_workers=1,  # images are drawn or read, and made ready, beside the step
+                ignore_data_skip=True,  # the loader has a state of its own
             ),
-            data_collator=SftCollator(chat),
-            **(self._streamed(job, model, chat) if job.feed else self._corpus(job, chat)),
         )
         trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
-        return self._run(trainer, chat, trained, job, job.source) | {"frozen": frozen}
+        return self._run(trainer, chat, trained, job) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage.

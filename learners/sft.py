@@ -1,139 +1,64 @@
 """Supervised training of any stage: a ``transformers.Trainer`` whose loss is ``vargpt_rl.losses.supervised.sft_loss``.
 
-Each micro-batch holds the stage's share of drawings and of questions, whatever the number of each ("dynamic batch
-balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has gradients for the same parameters.
+Batches come from a `vargpt_rl.data.records.stream.RecordStream`. Each micro-batch has the same share of images to draw
+and of questions, so every rank has gradients for the same parameters.
 """
 
-import json
 import time
 from collections import defaultdict
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from torch.utils.data import Dataset, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from learners.gradient_norms import EVERY, ModalityGradients
 from learners.resume import Resumable
-from vargpt_rl.data.batches import DrawExample, Example, ImageSource, TextExample, shown_image
-from vargpt_rl.data.samples import ImageQuestion, Prompt
 from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
-from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
 
-class Drawings(Dataset):
-    """The encoded images of a corpus folder: ``features.safetensors`` and ``prompts.jsonl``, in the same order.
-
-    Images that prompts show are loaded by ``source``.
-    """
-
-    def __init__(self, folder: Path, source: ImageSource | None = None, chat: ChatTemplate | None = None):
-        self.source, self.chat = source, chat
-        lines = (folder / "prompts.jsonl").read_text().splitlines()
-        self.prompts = [Prompt(**json.loads(line)) for line in lines]
-        self.file = safe_open(folder / "features.safetensors", framework="np").get_slice("features")
-        if self.file.get_shape()[0] != len(self.prompts):
-            raise ValueError(f"{folder}: {self.file.get_shape()[0]} images for {len(self.prompts)} prompts")
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> DrawExample:
-        prompt = self.prompts[index]
-        return DrawExample(prompt, self.file[index : index + 1][0], shown_image(prompt, self.source, self.chat))
-
-
-class Questions(Dataset):
-    """Questions about images that a data source can load: ``rows``."""
-
-    def __init__(self, rows: list[ImageQuestion], source: ImageSource, chat: ChatTemplate, side: int):
-        self.rows, self.source, self.chat, self.side = rows, source, chat, side
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TextExample:
-        key, question, answer = self.rows[index]
-        return TextExample(question, answer, self.chat.vision_inputs([self.source.load(key, self.side)]))
-
-
-class BalancedBatches(Dataset):
-    """A fixed order over two sources: each block of ``micro_batch`` items holds the same share of drawings."""
-
-    def __init__(
-        self, drawings: Dataset, questions: Dataset | None, length: int, micro_batch: int, share: float, seed: int
-    ):
-        rng = np.random.default_rng(seed)
-        per_block = micro_batch if questions is None else round(share * micro_batch)
-        if questions is not None and 0 < share < 1 and per_block in (0, micro_batch):
-            raise ValueError(f"a share of {share} drawings gives {per_block} of each micro_batch={micro_batch}")
-        self.sources, self.order = (drawings, questions), []
-        streams = [_endless(rng, len(source)) if source is not None else None for source in self.sources]
-        for i in range(length):
-            which = 0 if i % micro_batch < per_block else 1
-            self.order.append((which, next(streams[which])))
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Example:
-        which, item = self.order[index]
-        return self.sources[which][item]
-
-
-def _endless(rng: np.random.Generator, count: int):
-    """Every index once in random order, over and over."""
-    while True:
-        yield from rng.permutation(count).tolist()
-
-
 class SftTrainer(Resumable, Trainer):
-    """Stage losses; every metric is the mean since the last log, over ranks, and ``tokens/...`` the sum.
+    """Trainer of one stage's losses on the batches of ``loader``, this rank's own.
 
-    Where there are two losses, their gradient norms are logged now and then; where there is one, ``grad_norm`` is its.
+    Every metric is the mean since the last log, over ranks; ``tokens/...`` is the sum. If the stage has two losses,
+    the gradient norm of each is logged every `learners.modalities.EVERY` steps; with one loss it equals ``grad_norm``.
 
-    Batches are those of ``loader``, a rank's own, where there is one, else of ``train_dataset``, shared over ranks.
-    ``image_tokenizer``, apart from the model that trains, takes the features of images that come as pixels.
+    ``image_tokenizer``, not the copy in the model that trains, computes the features of images that come as pixels.
     """
 
     def __init__(
         self,
         stage: Stage,
-        loader: StatefulDataLoader | None = None,
+        loader: StatefulDataLoader,
         image_tokenizer: AnyImageTokenizer | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.stage, self.loader = stage, loader
+        self.stage = stage
+        self.loader = loader
         self.image_tokenizer = image_tokenizer and image_tokenizer.eval().to(self.args.device)
         self.measured: dict[str, list[float]] = defaultdict(list)
         self.gradients: ModalityGradients | None = None
-        self.waited, self.since = 0.0, None
+        self.waited = 0.0
+        self.since: float | None = None
 
     def get_batch_samples(self, *args):
-        """The batches of a step; ``data_wait`` is the share of a step's time that goes by until they are there."""
+        """Get the batches of a step. The share of a step spent waiting for them is logged as ``data_wait``."""
         began = time.perf_counter()
         self.since = self.since or began
         samples = super().get_batch_samples(*args)
         self.waited += time.perf_counter() - began
         return samples
 
-    def get_train_dataloader(self):
-        return super().get_train_dataloader() if self.loader is None else self.loader
-
-    def _get_train_sampler(self, *args) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the order is the data set's
+    def get_train_dataloader(self) -> StatefulDataLoader:
+        return self.loader
 
     @torch.no_grad()
     def _features(self, crops_NHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W, 3] -> float16 [N, d, h, w], as rollout workers encode images."""
+        """Encode uint8 [N, H, W, 3] to float16 [N, d, h, w], as rollout workers do."""
         images_N3HW = (
             (crops_NHW3.float() / 127.5 - 1).permute(0, 3, 1, 2).to(next(self.image_tokenizer.parameters()).dtype)
         )
@@ -151,7 +76,7 @@ class SftTrainer(Resumable, Trainer):
         return loss
 
     def _measure(self, model: Unified, inputs: dict[str, torch.Tensor]) -> None:
-        """The micro-batch's gradient of each loss, under the noise that it is about to be trained with."""
+        """Add the micro-batch's gradient of each loss, with the noise that it is about to be trained with."""
         if self.gradients is None:
             self.gradients = ModalityGradients(model, self.args.gradient_accumulation_steps)
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):

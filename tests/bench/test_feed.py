@@ -3,8 +3,8 @@
 import pytest
 
 from vargpt_rl.bench import feed
+from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.sources import open_records
-from vargpt_rl.data.records.stream import ReadOptions
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from PIL import Image
 
 from configs.load import load_config
 from vargpt_rl.data.instruct.__main__ import main
+from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.schema import DRAWN, placeholders
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import ReadOptions
 
 # Samples, epochs, batch, learning rate, ZeRO stage (Table 2; samples: sections 3.2 and 4.2).
 TABLE = {

@@ -1,8 +1,6 @@
 """What a run of records is given is checked, with real reading, before any worker starts."""
 
 import json
-import sys
-import types
 from dataclasses import asdict
 
 import pytest
@@ -10,11 +8,10 @@ from PIL import Image
 
 from configs.load import load_config
 from tests.helpers.streams import write_sources
-from vargpt_rl.data.records.loading import EDITS
+from vargpt_rl.data.records.stream import EDITS
 from vargpt_rl.driver.inputs import gather
 from vargpt_rl.model.families import load_config as load_config_of
 from vargpt_rl.model.families import markup_for
-from vargpt_rl.model.modeling import Vargpt
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +48,9 @@ def settings(folder, sources, checkpoint, tmp_path):
 
 def test_a_run_of_records_has_a_feed_and_prompts(settings):
     found = gather(settings())
-    assert found.feed.tasks == {"lines": "generation", "tars": "generation", "questions": "understanding"}
-    assert found.feed.packs and found.feed.quarantine.is_absolute()
-    assert found.prompts is None and found.source.name == "records"
+    assert found.stream.tasks == {"lines": "generation", "tars": "generation", "questions": "understanding"}
+    assert found.stream.packs and found.stream.quarantine.is_absolute()
+    assert found.prompts is None
     assert sorted(prompt.id for prompt in found.source.prompts("train", 10, 0)) == ["p0", "p1", "p2", "p3"]
     held = found.source.prompts("held_out", 100, 0)
     assert 5 < len(held) < 30 and all(found.source.winner_key(prompt) for prompt in held)
@@ -64,7 +61,7 @@ def test_a_run_of_records_has_a_feed_and_prompts(settings):
 
 def test_a_run_without_iterations_needs_no_prompts(settings):
     found = gather(settings("stages=[understanding]", "preference.prompts=null", "data.held_out_fraction=0"))
-    assert found.source.prompts("held_out", 9, 0) == [] and found.feed is not None
+    assert found.source.prompts("held_out", 9, 0) == [] and found.stream is not None
 
 
 def test_edits_are_streamed_too(settings, folder, sources, tmp_path):
@@ -75,8 +72,8 @@ def test_edits_are_streamed_too(settings, folder, sources, tmp_path):
     source = f"files:[{tmp_path}/edits.jsonl],layout:editing,images:{sources['lines'].images}"
     given = [f"+data.sources.edits={{{source}}}", "data.seen_pixels=3136"]
     found = gather(settings("stages=[understanding,edit]", *given, "edit.recipe.micro_batch=4"))
-    assert found.feed.tasks["edits"] == "editing"
-    feed, chat = found.feed.at(64, wanted=EDITS), markup_for(found.model, load_config_of(found.model))
+    assert found.stream.tasks["edits"] == "editing"
+    feed, chat = found.stream.at(64, wanted=EDITS), markup_for(found.model, load_config_of(found.model))
     batch = next(iter(feed.mixture(chat, micro_batch=4, seed=0, rank=0, ranks=1)))
     assert len(batch["crops"]) == 4 and len(batch["image_grid_thw"]) == 4
     with pytest.raises(ValueError, match="for edit at 64 px: 4 generation samples in each batch: no source"):
@@ -111,15 +108,7 @@ def test_a_cache_is_checked_for_each_resolution(settings, tmp_path, monkeypatch)
                 raise ValueError(f"{folder}: features of another image tokenizer")
             opened.append((folder, tokenizer_checksum, resolution))
 
-        def get(self, content, crop):
-            return None
-
-    features = types.SimpleNamespace(
-        FeatureCache=CacheDouble,
-        load_image_tokenizer=Vargpt.from_pretrained,
-        tokenizer_checksum=lambda tensors: str(len(tensors)),
-    )
-    monkeypatch.setitem(sys.modules, "vargpt_rl.data.features", features)
+    monkeypatch.setattr("vargpt_rl.data.records.stream.FeatureCache", CacheDouble)
     with pytest.raises(ValueError, match="for sft at 64 px: .*64: features of another image tokenizer"):
         gather(settings(f"data.encoded={tmp_path}"))
     assert {(folder.name, resolution) for folder, _, resolution in opened} == {("32", 32)}

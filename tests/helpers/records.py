@@ -20,8 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from vargpt_rl.data.mixture import Mixture, MixtureSource
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import Import, native
+from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
 from vargpt_rl.data.records.schema import RecordConversation
-from vargpt_rl.data.records.stream import ReadOptions, Records
 
 COUNT = 60
 KINDS = ("json", "jsonl", "parquet", "saved", "webdataset")
@@ -80,17 +80,17 @@ def records(folder: Path, kind: str, reading: ReadOptions) -> Records:
         "webdataset": sorted(folder.glob("*.tar")),
     }[kind]
     step = Import(native, kind, folder / "images")
-    return Records(files, FORMATS[kind], [step], folder / "quarantine" / kind, reading)
+    return Records(file_parts(files, FORMATS[kind]), [step], folder / "quarantine" / kind, reading)
 
 
 def loader(folder: Path, kind: str, rank: int, workers: int) -> StatefulDataLoader:
     if kind == "mixture":
-        endless = ReadOptions(rank, world=2, seed=5, block=5, epochs=None)
+        endless = ReadOptions(rank=rank, world=2, seed=5, block=5, epochs=None)
         drawn, asked = records(folder, "webdataset", endless), records(folder, "jsonl", endless)
         ingredients = {"drawn": MixtureSource(drawn, "generation"), "asked": MixtureSource(asked, "understanding")}
         data = Mixture(ingredients, batch=4, drawing_share=0.25, seed=1, rank=rank)
     else:
-        data = records(folder, kind, ReadOptions(rank, world=2, seed=5, block=5))
+        data = records(folder, kind, ReadOptions(rank=rank, world=2, seed=5, block=5))
     return StatefulDataLoader(data, batch_size=None, num_workers=workers)
 
 

@@ -3,13 +3,22 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vargpt_rl.data.records.loading import RecordStream
+from learners.config import Recipe
+from learners.jobs import SftJob
+from tests.helpers.tiny import Patches
+from vargpt_rl.data.features import FeatureWriter
+from vargpt_rl.data.records.images import key_sha256
 from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.records.stream import RecordStream, corpus_stream
+from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt, Record
+from vargpt_rl.storage.checkpoint import Policy
 
 COUNT = 24
 TASKS = {"lines": "generation", "tars": "generation", "questions": "understanding"}
@@ -77,4 +86,27 @@ def feed_of(folder: Path, sources: dict[str, RecordSource], **changes) -> Record
         quarantine=folder / "quarantine", held_out_fraction=0.0, max_bad_fraction=0.05, block=5, max_tokens=400,
         seen_pixels=56 * 56, packs=True, workers=0, resolution=64, drawing_share=0.5,
     )  # fmt: skip
-    return RecordStream(sources, TASKS, **(settings | changes))
+    return RecordStream(**(dict(sources=sources, tasks=TASKS) | settings | changes))
+
+
+def corpus_of(folder: Path, features: np.ndarray, questions: Sequence[ImageQuestion] = (), **changes) -> RecordStream:
+    """A stream of encoded images [N, d, h, w] of captions of two lengths, and of questions about `Patches`."""
+    resolution = 16 * features.shape[-1]
+    records = [
+        Record(str(i), Prompt(str(i), "a red circle " * (1 + i % 2), "Here:"), f"#{i:06d}")
+        for i in range(len(features))
+    ]
+    with FeatureWriter(folder / str(resolution), "", resolution) as writer:
+        for record, features_dhw in zip(records, features, strict=True):
+            writer.add(key_sha256(record.image), 0, features_dhw.astype(np.float16))
+    stream = corpus_stream(
+        Patches(), records, questions, encoded=folder, resolution=resolution, drawing_share=0.5, seen_side=56
+    )
+    return replace(stream, **changes)
+
+
+def sft_job(
+    stage: str, start: Policy, stream: RecordStream, recipe: Recipe, output: Path, probe: Probe, **more
+) -> SftJob:
+    """A job with seed 0."""
+    return SftJob(stage=stage, start=start, stream=stream, recipe=recipe, output=output, seed=0, probe=probe, **more)

@@ -10,21 +10,20 @@ import psutil
 import pytest
 import ray
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
+from learners.jobs import DpoJob, TokenizerJob
 from learners.sft import SftTrainer
 from tests.helpers.faults import ask
-from tests.helpers.streams import feed_of, write_sources
+from tests.helpers.streams import corpus_of, feed_of, sft_job, write_sources
 from tests.helpers.tiny import BITS, Patches, tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import write_table
-from vargpt_rl.data.samples import Probe, Prompt
+from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt
 from vargpt_rl.model.bits import Bits, pack
 from vargpt_rl.model.likelihood import bit_log_probs, scale_sums
 from vargpt_rl.model.modeling import Vargpt
@@ -61,12 +60,9 @@ def chat(start, model):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
     features = np.random.default_rng(0).standard_normal((12, BITS, SIDE // 16, SIDE // 16))
-    save_file({"features": features.astype(np.float16)}, folder / "features.safetensors")
-    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
-    return folder
+    questions = [ImageQuestion("red", "What colour is the square?", "red"), ImageQuestion("blue", "How many?", "three")]
+    return corpus_of(tmp_path_factory.mktemp("corpus"), features, questions)
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +156,9 @@ def trained(group, start, corpus, probe, pairs, tmp_path_factory):
                 )
                 result = group.run(job, lines.append)
             else:
-                rows = [("red", "What colour is the square?", "red"), ("blue", "How many?", "three")]
-                questions = QuestionSet(rows, Patches(), 0.5, 56) if stage == "understanding" else None
+                stream = corpus if stage == "understanding" else corpus.at(SIDE)
                 saves = (2,) if stage == "sft" else ()
-                job = SftJob(
-                    stage=stage,
-                    start=start,
-                    corpus=corpus,
-                    recipe=recipe,
-                    output=folder,
-                    seed=0,
-                    probe=probe,
-                    questions=questions,
-                    save_steps=saves,
-                )
+                job = sft_job(stage, start, stream, recipe, folder, probe, save_steps=saves)
                 result = group.run(job, lines.append)
             done[stage, zero] = result, folder, lines
         return done[stage, zero]
@@ -256,16 +241,7 @@ def test_a_stage_learns_from_streamed_records(group, start, probe, tmp_path):
     sources = write_sources(tmp_path / "data")
     feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
     recipe, lines = Recipe(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0), []
-    job = SftJob(
-        stage="understanding",
-        start=start,
-        corpus=None,
-        recipe=recipe,
-        output=tmp_path / "out",
-        seed=0,
-        probe=probe,
-        feed=feed,
-    )
+    job = sft_job("understanding", start, feed, recipe, tmp_path / "out", probe)
     result = group.run(job, lines.append)
     assert result["steps"] == STEPS
     logged = [line for line in lines if "loss" in line]
@@ -316,7 +292,7 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     group, faults, start, corpus, probe, tmp_path
 ):
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job = SftJob(stage="sft", start=start, corpus=corpus, recipe=recipe, output=tmp_path / "whole", seed=0, probe=probe)
+    job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
     undisturbed, noted = group.run(job, lambda line: None), []
     config = LearnerConfig(ranks=2, save_every=1, max_restarts=1)
     other = LearnerGroup(
@@ -343,11 +319,7 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
 def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(group, start, corpus, probe, tmp_path):
     """It is asked while it works, so the step is any but the last."""
     recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job, asked, lines = (
-        SftJob(stage="sft", start=start, corpus=corpus, recipe=recipe, output=tmp_path, seed=0, probe=probe),
-        [],
-        [],
-    )
+    job, asked, lines = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path, probe), [], []
 
     def ask(line):
         if not asked:

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from learners.checkpoints import check
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob, SftJob, training_checkpoints
+from learners.jobs import DpoJob, training_checkpoints
 from learners.resume import SafeReader, checkpoint_bytes
-from tests.helpers.streams import feed_of, write_sources
+from tests.helpers.streams import corpus_of, feed_of, sft_job, write_sources
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.preferences import join_parts, part_path, write_table
 from vargpt_rl.data.samples import Probe, Prompt
@@ -44,11 +43,8 @@ CASES = [("corpus", 3), ("records", 2), ("dpo", 2), ("parts", 2)]
 def data(checkpoint, tmp_path_factory) -> Path:
     """A corpus, and a table of pairs that is cut in the middle of its second epoch: two steps are one."""
     folder, rng = tmp_path_factory.mktemp("resume"), np.random.default_rng(0)
-    (folder / "corpus").mkdir()
-    features = rng.standard_normal((12, BITS, SIDE // 16, SIDE // 16)).astype(np.float16)
-    save_file({"features": features}, folder / "corpus/features.safetensors")
-    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
-    (folder / "corpus/prompts.jsonl").write_text("\n".join(rows))
+    features = rng.standard_normal((12, BITS, SIDE // 16, SIDE // 16))
+    np.save(folder / "features.npy", features)
     model = Vargpt.from_pretrained(checkpoint).eval()
     rows = [pair(model, ChatFormat(str(checkpoint), model.config), i) for i in range(12)]
     write_table(folder / "pairs.parquet", rows)
@@ -106,23 +102,11 @@ def run(group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], o
         )
         result = in_parts(group, job, lines)
     elif kind == "corpus":
-        result = group.run(
-            SftJob(stage="sft", start=start, corpus=data / "corpus", recipe=recipe, output=output, seed=0, probe=probe),
-            lines.append,
-        )
+        stream = corpus_of(output / "data", np.load(data / "features.npy"))
+        result = group.run(sft_job("sft", start, stream, recipe, output, probe), lines.append)
     else:
         feed = feed_of(output, write_sources(output / "data"), workers=1, packs=True)
-        job = SftJob(
-            stage="understanding",
-            start=start,
-            corpus=None,
-            recipe=recipe,
-            output=output,
-            seed=0,
-            probe=probe,
-            feed=feed,
-        )
-        result = group.run(job, lines.append)
+        result = group.run(sft_job("understanding", start, feed, recipe, output, probe), lines.append)
     return result, [line for line in lines if "loss" in line]
 
 

@@ -1,25 +1,23 @@
 """A v1 model in every stage on two real ranks, scored by a worker; its image tokenizer; its losses."""
 
-import json
-
 import numpy as np
 import pytest
 import ray
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.image_tokenizer import reconstruction_loss, train_image_tokenizer
-from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
+from learners.jobs import DpoJob, TokenizerJob
+from tests.helpers.streams import corpus_of, sft_job
 from tests.helpers.tiny import V1_CODES, V1_SIDES, Patches
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.preferences import write_table
-from vargpt_rl.data.samples import Probe, Prompt
+from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt
 from vargpt_rl.losses.supervised import Noise, forward_batch, sft_loss
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_model
@@ -141,12 +139,9 @@ def probe():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
     features = np.random.default_rng(0).standard_normal((12, 8, *[V1_SIDES[-1]] * 2))
-    save_file({"features": features.astype(np.float16)}, folder / "features.safetensors")
-    rows = [json.dumps({"id": str(i), "text": "a red circle " * (1 + i % 2), "reply": "Here:"}) for i in range(12)]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
-    return folder
+    questions = [ImageQuestion("red", "What colour is the square?", "red"), ImageQuestion("blue", "How many?", "three")]
+    return corpus_of(tmp_path_factory.mktemp("corpus"), features, questions)
 
 
 @pytest.fixture(scope="module")
@@ -187,21 +182,8 @@ def test_a_stage_trains_on_two_ranks_and_scores_as_a_worker_does(
         assert result["loss_last"] < result["loss_first"] and result["margin_last"] > 0
         assert {"index_accuracy/chosen/scale_0", "rewards/margins/scale_2"} <= lines[-1].keys() | lines[0].keys()
     else:
-        rows = [("red", "What colour is the square?", "red"), ("blue", "How many?", "three")]
-        questions = QuestionSet(rows, Patches(), 0.5, 56) if stage == "understanding" else None
-        result = group.run(
-            SftJob(
-                stage=stage,
-                start=start,
-                corpus=corpus,
-                recipe=recipe,
-                output=tmp_path,
-                seed=0,
-                probe=probe,
-                questions=questions,
-            ),
-            lines.append,
-        )
+        stream = corpus if stage == "understanding" else corpus.at(SIDE)
+        result = group.run(sft_job(stage, start, stream, recipe, tmp_path, probe), lines.append)
         assert "index_accuracy" in lines[0]
     trained = load_file(check_checkpoint(tmp_path / "final"))
     model = load_model(start.model, torch.float32)

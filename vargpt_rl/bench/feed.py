@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vargpt_rl.bench.encode import write_records
-from vargpt_rl.data.records.loading import RecordStream
 from vargpt_rl.data.records.sources import RecordSource
+from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
@@ -73,10 +73,15 @@ def measure(
     freeze(model.train(), stage)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     feed = RecordStream(
-        {"shapes": source}, {"shapes": "generation"}, folder / "quarantine", held_out_fraction=0.0,
-        max_bad_fraction=0.0, block=128, max_tokens=4096, seen_pixels=0, packs=True, workers=WORKERS,
+        sources={"shapes": source},
+        tasks={"shapes": "generation"},
+        quarantine=folder / "quarantine",
+        max_bad_fraction=0.0,
+        block=128,
+        packs=True,
+        workers=WORKERS,
         resolution=resolution,
-    )  # fmt: skip
+    )
 
     def stream():
         return iter(feed.loader(feed.mixture(chat, micro_batch, seed=0, rank=0, ranks=1), seed=0))

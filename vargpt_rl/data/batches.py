@@ -9,12 +9,12 @@ d latent channels, h w latent grid.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.bits import unpack
@@ -23,12 +23,6 @@ from vargpt_rl.model.scales import STRIDE, token_count
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this, as tensor cores like it."""
-
-
-class ImageSource(Protocol):
-    """Where images come from: ``load`` gives the RGB image of a key, ``side`` x ``side`` pixels."""
-
-    def load(self, key: str, side: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)

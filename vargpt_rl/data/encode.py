@@ -39,9 +39,9 @@ from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_toke
 from vargpt_rl.data.images import random_crop
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.images import ImageRef, content_sha256, load
+from vargpt_rl.data.records.reader import ReadOptions, Records
 from vargpt_rl.data.records.schema import DRAWN, RecordConversation, placeholders
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import ReadOptions, Records
 from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.hub import TINY, check_model
 from vargpt_rl.model.scales import schedule_for
@@ -123,7 +123,7 @@ def fresh_crops(
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """sha256, number and uint8 [H, W, 3] of each crop that is not ``there``; ``counts`` what was read."""
     # What is too much is decided over all workers, at the end.
-    reading = ReadOptions(command.rank, command.world, seed=None, max_bad_fraction=1.0)
+    reading = ReadOptions(rank=command.rank, world=command.world, seed=None, max_bad_fraction=1.0)
     step = partial(drawn_images, resolution=command.resolution, crops=command.crops, there=there)
     opened = [open_records(name, source, reading, quarantine, (step,)) for name, source in command.sources.items()]
     seen: set[bytes] = set()
@@ -167,7 +167,6 @@ def encode(command: Encoding) -> Counter[str]:
 
     quarantine = command.out / "quarantine" / f"rank-{command.rank}-of-{command.world}"
     shutil.rmtree(quarantine, ignore_errors=True)  # an earlier run's, of the same records
-    command.out.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     fresh = fresh_crops(command, quarantine, there, counts)
     with FeatureWriter(*made) as writer:

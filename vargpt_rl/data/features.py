@@ -192,6 +192,7 @@ class FeatureWriter:
         guard = _guard(keys, checks, f"F16 {list(features.shape)}")
         data = save({"features": features, "keys": keys, "checks": checks}, self._about | {"guard": guard})
         name = blake2b(keys.tobytes(), digest_size=8).hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / f"features-{name}.safetensors", data)
         self._keys, self._features = [], []
 

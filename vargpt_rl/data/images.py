@@ -1,23 +1,31 @@
-"""How image files are decoded, and cut to the squares that are drawn."""
+"""Decoding of image files, and the square crops that are trained on."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000
 KINDS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is decoded. Pillow knows more kinds, and runs a program for one of them (PostScript)."""
+"""Formats that are decoded. Pillow knows more, and runs a program for one of them (PostScript)."""
 WHITE = (255, 255, 255)
 MARGIN = 1.125
-"""How much longer than the crop an image's shorter side is made (VARGPT-v1.1's published training)."""
+"""Ratio of an image's resized shorter side to the crop (VARGPT-v1.1's published training)."""
+
+
+class ImageSource(Protocol):
+    """Images by key."""
+
+    def load(self, key: str, side: int) -> Image.Image:
+        """Load the image of ``key``: RGB, ``side`` pixels wide and high. Raises ValueError if it is unreadable."""
+        ...
 
 
 def read_image(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE) -> Image.Image:
-    """An image as RGB: turned upright, 16 bits cut to 8, laid on ``background`` where it is transparent.
+    """Read an image as RGB: upright, 16 bits cut to 8, transparency laid on ``background``.
 
-    ValueError for one that is not there, cannot be read or has more than ``max_pixels``.
+    ValueError if it is missing, unreadable or has more than ``max_pixels``.
     """
     try:
         with Image.open(file, formats=KINDS) as image:
@@ -30,8 +38,8 @@ def read_image(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS, background: 
 
 
 def as_rgb(image: Image.Image, background: tuple[int, ...] = WHITE) -> Image.Image:
-    """RGB without transparency; 16 bits a channel cut to 8."""
-    if image.mode.startswith("I;16"):  # converting would clip all that is brighter than 255 of 65535
+    """Convert to RGB without transparency; 16 bits a channel are cut to 8."""
+    if image.mode.startswith("I;16"):  # converting would clip everything above 255 of 65535
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
@@ -41,10 +49,10 @@ def as_rgb(image: Image.Image, background: tuple[int, ...] = WHITE) -> Image.Ima
 
 
 def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random square of ``image``, RGB, ``resolution`` pixels a side.
+    """Crop a random square of ``image``: RGB, ``resolution`` pixels a side.
 
-    The shorter side is brought to ``MARGIN`` x ``resolution`` (Lanczos). Only the square itself is resampled: a strip
-    of 1 x 1000000 pixels would not fit in memory otherwise. ``rng`` is drawn from twice, whatever the image.
+    The shorter side is resized to ``MARGIN`` x ``resolution`` (Lanczos). Only the square itself is resampled, since a
+    resized strip of 1 x 1000000 pixels would not fit in memory. Draws from ``rng`` exactly twice.
     """
     shorter = round(MARGIN * resolution)
     sides = [max(shorter, round(side * shorter / min(image.size))) for side in image.size]

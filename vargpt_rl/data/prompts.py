@@ -16,8 +16,8 @@ from pathlib import Path
 from vargpt_rl.common.command import run_command
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import midjourney
+from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
 from vargpt_rl.data.records.sources import RecordSource
-from vargpt_rl.data.records.stream import ReadOptions, Records
 from vargpt_rl.storage.files import atomic_file
 
 
@@ -42,7 +42,7 @@ def execute(command: PromptsCommand) -> None:
     paths = RecordSource(command.files, "parquet").paths()
     written: set[str] = set()
     with atomic_file(command.out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for request in Records(paths, FORMATS["parquet"], [midjourney], quarantine, reading):
+        for request in Records(file_parts(paths, FORMATS["parquet"]), [midjourney], quarantine, reading):
             if len(written) == command.limit:
                 break
             if request.prompt.id not in written:

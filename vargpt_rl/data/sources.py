@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vargpt_rl.data import shapes, shapes_tasks
-from vargpt_rl.data.images import MAX_PIXELS, read_image
+from vargpt_rl.data.images import MAX_PIXELS, ImageSource, read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.samples import ImageEdit, ImageQuestion, Prompt, Record
 from vargpt_rl.data.shapes_check import ShapesCheck
@@ -44,7 +44,7 @@ class ImageCheck(Protocol):
         """Return held-out measures, among them "overall", its standard error "overall_stderr", and the count "n"."""
 
 
-class Source(Protocol):
+class Source(ImageSource, Protocol):
     """Images with their prompts. Pickled into rollout workers, so it holds a config and small tables only.
 
     ``lines`` counts the records that were read and could have been bad. A source of one's own subclasses this and
@@ -52,10 +52,6 @@ class Source(Protocol):
     """
 
     lines: int = 0
-
-    def load(self, key: str, side: int) -> Image.Image:
-        """Load the image of ``key``: RGB, ``side`` pixels wide and high. Raises ValueError if it is unreadable."""
-        ...
 
     def records(self, count: int, seed: int) -> list[Record]:
         """Return ``count`` training images for SFT; they repeat in cycles if there are fewer."""

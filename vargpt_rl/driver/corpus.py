@@ -1,56 +1,61 @@
-"""The corpus of a supervised stage: images encoded once by the workers, for the learners to read as features."""
+"""The corpus of a supervised stage: records of the data source, whose images the workers encode once, as a stream."""
 
-import json
-import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from actors.worker import EncodedImage, Failure, Worker
-from vargpt_rl.data.samples import Prompt, Record
+from actors.worker import Failure, Worker
+from vargpt_rl.data.features import FeatureCache, FeatureWriter, shard_files
+from vargpt_rl.data.records.images import key_sha256
+from vargpt_rl.data.records.stream import RecordStream, corpus_stream
+from vargpt_rl.data.samples import ImageQuestion, Prompt, Record
 from vargpt_rl.driver.session import StageContext
-from vargpt_rl.storage.files import sync, write_atomically
-
-PROMPTS = "prompts.jsonl"
-"""The file of a corpus that is written last."""
 
 
-def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> dict:
-    """Encode training images into ``folder`` (see ``learners.sft.Drawings``); return counts.
+def open_corpus(
+    it: StageContext, records: list[Record], questions: Sequence[ImageQuestion], drawing_share: float, folder: Path
+) -> tuple[RecordStream, dict[str, int]]:
+    """Encode the records' images into ``folder``; return the stream of records and questions, and counts."""
+    readable = encode_corpus(it, records, folder)
+    it.inputs.check_quarantine()
+    stream = corpus_stream(
+        it.source,
+        readable,
+        questions,
+        encoded=folder,
+        resolution=it.resolution,
+        drawing_share=drawing_share,
+        seen_side=it.config.data.seen_side,
+        max_bad_fraction=it.config.data.max_bad_fraction,
+    )
+    return stream, {"images": len(readable), "failed": len(records) - len(readable)}
 
-    Images that prompts show stay keys, which the learners load; unreadable ones are found here.
+
+def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list[Record]:
+    """Encode training images into a feature cache below ``folder``; return the records whose images are readable.
+
+    Images in the cache are not encoded again. ValueError if no image is readable.
     """
-    if (folder / PROMPTS).exists():  # finished before the run was interrupted
-        count = len((folder / PROMPTS).read_text().splitlines())
-        return {"images": count, "failed": len(records) - count}
-    kept: list[Record] = []
-    features: list[np.ndarray] = []
-    results = it.pool.run(Worker.encode, [record.image for record in records], it.resolution)
-    unreadable = _unreadable(it, [record.prompt for record in records])
-    for record, encoded in zip(records, results, strict=True):
-        result: EncodedImage | Failure = unreadable.get(record.prompt.shown or "") or encoded
-        if isinstance(result, Failure):
-            it.inputs.quarantine.add(result.key, record.prompt.text, result.reason)
-            continue
-        kept.append(record)
-        features.append(result.features)
-    if not kept:
-        quarantine = it.inputs.quarantine.path
-        raise ValueError(f"none of {len(records)} training images could be read; see {quarantine}")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"features": np.stack(features)}, folder / "features.safetensors")
-    sync(folder / "features.safetensors")
-    lines = [json.dumps(asdict(record.prompt)) for record in kept]
-    write_atomically(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
-    return {"images": len(kept), "failed": len(records) - len(kept)}
-
-
-def delete_corpus(folder: Path) -> None:
-    """Delete a corpus, its marker first: without it, what is left does not count."""
-    (folder / PROMPTS).unlink()
-    shutil.rmtree(folder)
+    cache = (folder / str(it.resolution), "", it.resolution)
+    known = FeatureCache(*cache) if shard_files(cache[0]) else ()
+    keys = [key for key in dict.fromkeys(record.image for record in records) if (key_sha256(key), 0) not in known]
+    failures = _unreadable(it, [record.prompt for record in records])
+    with FeatureWriter(*cache) as writer:
+        for key, result in zip(keys, it.pool.run(Worker.encode, keys, it.resolution), strict=True):
+            if isinstance(result, Failure):
+                failures[key] = result
+            else:
+                writer.add(key_sha256(key), 0, result.features)
+    quarantine = it.inputs.quarantine
+    readable = []
+    for record in records:
+        failure = failures.get(record.prompt.shown or "") or failures.get(record.image)
+        if failure is None:
+            readable.append(record)
+        else:
+            quarantine.add(failure.key, record.prompt.text, failure.reason)
+    if not readable:
+        raise ValueError(f"none of {len(records)} training images could be read; see {quarantine.path}")
+    return readable
 
 
 def _unreadable(it: StageContext, prompts: list[Prompt]) -> dict[str, Failure]:

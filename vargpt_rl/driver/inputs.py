@@ -12,7 +12,7 @@ from configs.stages import SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
-from vargpt_rl.data.records.loading import EDITS, RecordStream, task_of
+from vargpt_rl.data.records.stream import EDITS, RecordStream, task_of
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import (
     CaptionedConfig,

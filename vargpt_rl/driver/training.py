@@ -2,18 +2,18 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from learners.config import Recipe
 from learners.group import RunningJob
-from learners.jobs import DpoJob, QuestionSet, SftJob, TokenizerJob
+from learners.jobs import DpoJob, SftJob, TokenizerJob
 from vargpt_rl.data.preferences import part_path, read_table
-from vargpt_rl.data.records.loading import EDITS, RecordStream
-from vargpt_rl.data.samples import Probe, Prompt, Record
-from vargpt_rl.driver.corpus import delete_corpus, encode_corpus
+from vargpt_rl.data.records.stream import EDITS, RecordStream
+from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt, Record
+from vargpt_rl.driver.corpus import open_corpus
 from vargpt_rl.driver.prompts import edit_records
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
@@ -39,12 +39,12 @@ def train_stage(it: StageContext, policy: Policy) -> dict:
         return train_image_tokenizer(it, policy)
     settings = getattr(it.config, stage.block)
     seed = it.config.seed + SEED_OFFSETS[it.name]
-    questions = None
+    questions: list[ImageQuestion] = []
     if stage.learns is Learns.QUESTIONS and it.inputs.stream is None:
-        rows = it.source.questions(settings.questions, seed, "train")
-        questions = QuestionSet(rows, it.source, settings.drawing_share, it.config.data.seen_side)
-    dataset = stage_dataset(it, stage, settings.records, settings.drawing_share, seed)
-    return train_supervised(it, policy, stage, dataset, settings.recipe, questions=questions)
+        questions = it.source.questions(settings.questions, seed, "train")
+    share = settings.drawing_share
+    dataset = stage_dataset(it, stage, settings.records, share, seed)
+    return train_supervised(it, policy, stage, dataset, settings.recipe, questions=questions, drawing_share=share)
 
 
 def stage_dataset(it: StageContext, stage: Stage, count: int, drawing_share: float, seed: int) -> Dataset:
@@ -93,42 +93,37 @@ def train_supervised(
     recipe: Recipe,
     *,
     step: str = "",
-    questions: QuestionSet | None = None,
+    questions: Sequence[ImageQuestion] = (),
+    drawing_share: float = 1.0,
     save_steps: tuple[int, ...] = (),
     frozen: tuple[str, ...] = (),
 ) -> dict:
     """Train a supervised stage from ``policy``."""
     it.swap_to(policy)
     output = it.checkpoint(step)
-    corpus = it.run.directory / "data" / output.name
-    stream = dataset if isinstance(dataset, RecordStream) else None
+    folder = it.run.directory.resolve() / "data" / output.name
     if isinstance(dataset, RecordStream):
-        counts: dict = {}
+        stream = dataset
+        counts: dict[str, int] = {}
     else:
-        counts = encode_corpus(it, dataset, corpus)
-        it.inputs.check_quarantine()
+        stream, counts = open_corpus(it, dataset, questions, drawing_share, folder)
     job = SftJob(
         stage=stage.name,
         start=policy,
-        corpus=corpus,
+        stream=stream,
         recipe=recipe,
         output=output,
         seed=it.config.seed + it.index,
         probe=random_probe(it),
-        questions=questions,
         save_steps=save_steps,
-        feed=stream,
-        source=it.source,
         frozen=frozen,
     )
     try:
         result = it.session.learners.run(job, follow(it, stage.name, recipe, it.config.learner.ranks))
     finally:  # if too many bad records abort the stage, still report them
-        if stream is not None:
-            counts["bad_records"] = it.inputs.quarantine.gather(stream.quarantine)
+        counts["bad_records"] = it.inputs.quarantine.gather(stream.quarantine)
         _log_quarantine(it)
-    if stream is None:
-        delete_corpus(corpus)
+    shutil.rmtree(folder, ignore_errors=True)
     return result | {"corpus": counts}
 
 

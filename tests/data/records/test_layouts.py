@@ -20,14 +20,16 @@ from vargpt_rl.data.records.layouts import (
     midjourney,
     native,
 )
+from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
 from vargpt_rl.data.records.schema import Limit, RecordConversation, loaded
-from vargpt_rl.data.records.stream import ReadOptions, Records
 from vargpt_rl.data.sources import REPLY
 
 
 def read(files: list[Path], kind: str, steps: list, quarantine: Path) -> tuple[list, list[tuple[str, str]]]:
     """What the steps make of the files, in their order, and what is bad: place and reason."""
-    found = list(Records(files, FORMATS[kind], steps, quarantine, ReadOptions(seed=None, max_bad_fraction=1.0)))
+    found = list(
+        Records(file_parts(files, FORMATS[kind]), steps, quarantine, ReadOptions(seed=None, max_bad_fraction=1.0))
+    )
     written = quarantine / "shard-0-of-1.jsonl"
     lines = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
     return found, [(Path(line["source"]).name, line["reason"]) for line in lines]

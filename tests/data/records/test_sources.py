@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.sources import RecordSource, open_records
-from vargpt_rl.data.records.stream import ReadOptions
 
 
 def write(folder, name: str, count: int) -> None:

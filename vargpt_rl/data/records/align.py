@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.images import ImageRef, InRecord, OnDisk, load
-from vargpt_rl.data.records.loading import RecordStream
+from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.schema import DRAWN, RecordConversation
 from vargpt_rl.data.records.sources import open_records
-from vargpt_rl.data.records.stream import ReadOptions
+from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import SPLITS, Source, image_files, is_held_out
 from vargpt_rl.storage.files import write_atomically

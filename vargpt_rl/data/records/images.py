@@ -1,4 +1,4 @@
-"""Images of records: references that travel in place of pixels, and the one place where they are decoded."""
+"""Images of records: references that travel instead of pixels, and their decoding."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
-from vargpt_rl.data.images import KINDS, MAX_PIXELS, as_rgb
+from vargpt_rl.data.images import KINDS, MAX_PIXELS, ImageSource, as_rgb
 from vargpt_rl.data.quarantine import BadRecord
 
 
@@ -47,11 +47,20 @@ class InArchive:
             return io.BytesIO(file.read(self.size))
 
 
-ImageRef = OnDisk | InRecord | InArchive
+@dataclass(frozen=True)
+class InSource:
+    """The image of ``key`` in a data source, loaded ``side`` pixels wide and high."""
+
+    source: ImageSource
+    key: str
+    side: int
+
+
+ImageRef = OnDisk | InRecord | InArchive | InSource
 
 
 def on_disk(root: Path, name: str) -> OnDisk:
-    """The image ``name`` below ``root``. Raises BadRecord for a name that leads out of it; links are followed."""
+    """Refer to the image ``name`` below ``root``. BadRecord for a name that leads out of it; links are followed."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise BadRecord("image path leaves its folder")
@@ -59,7 +68,12 @@ def on_disk(root: Path, name: str) -> OnDisk:
 
 
 def load(reference: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The decoded image: RGB, upright, transparency laid on white. Raises BadRecord for one that is unreadable."""
+    """Decode an image: RGB, upright, transparency laid on white. BadRecord if it is unreadable."""
+    if isinstance(reference, InSource):
+        try:
+            return reference.source.load(reference.key, reference.side)
+        except ValueError as error:
+            raise BadRecord(str(error)) from error
     try:
         with reference.open() as file, Image.open(file, formats=KINDS) as image:
             if image.width * image.height > max_pixels:
@@ -76,7 +90,12 @@ def load(reference: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def content_sha256(reference: ImageRef) -> str:
-    """Hexadecimal sha256 of the encoded image, read but not decoded. Raises BadRecord for one that cannot be read."""
+    """Return the hexadecimal sha256 of the encoded image, or of its key in a source. BadRecord if it is unreadable.
+
+    The image is not decoded.
+    """
+    if isinstance(reference, InSource):
+        return key_sha256(reference.key)
     try:
         with reference.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -84,3 +103,8 @@ def content_sha256(reference: ImageRef) -> str:
         raise BadRecord("image is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BadRecord(f"image is unreadable ({type(error).__name__})") from error
+
+
+def key_sha256(key: str) -> str:
+    """Return the hexadecimal sha256 of an image's key: its name in a `vargpt_rl.data.features.FeatureCache`."""
+    return hashlib.sha256(key.encode()).hexdigest()

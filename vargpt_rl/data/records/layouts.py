@@ -23,7 +23,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Import:
-    """A step of `vargpt_rl.data.records.stream.Records`: rows of a ``layout`` -> checked conversations."""
+    """A step of `vargpt_rl.data.records.reader.Records`: rows of a ``layout`` -> checked conversations."""
 
     layout: Callable[[Row, Path], RecordConversation]
     source: str

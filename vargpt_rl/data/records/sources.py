@@ -1,4 +1,4 @@
-"""A named set of records as it is configured: its files, their format and layout, and the folder of their images."""
+"""A source of records as it is configured: its files, their format and layout, and the folder of their images."""
 
 import os
 from collections.abc import Callable
@@ -18,26 +18,28 @@ from vargpt_rl.data.records.layouts import (
     llava,
     native,
 )
+from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
 from vargpt_rl.data.records.schema import Limit
-from vargpt_rl.data.records.stream import ReadOptions, Records
 
 LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": laion, "editing": editing}
 
 
 @dataclass
 class RecordSource:
-    """``files``: paths or globs in ``format``; ``layout`` of their rows.
-
-    ``images``: the folder that names of images start from, by default that of the first file. ``names``: the file of
-    class names, for the layout imagenet. ``weight`` is relative to the other sources of the same modality in a batch.
-    """
+    """Files of records, as configured."""
 
     files: list[str] = field(default_factory=list)
+    """Paths or globs."""
     format: str = "jsonl"
+    """Format of the files, a key of `vargpt_rl.data.records.formats.FORMATS`."""
     layout: str = "native"
+    """Layout of the rows, a key of `LAYOUTS` or "imagenet"."""
     images: str | None = None
+    """Folder that the names of images are relative to; by default that of the first file."""
     names: str | None = None
+    """File of class names; for the layout imagenet only."""
     weight: float = 1.0
+    """Share of a batch, relative to the other sources of the same modality."""
 
     def __post_init__(self):
         if self.format not in FORMATS:
@@ -50,12 +52,12 @@ class RecordSource:
             raise ValueError(f"weight={self.weight}: expected a number above 0")
 
     def absolute(self) -> "RecordSource":
-        """The same, for processes that run in another folder."""
+        """Return the same source for processes that run in another folder."""
         images, names = (value and str(Path(value).resolve()) for value in (self.images, self.names))
         return replace(self, files=[os.path.abspath(pattern) for pattern in self.files], images=images, names=names)
 
     def paths(self) -> list[Path]:
-        """The files, globs expanded, absolute and in order. ValueError for a pattern that finds nothing."""
+        """Expand the globs: absolute paths, in order. ValueError for a pattern without a match."""
         found = []
         for pattern in self.files:
             matches = sorted(glob(pattern, recursive=True))
@@ -75,7 +77,7 @@ def open_records(
     steps: tuple[Callable, ...] = (),
     limit: Limit | None = None,
 ) -> Records:
-    """The conversations of a source, each passed through ``steps``. ValueError, with the name, for what is missing."""
+    """Read a source's conversations, each passed through ``steps``. ValueError, with the name, if a file is missing."""
     try:
         files = source.paths()
         first = files[0] if files[0].is_dir() else files[0].parent
@@ -84,6 +86,6 @@ def open_records(
             raise ValueError(f"images={source.images}: no such folder")
         layout = LAYOUTS.get(source.layout) or partial(imagenet, names=class_names(Path(source.names)))
         step = Import(layout, name, root, limit or Limit())
-        return Records(files, FORMATS[source.format], [step, *steps], quarantine / name, reading)
+        return Records(file_parts(files, FORMATS[source.format]), [step, *steps], quarantine / name, reading)
     except (OSError, ValueError) as error:
         raise ValueError(f"source {name}: {error}") from error

@@ -1,187 +1,290 @@
-"""Endless or finite streams of records: sharded over ranks and workers, shuffled, and resumed exactly.
+"""Micro-batches of a supervised stage, streamed from records in each learner rank.
 
-Rows are read in blocks, and each block is shuffled with the seed: a state is then the place where the block begins and
-how much of it is used, a few numbers whatever the size of the records. A resumed stream reads the block again. Made
-for ``torchdata.stateful_dataloader.StatefulDataLoader``, whose workers share the rows of their rank.
+Worker processes read conversations, load and encode their images ahead of the training step, and hold no more than a
+block of records and a few batches. Every micro-batch has the same share of images to draw ("dynamic batch balancing
+between modalities", VARGPT-v1.1, section 4.1). Images to draw are random crops whose features the learner computes,
+or features from a cache. All randomness follows from the seed and the batch's position, so a resumed stream yields
+the same batches as one that was never interrupted.
+
+Shape legend: H W image, d bits a token, h w latent grid.
 """
 
-import reprlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+import torch
+from PIL import Image
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from vargpt_rl.data.quarantine import BadRecord, Quarantine
-from vargpt_rl.data.records.formats import Fault, Format, Row
+from vargpt_rl.data.batches import Row, SftCollator
+from vargpt_rl.data.features import FeatureCache
+from vargpt_rl.data.images import ImageSource, random_crop
+from vargpt_rl.data.mixture import Mixture, MixtureSource
+from vargpt_rl.data.quarantine import BadRecord
+from vargpt_rl.data.records.corpus import Corpus, drawing, question
+from vargpt_rl.data.records.images import ImageRef, content_sha256, load
+from vargpt_rl.data.records.reader import ReadOptions
+from vargpt_rl.data.records.schema import DRAWN, SHOWN, RecordConversation, pieces, placeholders
+from vargpt_rl.data.records.sources import RecordSource, open_records
+from vargpt_rl.data.samples import ImageQuestion, Record
+from vargpt_rl.data.sources import is_held_out
+from vargpt_rl.model.prompt import ChatTemplate, EncodedText, ImageToDraw, Part, VisionInputs
+from vargpt_rl.model.scales import token_count
 
-_SHORT = reprlib.Repr()
-_SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 20, 200, 80
+PEEK = 16
+"""Rows that are read to find the task of a source."""
+EDITS = ("editing",)
+"""Tasks of the editing stage."""
+AHEAD = 4
+"""Batches that each worker prepares ahead."""
+
+
+class Cached(NamedTuple):
+    """An image in the feature cache: its sha256 there, and the numbers of its crops."""
+
+    content: str
+    crops: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How to read. ``seed`` None keeps the order of the files; ``epochs`` None never ends.
+class EncodedConversation:
+    """An encoded conversation. Images to draw are not cropped yet: that differs from batch to batch."""
 
-    ``block`` rows are shuffled together and held in memory, encoded images of Parquet rows included. When more than
-    ``max_bad_fraction`` of the rows that a worker has read are bad, which is looked at after each block, it stops.
+    text: EncodedText
+    vision: VisionInputs | None
+    drawn: tuple[Image.Image | Cached, ...]
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Step of `Records` that admits conversations of a source for ``task`` and leaves out held-out images to draw.
+
+    A source of edits may have images drawn without one shown, but tasks are not mixed otherwise: if no batch shows an
+    image, the vision tower need not run.
     """
 
-    rank: int = 0
-    world: int = 1
-    seed: int | None = 0
-    block: int = 1000
-    epochs: int | None = 1
-    max_bad_fraction: float = 0.05
+    task: str
+    held_out_fraction: float
 
-    def __post_init__(self):
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"rank {self.rank} of {self.world}")
-        if self.block < 1 or self.epochs == 0:
-            raise ValueError(f"block is {self.block} and epochs is {self.epochs}, expected 1 or more")
+    def __call__(self, record: RecordConversation) -> RecordConversation | None:
+        if record.task != self.task and (self.task, record.task) != ("editing", "generation"):
+            raise BadRecord(f"{record.task} record in a source of {self.task}")
+        if modality(self.task) == "generation" and is_held_out(record.id, self.held_out_fraction):
+            return None
+        return record
 
 
-class _Part(NamedTuple):
-    path: Path
-    number: int
-    of: int
+@dataclass(frozen=True)
+class Encode:
+    """Step of `Records` that encodes conversations for training at one ``resolution``.
 
-
-class _Cursor(NamedTuple):
-    """Where a block begins: a pass over the data, the index of a part in it, a row of that part."""
-
-    epoch: int
-    part: int
-    row: int
-
-
-class Records(IterableDataset):
-    """What ``steps`` make of the rows of ``files``, one step after the other.
-
-    A step that raises `BadRecord` has the row quarantined, in a file of each worker in the folder ``quarantine``. One
-    that returns None leaves the row out: it is good, but not meant for this reading.
-    Shards are whole parts of files where there are enough of them, else every n-th row of each part; they may differ
-    in length. Raises ValueError for a file that is missing.
+    Raises BadRecord for an image that is unusable or not in ``cache``, and for rows above ``max_tokens``.
     """
 
-    def __init__(
-        self, files: Sequence[Path], form: Format, steps: Sequence[Callable], quarantine: Path, reading: ReadOptions
-    ):
-        if missing := [str(path) for path in files if not Path(path).exists()]:
-            raise ValueError(f"no such file: {', '.join(missing)}")
-        if not files:
-            raise ValueError("no files to read")
-        self.form, self.steps, self.quarantine, self.reading = form, steps, quarantine, reading
-        counted = [(Path(path), form.parts(Path(path))) for path in files]
-        self.parts = [_Part(path, number, of) for path, of in counted for number in range(of)]
+    chat: ChatTemplate
+    resolution: int
+    max_tokens: int | None = None
+    seen_pixels: int | None = None
+    cache: FeatureCache | None = None
+    images_first: bool = False
+    """Put shown images before a user's words as the model family does when it is asked, not at their placeholders."""
 
-    def __iter__(self) -> "RecordIterator":
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return RecordIterator(self, self.reading.rank * workers + number, self.reading.world * workers)
+    def __call__(self, record: RecordConversation) -> EncodedConversation:
+        marks = [mark for message in record.messages for mark in placeholders(message.text)]
+        found = list(zip(marks, record.images, strict=True))
+        vision = self._shown([load(image) for mark, image in found if mark == SHOWN])
+        text = self.chat.encode(self._turns(record, vision))
+        if self.max_tokens is not None and len(text.ids) > self.max_tokens:
+            raise BadRecord(f"row of more than {self.max_tokens} tokens")
+        return EncodedConversation(text, vision, tuple(self._drawn(image) for mark, image in found if mark == DRAWN))
 
+    def _shown(self, images: list[Image.Image]) -> VisionInputs | None:
+        if not images:
+            return None
+        try:
+            return self.chat.vision_inputs(images, self.seen_pixels)
+        except ValueError as error:
+            raise BadRecord(f"image cannot be shown: {str(error).partition(',')[0]}") from error
 
-class RecordIterator(Iterator):
-    """One shard of `Records`, with a state."""
-
-    def __init__(self, records: Records, shard: int, shards: int):
-        self._records, self._reading, self._shard, self._shards = records, records.reading, shard, shards
-        self._quarantine = Quarantine(records.quarantine / f"shard-{shard}-of-{shards}.jsonl")
-        self._seen = self._lost = self._left_out = self._used = 0
-        self._block: list[tuple[str, Row | Fault]] = []
-        self._begin = self._end = _Cursor(0, 0, 0)
-        self._rows = self._from(self._begin)
-
-    def __next__(self) -> Any:
-        while True:
-            if self._used == len(self._block):
-                self._next_block()
-            place, row = self._block[self._used]
-            self._used += 1
-            self._seen += 1
-            try:
-                item = self._made(row)
-            except BadRecord as fault:
-                self._lost += 1
-                found = row.found if isinstance(row, Fault) else _SHORT.repr(row)
-                self._quarantine.add(place, found, str(fault))
+    def _turns(self, record: RecordConversation, vision: VisionInputs | None) -> Iterator[tuple[str, list[Part]]]:
+        grid = vision.image_grid_thw if vision else None
+        shown = iter(self.chat.shown(grid))
+        drawn = ImageToDraw(token_count(self.chat.config.image_tokenizer_config.schedule_for(self.resolution)))
+        for message in record.messages:
+            parts = pieces(message.text)
+            if self.images_first and message.role == "user":
+                yield message.role, self.chat.asked("".join(part for part in parts if part != SHOWN), grid)
                 continue
-            if item is not None:
-                return item
-            self._left_out += 1
+            yield message.role, [next(shown) if part == SHOWN else drawn if part == DRAWN else part for part in parts]
 
-    def _made(self, row: Row | Fault) -> Any:
-        if isinstance(row, Fault):
-            raise BadRecord(row.reason)
-        item: Any = row
-        for step in self._records.steps:
-            item = step(item)
-            if item is None:
-                return None
-        return item
+    def _drawn(self, image: ImageRef) -> Image.Image | Cached:
+        if self.cache is None:
+            return load(image)
+        content = content_sha256(image)
+        crops = tuple(number for number in range(self.cache.crops) if (content, number) in self.cache)
+        if not crops:
+            raise BadRecord("image is not in the feature cache")
+        return Cached(content, crops)
 
-    def _next_block(self) -> None:
-        """Raises StopIteration after the last epoch, and ValueError where too many rows are bad."""
-        self._quarantine.check(self._seen, self._reading.max_bad_fraction, self._lost)
-        self._begin, self._used = self._end, 0
-        self._read_block()
-        while not self._block:
-            if self._begin.epoch + 1 == self._reading.epochs:
-                raise StopIteration
-            if self._seen == self._lost + self._left_out:
-                raise ValueError(f"no usable record in shard {self._shard} of {self._shards}")
-            self._begin = _Cursor(self._begin.epoch + 1, 0, 0)
-            self._rows = self._from(self._begin)
-            self._read_block()
 
-    def _read_block(self) -> None:
-        block = list(islice(self._rows, self._reading.block))
-        self._end = block[-1][0] if block else self._begin
-        found = [(place, row) for _, place, row in block]
-        order = range(len(found)) if self._reading.seed is None else self._random(*self._begin).permutation(len(found))
-        self._block = [found[at] for at in order]
+@dataclass(frozen=True)
+class MakeBatch:
+    """Make a batch of samples with `SftCollator`, with a random crop of each image to draw."""
 
-    def _random(self, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self._reading.seed, self._shard, *place])
+    collate: SftCollator
+    resolution: int
+    cache: FeatureCache | None = None
 
-    def _from(self, cursor: _Cursor) -> Iterator[tuple[_Cursor, str, Row | Fault]]:
-        """The rows from ``cursor`` to the end of its epoch: what comes after each, its place, and itself."""
-        parts = self._records.parts
-        if self._reading.seed is not None:
-            order = np.random.default_rng([self._reading.seed, cursor.epoch]).permutation(len(parts))
-            parts = [parts[index] for index in order]
-        whole = len(parts) >= self._shards
-        parts, first, step = (parts[self._shard :: self._shards], 0, 1) if whole else (parts, self._shard, self._shards)
-        for index, part in enumerate(parts[cursor.part :], cursor.part):
-            start = max(first, cursor.row) if index == cursor.part else first
-            for number, row in self._records.form.read(part.path, part.number, start, step):
-                within = f"{part.number + 1}:" if part.of > 1 else ""
-                yield _Cursor(cursor.epoch, index, number + step), f"{part.path}:{within}{number + 1}", row
+    def __call__(self, samples: list[EncodedConversation], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        rows = [Row(s.text, s.vision, tuple(self._crop(image, rng) for image in s.drawn)) for s in samples]
+        return self.collate(rows)
 
-    def _setup(self) -> dict[str, Any]:
-        """What has to be the same when a state is loaded."""
-        chosen = asdict(self._reading)
-        return {name: chosen[name] for name in ("seed", "block")} | {"shard": self._shard, "shards": self._shards}
+    def _crop(self, image: Image.Image | Cached, rng: np.random.Generator) -> np.ndarray:
+        """uint8 [H, W, 3], or float16 [d, h, w] from the cache."""
+        if isinstance(image, Cached):
+            return self.cache.get(image.content, int(rng.choice(image.crops)))
+        return np.asarray(random_crop(image, self.resolution, rng))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "setup": self._setup(),
-            "begin": list(self._begin),
-            "used": self._used,
-            "seen": self._seen,
-            "lost": self._lost,
-            "left_out": self._left_out,
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for the state of a stream that is set up in another way."""
-        if state["setup"] != self._setup():
-            raise ValueError(f"the stream was saved as {state['setup']} and is resumed as {self._setup()}")
-        self._begin = _Cursor(*state["begin"])
-        self._used, self._seen = state["used"], state["seen"]
-        self._lost, self._left_out = state["lost"], state["left_out"]
-        self._rows = self._from(self._begin)
-        self._read_block()
+@dataclass(frozen=True, kw_only=True)
+class RecordStream:
+    """Sources of records and how a supervised stage reads them. `at` sets what differs between stages."""
+
+    sources: dict[str, RecordSource | Corpus]
+    tasks: dict[str, str]
+    """Task of each source, see `task_of`."""
+    quarantine: Path
+    """Folder that bad records are written to."""
+    held_out_fraction: float = 0.0
+    """Fraction of the images to draw that is left out, for evaluation. A `Corpus` has none of those."""
+    max_bad_fraction: float = 0.01
+    block: int = 1000
+    max_tokens: int | None = None
+    """Longer rows are quarantined."""
+    seen_pixels: int | None = None
+    """Largest shown image; None leaves it to the model."""
+    packs: bool = False
+    workers: int = 1
+    encoded: Path | None = None
+    """Folder of feature caches, one for each resolution; without it the learner runs the image tokenizer."""
+    tokenizer_checksum: str = ""
+    """Checksum of the image tokenizer that the caches must be of."""
+    resolution: int = 0
+    drawing_share: float = 1.0
+    wanted: tuple[str, ...] = ("generation", "editing", "understanding")
+    """Tasks that the stage learns from."""
+
+    def at(self, resolution: int, drawing_share: float = 1.0, wanted: tuple[str, ...] | None = None) -> "RecordStream":
+        """Return the stream of a stage that learns from the tasks ``wanted``, by default all but edits."""
+        wanted = wanted or ("generation", "understanding")
+        return replace(self, resolution=resolution, drawing_share=drawing_share, wanted=wanted)
+
+    def cache(self) -> FeatureCache | None:
+        """Open the cache of features. ValueError if it is of another image tokenizer."""
+        if self.encoded is None:
+            return None
+        return FeatureCache(self.encoded / str(self.resolution), self.tokenizer_checksum, self.resolution)
+
+    def mixture(self, chat: ChatTemplate, micro_batch: int, seed: int, rank: int, ranks: int) -> Mixture:
+        """Return a rank's micro-batches. ValueError, with its reason, for an impossible source or share."""
+        cache = self.cache()
+        encode = Encode(
+            chat=chat,
+            resolution=self.resolution,
+            max_tokens=self.max_tokens,
+            seen_pixels=self.seen_pixels,
+            cache=cache,
+        )
+        reading = ReadOptions(
+            rank=rank,
+            world=ranks,
+            seed=seed,
+            block=self.block,
+            epochs=None,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+        shares = {"generation": self.drawing_share, "understanding": 1 - self.drawing_share}
+        mixed = {}
+        for name, source in self.sources.items():
+            task = self.tasks[name]
+            kind = modality(task)
+            if not shares[kind] or task not in self.wanted:
+                continue
+            if isinstance(source, Corpus):
+                shards = ranks * max(1, self.workers)
+                steps = (replace(encode, images_first=True),)
+                records = source.repeated(shards).open(name, reading, self.quarantine, steps)
+            else:
+                steps = (Admit(task, self.held_out_fraction), encode)
+                records = open_records(name, source, reading, self.quarantine, steps)
+            mixed[name] = MixtureSource(records, kind, source.weight)
+        shows = any(self.tasks[name] != "generation" for name in mixed)
+        make = MakeBatch(SftCollator(chat, self.packs, shows), self.resolution, cache)
+        return Mixture(mixed, micro_batch, self.drawing_share, seed, rank, make)
+
+    def loader(self, mixture: Mixture, seed: int, pin_memory: bool = False) -> StatefulDataLoader:
+        """Return a loader that prepares a mixture's batches in worker processes and can be resumed."""
+        return StatefulDataLoader(
+            mixture,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=AHEAD if self.workers else None,
+            collate_fn=unchanged,
+            pin_memory=pin_memory,
+            # Its own: a loader that is made again on resuming must not advance the generator of the training noise.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
+def corpus_stream(
+    source: ImageSource,
+    records: list[Record],
+    questions: Sequence[ImageQuestion] = (),
+    *,
+    encoded: Path,
+    resolution: int,
+    drawing_share: float = 1.0,
+    seen_side: int = 0,
+    max_bad_fraction: float = 0.01,
+) -> RecordStream:
+    """Return the stream of a data source's images and of questions about its images.
+
+    ``encoded`` has the features of the images, under `vargpt_rl.data.records.images.key_sha256` of their keys; bad
+    records are written there too. Questions show images ``seen_side`` pixels wide and high.
+    """
+    corpora = {"images": Corpus([drawing(record, source, resolution) for record in records])}
+    if questions:
+        corpora["questions"] = Corpus([question(asked, source, seen_side) for asked in questions])
+    return RecordStream(
+        sources=corpora,
+        tasks={name: corpus.task for name, corpus in corpora.items()},
+        quarantine=encoded / "quarantine",
+        max_bad_fraction=max_bad_fraction,
+        encoded=encoded,
+        resolution=resolution,
+        drawing_share=drawing_share if questions else 1.0,
+    )
+
+
+def unchanged(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
+
+
+def modality(task: str) -> str:
+    """Return the modality that a task counts as in a batch: edits are images to draw."""
+    return "understanding" if task == "understanding" else "generation"
+
+
+def task_of(name: str, source: RecordSource, quarantine: Path) -> str:
+    """Return the task of a source: that of its first usable record. Sets of edits may begin with a plain drawing.
+
+    ValueError, with the name, if there is no usable record.
+    """
+    records = open_records(name, source, ReadOptions(seed=None, block=PEEK), quarantine)
+    record = next(iter(records), None)
+    if record is None:
+        raise ValueError(f"source {name}: no usable record; see {quarantine / name}")
+    return "editing" if source.layout == "editing" else record.task
