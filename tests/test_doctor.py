@@ -1,4 +1,4 @@
-"""The doctor: tables of a full-size plan without weights, verdicts, and faults in one line."""
+"""The doctor: plans of a full-size model, verdicts, bad settings, and vulnerable versions."""
 
 from resource import RUSAGE_SELF, getrusage
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import doctor
-from vargpt_rl.memory.plan import GIB
+from vargpt_rl.memory.units import GIB
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def checkpoint(tmp_path_factory) -> str:
     return f"checkpoint={tiny_checkpoint(tmp_path_factory.mktemp('model'))}"
 
 
-def test_the_full_size_model_is_planned_without_its_weights(capsys):
+def test_plans_the_full_size_model_without_its_weights(capsys):
     before = getrusage(RUSAGE_SELF).ru_maxrss
     code = doctor.main(["experiment=vargpt_v1_1", "stage=dpo", "gpus=8", "gpu_memory_gib=80"])
     assert (getrusage(RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB, "the weights alone are 20"
@@ -26,7 +26,7 @@ def test_the_full_size_model_is_planned_without_its_weights(capsys):
     assert "pretrain" not in printed and "torch 2." in printed
 
 
-def test_what_does_not_fit_is_said_with_the_sum(checkpoint, capsys):
+def test_explains_a_run_that_does_not_fit(checkpoint, capsys):
     small = [checkpoint, "resolutions=[32]", "iterations=1", "stages=[align]"]
     assert doctor.main([*small, "gpus=4", "gpu_memory_gib=1"]) == 1
     assert "which has 1.0 GiB: 1 learner rank of" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_said_with_the_sum(checkpoint, capsys):
         ("stages=[tokenizer]", "stages=['tokenizer']"),
     ],
 )
-def test_faults_are_one_line_that_names_the_key(checkpoint, argument, named, capsys):
+def test_bad_settings_are_one_line_with_the_key(checkpoint, argument, named, capsys):
     start = [] if argument.startswith(("checkpoint", "experiment")) else [checkpoint]
     assert doctor.main([*start, "resolutions=[32]", argument]) == 2
     error = capsys.readouterr().err
@@ -69,13 +69,13 @@ def test_faults_are_one_line_that_names_the_key(checkpoint, argument, named, cap
         ("trl", "0.1", []),
     ],
 )
-def test_versions_that_are_known_to_be_open_are_warned_of(package, number, named):
-    said = doctor.warnings({package: number})
-    assert [next(word for word in line.split() if word.startswith("CVE")).rstrip(":") for line in said] == named
-    assert all(line.startswith(f"warning: {package} {number} has ") for line in said)
+def test_warns_of_vulnerable_versions(package, number, named):
+    lines = doctor.warnings({package: number})
+    assert [next(word for word in line.split() if word.startswith("CVE")).rstrip(":") for line in lines] == named
+    assert all(line.startswith(f"warning: {package} {number} has ") for line in lines)
 
 
-def test_the_warnings_are_printed_and_those_installed_here_have_none(monkeypatch):
+def test_installed_versions_have_no_warnings(monkeypatch):
     assert not [line for line in doctor.about([]) if line.startswith("warning")]
     monkeypatch.setattr(doctor, "version", {"ray": "2.40.0", "torch": "2.13.0"}.get)
     monkeypatch.setattr(doctor, "PACKAGES", ("ray", "torch"))

@@ -1,4 +1,4 @@
-"""What a launch checks, writes and submits. `tests.slurm` runs what it wrote on a real Slurm."""
+"""Checks, files and submission of a Slurm job. `tests.slurm` runs such a job on a real Slurm."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ in_a_checkout = pytest.mark.skipif(
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A small repository in the place of this one, with a change that is not committed and a file that is not known."""
+    """A small repository instead of this one, with an uncommitted change and an untracked file."""
     folder = tmp_path / "repository"
     (folder / "slurm").mkdir(parents=True)
     shutil.copy(ROOT / launch.TEMPLATE, folder / launch.TEMPLATE)
@@ -41,11 +41,11 @@ def run(*arguments: str) -> int:
     return main(["name=a", "runs=runs", *arguments])
 
 
-def test_no_key_is_both_the_jobs_and_the_loops():
+def test_job_and_loop_share_no_key():
     assert not {field.name for field in fields(SlurmJob)} & {field.name for field in fields(LoopConfig)}
 
 
-def test_a_dry_run_writes_script_settings_and_the_code_as_it_is_now(repository, capsys):
+def test_dry_run_writes_script_settings_and_code(repository, capsys):
     site = ["nodes=4", "gpus_per_node=8", "time=1-00:00:00", "partition=big", "account=me", "qos=high", "memory=500G"]
     site += ["cpus_per_node=64", "setup=module load cuda", "container=apptainer exec --nv 'my image.sif'"]
     site += ["options=--constraint=h100 --exclusive"]
@@ -74,7 +74,7 @@ def test_a_dry_run_writes_script_settings_and_the_code_as_it_is_now(repository, 
     assert "key.txt" in output.err and "job" not in output.out
     assert load_config(said[7:]).directory == Path("runs/a")
 
-    assert run(*loop, "--dry-run") == 0  # equal code is there already, whatever has been done to it since
+    assert run(*loop, "--dry-run") == 0  # equal code is not copied again
     assert len([path for path in (directory / "code").iterdir() if path.is_dir()]) == 1
     text = (directory / "slurm/loop.sbatch").read_text()
     assert f"python={sys.executable}\ncontainer=()\n" in text and "#SBATCH --gres" not in text
@@ -93,20 +93,20 @@ def test_a_dry_run_writes_script_settings_and_the_code_as_it_is_now(repository, 
         (["gpus_per_node=8", "gpu_memory_gib=0.5"], "which has 0.5 GiB"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_is_written(repository, capsys, arguments, named):
+def test_rejects_bad_jobs_before_writing(repository, capsys, arguments, named):
     assert run(*arguments, "--dry-run") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error and error.count("\n") == 1
     assert not list(repository.parent.glob("runs/a/slurm")) and not list(repository.parent.glob("runs/a/code"))
 
 
-def test_other_settings_under_the_same_name_are_refused(repository, capsys):
+def test_rejects_changed_settings_of_a_run(repository, capsys):
     assert run("--dry-run") == 0
     assert run("dpo.beta=0.5", "--dry-run") == 2
     assert "dpo.beta: 0.1 -> 0.5" in capsys.readouterr().err
 
 
-def test_what_sbatch_says_decides_the_exit_code(repository, capsys, monkeypatch):
+def test_exit_code_follows_sbatch(repository, capsys, monkeypatch):
     programs = repository.parent / "bin"
     programs.mkdir()
     sbatch = programs / "sbatch"
@@ -121,7 +121,7 @@ def test_what_sbatch_says_decides_the_exit_code(repository, capsys, monkeypatch)
 
 
 @in_a_checkout
-def test_the_copy_of_this_code_runs(tmp_path):
+def test_copied_code_runs(tmp_path):
     code = launch.snapshot(tmp_path)
     command = [sys.executable, "-P", "-m", "slurm.where", "name=a", f"runs={tmp_path}"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(code)}, capture_output=True, text=True)

@@ -1,11 +1,10 @@
-"""What is installed, with warnings about versions known to be open to attack, which devices there are, and how much of
-their memory a run needs, before it is started.
+"""Check an installation and a run before it starts: versions with known vulnerabilities, devices, and memory needed.
 
     python -m vargpt_rl.doctor [experiment=vargpt_v1_1] [stage=dpo] [gpus=8] [gpu_memory_gib=80] [key=value ...]
 
-``gpus`` and ``gpu_memory_gib`` plan for other GPUs than those found; ``stage`` shows one stage alone; all other keys
-are the loop's. Without a checkpoint an experiment is planned with the sizes of the released model of v1.1, and with
-those of v1 for ``checkpoint=release_v1``. Exit codes: 0 the run fits, 1 it does not, 2 a setting is wrong.
+``gpus`` and ``gpu_memory_gib`` plan for other GPUs than the ones found; ``stage`` shows a single stage; all other keys
+are the loop's. Without a checkpoint, the plan uses the sizes of the released v1.1 model, or those of v1 with
+``checkpoint=release_v1``. Exit codes: 0 the run fits, 1 it does not, 2 a setting is wrong.
 """
 
 import os
@@ -25,71 +24,66 @@ from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.memory.plan import (
-    GIB,
-    RELEASE,
-    RUNTIME,
-    SIZES,
-    TEXT_TOKENS,
-    Devices,
-    MemoryPlan,
-    Rollout,
-    TrainingMemory,
-    model_config,
-    plan,
-    refusal,
-)
+from vargpt_rl.common.settings import require
+from vargpt_rl.memory.fit import Devices, refusal
+from vargpt_rl.memory.inputs import TEXT_TOKENS
+from vargpt_rl.memory.plan import RELEASE, SIZES, MemoryPlan, model_config, plan
+from vargpt_rl.memory.rollout import RolloutMemory
+from vargpt_rl.memory.training import TrainingMemory
+from vargpt_rl.memory.units import GIB, RUNTIME
 from vargpt_rl.model.hub import check_model
 
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "ray", "vllm")
 ADVISORIES = (
-    ("torch", "2.6", "CVE-2025-32434: torch.load runs code of a file despite weights_only=True"),
+    ("torch", "2.6", "CVE-2025-32434: torch.load runs code from a file despite weights_only=True"),
     ("torch", "2.10", "CVE-2026-24747: torch.load can corrupt memory despite weights_only=True"),
     ("ray", "2.52", "CVE-2025-62593: a web page can run code through the dashboard"),
-    ("ray", "2.54", "CVE-2026-27482: whoever reaches the dashboard can end jobs"),
+    ("ray", "2.54", "CVE-2026-27482: anyone who reaches the dashboard can end jobs"),
 )
-"""Package, first version without it, what it is."""
+"""Package, first fixed version, vulnerability."""
 
 
 @dataclass
-class Question:
-    """The keys that are not the loop's. ``gpus`` and ``gpu_memory_gib`` null take what is found."""
+class DoctorSettings:
+    """The keys that are not the loop's."""
 
     stage: str | None = None
+    """Show this stage only; null shows all."""
     gpus: int | None = None
+    """Number of GPUs to plan for; null takes those found."""
     gpu_memory_gib: float | None = None
+    """Memory of each GPU; null takes that of the GPUs found."""
 
     def __post_init__(self):
-        if self.gpus is not None and self.gpus < 1:
-            raise ValueError(f"gpus={self.gpus}: expected 1 or more")
+        require(self, gpus=1)
         if self.gpu_memory_gib is not None and self.gpu_memory_gib <= 0:
             raise ValueError(f"gpu_memory_gib={self.gpu_memory_gib}: expected a number above 0")
 
 
 def found_gpus() -> list[tuple[str, int]]:
-    """Name and bytes of each GPU of this machine."""
+    """Return the name and memory in bytes of each GPU of this machine."""
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(gpu.name, gpu.total_memory) for gpu in properties]
 
 
 def machine_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def planned(question: Question, found: list[tuple[str, int]]) -> Devices:
-    """The devices to plan for. ValueError if GPUs are asked for whose memory is not known."""
-    gpus = question.gpus or len(found)
-    if gpus and not found and question.gpu_memory_gib is None:
-        raise ValueError(f"gpu_memory_gib is not given: gpus={gpus} needs it where no GPU is found")
-    if question.gpu_memory_gib is not None and not gpus:
-        raise ValueError(f"gpu_memory_gib={question.gpu_memory_gib:g}: expected gpus=N too where no GPU is found")
-    each = question.gpu_memory_gib * GIB if question.gpu_memory_gib else min((size for _, size in found), default=0)
+def planned(asked: DoctorSettings, found: list[tuple[str, int]]) -> Devices:
+    """Return the devices to plan for. ValueError if the memory of requested GPUs is unknown."""
+    gpus = asked.gpus or len(found)
+    if gpus and not found and asked.gpu_memory_gib is None:
+        raise ValueError(f"gpu_memory_gib is not given: gpus={gpus} needs it, since no GPU was found")
+    if asked.gpu_memory_gib is not None and not gpus:
+        raise ValueError(f"gpu_memory_gib={asked.gpu_memory_gib:g}: expected gpus=N too, since no GPU was found")
+    each = asked.gpu_memory_gib * GIB if asked.gpu_memory_gib else min((size for _, size in found), default=0)
     return Devices(gpus, int(each), machine_memory())
 
 
 def warnings(installed: dict[str, str]) -> list[str]:
-    """A line for each advisory that concerns an installed version; builds (``+cpu``) and pre-releases count as such."""
+    """Return a line per advisory that applies to an installed version, build (``+cpu``) or pre-release."""
     return [
         f"warning: {package} {installed[package]} has {what}; update to {fixed} or newer"
         for package, fixed, what in ADVISORIES
@@ -98,7 +92,7 @@ def warnings(installed: dict[str, str]) -> list[str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of ``PACKAGES``, those that are installed."""
+    """Return the versions of the ``PACKAGES`` that are installed."""
     found = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -107,7 +101,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def about(found: list[tuple[str, int]]) -> list[str]:
-    """Versions, warnings and devices, a line each."""
+    """Return lines with versions, warnings and devices."""
     installed = installed_versions()
     versions = [f"{package} {installed.get(package, 'not installed')}" for package in PACKAGES]
     gpus = [f"GPU {i}: {name}, {size / GIB:.1f} GiB" for i, (name, size) in enumerate(found)] or ["no GPU"]
@@ -116,7 +110,7 @@ def about(found: list[tuple[str, int]]) -> list[str]:
     return [", ".join([python, *versions]), *warnings(installed), *gpus, machine]
 
 
-def _cells(need: TrainingMemory | Rollout, names: list[str]) -> list[str]:
+def _cells(need: TrainingMemory | RolloutMemory, names: list[str]) -> list[str]:
     return [f"{getattr(need, name) / GIB:.2f}" for name in names]
 
 
@@ -128,7 +122,7 @@ def _table(title: str, left: list[str], right: list[str]) -> Table:
 
 
 def training_table(training: list[TrainingMemory]) -> Table:
-    """A row a stage and micro-batch; the activations of the choice that is set are starred."""
+    """Build the table of stages. A star marks the activations of the configured gradient checkpointing."""
     names = ["weights", "gradients", "optimizer", "buffers", "update"]
     right = [*names, "activations", "checkpointed", "sum"]
     table = _table("a learner rank, in GiB", ["stage", "px", "batch", "ZeRO"], right)
@@ -144,8 +138,8 @@ def training_table(training: list[TrainingMemory]) -> Table:
     return table
 
 
-def rollout_table(rollouts: list[Rollout]) -> Table:
-    """A row a resolution."""
+def rollout_table(rollouts: list[RolloutMemory]) -> Table:
+    """Build the table of resolutions."""
     table = _table("a rollout worker, in GiB", ["px", "batch"], ["weights", "caches", "activations", "sum"])
     for need in rollouts:
         names = ["weights", "caches", "activations", "total"]
@@ -154,16 +148,16 @@ def rollout_table(rollouts: list[Rollout]) -> Table:
 
 
 def notes(found: MemoryPlan) -> str:
-    """How the tables' sums come about."""
+    """Explain the tables' sums."""
     return (
-        f"* as set. Sum: weights, gradients, optimizer, and the larger of buffers with activations and of update; with "
-        f"{RUNTIME / GIB:g} GiB for the runtime. At least the whole model, {found.rollouts[0].weights / GIB:.2f} GiB, "
-        f"which ZeRO-3 loads before it takes it apart. Rows of {TEXT_TOKENS} tokens of text."
+        f"* as configured. Sum: weights + gradients + optimizer + the larger of (buffers + activations) and update + "
+        f"{RUNTIME / GIB:g} GiB for the runtime; at least the whole model, {found.rollouts[0].weights / GIB:.2f} GiB, "
+        f"which ZeRO-3 loads before it partitions it. Rows have {TEXT_TOKENS} tokens of text."
     )
 
 
 def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | None:
-    """Why the loop would refuse the run; None if it would not."""
+    """Explain why the loop would reject the run; None if it would not."""
     learner = config.learner
     if devices.gpus:
         found = [{"CPU": float(os.cpu_count()), "GPU": float(devices.gpus)}]
@@ -174,30 +168,30 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
     return refusal(need, config, devices)
 
 
-def settings(arguments: list[str]) -> tuple[Question, LoopConfig]:
-    """The doctor's own keys and the loop's. ValueError for whatever is wrong."""
-    keys = tuple(f"{field.name}=" for field in fields(Question))
+def settings(arguments: list[str]) -> tuple[DoctorSettings, LoopConfig]:
+    """Split the arguments into the doctor's settings and the loop's. ValueError for a wrong one."""
+    keys = tuple(f"{field.name}=" for field in fields(DoctorSettings))
     own = [argument for argument in arguments if argument.startswith(keys)]
     others = [argument for argument in arguments if not argument.startswith(keys)]
     config = load_config(others, {"checkpoint": RELEASE})
     if config.checkpoint not in SIZES:
         config.checkpoint = check_model(config.checkpoint)
-    return load_command(Question, own), config
+    return load_command(DoctorSettings, own), config
 
 
 def examine(arguments: list[str]) -> int:
-    """Print the whole report; return 1 if the loop would refuse the run."""
+    """Print the report; return 1 if the loop would reject the run."""
     found = found_gpus()
-    question, config = settings(arguments)
-    devices = planned(question, found)
+    asked, config = settings(arguments)
+    devices = planned(asked, found)
     need = plan(config, model_config(config.checkpoint, config.resolutions[0]), devices.gpus > 0, compare=True)
     stages = dict.fromkeys(training.stage for training in need.training)
-    if question.stage not in (None, *stages):
-        raise ValueError(f"stage={question.stage}: expected one of {', '.join(stages)}")
+    if asked.stage not in (None, *stages):
+        raise ValueError(f"stage={asked.stage}: expected one of {', '.join(stages)}")
     console = wide_console()
     for line in about(found):
         console.print(line, highlight=False)
-    shown = [training for training in need.training if question.stage in (None, training.stage)]
+    shown = [training for training in need.training if asked.stage in (None, training.stage)]
     console.print(training_table(shown))
     console.print(rollout_table(need.rollouts))
     console.print(notes(need), highlight=False)

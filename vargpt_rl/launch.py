@@ -1,11 +1,11 @@
-"""The loop as a Slurm job.
+"""Submit the loop as a Slurm job.
 
     python -m vargpt_rl.launch nodes=4 gpus_per_node=8 time=24:00:00 [key=value ...] [--dry-run]
 
-Checks the loop's settings as the loop does, then writes into the run's directory what the job runs: its script, the
-settings, and a copy of the code with all changes that are not committed, so that later edits do not reach a job that
-waits. ``--dry-run`` submits nothing. All keys that are not ``SlurmJob``'s are the loop's. Exit codes: 0 submitted, 1
-Slurm refused the job, 2 a setting or an input is wrong.
+Checks the loop's settings as the loop does, then writes everything the job needs into the run's directory: its script,
+the settings, and a copy of the code including uncommitted changes, so that later edits do not affect a queued job.
+``--dry-run`` submits nothing. All keys that are not ``SlurmJob``'s are the loop's. Exit codes: 0 submitted, 1 Slurm
+rejected the job, 2 a setting or an input is wrong.
 """
 
 import io
@@ -22,47 +22,50 @@ from actors.resources import plan
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import CommandFailed, load_command, run_program
 from vargpt_rl.common.secret_check import check_shell
+from vargpt_rl.common.settings import require
 from vargpt_rl.driver.run import Run
 from vargpt_rl.loop import prepare
-from vargpt_rl.memory.plan import GIB, Devices, check_fits, model_config
+from vargpt_rl.memory.fit import Devices, check_fits
+from vargpt_rl.memory.plan import model_config
+from vargpt_rl.memory.units import GIB
 from vargpt_rl.storage.files import atomic_dir, write_atomically
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "slurm/loop.sbatch"
-OPTIONS, SETTINGS = "# -- options of the site\n", "# -- settings of the site\n"
+# Marker lines of the template, replaced by the job's lines.
+OPTIONS = "# -- options of the site\n"
+SETTINGS = "# -- settings of the site\n"
 DRY_RUN = "--dry-run"
 PLAIN = re.compile(r"[\w.,:+/@%=\[\]-]+")
 
 
 @dataclass
 class SlurmJob:
-    """What is asked of Slurm, and what the site needs; null leaves it to Slurm's defaults.
-
-    ``memory`` is of a node, as Slurm writes it (``500G``); ``options`` are further ones of sbatch. ``setup`` is shell
-    code for the job to begin with (``module load cuda``); ``python`` the interpreter on the nodes, by default this one;
-    ``container`` a command that runs others in a container (``apptainer exec --nv image.sif``), in which ``python`` is
-    then one of. ``gpu_memory_gib`` lets the launch check that the run fits into the GPUs, as the loop does.
-    """
+    """Resources to request from Slurm and settings of the site; null leaves a resource to Slurm's default."""
 
     nodes: int = 1
     gpus_per_node: int = 0
     cpus_per_node: int | None = None
     memory: str | None = None
+    """Memory per node, in Slurm's notation (``500G``)."""
     time: str | None = None
+    """Time limit, in Slurm's notation (``24:00:00``)."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     options: str | None = None
+    """Further options of sbatch."""
     setup: str | None = None
+    """Shell code that the job runs first (``module load cuda``)."""
     python: str | None = None
+    """Interpreter on the nodes, or in the container; null is this one, or the container's ``python``."""
     container: str | None = None
+    """Command prefix that runs a command in a container (``apptainer exec --nv image.sif``)."""
     gpu_memory_gib: float | None = None
+    """Memory of each GPU, to check that the run fits before submitting it; null skips the check."""
 
     def __post_init__(self):
-        for key, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_node", 1), ("gpu_memory_gib", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key}={value}: expected {least} or more")
+        require(self, nodes=1, gpus_per_node=0, cpus_per_node=1, gpu_memory_gib=0)
         for key in ("memory", "time", "partition", "account", "qos"):
             value = getattr(self, key)
             if value is not None and not PLAIN.fullmatch(value):
@@ -71,8 +74,8 @@ class SlurmJob:
             check_shell(key, getattr(self, key) or "")
 
     def sbatch(self, name: str, log: Path) -> list[str]:
-        """The options of sbatch. Jobs of one name run one after the other, so that no two write to one run."""
-        asked = {
+        """Return the options of sbatch. Jobs of one name run one after another: no two write to one run."""
+        options = {
             "nodes": self.nodes,
             "gres": f"gpu:{self.gpus_per_node}" if self.gpus_per_node else None,
             "cpus-per-task": self.cpus_per_node,
@@ -85,19 +88,19 @@ class SlurmJob:
             "dependency": "singleton",
             "output": log,
         }
-        given = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+        given = [f"--{key}={value}" for key, value in options.items() if value is not None]
         return [*given, *shlex.split(self.options or "")]
 
 
 def split(arguments: list[str]) -> tuple[SlurmJob, list[str]]:
-    """The job, and the arguments that are the loop's. ValueError for a wrong key of the job."""
+    """Split the arguments into the job and the loop's. ValueError for a wrong setting of the job."""
     keys = tuple(f"{field.name}=" for field in fields(SlurmJob))
     own = [argument for argument in arguments if argument.startswith(keys)]
     return load_command(SlurmJob, own), [argument for argument in arguments if argument not in own]
 
 
 def check_resources(job: SlurmJob, config: LoopConfig, model: str) -> None:
-    """ValueError if what is asked of Slurm cannot hold the run."""
+    """Raise ValueError if the requested resources are too small for the run."""
     node = {"CPU": float(job.cpus_per_node or max(1, job.gpus_per_node)), "GPU": float(job.gpus_per_node)}
     learner = config.learner
     plan([node] * job.nodes, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
@@ -107,27 +110,27 @@ def check_resources(job: SlurmJob, config: LoopConfig, model: str) -> None:
 
 
 def git(*arguments: str) -> bytes:
-    """What git says of this code. ValueError if it says no."""
-    named = ("-c", "user.name=vargpt_rl", "-c", "user.email=vargpt_rl@localhost")
+    """Run git in this repository; return its output. ValueError if it fails."""
+    identity = ("-c", "user.name=vargpt_rl", "-c", "user.email=vargpt_rl@localhost")
     try:
-        done = subprocess.run(["git", *named, *arguments], cwd=ROOT, capture_output=True)
+        done = subprocess.run(["git", *identity, *arguments], cwd=ROOT, capture_output=True)
     except FileNotFoundError as error:
-        raise ValueError("git is not installed: the job runs a copy of the code, which git makes") from error
+        raise ValueError("git is not installed: expected git, to copy the code for the job") from error
     if done.returncode:
         raise ValueError(f"git {arguments[0]} in {ROOT}: {' '.join(done.stderr.decode().split())}")
     return done.stdout
 
 
 def snapshot(directory: Path) -> Path:
-    """Copy the code, as it is in tracked files, below ``directory``; the folder. Equal code is copied once.
+    """Copy the tracked files, as they are now, below ``directory``; return the folder. Equal code is copied once.
 
-    Files that git does not track stay out: they may be data or secrets. They are named on stderr.
+    Untracked files are listed on stderr but not copied, since they may be data or secrets.
     """
-    # A commit of the changes, on no branch; nothing if there are none.
+    # A commit of the uncommitted changes, on no branch; empty if there are none.
     commit = git("stash", "create").decode().strip() or git("rev-parse", "HEAD").decode().strip()
     tree = git("rev-parse", f"{commit}^{{tree}}").decode().strip()
     if untracked := git("ls-files", "--others", "--exclude-standard").decode().split("\n")[:-1]:
-        print(f"not in the copy of the code, for git does not track them: {', '.join(untracked)}", file=sys.stderr)
+        print(f"not copied, since git does not track them: {', '.join(untracked)}", file=sys.stderr)
     folder = directory / "code" / tree[:12]
     if not folder.exists():
         with atomic_dir(folder) as unfinished, tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as archive:
@@ -138,7 +141,7 @@ def snapshot(directory: Path) -> Path:
 
 
 def script(job: SlurmJob, code: Path, directory: Path, arguments: list[str]) -> str:
-    """``slurm/loop.sbatch`` of that code, with what this job asks for and is set to."""
+    """Fill in ``slurm/loop.sbatch`` of that code with this job's options and settings."""
     text = (code / TEMPLATE).read_text()
     options = job.sbatch(directory.name, directory / "slurm" / "%j.log")
     python = job.python or ("python" if job.container else sys.executable)
@@ -156,7 +159,7 @@ def script(job: SlurmJob, code: Path, directory: Path, arguments: list[str]) -> 
 
 
 def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None:
-    """Write what the job runs, and submit it. Raises CommandFailed if it is not accepted."""
+    """Write the job's files and submit it. Raises CommandFailed if Slurm rejects it."""
     directory = run.directory.resolve()
     code = snapshot(directory)
     path = directory / TEMPLATE
@@ -168,7 +171,7 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None
     try:
         done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise CommandFailed("sbatch is not installed: launch on a machine where jobs can be submitted") from error
+        raise CommandFailed("sbatch not found: expected a machine that can submit Slurm jobs") from error
     if done.returncode:
         raise CommandFailed(done.stderr.strip())
     print(f"job      {done.stdout.strip()}")

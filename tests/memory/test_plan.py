@@ -1,4 +1,4 @@
-"""What a run needs: states by ZeRO stage, activations counted on skeletons, and the refusal of what cannot fit."""
+"""Memory estimates: model states by ZeRO stage, counted activations, and rejecting runs that do not fit."""
 
 import copy
 
@@ -11,9 +11,13 @@ from learners.config import LearnerConfig
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory import plan as memory
-from vargpt_rl.memory import tracker as ledger
-from vargpt_rl.memory.plan import GIB, RUNTIME, Devices, activations, batch, parameter_sizes, preference_loss, states
-from vargpt_rl.memory.tracker import counting, skeleton
+from vargpt_rl.memory import tracker
+from vargpt_rl.memory.fit import Devices, check_fits, fullest
+from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, preference_loss
+from vargpt_rl.memory.rollout import rollout
+from vargpt_rl.memory.tracker import counting, meta_model
+from vargpt_rl.memory.training import activations, parameter_sizes, states
+from vargpt_rl.memory.units import GIB, RUNTIME
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.stages import STAGES, freeze
@@ -54,7 +58,7 @@ def questions(model: Vargpt) -> torch.Tensor:
 # States
 
 
-def test_weights_gradients_and_optimizer_are_those_of_the_parameters(model):
+def test_states_follow_from_the_parameters(model):
     freeze(model, STAGES["sft"])
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -73,7 +77,7 @@ def test_bf16_keeps_fp32_masters(model):
     assert found["update"] == 6 * trained
 
 
-def test_zero_shares_by_stage():
+def test_zero_partitions_by_stage():
     sizes = [(8_000_000, True), (80_000_000, False)]
     one = {zero: states(sizes, torch.bfloat16, zero, 1, False, True) for zero in (1, 2, 3)}
     eight = {zero: states(sizes, torch.bfloat16, zero, 8, False, True) for zero in (1, 2, 3)}
@@ -88,7 +92,7 @@ def test_zero_shares_by_stage():
     assert eight[3]["whole"] == one[3]["whole"] == 2 * 88_000_000
 
 
-def test_a_gpu_holds_whole_buckets_and_a_cpu_what_is_written_to():
+def test_gpu_allocates_whole_buckets_and_cpu_only_used_ones():
     sizes = [(1000, True)]
     on_gpu, on_cpu = (states(sizes, torch.float32, 2, 1, True, where) for where in (True, False))
     assert on_gpu["buffers"] == 4 * (5 * 10**8 + 1000 + 1000)
@@ -108,20 +112,20 @@ def edits(model: Vargpt) -> torch.Tensor:
     ("stage", "loss"), [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
 )
 def test_four_blocks_count_for_all(config, stage, loss, checkpointing, monkeypatch):
-    short = activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing)
-    monkeypatch.setattr(ledger, "BLOCKS", 100)
+    short = activations(meta_model(config, torch.float32), STAGES[stage], loss, checkpointing)
+    monkeypatch.setattr(tracker, "BLOCKS", 100)
     assert short == pytest.approx(
-        activations(skeleton(config, torch.float32), STAGES[stage], loss, checkpointing), 0.01
+        activations(meta_model(config, torch.float32), STAGES[stage], loss, checkpointing), 0.01
     )
 
 
-def test_four_blocks_count_for_all_in_drawing(config, monkeypatch):
-    short = memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
-    monkeypatch.setattr(ledger, "BLOCKS", 100)
-    assert short == memory.rollout(skeleton(config, torch.float32), 0, 64, 2, SAMPLING)
+def test_four_blocks_count_for_all_in_sampling(config, monkeypatch):
+    short = rollout(meta_model(config, torch.float32), 0, 64, 2, SAMPLING)
+    monkeypatch.setattr(tracker, "BLOCKS", 100)
+    assert short == rollout(meta_model(config, torch.float32), 0, 64, 2, SAMPLING)
 
 
-def test_the_skeleton_holds_what_the_model_does(config, model):
+def test_meta_model_keeps_what_the_real_model_keeps(config, model):
     """Saved tensors of a real forward pass, without the model's own."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -134,48 +138,48 @@ def test_the_skeleton_holds_what_the_model_does(config, model):
     freeze(model.train(), STAGES["sft"])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         real = sft(2)(model)
-    small = skeleton(config, torch.float32)
+    small = meta_model(config, torch.float32)
     freeze(small.model.train(), STAGES["sft"])
-    with counting(small) as ledger:
+    with counting(small) as counted:
         shape = sft(2)(small.model)
     assert real.shape == shape.shape
-    assert ledger.live == pytest.approx(sum(storage.nbytes() for storage in kept.values()), 0.05)
+    assert counted.live == pytest.approx(sum(storage.nbytes() for storage in kept.values()), 0.05)
 
 
-def test_activations_grow_with_rows_and_resolution_and_shrink_with_checkpointing(config):
-    small, stage = skeleton(config, torch.float32), STAGES["sft"]
+def test_activations_depend_on_rows_resolution_checkpointing(config):
+    small, stage = meta_model(config, torch.float32), STAGES["sft"]
     base = activations(small, stage, sft(2), False)
     assert activations(small, stage, sft(4), False) == pytest.approx(2 * base, 0.1)
     assert activations(small, stage, sft(2, 64), False) > 1.1 * base
     assert activations(small, stage, sft(2), True) < 0.6 * base
-    assert activations(skeleton(config, torch.bfloat16), stage, sft(2), False) < 0.9 * base
+    assert activations(meta_model(config, torch.bfloat16), stage, sft(2), False) < 0.9 * base
 
 
-def test_caches_are_those_of_all_blocks_and_both_branches(config):
-    rows, tokens, text = 2, 1 + 4 + 16, memory.TEXT_TOKENS
-    found = memory.rollout(skeleton(config, torch.float32), 123, 64, rows, SAMPLING)
+def test_caches_cover_all_blocks_and_both_branches(config):
+    rows, tokens, text = 2, 1 + 4 + 16, TEXT_TOKENS
+    found = rollout(meta_model(config, torch.float32), 123, 64, rows, SAMPLING)
     language = 2 * 6 * (64 // 2) * (text + tokens) * rows
     decoder = 2 * 7 * 64 * (text + tokens) * 2 * rows
     assert 4 * (language + decoder) < found.caches < 1.2 * 4 * (language + decoder)
     assert found.total == RUNTIME + 123 + found.caches + found.activations
 
 
-def test_edits_take_the_images_that_are_shown_too(config):
-    small, stage = skeleton(config, torch.float32), STAGES["edit"]
+def test_edits_count_the_images_shown(config):
+    small, stage = meta_model(config, torch.float32), STAGES["edit"]
     plain = activations(small, stage, lambda model: sft_loss(model, batch(model, 2, 2, 32), stage.noise, 1.0)[0], False)
     assert activations(small, stage, edits, False) > plain
     inputs = batch(small.model, 2, 2, 32, seen_side=56, edits=True)
     assert (inputs["input_ids"] == config.image_token_id).sum() == 2 * 4 and len(inputs["image_grid_thw"]) == 2
     prompt = (inputs["input_ids"] != config.image_gen_pad_token_id).int().argmin(1)
-    assert prompt.tolist() == [memory.TEXT_TOKENS + 4] * 2, "the image comes on top of the text"
-    drawing = [memory.rollout(small, 0, 32, 2, SAMPLING, side) for side in (0, 224)]
-    assert drawing[1].caches > drawing[0].caches, "64 tokens more in each row's cache"
+    assert prompt.tolist() == [TEXT_TOKENS + 4] * 2, "the image is added to the text"
+    sampling = [rollout(small, 0, 32, 2, SAMPLING, side) for side in (0, 224)]
+    assert sampling[1].caches > sampling[0].caches, "64 tokens more in each row's cache"
 
 
 # A run
 
 
-def test_the_plan_has_every_stage_and_sums_that_add_up(config):
+def test_plan_covers_every_stage_and_adds_up(config):
     plan = memory.plan(load_config([*SETTINGS, ALL]), config, on_gpu=True, compare=True)
     names = [(need.stage, need.resolution) for need in plan.training]
     rounds = [(name, px) for px in (32, 48) for name in ("sft", "dpo")]
@@ -187,7 +191,7 @@ def test_the_plan_has_every_stage_and_sums_that_add_up(config):
         assert f"{need.total / GIB:.1f} GiB (weights" in str(need)
 
 
-def test_the_bound_is_no_less_than_the_plan(config):
+def test_bound_is_no_less_than_plan(config):
     settings = load_config([*SETTINGS, ALL, "edit.recipe.micro_batch=8"])
     bound, plan = memory.bound(settings, config, False), memory.plan(settings, config, False)
     for upper, need in zip(bound.training, plan.training, strict=True):
@@ -195,7 +199,7 @@ def test_the_bound_is_no_less_than_the_plan(config):
     assert max(need.total for need in bound.rollouts) >= max(need.total for need in plan.rollouts)
 
 
-def test_two_losses_need_room_for_a_sum_of_gradients_each(config):
+def test_each_of_two_losses_has_a_gradient_sum(config):
     def buffers(*settings: str) -> int:
         plan = memory.plan(load_config([*SETTINGS, "stages=[understanding]", *settings]), config, on_gpu=False)
         return plan.training[0].buffers
@@ -209,22 +213,23 @@ def test_two_losses_need_room_for_a_sum_of_gradients_each(config):
     )
 
 
-def test_what_cannot_fit_is_refused_with_the_sum(config):
+def test_rejects_runs_that_do_not_fit_with_the_sum(config):
     settings = load_config([*SETTINGS, "rollout.workers=3"])
-    memory.check_fits(settings, config, Devices(0, 0, 20 * GIB))
+    check_fits(settings, config, Devices(0, 0, 20 * GIB))
     with pytest.raises(ValueError) as error:
-        memory.check_fits(settings, config, Devices(0, 0, 4 * GIB))
+        check_fits(settings, config, Devices(0, 0, 4 * GIB))
     message = str(error.value)
     assert "3 rollout workers of 1." in message and "2 learner ranks of 1." in message and "runtime 1.0" in message
     assert "which has 4.0 GiB" in message and "gradient_checkpointing=true" in message and "\n" not in message
 
 
-def test_processes_share_a_gpu_as_far_as_their_shares_go(config):
+def test_processes_share_a_gpu_by_their_shares(config):
     plan = memory.plan(load_config(["resolutions=[32]", "stages=[align]", "iterations=1"]), config, on_gpu=True)
 
     def crowd(workers: float, ranks: float, kind: str = "colocated") -> tuple[int, int]:
-        rollout, learner = RolloutConfig(2, gpus_per_worker=workers), LearnerConfig(2, gpus_per_rank=ranks)
-        load = memory.fullest(plan, rollout, learner, PlacementConfig(kind), on_gpu=True)
+        workers_config = RolloutConfig(2, gpus_per_worker=workers)
+        learner = LearnerConfig(2, gpus_per_rank=ranks)
+        load = fullest(plan, workers_config, learner, PlacementConfig(kind), on_gpu=True)
         assert load.total == load.workers * load.rollout.total + load.ranks * load.training.total
         return load.workers, load.ranks
 
@@ -237,16 +242,16 @@ def test_processes_share_a_gpu_as_far_as_their_shares_go(config):
         crowd(0.5, 0.7)
 
 
-def test_the_model_that_is_planned_is_not_changed(config):
+def test_planning_does_not_change_the_configuration(config):
     before = copy.deepcopy(config.to_dict())
-    skeleton(config, torch.float32)
+    meta_model(config, torch.float32)
     assert config.to_dict() == before
 
 
 # Streams of records
 
 
-def test_streamed_questions_may_be_long_and_drawings_are_encoded_by_the_rank(config):
+def test_streamed_records_need_long_rows_and_a_tokenizer(config):
     given = ["data=records", "+data.sources.a.files=[x]", "stages=[pretrain,understanding]", "data.seen_pixels=3136"]
     plans = []
     for more in (["data.max_tokens=200"], ["data.max_tokens=600"], ["data.max_tokens=600", "data.encoded=x"]):
@@ -254,7 +259,7 @@ def test_streamed_questions_may_be_long_and_drawings_are_encoded_by_the_rank(con
         plans.append({need.stage: need for need in memory.plan(settings, config, False).training})
     short, long, encoded = plans
     assert long["understanding"].activations > 2 * short["understanding"].activations
-    assert long["pretrain"].activations == short["pretrain"].activations, "what is drawn has a length of its own"
+    assert long["pretrain"].activations == short["pretrain"].activations, "image rows are not padded to questions"
     tokenizer = sum(p.numel() for p in Vargpt(config).image_tokenizer.parameters()) * 4
     for stage in ("pretrain", "understanding"):
         assert long[stage].weights - encoded[stage].weights == tokenizer

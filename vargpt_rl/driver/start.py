@@ -17,7 +17,8 @@ from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
-from vargpt_rl.memory.plan import Devices, check_fits, gpu_memory, model_config
+from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
+from vargpt_rl.memory.plan import model_config
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,13 @@
-"""Counting the memory of a computation without doing it: the real code runs on the meta device under a ledger.
+"""Count the memory of a computation without running it: the real code runs on the meta device under a tracker.
 
-On the meta device tensors have shapes and no data, so a model of any size runs in a fraction of a second. A stack of
-equal blocks is run with four of them, and what one leaves behind is counted for all that are left out: the peak is that
-of the whole stack, to the byte where the blocks are equal.
+On the meta device, tensors have shapes but no data, so a model of any size runs in a fraction of a second. A stack of
+equal blocks runs with four of them, and what one block keeps is counted for all omitted blocks: the peak is that of
+the whole stack, exact to the byte if the blocks are equal.
 
-Not counted: what an allocator loses to fragmentation, and workspaces inside kernels.
+``torch.distributed._tools.mem_tracker`` cannot replace this: it raises on frozen parameters, and would have to run
+every block.
+
+Not counted: fragmentation in the allocator, and workspaces inside kernels.
 """
 
 import copy
@@ -27,27 +30,27 @@ from vargpt_rl.model.unified import Unified
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 BLOCKS = 4
-"""Blocks of a stack that are run. The second stands for those left out: the first may differ (it has no stochastic
-depth), and what the second leaves behind is known for sure once the fourth begins."""
+"""Blocks of a stack that run. The second stands for the omitted ones: the first may differ (it has no stochastic
+depth), and what the second keeps is certain only once the fourth begins."""
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model without data, its stacks cut to ``BLOCKS`` blocks, and how many blocks each stack really has.
-
-    ``results`` remembers what operators returned, by what they were given.
-    """
+    """A model without data, with at most ``BLOCKS`` blocks per stack."""
 
     model: Unified
     stacks: tuple[tuple[nn.ModuleList, int], ...]
+    """Each stack and its real number of blocks."""
     results: dict[tuple, tuple] = field(default_factory=dict)
+    """Cache of operators' results by their arguments."""
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> MetaModel:
-    """The model of ``config`` on the meta device."""
-    small, kind = copy.deepcopy(config), family_of(config).model
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> MetaModel:
+    """Build the model of ``config`` on the meta device."""
+    small = copy.deepcopy(config)
+    kind = family_of(config).model
     depths = {}
     for blocks, (part, name) in kind.stacks.items():
         settings = getattr(small, part)
@@ -61,21 +64,21 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> MetaModel:
 
 
 class _Held:
-    """Bytes of one living storage, counted for each block it stands for."""
+    """Bytes of a live storage, counted once per block it stands for."""
 
     def __init__(self, size: int):
         self.size = size
 
 
 def _valued_tensor(data, device=None, _make=torch.tensor, **options) -> torch.Tensor:
-    """``torch.tensor`` that keeps its values, whatever the device."""
+    """Call ``torch.tensor``, keeping its values whatever the device."""
     return _make(data, **options)
 
 
 def _gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Flash attention, or with a mask the memory-efficient one, which wants it as a bias in rows of a multiple of 8.
+    """Call flash attention or, with a mask, memory-efficient attention, whose bias needs rows of a multiple of 8.
 
-    Left to itself the meta device would keep all scores.
+    By default the meta device would keep all scores.
     """
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
@@ -85,36 +88,38 @@ def _gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=F
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Runs operators without data and adds up the storages that live: ``live`` bytes now, ``peak`` at most.
+    """Runs operators without data and adds up live storages: ``live`` bytes now, ``peak`` bytes at most.
 
     The model's own tensors do not count. Floats have no data; integers and masks are real, on the CPU, because control
-    flow depends on them. Not for inference mode, where operators arrive whole; ``torch.no_grad`` holds as much.
+    flow depends on them. Inference mode hides composite operators' parts: use ``torch.no_grad``, which needs the same
+    memory.
     """
 
-    def __init__(self, skeleton: MetaModel):
+    def __init__(self, meta: MetaModel):
         super().__init__()
-        self.skeleton = skeleton
-        self.live = self.peak = 0
+        self.meta = meta
+        self.live = 0
+        self.peak = 0
         self.held: weakref.WeakKeyDictionary[torch.UntypedStorage, _Held] = weakref.WeakKeyDictionary()
         self.recent: list[_Held] = []
-        for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers()):
+        for tensor in (*meta.model.parameters(), *meta.model.buffers()):
             self.held[tensor.untyped_storage()] = _Held(0)
 
     def repeat(self, blocks: nn.ModuleList, more: int) -> list[RemovableHandle]:
-        """Count what the second block leaves behind ``more`` times more, from the start of the fourth on."""
-        left: list[_Held] = []
+        """Count what the second block keeps ``more`` more times, from the start of the fourth block on."""
+        kept: list[_Held] = []
 
         def begin(*_):
             self.recent = []
 
         def end(*_):
-            left[:] = self.recent
+            kept[:] = self.recent
 
         def multiply(*_):
             if torch._C._current_graph_task_id() != -1:
-                return  # recomputed in the backward pass, one block at a time
+                return  # recomputation in the backward pass, one block at a time
             alive = set(self.held.values())
-            for held in alive.intersection(left):
+            for held in alive.intersection(kept):
                 self.live += held.size * more
                 held.size *= 1 + more
 
@@ -143,14 +148,14 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _run(self, func, args: tuple, kwargs: dict):
-        """Call, or make what the same call returned before, if that was a new tensor."""
+        """Run an operator; if the same call made a new tensor before, make one like it instead."""
         call = func, _signature(args), _signature(kwargs.items())
-        if call in self.skeleton.results:
-            size, stride, dtype = self.skeleton.results[call]
+        if call in self.meta.results:
+            size, stride, dtype = self.meta.results[call]
             return torch.empty_strided(size, stride, dtype=dtype, device=META)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_meta and result.untyped_storage() not in self.held:
-            self.skeleton.results[call] = result.shape, result.stride(), result.dtype
+            self.meta.results[call] = result.shape, result.stride(), result.dtype
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -165,18 +170,18 @@ class MemoryTracker(TorchDispatchMode):
 
 
 @contextmanager
-def counting(skeleton: MetaModel) -> Iterator[MemoryTracker]:
-    """Count what runs inside; gradients of parameters are dropped when they are complete, as ZeRO does."""
-    ledger = MemoryTracker(skeleton)
-    trained = [parameter for parameter in skeleton.model.parameters() if parameter.requires_grad]
+def counting(meta: MetaModel) -> Iterator[MemoryTracker]:
+    """Track what runs inside. Finished gradients of parameters are dropped, as ZeRO does."""
+    tracker = MemoryTracker(meta)
+    trained = [parameter for parameter in meta.model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
-    for blocks, depth in skeleton.stacks:
+    for blocks, depth in meta.stacks:
         if depth > BLOCKS:
-            hooks += ledger.repeat(blocks, depth - BLOCKS)
+            hooks += tracker.repeat(blocks, depth - BLOCKS)
     tensors = patch.object(torch, "tensor", _valued_tensor)
     attention = patch.object(F, "scaled_dot_product_attention", _gpu_attention)
-    with tensors, attention, ledger:
-        yield ledger
+    with tensors, attention, tracker:
+        yield tracker
     for hook in hooks:
         hook.remove()
 
@@ -194,7 +199,7 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 
 def _signature(values) -> tuple:
-    """What a call's result depends on, as long as it has no data."""
+    """Return all that the result of a call without data depends on."""
     parts = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -211,7 +216,7 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _with_positions(func, args: tuple) -> tuple:
-    """Masks that index become positions, while how many there are is still known."""
+    """Turn index masks into positions while their number is still known."""
     if func not in (aten.index.Tensor, aten._index_put_impl_.default, aten.index_put_.default):
         return args
     positions = []
@@ -221,5 +226,5 @@ def _with_positions(func, args: tuple) -> tuple:
 
 
 def _made_dtype(inputs: list[torch.Tensor], kwargs: dict) -> torch.dtype:
-    """Of an operator that makes a tensor: what is asked for, else its input's, else integers (``arange``)."""
+    """Return the dtype of a new tensor: as requested, else its input's, else integers (``arange``)."""
     return kwargs.get("dtype") or (inputs[0].dtype if inputs else torch.int64)

@@ -1,0 +1,116 @@
+"""Memory of a learner rank.
+
+Weights, gradients and optimizer state follow from the model's own parameters and DeepSpeed's ZeRO stage; activations
+are counted by running the real losses on the meta device (`tracker`). DeepSpeed's own estimators
+(``estimate_zero3_model_states_mem_needs``) do not serve here: they assume that every parameter is trained in half
+precision, multiply by a buffer factor of 1.5, and leave out the optimizer's step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from learners.config import Recipe
+from vargpt_rl.memory.tracker import MetaModel, counting
+from vargpt_rl.memory.units import RUNTIME, breakdown, gib
+from vargpt_rl.model.unified import Unified
+from vargpt_rl.stages import Stage, freeze
+
+# DeepSpeed's defaults, in elements.
+REDUCE_BUCKET = 5 * 10**8
+"""Gradients reduced at once."""
+LIVE_PARAMETERS = 10**9 + 5 * 10**7
+"""Parameters that ZeRO-3 keeps gathered, including prefetched ones."""
+SUB_GROUP = 10**9
+"""Parameters that ZeRO-3 updates at once."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a learner rank in one stage."""
+
+    stage: str
+    resolution: int
+    recipe: Recipe
+    whole: int
+    """The whole model while it is loaded, before ZeRO-3 partitions it."""
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """Communication buffers and gradient sums."""
+    update: int
+    """Held during the optimizer's step, instead of buffers and activations."""
+    activations: int
+    otherwise: int | None = None
+    """Activations with the opposite choice of gradient checkpointing, if requested."""
+
+    @property
+    def total(self) -> int:
+        states = self.weights + self.gradients + self.optimizer
+        return RUNTIME + max(self.whole, states + self.buffers + self.activations, states + self.update)
+
+    def __str__(self) -> str:
+        if self.total == RUNTIME + self.whole:
+            return f"{gib(self.total)} (the whole model while it is loaded, runtime {gib(RUNTIME)})"
+        names = ["weights", "gradients", "optimizer", "buffers", "activations"]
+        if self.update > self.buffers + self.activations:
+            names[3:] = ["update"]
+        return breakdown(self, names)
+
+
+def states(
+    sizes: list[tuple[int, bool]], dtype: torch.dtype, zero: int, ranks: int, accumulates: bool, on_gpu: bool
+) -> dict[str, int]:
+    """Compute all of ``TrainingMemory`` but activations from each parameter's size and whether it is trained.
+
+    ``accumulates``: a step has several micro-batches. A CPU allocates only the part of a buffer that is written.
+    """
+    width = dtype.itemsize
+    is_half = width < 4
+    total = sum(n for n, _ in sizes)
+    trained = sum(n for n, is_trained in sizes if is_trained)
+    own = {0: trained, 3: sum(-(-n // ranks) for n, is_trained in sizes if is_trained)}.get(zero, -(-trained // ranks))
+    bucket = REDUCE_BUCKET if on_gpu else min(trained, REDUCE_BUCKET)
+    reduced = bucket + min(trained, REDUCE_BUCKET)  # with its flattened copy
+    master = 4 if is_half or zero else 0  # ZeRO keeps a copy even of fp32 weights
+    step = width + 4 if is_half else width  # bytes per element: the flattened gradient, and its fp32 copy
+    found = {
+        "whole": total * width,
+        "weights": total * width,
+        "gradients": (own if zero >= 2 else trained) * width,
+        "optimizer": own * (8 + master),
+        "buffers": 0,
+        "update": own * 4 if is_half else 0,
+    }
+    if zero in (1, 2):
+        again = own if accumulates else 0  # the last micro-batch's gradients, next to their sum
+        found |= {"buffers": (reduced + again) * width, "update": own * step}
+    if zero == 3:
+        gathered = min(total, LIVE_PARAMETERS)
+        found |= {
+            "weights": sum(-(-n // ranks) for n, _ in sizes) * width,
+            "buffers": (reduced + gathered) * width,
+            "update": bucket * width + min(own, SUB_GROUP) * step,
+        }
+    return found
+
+
+def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
+    """Return each parameter's number of elements and whether the stage trains it."""
+    freeze(model, stage)
+    return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+
+
+def activations(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: bool) -> int:
+    """Count the peak bytes of a loss and its backward pass, without the model and its finished gradients."""
+    model = meta.model.train()
+    freeze(model, stage)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+    with counting(meta) as tracker:
+        loss(model).backward()
+    return tracker.peak
