@@ -1,4 +1,4 @@
-"""The bench streams the same records in every format, and trains on them."""
+"""The benchmark streams the same records in every format, and trains on them."""
 
 import pytest
 
@@ -15,15 +15,15 @@ def sources(tmp_path_factory):
 
 def test_every_format_has_the_same_records(sources):
     folder, found = sources
-    said = {}
+    messages = {}
     for kind, source in found.items():
         records = open_records(kind, source, ReadOptions(seed=None, block=4), folder / "bad")
-        said[kind] = {record.id: record.messages for record in records}
-    assert len(said["jsonl"]) == 16
-    assert said["parquet"] == said["jsonl"] == said["webdataset"]
+        messages[kind] = {record.id: record.messages for record in records}
+    assert len(messages["jsonl"]) == 16
+    assert messages["parquet"] == messages["jsonl"] == messages["webdataset"]
 
 
-def test_rates_and_shares_are_measured(sources):
+def test_measures_rate_and_waiting(sources):
     folder, found = sources
     measured = feed.measure(found["webdataset"], folder / "run", resolution=32, micro_batch=2, batches=2, steps=2)
     assert measured.samples_a_second > 0 and measured.step_seconds > 0 and 0 <= measured.wait < 1

@@ -1,1 +1,1 @@
-"""Measurements of the program itself."""
+"""Benchmarks; each module is a command."""

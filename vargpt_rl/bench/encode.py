@@ -1,10 +1,10 @@
-"""SFT with cached features against running the image tokenizer in the step: ``python -m vargpt_rl.bench.encode``.
+"""Compare SFT on cached features with running the image tokenizer in the step: ``python -m vargpt_rl.bench.encode``.
 
-Images of the shapes world are encoded by the real command (their rate includes starting it up), then steps of SFT on
-the embedded model, with the micro-batches of the demo, take turns: features read from the cache, or made of the decoded
-crops by the image tokenizer. Both give the loss the same features. Times are the best of several, in one process.
+The real command encodes images of the shapes world (its rate includes start-up). Then steps of SFT on the embedded
+model, with the demo's micro-batches, alternate between features read from the cache and features computed from the
+decoded crops. Both give the loss the same features. Times are the best of several, in one process.
 
-Shape legend: B rows, d bits a token, h w latent grid.
+Shape legend: B rows, d bits per token, h w latent grid.
 """
 
 import json
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from configs.load import load_config
+from vargpt_rl.bench.harness import results_table, timed
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.batches import DrawExample, SftCollator
 from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
@@ -36,23 +35,32 @@ from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.stages import STAGES, freeze
 
 RESOLUTIONS = (128, 256)
-IMAGES, CROPS, ROUNDS = 256, 2, 9
+IMAGES = 256
+CROPS = 2
+ROUNDS = 9
 
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """Seconds of a step both ways, the largest difference of their features, and what encoding took."""
+    """Cost of a step both ways, and of encoding."""
 
     cached: float
+    """Seconds of a step on cached features."""
     tokenized: float
+    """Seconds of a step that runs the image tokenizer."""
     difference: float
+    """Largest difference between the two features."""
     bytes_a_crop: float
+    """Bytes of the cache per crop."""
     crops_a_second: float
+    """Crops encoded per second."""
 
 
 def write_records(folder: Path, count: int, side: int) -> list[str]:
-    """``count`` images and their records, ``records.jsonl``; the captions."""
-    rng, captions, lines = np.random.default_rng(0), [], []
+    """Write ``count`` images and their ``records.jsonl``; return the captions."""
+    rng = np.random.default_rng(0)
+    captions = []
+    lines = []
     for number in range(count):
         scene = sample_scene(rng)
         render(scene, side, "commercial", rng).save(folder / f"{number}.png")
@@ -65,8 +73,9 @@ def write_records(folder: Path, count: int, side: int) -> list[str]:
 
 
 def stepper(model: Vargpt, chat: ChatFormat) -> Callable[[list[str], np.ndarray], None]:
-    """A step of SFT on captions and their features float16 [B, d, h, w]."""
-    stage, collate = STAGES["sft"], SftCollator(chat)
+    """Create a function that runs a step of SFT on captions and their features, float16 [B, d, h, w]."""
+    stage = STAGES["sft"]
+    collate = SftCollator(chat)
     freeze(model.train(), stage)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
@@ -81,7 +90,7 @@ def stepper(model: Vargpt, chat: ChatFormat) -> Callable[[list[str], np.ndarray]
 
 
 def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int = ROUNDS) -> EncodeResult:
-    """Encode ``images`` and train on them, ``rounds`` steps each way and one before that is not counted."""
+    """Encode ``images`` and train on them: ``rounds`` steps each way, after one that is not counted."""
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
     chat = ChatFormat(str(EMBEDDED), model.config)
     step = stepper(model, chat)
@@ -89,9 +98,8 @@ def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int
         folder = Path(name)
         captions = write_records(folder, images, 2 * resolution)
         source = RecordSource([str(folder / "records.jsonl")])
-        began = time.perf_counter()
-        counts = encode(Encoding(folder / "cache", {"shapes": source}, resolution=resolution, crops=CROPS))
-        rate = counts[ENCODED] / (time.perf_counter() - began)
+        encoding = Encoding(folder / "cache", {"shapes": source}, resolution=resolution, crops=CROPS)
+        seconds, counts = timed(encode, encoding)
         size = sum(path.stat().st_size for path in shard_files(folder / "cache")) / counts[ENCODED]
         cache = FeatureCache(folder / "cache", tokenizer_checksum(model.image_tokenizer.state_dict()), resolution)
 
@@ -107,36 +115,48 @@ def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int
             read_Bdhw = np.stack([cache.get(digest, 1) for digest in names])
             step(texts, read_Bdhw)
             between = time.perf_counter()
-            made_Bdhw = features_of(model.image_tokenizer, crops, micro_batch, torch.device("cpu"))
-            step(texts, made_Bdhw)
+            computed_Bdhw = features_of(model.image_tokenizer, crops, micro_batch, torch.device("cpu"))
+            step(texts, computed_Bdhw)
             ended = time.perf_counter()
 
             cached.append(between - began)
             tokenized.append(ended - between)
-            difference = max(difference, float(np.abs(read_Bdhw.astype(np.float32) - made_Bdhw).max()))
-    return EncodeResult(min(cached[1:]), min(tokenized[1:]), difference, size, rate)
+            difference = max(difference, float(np.abs(read_Bdhw.astype(np.float32) - computed_Bdhw).max()))
+    return EncodeResult(
+        cached=min(cached[1:]),
+        tokenized=min(tokenized[1:]),
+        difference=difference,
+        bytes_a_crop=size,
+        crops_a_second=counts[ENCODED] / seconds,
+    )
 
 
 def main() -> int:
-    """Print a row a resolution; the exit code."""
-    table = Table(title="a step of SFT, features cached or made in it", title_justify="left", box=SIMPLE_HEAD)
-    for column in (
+    """Print a row per resolution; return the exit code."""
+    columns = (
         "px",
         "micro-batch",
         "cached, s",
-        "made, s",
+        "computed, s",
         "ratio",
-        "differ by",
-        "bytes a crop",
-        "encoded a second",
-    ):
-        table.add_column(column, justify="right")
+        "difference",
+        "bytes/crop",
+        "crops/s",
+    )
+    table = results_table("a step of SFT with cached or computed features", columns)
     for resolution in RESOLUTIONS:
         micro_batch = load_config([]).at_resolution(resolution).sft.recipe.micro_batch
         found = measure(resolution, micro_batch)
-        figures = (f"{found.cached:.3f}", f"{found.tokenized:.3f}", f"{found.tokenized / found.cached:.2f}")
-        rest = (f"{found.difference:.4f}", f"{found.bytes_a_crop:.0f}", f"{found.crops_a_second:.1f}")
-        table.add_row(str(resolution), str(micro_batch), *figures, *rest)
+        table.add_row(
+            str(resolution),
+            str(micro_batch),
+            f"{found.cached:.3f}",
+            f"{found.tokenized:.3f}",
+            f"{found.tokenized / found.cached:.2f}",
+            f"{found.difference:.4f}",
+            f"{found.bytes_a_crop:.0f}",
+            f"{found.crops_a_second:.1f}",
+        )
     wide_console().print(table)
     return 0
 

@@ -1,10 +1,10 @@
-"""Does training wait for its data? ``python -m vargpt_rl.bench.feed``.
+"""Measure whether training waits for its data: ``python -m vargpt_rl.bench.feed``.
 
-The same images of the shapes world, at twice the resolution and with a caption each, as JSON lines beside a folder,
-as Parquet and as a WebDataset tar. Each is streamed by the loader of a learner rank: read, checked, decoded, cropped,
-encoded and batched in worker processes. First as fast as it goes (samples a second), then with a step of SFT of the
-embedded model on every micro-batch, the image tokenizer's features included as without a cache: the share of the time
-that goes by until a batch is there. A run logs that share as ``data_wait``.
+The same images of the shapes world, at twice the resolution and with a caption each, are stored as JSON lines next to a
+folder, as Parquet and as a WebDataset tar. A learner rank's loader streams each format: its worker processes read,
+check, decode, crop, encode and batch. First the loader runs at full speed (samples per second), then with a step of
+SFT of the embedded model on every micro-batch, including the image tokenizer since there is no feature cache: this
+gives the share of time spent waiting for a batch, which a run logs as ``data_wait``.
 """
 
 import io
@@ -20,11 +20,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from vargpt_rl.bench.encode import write_records
+from vargpt_rl.bench.harness import results_table
+from vargpt_rl.common.console import wide_console
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.losses.supervised import sft_loss
@@ -33,22 +32,28 @@ from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.stages import STAGES, freeze
 
-RESOLUTION, MICRO_BATCH, WORKERS = 128, 16, 2
-IMAGES, BATCHES, STEPS = 512, 40, 20
-WARMUP = 8  # batches that are not counted: all that the workers prepare ahead while they start
+RESOLUTION = 128
+MICRO_BATCH = 16
+WORKERS = 2
+IMAGES = 512
+BATCHES = 40
+STEPS = 20
+WARMUP = 8
+"""Batches that are not counted: those that the workers prefetch while they start."""
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """``wait``: the share of the steps' time until their batches were there."""
+    """Speed of a stream of records."""
 
     samples_a_second: float
     step_seconds: float
     wait: float
+    """Share of the steps' time spent waiting for batches."""
 
 
 def write_sources(folder: Path, count: int, side: int) -> dict[str, RecordSource]:
-    """The same records in each format."""
+    """Write the same records in each format."""
     write_records(folder, count, side)
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     images = {row["id"]: (folder / row["images"][0]).read_bytes() for row in rows}
@@ -67,9 +72,10 @@ def write_sources(folder: Path, count: int, side: int) -> dict[str, RecordSource
 def measure(
     source: RecordSource, folder: Path, resolution: int, micro_batch: int, batches: int, steps: int
 ) -> LoadResult:
-    """Stream ``batches`` micro-batches without training, then train ``steps`` on as many."""
+    """Stream ``batches`` micro-batches without training, then train ``steps`` steps, one micro-batch each."""
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
-    chat, stage = ChatFormat(str(EMBEDDED), model.config), STAGES["sft"]
+    chat = ChatFormat(str(EMBEDDED), model.config)
+    stage = STAGES["sft"]
     freeze(model.train(), stage)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     feed = RecordStream(
@@ -93,11 +99,13 @@ def measure(
     rate = batches * micro_batch / (time.perf_counter() - began)
     del stream_B
 
-    stream_B, waited, spent = stream(), 0.0, 0.0
+    stream_B = stream()
+    waited = 0.0
+    spent = 0.0
     for step in range(WARMUP + steps):
         began = time.perf_counter()
         batch = next(stream_B)
-        there = time.perf_counter()
+        received = time.perf_counter()
         with torch.no_grad():
             images_N3HW = (batch.pop("crops").float() / 127.5 - 1).permute(0, 3, 1, 2)
             batch["features"] = model.image_tokenizer.features(images_N3HW).half()
@@ -105,23 +113,22 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         if step >= WARMUP:
-            waited, spent = waited + there - began, spent + time.perf_counter() - began
+            waited += received - began
+            spent += time.perf_counter() - began
     return LoadResult(rate, spent / steps, waited / spent)
 
 
 def main() -> int:
-    """Print a row a format; the exit code."""
+    """Print a row per format; return the exit code."""
     title = f"records at {RESOLUTION} px, micro-batches of {MICRO_BATCH}, {WORKERS} workers"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("format", "samples a second", "a step, s", "of it waiting"):
-        table.add_column(column, justify="right")
+    table = results_table(title, ("format", "samples per second", "step, s", "waiting"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, source in write_sources(folder, IMAGES, 2 * RESOLUTION).items():
             found = measure(source, folder / kind, RESOLUTION, MICRO_BATCH, BATCHES, STEPS)
             figures = f"{found.samples_a_second:.0f}", f"{found.step_seconds:.2f}", f"{found.wait:.1%}"
             table.add_row(kind, *figures)
-    Console().print(table)
+    wide_console().print(table)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""A reward that never answers, in a module that is quick to import."""
+"""A reward that never answers, in a module that imports quickly."""
 
 import time
 
 
 def hang(images: list, prompts: list[str]) -> list[float]:
-    """Sleep, for ever."""
+    """Sleep forever."""
     while True:
         time.sleep(60)

@@ -1,9 +1,9 @@
-"""Estimated against measured memory of a step of training: ``python -m vargpt_rl.bench.memory``.
+"""Compare estimated with measured memory of a training step: ``python -m vargpt_rl.bench.memory``.
 
-Real steps in fp32 on the CPU, in one process, for two models: the embedded one and a larger one with random weights.
-A step is a second micro-batch on top of gradients and optimizer state, then AdamW. Without ZeRO it is torch's own
-AdamW, and measured is the most that torch's allocator has handed out; with ZeRO it is DeepSpeed, whose threads the
-profiler does not see, and measured are the tensors that live at once. Exit code 1 if an estimate is more than 15 % off.
+Real steps in fp32 on the CPU, in one process, for the embedded model and a larger one with random weights. A step is a
+second micro-batch on top of gradients and optimizer state, then AdamW. Without ZeRO, torch's AdamW runs and the peak of
+torch's allocator is measured; with ZeRO, DeepSpeed runs, whose threads the profiler does not see, and the peak of live
+tensors is measured. Exit code 1 if an estimate is off by more than 15 %.
 """
 
 import os
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learners.config import Recipe
+from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.losses.supervised import sft_loss
-from vargpt_rl.memory.plan import RUNTIME, TrainingMemory, activations, batch, parameter_sizes, preference_loss, states
-from vargpt_rl.memory.tracker import META, skeleton
+from vargpt_rl.memory.inputs import batch, preference_loss
+from vargpt_rl.memory.tracker import META, meta_model
+from vargpt_rl.memory.training import TrainingMemory, activations, parameter_sizes, states
+from vargpt_rl.memory.units import RUNTIME
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
@@ -34,18 +34,19 @@ from vargpt_rl.stages import STAGES, freeze
 
 TOLERANCE = 0.15
 TEXT = 32
-"""Tokens of text a row."""
+"""Text tokens per row."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One step; ``micro_batch`` counts images, or pairs of them in DPO."""
+    """One step."""
 
     model: str
     stage: str
     zero: int
     resolution: int
     micro_batch: int
+    """Images, or pairs of images in DPO."""
     checkpointing: bool = False
 
     @property
@@ -65,23 +66,30 @@ CASES = (
 
 
 def model_config(name: str) -> VargptConfig:
-    """The embedded model's, or one of some 340 million parameters."""
+    """Return the configuration of the embedded model, or of one with about 340 million parameters."""
     config = VargptConfig.from_pretrained(EMBEDDED)
     if name == "middle":
-        text, decoder = config.text_config, config.decoder_config
-        text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 2816, 12
-        text.num_attention_heads, text.num_key_value_heads = 16, 4
+        text = config.text_config
+        decoder = config.decoder_config
+        text.hidden_size = 1024
+        text.intermediate_size = 2816
+        text.num_hidden_layers = 12
+        text.num_attention_heads = 16
+        text.num_key_value_heads = 4
         text.layer_types = ["full_attention"] * text.num_hidden_layers
         text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
-        text.initializer_range = 0.02  # the embedded model's is for narrow layers; here gradients would overflow
+        text.initializer_range = 0.02  # the embedded model's, for narrow layers, overflows gradients
         config.vision_config.hidden_size = text.hidden_size
-        decoder.width, decoder.depth, decoder.heads = 1024, 10, 16
+        decoder.width = 1024
+        decoder.depth = 10
+        decoder.heads = 16
     return config
 
 
 def estimate(case: Case) -> int:
-    """Bytes of tensors in the step, from shapes alone."""
-    config, stage = model_config(case.model), STAGES[case.stage]
+    """Estimate the bytes of tensors in the step from shapes alone."""
+    config = model_config(case.model)
+    stage = STAGES[case.stage]
 
     def loss(model: Vargpt) -> torch.Tensor:
         inputs = batch(model, case.rows, case.rows, case.resolution, text=TEXT)
@@ -91,17 +99,20 @@ def estimate(case: Case) -> int:
 
     with META:
         whole = Vargpt(config)
-    kept = activations(skeleton(config, torch.float32), stage, loss, case.checkpointing)
+    kept = activations(meta_model(config, torch.float32), stage, loss, case.checkpointing)
     held = states(parameter_sizes(whole, stage), torch.float32, case.zero, 1, True, True)
-    return TrainingMemory(case.stage, case.resolution, Recipe(), **held, activations=kept).total - RUNTIME
+    need = TrainingMemory(case.stage, case.resolution, Recipe(), **held, activations=kept)
+    return need.total - RUNTIME
 
 
 def real_loss(case: Case, model: Callable, module: Vargpt, resolution: int) -> torch.Tensor:
-    """The learner's loss of ``model``, which is ``module`` or DeepSpeed's engine around it."""
-    inputs, stage = batch(module, case.rows, case.rows, resolution, text=TEXT), STAGES[case.stage]
+    """Compute the learner's loss of ``model``, which is ``module`` or DeepSpeed's engine around it."""
+    inputs = batch(module, case.rows, case.rows, resolution, text=TEXT)
+    stage = STAGES[case.stage]
     if case.stage != "dpo":
         return sft_loss(model, inputs, stage.noise, stage.text_weight)[0]
-    tokens, depth = token_count(schedule_for(resolution)), module.config.image_tokenizer_config.bits
+    tokens = token_count(schedule_for(resolution))
+    depth = module.config.image_tokenizer_config.bits
     bits = torch.zeros(case.rows, tokens, depth, dtype=torch.uint8)
     scored = model(inputs["input_ids"], inputs["attention_mask"], bits, torch.tensor(resolution))
     chosen, rejected = scored.log_probs.sum(1).chunk(2)
@@ -109,7 +120,7 @@ def real_loss(case: Case, model: Callable, module: Vargpt, resolution: int) -> t
 
 
 def real_model(case: Case) -> tuple[Vargpt, torch.optim.Optimizer]:
-    """The learner's model with random weights, and the optimizer that its trainer takes."""
+    """Create the learner's model with random weights, and its trainer's optimizer."""
     from learners.image_policy import ImagePolicy
 
     model = (ImagePolicy if case.stage == "dpo" else Vargpt)(model_config(case.model)).train()
@@ -120,33 +131,26 @@ def real_model(case: Case) -> tuple[Vargpt, torch.optim.Optimizer]:
 
 
 def measure_torch(case: Case) -> int:
-    """Peak of torch's allocator, from the making of the model to the end of the step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Measure the peak of torch's allocator, from the creation of the model to the end of the step."""
+
+    def run() -> None:
         model, optimizer = real_model(case)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         real_loss(case, model, model, case.resolution).backward()
         optimizer.step()
-    return peak(profiler)
+
+    return peak_memory(run)
 
 
-def peak(profiler: profile) -> int:
-    """The most bytes that torch's allocator had handed out at once, on top of those before ``profiler`` watched."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
-
-
-class Living(TorchDispatchMode):
-    """Adds up the storages of real tensors that live: ``live`` bytes now, ``peak`` at most."""
+class LiveTensors(TorchDispatchMode):
+    """Adds up the storages of live CPU tensors: ``live`` bytes now, ``peak`` bytes at most."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peak = 0
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -166,7 +170,7 @@ class Living(TorchDispatchMode):
 
 
 def measure_zero(case: Case) -> int:
-    """Peak of living tensors under DeepSpeed, with its configuration as the learners have it."""
+    """Measure the peak of live tensors under DeepSpeed, configured as the learners configure it."""
     import deepspeed
 
     from learners.training import deepspeed_config
@@ -174,37 +178,44 @@ def measure_zero(case: Case) -> int:
     if not dist.is_initialized():
         os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # this op would be compiled first
         deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     settings = deepspeed_config(Recipe(zero=case.zero), bf16=False)
     settings |= {"train_micro_batch_size_per_gpu": case.rows, "gradient_accumulation_steps": 2}
-    with Living() as living:
+    with LiveTensors() as tensors:
         model, optimizer = real_model(case)
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings | {"gradient_clipping": 1.0})[0]
-        for resolution in (16, 16, case.resolution, case.resolution):  # the first step makes the optimizer's state
+        for resolution in (16, 16, case.resolution, case.resolution):  # the first step creates the optimizer state
             engine.backward(real_loss(case, engine, model, resolution))
             engine.step()
     if engine.skipped_steps:
-        raise RuntimeError(f"{case}: gradients were not finite, so there is no optimizer state to measure")
+        raise RuntimeError(f"{case}: expected finite gradients; without them there is no optimizer state to measure")
     engine.destroy()
-    return living.peak
+    return tensors.peak
 
 
 def main() -> int:
-    """Print a row a case; the exit code."""
-    table = Table(title="memory of a step, in MB", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("model", "stage", "ZeRO", "px", "rows", "checkpointing", "estimate", "measured", "ratio"):
-        table.add_column(column, justify="left" if column in ("model", "stage") else "right")
-    right = True
+    """Print a row per case; return the exit code."""
+    columns = ("model", "stage", "ZeRO", "px", "rows", "checkpointing", "estimate", "measured", "ratio")
+    table = results_table("memory of a step, in MB", columns, left=("model", "stage"))
+    within = True
     for case in CASES:
-        expected, found = estimate(case), (measure_zero if case.zero else measure_torch)(case)
-        right &= abs(expected / found - 1) <= TOLERANCE
-        figures = (str(figure) for figure in (case.zero or "-", case.resolution, case.rows, case.checkpointing))
+        expected = estimate(case)
+        found = measure_zero(case) if case.zero else measure_torch(case)
+        within &= abs(expected / found - 1) <= TOLERANCE
         table.add_row(
-            case.model, case.stage, *figures, f"{expected / 1e6:.0f}", f"{found / 1e6:.0f}", f"{expected / found:.3f}"
+            case.model,
+            case.stage,
+            str(case.zero or "-"),
+            str(case.resolution),
+            str(case.rows),
+            str(case.checkpointing),
+            f"{expected / 1e6:.0f}",
+            f"{found / 1e6:.0f}",
+            f"{expected / found:.3f}",
         )
     wide_console().print(table)
-    return 0 if right else 1
+    return 0 if within else 1
 
 
 if __name__ == "__main__":
