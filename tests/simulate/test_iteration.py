@@ -1,4 +1,4 @@
-"""The simulation against what can be worked out by hand, and against what must hold of any machine."""
+"""The simulation against hand calculations and properties of any machine."""
 
 from dataclasses import replace
 from math import ceil
@@ -49,7 +49,7 @@ machines = st.builds(Machine, st.integers(1, 6), st.integers(1, 3), st.none() | 
 
 
 def batches(costs: Costs, work: Work) -> dict[str, int]:
-    """How many of each kind there are."""
+    """Count the batches of each kind."""
     rounds = max(1, ceil(work.prompts / (work.min_pairs or work.prompts)))
     shares = [len(range(source, work.prompts, work.sources)) for source in range(work.sources)]
     last = [len(range(number, shares[-1], rounds)) for number in range(rounds)]
@@ -65,7 +65,7 @@ def batches(costs: Costs, work: Work) -> dict[str, int]:
 
 @quick
 @given(costs, works, machines)
-def test_every_batch_is_served_once(costs, work, machine):
+def test_serves_every_batch_once(costs, work, machine):
     assert simulate(costs, work, machine).served == batches(costs, work)
 
 
@@ -79,15 +79,15 @@ def test_one_worker_takes_the_sum(prompts, draw_s, dispatch_s):
 
 @quick
 @given(st.integers(4, 200), st.floats(0.01, 5))
-def test_workers_without_end_take_one_batch(prompts, draw_s):
+def test_unlimited_workers_take_one_batch(prompts, draw_s):
     found = simulate(replace(FREE, draw_s=draw_s), Work(prompts, 1, 1, sources=1), Machine(1000))
     assert found.pairs_s == pytest.approx(draw_s)
 
 
 @quick
 @given(st.integers(1, 60), st.floats(0.001, 0.1))
-def test_workers_without_end_wait_for_the_driver(batches, dispatch_s):
-    """Without work for the workers, all time is the driver's, whatever their number."""
+def test_unlimited_workers_wait_for_the_driver(batches, dispatch_s):
+    """If workers take no time, all time is the driver's."""
     work = Work(4 * batches, 1, 1, sources=1)
     found = simulate(replace(FREE, dispatch_s=dispatch_s), work, Machine(1000))
     assert found.pairs_s == pytest.approx(dispatch_s * (batches + batches + 2 * batches))
@@ -96,15 +96,15 @@ def test_workers_without_end_wait_for_the_driver(batches, dispatch_s):
 
 @quick
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_training_takes_its_steps(steps, ranks):
+def test_training_takes_the_time_of_its_steps(steps, ranks):
     found = simulate(replace(FREE, micro_batch_s=1.0, step_s=0.5), Work(4, steps, 16), Machine(1, ranks))
     assert found.total_s == pytest.approx(steps * (ceil(8 / ranks) + 0.5))
 
 
 @quick
 @given(costs, works, machines)
-def test_more_ranks_and_cheaper_work_never_take_longer(costs, work, machine):
-    """Workers on cores of their own and a driver that costs nothing: behind a busy one, order matters."""
+def test_more_ranks_or_cheaper_work_never_take_longer(costs, work, machine):
+    """Workers have their own cores and the driver costs nothing: behind a busy driver, order matters."""
     costs = replace(costs, dispatch_s=0.0, byte_s=0.0)
     machine = replace(machine, cores=None)
     before = simulate(costs, work, machine).total_s
@@ -115,7 +115,7 @@ def test_more_ranks_and_cheaper_work_never_take_longer(costs, work, machine):
 
 @quick
 @given(costs, works, machines)
-def test_more_workers_never_take_longer_where_the_driver_costs_nothing(costs, work, machine):
+def test_more_workers_never_take_longer_with_a_free_driver(costs, work, machine):
     costs = replace(costs, dispatch_s=0.0, byte_s=0.0)
     machine = replace(machine, cores=None)
     before = simulate(costs, work, machine).total_s
@@ -124,7 +124,7 @@ def test_more_workers_never_take_longer_where_the_driver_costs_nothing(costs, wo
 
 @quick
 @given(costs, works, machines)
-def test_it_takes_as_long_as_its_busiest_part_at_least(costs, work, machine):
+def test_takes_at_least_as_long_as_the_busiest_part(costs, work, machine):
     found = simulate(costs, work, machine)
     busy = found.busy
     drawn = sum(busy.get(what, 0.0) for what in ("draw", "encode", "score", "swap"))
@@ -138,7 +138,7 @@ def test_it_takes_as_long_as_its_busiest_part_at_least(costs, work, machine):
 @quick
 @given(costs, works, st.integers(1, 40))
 def test_overlap_hides_the_smaller_part(costs, work, min_pairs):
-    """With devices of their own, training and drawing beside each other never take longer than their sum."""
+    """On separate devices, overlapped training and sampling never take longer than their sum."""
     machine = Machine(2, 1)
     apart = simulate(costs, replace(work, min_pairs=None), machine)
     beside = simulate(costs, replace(work, min_pairs=min_pairs), machine)
@@ -146,6 +146,6 @@ def test_overlap_hides_the_smaller_part(costs, work, min_pairs):
 
 
 @pytest.mark.parametrize("wrong", [Work(0, 1, 1), Work(1, 0, 1), Work(1, 1, 1, sources=0)])
-def test_nothing_to_do_is_refused(wrong):
+def test_rejects_an_empty_iteration(wrong):
     with pytest.raises(ValueError, match="expected 1 or more"):
         simulate(FREE, wrong, Machine(1))

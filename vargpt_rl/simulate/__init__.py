@@ -1,1 +1,1 @@
-"""Prediction of an iteration's time on machines that are not at hand, from costs that were measured."""
+"""Predict the time of an iteration on machines that are not available, from measured costs."""

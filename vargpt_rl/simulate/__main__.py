@@ -1,79 +1,82 @@
 """Predict an iteration's time: ``python -m vargpt_rl.simulate costs=FILE [run=DIR gpus=[8,64,512] prompts=... ...]``.
 
-``costs`` is written by ``python -m vargpt_rl.simulate.measure``; a finished run's directory, in ``run``, gives the
-costs of its own model and GPUs in the place of those of the embedded one. Printed are, for each number of GPUs, the
-time until the pairs are there and until DPO is done, what share of it the workers, the ranks and the driver are busy,
-and which of them is busiest: where that is the driver, more GPUs do not help.
+``costs`` is a file of ``python -m vargpt_rl.simulate.measure``. With ``run``, a finished run's directory, the costs of
+its model and GPUs replace those of the embedded model. For each number of GPUs, the table has the time until the pairs
+and until DPO are finished, the share of it in which the workers, the ranks and the driver are busy, and which of them
+is busiest: if it is the driver, more GPUs do not help.
 
-Not in it: SFT and evaluation, failures, shared disks and networks that are full, the cost of reducing gradients over
-more ranks, and rewards.
+Not included: SFT, evaluation, failures, saturated disks and networks, reducing gradients over more ranks, and rewards.
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.settings import require
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
 
 
 @dataclass
 class SimulateSettings:
-    """The paper's iteration at 256 px, unless told otherwise. ``draw_share`` of the GPUs draw, the others train;
-    ``sources``: so many SFT checkpoints draw; ``min_pairs`` as ``dpo.min_pairs``, null for no overlap.
-    """
+    """The iteration to predict, by default the paper's at 256 px."""
 
     costs: str = "costs.json"
+    """File of measured costs."""
     run: str | None = None
+    """Directory of a finished run, whose costs replace the measured ones."""
     gpus: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256, 512, 1024])
+    """Numbers of GPUs to predict for."""
     draw_share: float = 0.5
+    """Share of the GPUs that sample; the others train."""
     prompts: int = 180_000
     sources: int = 2
+    """Number of SFT checkpoints that sample."""
     steps: int = 5000
+    """Steps of DPO."""
     pairs: int = 384
+    """Pairs per step of DPO."""
     min_pairs: int | None = None
+    """As ``dpo.min_pairs``; null for no overlap."""
 
     def __post_init__(self):
         if not self.gpus or min(self.gpus) < 2:
             raise ValueError(f"gpus={self.gpus}: expected 2 or more each")
         if not 0 < self.draw_share < 1:
             raise ValueError(f"draw_share={self.draw_share}: expected a share above 0 and below 1")
-        if self.min_pairs is not None and self.min_pairs < 1:
-            raise ValueError(f"min_pairs={self.min_pairs}: expected 1 or more, or null")
+        require(self, min_pairs=1)
 
 
 def split(gpus: int, share: float) -> Machine:
-    """At least one worker and one rank."""
+    """Split GPUs into workers and ranks, at least one of each."""
     workers = min(gpus - 1, max(1, round(gpus * share)))
     return Machine(workers, gpus - workers)
 
 
 def shares(found: Forecast, machine: Machine) -> dict[str, float]:
-    """How much of the whole time each kind of process is busy."""
-    busy, total = found.busy, found.total_s
+    """Return the share of the total time in which each kind of process is busy."""
+    busy = found.busy
+    total = found.total_s
     drawn = sum(busy.get(what, 0.0) for what in ("draw", "encode", "score", "swap"))
     driven = {what: busy.get(what, 0.0) / total for what in ("dispatch", "store", "table")}
     return {"workers": drawn / machine.workers / total, "ranks": busy["train"] / total, **driven}
 
 
 def run(settings: SimulateSettings) -> None:
-    """Print a row a number of GPUs."""
+    """Print a row per number of GPUs."""
     costs = Costs.read(Path(settings.costs))
     if settings.run:
         costs = costs.of_run(Path(settings.run))
     work = Work(settings.prompts, settings.steps, settings.pairs, settings.sources, settings.min_pairs)
-    table = Table(title="an iteration's pairs and DPO", title_justify="left", box=SIMPLE_HEAD)
     columns = (
         "GPUs",
         "workers",
         "ranks",
-        "pairs s",
-        "all s",
+        "pairs, s",
+        "total, s",
         "workers",
         "ranks",
         "dispatch",
@@ -81,8 +84,7 @@ def run(settings: SimulateSettings) -> None:
         "table",
         "busiest",
     )
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = results_table("an iteration's pairs and DPO", columns)
     for gpus in settings.gpus:
         machine = split(gpus, settings.draw_share)
         found = simulate(costs, work, machine)

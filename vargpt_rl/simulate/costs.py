@@ -1,4 +1,4 @@
-"""What the parts of an iteration cost, measured (``vargpt_rl.simulate.measure``), as JSON."""
+"""Costs of an iteration's parts, measured by ``vargpt_rl.simulate.measure`` and stored as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,34 +12,43 @@ from vargpt_rl.driver.run import CONFIG, SUMMARY
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. Of a worker or learner rank: for a batch of ``batch`` images drawn, encoded or scored, for one of
-    ``micro_batch`` pairs trained on, and for a step beside its micro-batches. Of the driver: for a batch handed out and
-    taken back, for a byte of its result, and for a pair written to the table. To swap in new weights: once, and for a
-    byte.
-
-    ``result_bytes`` of a drawn image and ``encoded_bytes`` of an encoded one come back from a worker,
-    ``weight_bytes`` go to it.
-    """
+    """Costs of workers, learner ranks and the driver, in seconds and bytes."""
 
     batch: int
+    """Images of a worker's batch."""
     micro_batch: int
+    """Pairs of a rank's micro-batch."""
     draw_s: float
+    """Worker: to sample a batch."""
     encode_s: float
+    """Worker: to encode a batch."""
     score_s: float
+    """Worker: to score a batch."""
     micro_batch_s: float
+    """Rank: to train on a micro-batch."""
     step_s: float
+    """Rank: for a step, besides its micro-batches."""
     dispatch_s: float
+    """Driver: to dispatch a batch and take its result."""
     byte_s: float
+    """Driver: per byte of a result."""
     pair_s: float
+    """Driver: to write a pair to the table."""
     swap_s: float
+    """Worker: to swap weights, besides their bytes."""
     swap_byte_s: float
+    """Worker: per byte of swapped weights."""
     result_bytes: float
+    """Result of a sampled image."""
     encoded_bytes: float
+    """Result of an encoded image."""
     weight_bytes: float
+    """Weights sent to a worker."""
 
     def __post_init__(self):
         for field in fields(self):
-            value, least = getattr(self, field.name), 1 if field.type is int else 0
+            value = getattr(self, field.name)
+            least = 1 if field.type is int else 0
             if not isinstance(value, int | float) or not value >= least:
                 raise ValueError(f"{field.name}={value!r}: expected a number of {least} or more")
 
@@ -48,13 +57,13 @@ class Costs:
 
     @classmethod
     def read(cls, path: Path) -> "Costs":
-        """ValueError, naming file and key, for a missing, unknown or bad one."""
+        """Read a file. ValueError, naming file and key, for a missing, unknown or bad key."""
         found = json.loads(path.read_text())
         names = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or found.keys() != names:
             odd = sorted(names ^ set(found))
             raise ValueError(
-                f"{path}: missing or unknown keys: {', '.join(odd)}; vargpt_rl.simulate.measure writes all"
+                f"{path}: missing or unknown keys {', '.join(odd)}: expected a file of vargpt_rl.simulate.measure"
             )
         try:
             return cls(**found)
@@ -62,9 +71,9 @@ class Costs:
             raise ValueError(f"{path}: {error}") from error
 
     def of_run(self, directory: Path) -> "Costs":
-        """The same, with drawing, training and swapping as in the last iteration of a finished run.
+        """Replace the costs of sampling, training and swapping by those of a finished run's last iteration.
 
-        What its records do not tell apart is kept: the driver's costs, and how encoding and scoring compare to drawing.
+        Costs that its records do not separate stay: the driver's, and the ratios of encoding and scoring to sampling.
         """
         path = directory / SUMMARY
         if not path.exists():
@@ -72,7 +81,7 @@ class Costs:
         settings = OmegaConf.to_object(OmegaConf.merge(LoopConfig, OmegaConf.load(directory / CONFIG)))
         iterations = json.loads(path.read_text())["iterations"]
         if not iterations:
-            raise ValueError(f"{path}: no iteration, expected a run with stage align")
+            raise ValueError(f"{path}: expected a run with stage align, got no iteration")
         last = iterations[-1]
         there = settings.at_resolution(last["resolution"])
         drawn, dpo, swap, recipe = last["rollout"], last["dpo"], last["swap"], there.dpo.recipe

@@ -1,8 +1,8 @@
-"""An iteration's pairs and DPO as discrete events: workers, learner ranks, and the driver that feeds them.
+"""Simulate an iteration's pairs and DPO as discrete events: workers, learner ranks, and the driver that feeds them.
 
-As in ``actors.pool``, the driver hands a batch to each idle worker, and takes results back, one thing at a time; while
-it writes a part of the preference table it does nothing else. As in ``learners.pairs``, DPO may take as large a share
-of its steps as there is of the parts. Where processes share CPU cores, whatever computes holds one.
+As in ``actors.pool``, the driver dispatches a batch to each idle worker and takes results, one at a time; while it
+writes a part of the preference table, it does nothing else. As in ``learners.pairs``, DPO may run the share of its
+steps that matches the share of finished parts. If processes share CPU cores, each computation holds one.
 """
 
 from collections import Counter
@@ -17,47 +17,55 @@ from vargpt_rl.simulate.costs import Costs
 
 @dataclass(frozen=True)
 class Work:
-    """An iteration: ``prompts`` are drawn once each, by ``sources`` policies; DPO takes ``steps`` steps of ``pairs``.
-
-    ``min_pairs`` as ``dpo.min_pairs``.
-    """
+    """The work of an iteration."""
 
     prompts: int
+    """Prompts, sampled once each."""
     steps: int
+    """Steps of DPO."""
     pairs: int
+    """Pairs per step."""
     sources: int = 2
+    """Policies that share the prompts."""
     min_pairs: int | None = None
+    """As ``dpo.min_pairs``."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``cores``: what all processes share; None where each has a device of its own, and the driver a core."""
+    """The processes and the cores that they share."""
 
     workers: int
     ranks: int = 1
     cores: int | None = None
+    """CPU cores that all processes share; None if each process has its own device, and the driver its own core."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds until the pairs are there and until DPO is done; ``busy`` seconds of the driver by what for, and of all
-    workers (``draw``, ``encode``, ``score``, ``swap``) and the ranks (``train``); ``served`` batches.
-    """
+    """The predicted times of an iteration."""
 
     pairs_s: float
+    """Seconds until the pairs are finished."""
     total_s: float
+    """Seconds until DPO is finished."""
     busy: dict[str, float]
+    """Busy seconds by activity: of the driver (``dispatch``, ``store``, ``table``), of all workers (``draw``,
+    ``encode``, ``score``, ``swap``) and of the ranks (``train``)."""
     served: dict[str, int]
+    """Batches by activity."""
 
     @property
     def driver(self) -> float:
-        """Share of the time of making pairs in which the driver worked."""
+        """Share of ``pairs_s`` in which the driver is busy."""
         return sum(self.busy[what] for what in ("dispatch", "store", "table")) / self.pairs_s
 
 
 class _Simulation:
     def __init__(self, costs: Costs, work: Work, machine: Machine):
-        self.costs, self.work, self.machine = costs, work, machine
+        self.costs = costs
+        self.work = work
+        self.machine = machine
         self.env = simpy.Environment()
         self.driver = simpy.Resource(self.env)
         self.cores = simpy.Resource(self.env, machine.cores) if machine.cores else None
@@ -76,14 +84,14 @@ class _Simulation:
             yield self.env.timeout(seconds)
 
     def _drive(self, **seconds: float) -> Generator:
-        """The driver's work, one thing at a time."""
+        """Occupy the driver, which does one thing at a time."""
         with self.driver.request() as turn:
             yield turn
             for what, spent in seconds.items():
                 yield from self._compute(what, spent)
 
     def _worker(self, what: str, waiting: list[int], seconds: float, result: float) -> Generator:
-        """``seconds`` and ``result`` bytes of a full batch; a smaller one takes as much less."""
+        """Serve batches. A full one takes ``seconds`` and returns ``result`` bytes, a smaller one less."""
         while waiting:
             share = waiting.pop() / self.costs.batch
             yield from self._drive(dispatch=self.costs.dispatch_s / 2)
@@ -92,25 +100,27 @@ class _Simulation:
             self.served[what] += 1
 
     def _map(self, what: str, items: int, seconds: float, result: float, size: int | None = None) -> Generator:
-        """``RolloutPool.run``, in batches of ``size``, or the usual one."""
+        """Run ``RolloutPool.run`` in batches of ``size``, by default ``costs.batch``."""
         size = size or self.costs.batch
         waiting = [min(size, items - at) for at in range(0, items, size)]
-        crew = min(self.machine.workers, len(waiting))
-        yield self.env.all_of([self.env.process(self._worker(what, waiting, seconds, result)) for _ in range(crew)])
+        workers = min(self.machine.workers, len(waiting))
+        yield self.env.all_of([self.env.process(self._worker(what, waiting, seconds, result)) for _ in range(workers)])
 
     def _swap(self) -> Generator:
-        """New weights for all workers at once."""
+        """Swap the weights of all workers at once."""
         seconds = self.costs.swap_s + self.costs.swap_byte_s * self.costs.weight_bytes
-        crew = range(self.machine.workers)
-        yield self.env.all_of([self.env.process(self._compute("swap", seconds)) for _ in crew])
+        workers = range(self.machine.workers)
+        yield self.env.all_of([self.env.process(self._compute("swap", seconds)) for _ in workers])
 
     def _draw(self, items: int) -> Generator:
         costs = self.costs
         yield from self._map("draw", items, costs.draw_s, costs.result_bytes * costs.batch)
 
     def _pairs(self) -> Generator:
-        """``vargpt_rl.driver.losers``: every policy draws an equal share, the last one by rounds."""
-        costs, prompts, sources = self.costs, self.work.prompts, self.work.sources
+        """``vargpt_rl.driver.losers``: every policy samples an equal share, the last one in rounds."""
+        costs = self.costs
+        prompts = self.work.prompts
+        sources = self.work.sources
         shares = [len(range(source, prompts, sources)) for source in range(sources)]
         for share in shares[:-1]:
             yield from self._swap()
@@ -137,13 +147,13 @@ class _Simulation:
     def run(self) -> Forecast:
         pairs, dpo = self.env.process(self._pairs()), self.env.process(self._dpo())
         self.env.run(pairs)
-        made = self.env.now
+        pairs_s = self.env.now
         self.env.run(dpo)
-        return Forecast(made, self.env.now, dict(self.busy), dict(self.served))
+        return Forecast(pairs_s, self.env.now, dict(self.busy), dict(self.served))
 
 
 def simulate(costs: Costs, work: Work, machine: Machine) -> Forecast:
-    """What an iteration takes. ValueError unless there is something to do and someone to do it."""
+    """Predict an iteration's times. ValueError unless every count is 1 or more."""
     if min(work.prompts, work.steps, work.pairs, work.sources, machine.workers, machine.ranks) < 1:
         raise ValueError(f"{work} {machine}: expected 1 or more of each")
     return _Simulation(costs, work, machine).run()
