@@ -1,16 +1,15 @@
-"""What each part of the recipe is worth: ``python -m vargpt_rl.bench.ablations [key=value ...]``.
+"""Ablate the training recipe: ``python -m vargpt_rl.bench.ablations [key=value ...]``.
 
-VARGPT's ablations (Tables 4 and 5) in miniature: the recipe of pretraining, understanding SFT and SFT against itself
-without a stage, or with a part frozen. Each variant is measured on held-out captions (drawings that are exactly
-right; how well the true images' bits are predicted, of which chance is ln 2) and held-out questions. The keys are
-the loop's, over ``SETTINGS``.
+A small version of VARGPT's ablations (Tables 4 and 5): the recipe of pretraining, understanding SFT and SFT, compared
+with itself without a stage or with frozen parts. Each variant is measured on held-out captions (exactly right images,
+and the prediction of the true images' bits, where chance is ln 2 nats) and on held-out questions. The keys are the
+loop's and override ``SETTINGS``.
 
-The embedded model is trained already, so what joins its parts is made anew: the generation projectors and the vision
-projector start from random weights, as the generation projectors do in the paper. All variants have the same seed and
-data, and each stage as many steps as in the full recipe; what is left out is not made up for elsewhere, as in the
-paper. A stage that comes out the same in two variants is trained once. The table is printed and kept in
-``runs/NAME/ablations.md``; the same command goes on where it was interrupted. Exit codes: 0 done, 1 failed, 2 a setting
-is wrong.
+The embedded model is already trained, so the generation projectors and the vision projector restart from random
+weights; in the paper the generation projectors do. All variants share seed and data. Each stage has as many steps as in
+the full recipe: as in the paper, omitted steps are not added elsewhere. A stage that is equal in two variants is
+trained once. The table is printed and written to ``runs/NAME/ablations.md``; repeating the command resumes it. Exit codes: 0
+done, 1 failed, 2 a setting is wrong.
 """
 
 import sys
@@ -56,14 +55,14 @@ RANDOM = (*PROJECTORS, *VISION_PROJECTOR)
 
 @dataclass(frozen=True)
 class Variant:
-    """Which stages are trained, with which settings besides."""
+    """A variant of the recipe: its stages and extra settings."""
 
     name: str
     stages: tuple[str, ...]
     settings: tuple[str, ...] = ()
 
     def prefix(self, count: int) -> tuple:
-        """What the first ``count`` stages are: equal where they are the same work."""
+        """Identify the work of the first ``count`` stages: equal for two variants if the work is the same."""
         return tuple((s, *(key for key in self.settings if key.startswith(f"{s}."))) for s in self.stages[:count])
 
 

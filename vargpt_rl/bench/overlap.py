@@ -1,9 +1,9 @@
-"""What is won when DPO starts while its pairs are still being made: ``python -m vargpt_rl.bench.overlap [steps=...]``.
+"""Measure overlapping DPO with the making of its pairs: ``python -m vargpt_rl.bench.overlap [steps=...]``.
 
-The loop's own steps on the embedded model, with one worker and one learner rank of one thread each, so that each has a
-core as it would have a GPU. For each case the pairs are made and trained on one after the other, then beside each
-other, with the same drawings; the time with overlap is compared to the larger of the two parts, below which it cannot
-go. The two cases: the final policy draws all, and an earlier checkpoint draws half, before DPO can start.
+The loop's own steps on the embedded model, with one worker and one learner rank of one thread each, so that each has
+its own core, as it would have its own GPU. For each case, pairs and DPO run one after the other, then overlapped, on
+the same samples. The time with overlap is compared with the longer of the two parts, its lower bound. The two cases: the
+final policy samples everything, or an earlier checkpoint samples half of it before DPO can start.
 """
 
 import sys
@@ -35,11 +35,14 @@ CASES = {
 
 @dataclass
 class OverlapSettings:
-    """``prompts`` are drawn once each, in rounds of ``min_pairs``; then ``steps`` steps of DPO on 16 pairs."""
+    """Settings of the benchmark."""
 
     prompts: int = 96
+    """Prompts, sampled once each."""
     min_pairs: int = 16
+    """Pairs per round of sampling."""
     steps: int = 18
+    """Steps of DPO, on 16 pairs each."""
     resolution: int = 128
 
 

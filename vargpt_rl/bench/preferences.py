@@ -1,12 +1,12 @@
-"""Which pairs make better images? ``python -m vargpt_rl.bench.preferences [seeds=3 prompts=... held_out=...]``.
+"""Compare ways to build pairs: ``python -m vargpt_rl.bench.preferences [seeds=3 prompts=... held_out=...]``.
 
-For each seed the loop aligns the embedded model on the shapes world twice: with external winners (and the control, SFT
-on the same winners), and with the best against the worst of the model's own samples, ranked by the exact checker, which
-says right or wrong. The second run goes on from the first one's record up to the pairs, so that SFT is trained once and
-all start from the same weights; prompts, held-out prompts and their seeds are the same too, and so are the steps.
+For each seed, the loop aligns the embedded model on the shapes world twice: with external chosen images (and the
+control, SFT on the same images), and with the best and the worst of the model's own samples, ranked by the exact
+checker. The second run continues from the first run's record up to the pairs, so that SFT is trained once and both
+start from the same weights; prompts, held-out prompts, their seeds and the steps are the same too.
 
-Prints a Markdown table: the held-out score of each policy, mean and standard deviation over the seeds. The same command
-goes on after an interruption. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
+Prints a Markdown table with the held-out score of each policy, mean and standard deviation over seeds. Repeating the
+command resumes it. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
 """
 
 import json
@@ -24,7 +24,7 @@ from vargpt_rl.driver.session import Step
 from vargpt_rl.storage.files import atomic_dir
 
 SHARED = ("checkpoints/iter-00-sft", "preferences/iter-00-held-out.parquet")
-"""What later steps need of those before the pairs."""
+"""Files that the steps from the pairs on need from earlier steps."""
 
 POLICIES = {
     "SFT": ("external", "after_sft"),
@@ -32,17 +32,21 @@ POLICIES = {
     "DPO, external_winner": ("external", "after_dpo"),
     "DPO, best_of_n": ("best", "after_dpo"),
 }
-"""The rows of the table: which run, and which moment of its evaluation."""
+"""Rows of the table: the run and the step of its evaluation."""
 
 
 @dataclass
 class Study:
-    """``prompts`` are drawn once for external winners and ``samples`` times each for `best_of_n`."""
+    """Settings of the study."""
 
     seeds: int = 3
+    """Number of seeds; each has two runs."""
     runs: str = "runs/preference-study"
+    """Folder of the runs."""
     prompts: int = 256
+    """Prompts, sampled once each for external chosen images."""
     samples: int = 4
+    """Samples per prompt for `best_of_n`."""
     held_out: int = 240
     sft_steps: int = 100
     dpo_steps: int = 60
@@ -79,7 +83,7 @@ def overrides(study: Study, seed: int) -> dict[str, list[str]]:
 
 
 def fork(source: Path, target: Path) -> None:
-    """A run directory that has done what ``source`` did before its pairs, and whose settings are still open."""
+    """Copy ``source`` as it was before its pairs to a new run directory, whose settings may differ."""
     if target.exists():
         return
     state = json.loads((source / STATE).read_text())
@@ -104,7 +108,7 @@ def loop(arguments: list[str], log: Path) -> None:
 
 
 def run(study: Study) -> list[dict[str, dict]]:
-    """All runs; for each seed the one iteration that each of them summed up."""
+    """Run the study; return, for each seed, the summary of each run's only iteration."""
     folder, results = Path(study.runs), []
     for seed in range(study.seeds):
         results.append({})
@@ -119,7 +123,7 @@ def run(study: Study) -> list[dict[str, dict]]:
 
 
 def table(results: list[dict[str, dict]]) -> str:
-    """A Markdown row for each policy; ``±`` is the standard deviation over seeds, gains are over the SFT of a seed."""
+    """Format a Markdown row per policy; ``±`` is the standard deviation over seeds, gains are over the seed's SFT."""
     lines = [
         "| policy | held-out score | gain over SFT | by seed | pairs | winners' log-prob |",
         "| --- | --- | --- | --- | --- | --- |",

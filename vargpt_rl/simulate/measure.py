@@ -1,8 +1,8 @@
-"""Measure what ``vargpt_rl.simulate`` needs, and how far it is off: ``python -m vargpt_rl.simulate.measure out=FILE``.
+"""Measure the simulation's costs and its error: ``python -m vargpt_rl.simulate.measure out=FILE``.
 
-Real processes on the embedded model, one thread each: a rollout worker and a learner rank for the costs, then as many
-workers as ``workers`` says, whose time for an iteration's pairs is compared with the prediction. The driver's costs are
-its own CPU seconds, those of a batch with workers that do nothing, so that they do not depend on who else computes.
+Real processes on the embedded model, one thread each: a rollout worker and a learner rank for the costs, then each of
+the numbers of ``workers``, whose time for an iteration's pairs is compared with the prediction. The driver's costs are
+its own CPU seconds; those of a batch are measured with idle workers, so that other processes do not affect them.
 """
 
 import json
@@ -37,18 +37,25 @@ from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Machine, Work, simulate
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, save_checkpoint
 
-BATCHES, IDLE_BATCHES, PAYLOAD = 4, 200, 2**16
-"""Batches that are timed, those that workers without work answer, and bytes an item that these send back."""
+BATCHES = 4
+"""Batches that are timed."""
+IDLE_BATCHES = 200
+"""Batches that idle workers answer."""
+PAYLOAD = 2**16
+"""Bytes per item that idle workers return."""
 
 
 @dataclass
 class MeasureSettings:
-    """``out``: the file of costs. ``prompts`` are drawn to check them, at ``resolution``."""
+    """Settings of the measurement."""
 
     out: str = "costs.json"
+    """File of costs to write."""
     resolution: int = 128
     prompts: int = 128
+    """Prompts sampled to check the prediction."""
     workers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Numbers of workers to check the prediction with."""
 
     def __post_init__(self):
         if not self.workers or min(self.workers, default=0) < 1 or self.prompts < 1:
