@@ -1,7 +1,7 @@
-"""The loop on a job's Ray cluster, once all its nodes are there: ``python -m slurm.drive [key=value ...]``.
+"""Run the loop on a job's Ray cluster, once all nodes are up: ``python -m slurm.drive [key=value ...]``.
 
-Exit codes are the loop's. 1 also if nodes or GPUs are missing at the deadline, or if a stopped loop has not got further
-since its start: in the same time it would never end.
+Exit codes are the loop's; also 1 if nodes or GPUs are missing at the deadline, or if a stopped loop made no progress
+since its start, because within the same time limit it would never finish.
 """
 
 import json
@@ -21,7 +21,7 @@ from vargpt_rl.storage.checkpoint import MARKER
 
 
 def missing(found: list[dict], names: list[str], gpus: int) -> list[str]:
-    """What each node lacks, of ``ray.nodes()``."""
+    """What each named node lacks in ``found``, the answer of ``ray.nodes()``."""
     nodes = {node["Labels"].get("slurm-node"): node for node in found if node["Alive"]}
     lacking = []
     for name in names:
@@ -33,11 +33,11 @@ def missing(found: list[dict], names: list[str], gpus: int) -> list[str]:
 
 
 def gather(address: str, names: list[str], gpus: int, seconds: float) -> None:
-    """Wait until the cluster is whole. TimeoutError that names what is missing if it is not in time."""
+    """Wait until the cluster is complete. TimeoutError, naming what is missing, after ``seconds``."""
     end = time.monotonic() + seconds
     wait_for(address, seconds)
     ray.init(address=address, log_to_driver=False)
-    signal.signal(signal.SIGTERM, stop)  # Ray has set its own
+    signal.signal(signal.SIGTERM, stop)  # Ray has replaced the handler
     while lacking := missing(ray.nodes(), names, gpus):
         if time.monotonic() > end:
             raise TimeoutError(f"after {seconds:g} s {', '.join(lacking)}")
@@ -46,7 +46,7 @@ def gather(address: str, names: list[str], gpus: int, seconds: float) -> None:
 
 
 def finished(directory: Path) -> tuple[set[str], float]:
-    """What a run has so far: its finished steps, and the time of its last checkpoint."""
+    """A run's progress: its finished steps, and the time of its last checkpoint."""
     state = directory / STATE
     steps = set(json.loads(state.read_text())["steps"]) if state.exists() else set()
     markers = (directory / "checkpoints").rglob(MARKER)
@@ -54,7 +54,7 @@ def finished(directory: Path) -> tuple[set[str], float]:
 
 
 def main() -> int:
-    """Wait, then run the loop; the exit code."""
+    """Wait for the cluster, then run the loop; return the exit code."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, stop)
     directory = Path(os.environ["VARGPT_RL_LOGS"]).parents[1]
@@ -67,10 +67,10 @@ def main() -> int:
     except TimeoutError as error:
         print(f"error: {error}; see {os.environ['VARGPT_RL_LOGS']}", file=sys.stderr)
         return 1
-    except SystemExit:  # of ``stop``, before the loop
+    except SystemExit:  # raised by ``stop`` before the loop
         status = os.EX_TEMPFAIL
     if status == os.EX_TEMPFAIL and finished(directory) == before:
-        print("error: no step was finished since the start: it takes a longer time limit", file=sys.stderr)
+        print("error: no step was finished since the start: set a longer time limit", file=sys.stderr)
         return 1
     return status
 

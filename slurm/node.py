@@ -1,7 +1,7 @@
 """Ray on one node of a job, until SIGTERM: the task of ``loop.sbatch`` on every node.
 
-``ray symmetric-run`` is not used: it refuses a node where another job has Ray, and ends with ``ray stop``, which takes
-the other's processes too. Here every process is this one's descendant, and all of them are gone when it ends.
+``ray symmetric-run`` is not used: it refuses a node where another job runs Ray, and ends with ``ray stop``, which stops
+the other job's processes too. Here every process is a descendant of this one and ends with it.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ PR_SET_CHILD_SUBREAPER = 36
 SOCKET_PATH = 107
 """Bytes that Linux allows in a socket's path."""
 SESSION = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
-"""What Ray adds to the path of its folder."""
+"""Length of what Ray appends to the path of its folder."""
 GRACE_S = 10.0
 
 
 def scratch() -> Path:
-    """A new folder for all temporary files of Ray's processes, this user's alone. ValueError if its path is long."""
+    """A new private folder for the temporary files of Ray's processes. ValueError if its path is too long."""
     parent = tempfile.gettempdir()
     longest = SOCKET_PATH - SESSION - len("/ray12345678")
     if len(os.fsencode(parent)) > longest:
-        raise ValueError(f"TMPDIR={parent}: expected a path of at most {longest} bytes, for Ray's sockets lie below it")
+        raise ValueError(f"TMPDIR={parent}: expected a path of at most {longest} bytes: Ray's sockets lie below it")
     return Path(tempfile.mkdtemp(prefix="ray", dir=parent))
 
 
 def memory_options(environ: Mapping[str, str]) -> list[str]:
-    """The job's memory on this node, if it is limited, in Ray's usual parts; Ray itself sees the whole machine's."""
+    """Options for the job's memory limit on this node, if any, split as Ray does: Ray sees the whole machine's."""
     megabytes = int(environ.get("SLURM_MEM_PER_NODE", 0))
     megabytes = megabytes or int(environ.get("SLURM_MEM_PER_CPU", 0)) * int(environ["SLURM_CPUS_ON_NODE"])
     if not megabytes:
@@ -48,7 +48,7 @@ def memory_options(environ: Mapping[str, str]) -> list[str]:
 
 
 def command(environ: Mapping[str, str], folder: Path) -> list[str]:
-    """``ray start`` for this node. Ports that are not named are whichever are free."""
+    """The ``ray start`` command of this node. Ports that are not named are free ones."""
     name, (host, port) = environ["SLURMD_NODENAME"], environ["VARGPT_RL_HEAD"].rsplit(":", 1)
     options = [
         "--block",
@@ -65,7 +65,7 @@ def command(environ: Mapping[str, str], folder: Path) -> list[str]:
         options += ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={int(port) + 1}"]
         options += [f"--ray-client-server-port={int(port) + 2}"]
         address = socket.gethostbyname(host)
-        if not ip_address(address).is_loopback:  # else a name that means this machine; Ray finds the address itself
+        if not ip_address(address).is_loopback:  # a loopback name means this machine: Ray finds its address itself
             options.append(f"--node-ip-address={address}")
     else:
         options.append(f"--address={host}:{port}")
@@ -73,7 +73,7 @@ def command(environ: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def wait_for(address: str, seconds: float) -> None:
-    """Until something listens there. TimeoutError if nothing does in time."""
+    """Wait until something listens at ``address``. TimeoutError after ``seconds``."""
     host, port = address.rsplit(":", 1)
     end = time.monotonic() + seconds
     while True:
@@ -87,21 +87,21 @@ def wait_for(address: str, seconds: float) -> None:
 
 
 def end_descendants() -> None:
-    """Ask all of them to end, then kill those that have not, and what they left."""
+    """Terminate all descendants, then kill those that are left."""
     for wait_s, end in ((GRACE_S, psutil.Process.terminate), (GRACE_S, psutil.Process.kill)):
         descendants = psutil.Process().children(recursive=True)
         for process in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
         psutil.wait_procs(descendants, wait_s)
-    for process in psutil.Process().children(recursive=True):  # born meanwhile
+    for process in psutil.Process().children(recursive=True):  # started meanwhile
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def main() -> int:
-    """Run Ray; 0 if it was told to end, 1 if it ended by itself."""
-    # Orphans come to this process instead of init, so that none is out of reach.
+    """Run Ray; return 0 if it was told to stop, 1 if it ended by itself."""
+    # Orphans are reparented to this process instead of init, so that it can end them.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     name, logs = os.environ["SLURMD_NODENAME"], Path(os.environ["VARGPT_RL_LOGS"])

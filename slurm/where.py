@@ -1,4 +1,4 @@
-"""The run directory that the loop's settings name: ``python -m slurm.where [key=value ...]``."""
+"""Print the run directory of the loop's settings: ``python -m slurm.where [key=value ...]``."""
 
 import sys
 
@@ -6,7 +6,7 @@ from configs.load import load_config
 
 
 def main() -> int:
-    """Print it; the exit code: 2 if a setting is wrong."""
+    """Print the directory; return the exit code, 2 for a bad setting."""
     try:
         print(load_config(sys.argv[1:]).directory.resolve())
     except ValueError as error:

@@ -99,7 +99,8 @@ def test_vllm_equals_transformers(folder, shown, expected):
 def test_only_the_prompt_placeholder_is_replaced(folder, shown):
     judge = VlmJudge(folder, ["{prompt}? {x}", "{prompt}? {x}"], "yes", "no", "transformers")
     said = judge(shown[0][:2], ["{a}", "{prompt}"])
-    assert said == VlmJudge(folder, ["{prompt}? {x}"], "yes", "no", "transformers")(shown[0][:2], ["{a}", "{prompt}"])
+    once = VlmJudge(folder, ["{prompt}? {x}"], "yes", "no", "transformers")
+    assert said == pytest.approx(once(shown[0][:2], ["{a}", "{prompt}"]), abs=1e-6)  # batches of another size
     assert said[0] != said[1]
 
 
