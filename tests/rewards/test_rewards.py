@@ -53,7 +53,7 @@ def test_jpeg_blocks_are_seen():
     untouched, *compressed = block_free(saved, [""] * 4)
     assert untouched > 0.95 and max(compressed) < 0.8 and compressed[-1] == min(compressed), (untouched, compressed)
     assert block_free([Image.new("RGBA", (16, 16))], [""]) == [1.0]
-    with pytest.raises(ValueError, match="16 x 16 pixels or more, got 15 x 20"):
+    with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 15 x 20"):
         block_free([Image.new("L", (15, 20))], [""])
 
 
