@@ -46,7 +46,7 @@ def settings(folder, sources, checkpoint, tmp_path):
     return make
 
 
-def test_a_run_of_records_has_a_feed_and_prompts(settings):
+def test_a_run_of_records_has_a_stream_and_prompts(settings):
     found = gather(settings())
     assert found.stream.tasks == {"lines": "generation", "tars": "generation", "questions": "understanding"}
     assert found.stream.packs and found.stream.quarantine.is_absolute()
@@ -73,8 +73,8 @@ def test_edits_are_streamed_too(settings, folder, sources, tmp_path):
     given = [f"+data.sources.edits={{{source}}}", "data.seen_pixels=3136"]
     found = gather(settings("stages=[understanding,edit]", *given, "edit.recipe.micro_batch=4"))
     assert found.stream.tasks["edits"] == "editing"
-    feed, chat = found.stream.at(64, wanted=EDITS), markup_for(found.model, load_config_of(found.model))
-    batch = next(iter(feed.mixture(chat, micro_batch=4, seed=0, rank=0, ranks=1)))
+    stream, chat = found.stream.at(64, wanted=EDITS), markup_for(found.model, load_config_of(found.model))
+    batch = next(iter(stream.mixture(chat, micro_batch=4, seed=0, rank=0, ranks=1)))
     assert len(batch["crops"]) == 4 and len(batch["image_grid_thw"]) == 4
     with pytest.raises(ValueError, match="for edit at 64 px: 4 generation samples in each batch: no source"):
         gather(settings("stages=[understanding,edit]"))
@@ -128,10 +128,10 @@ SHARP = "reward.path=rewards.technical:sharpness"
         ([*GATED, f"evaluation.{SHARP}"], False),
     ],
 )
-def test_a_score_that_is_the_training_reward_is_told_of(overrides, told, tmp_path, capsys):
+def test_scoring_by_the_training_reward_is_warned_about(overrides, told, tmp_path, caplog):
     found = gather(load_config([f"runs={tmp_path}", *overrides]))
     assert (found.judge is not None) == any("evaluation" in override for override in overrides)
-    assert ("scored by the very reward that makes the pairs" in capsys.readouterr().err) == told
+    assert ("scored by the same reward that makes the pairs" in caplog.text) == told
 
 
 def test_a_judge_that_does_not_exist_is_named(tmp_path):
