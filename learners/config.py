@@ -82,6 +82,29 @@ class DpoConfig:
 
 
 @dataclass
+class RlConfig:
+    """Policy gradients on a model's own drawings."""
+
+    clip: float = 0.2
+    """Ratios of policy and sampler are clipped to 1 - clip .. 1 + clip; no effect on the first update of a batch."""
+    kl: float = 0.0
+    """Weight of the KL divergence from the reference (k3 estimator); 0 needs no reference."""
+    credit_alpha: float = 0.6
+    """Weigh each token of a scale of h x w by (h w)^-alpha, normalised to mean 1; see `DpoConfig.credit_alpha`."""
+    credit_scales: int | None = None
+    """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
+    updates: int = 1
+    """Optimizer steps on each batch of drawings."""
+    normalise: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
+
+    def __post_init__(self):
+        require(self, "rl.", kl=0, credit_alpha=0, credit_scales=1, updates=1)
+        if not 0 < self.clip < 1:
+            raise ValueError(f"rl.clip={self.clip}: expected a number between 0 and 1")
+
+
+@dataclass
 class LearnerConfig:
     """The learner processes, their training checkpoints, and recovery from lost ranks."""
 

@@ -22,6 +22,7 @@ from learners.config import DpoConfig
 from learners.image_policy import LOG_PROB_TOLERANCE, ScoredOutput
 from learners.pairs import PairOrder, PairTable
 from learners.resume import Resumable
+from learners.training import ExactInputs
 from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
 
 
@@ -30,7 +31,7 @@ def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
     return {"sum": 1.0, "per_token": 1 / tokens, "per_bit": 1 / (tokens * bits)}[norm]
 
 
-class ImageDpoTrainer(Resumable, DPOTrainer):
+class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
     """TRL's trainer on precomputed image tokens and references. ``record``: see `PairOrder`.
 
     ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales.
@@ -51,11 +52,6 @@ class ImageDpoTrainer(Resumable, DPOTrainer):
         arguments, record = self.args, self.record if self.is_world_process_zero() else None
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         return PairOrder(self.train_dataset, arguments.max_steps, batch, arguments.seed, record)
-
-    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Keep the references in float64: with DeepSpeed, the trainer casts all floats to the model's dtype."""
-        exact = {key: value.to(self.args.device) for key, value in inputs.items() if value.dtype == torch.float64}
-        return super()._prepare_inputs(inputs) | exact
 
     def _prepare_dataset(self, dataset, *args):
         return dataset  # already tokenised: bits

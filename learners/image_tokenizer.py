@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from vargpt_rl.data.batches import ImageSource
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.model.families import AnyImageTokenizer
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from learners.config import DpoConfig, Recipe
+from learners.config import DpoConfig, Recipe, RlConfig
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Probe
@@ -79,4 +79,31 @@ class TokenizerJob:
     seed: int
 
 
-Job = SftJob | DpoJob | TokenizerJob
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientJob:
+    """Policy gradients on batches of drawings that the driver writes while the job runs.
+
+    Batch n makes the optimizer steps n * updates + 1 to (n + 1) * updates. After the last of these the trained weights
+    are saved as ``output/step-NNNNNN``, and then the step is logged. The job ends after ``recipe.steps`` steps, or when
+    the folder has a file ``stop`` and all batches are used. Batches must stay until a later training checkpoint exists,
+    since a resumed job repeats the steps after its checkpoint.
+    """
+
+    kind: ClassVar[str] = "policy_gradient"
+    start: Policy
+    batches: Path
+    """Folder of the batches (`vargpt_rl.data.policy_batches.batch_path`)."""
+    recipe: Recipe
+    """``batch`` counts drawings and is the most that a file may have."""
+    rl: RlConfig
+    output: Path
+    seed: int
+    probe: Probe
+    """Image whose log-probability under the trained weights is returned."""
+    ratio: bool = True
+    """GRPO's clipped ratio; without it the loss is the likelihood of the drawings, weighted by their advantages."""
+    resume: Path | None = None
+    """Training checkpoint to resume from; set by the learner group."""
+
+
+Job = SftJob | DpoJob | PolicyGradientJob | TokenizerJob

@@ -1,13 +1,13 @@
-"""Make the tiny pretrained model that the first run starts from:
+"""Train the tiny pretrained model that the first run starts from:
 
     python -m torch.distributed.run --nproc-per-node 2 -m learners.pretrain_tiny OUT
 
-It stands in for what the papers start from (a trained Qwen2-VL, a trained Infinity decoder, a trained image
-tokenizer), on the shapes world: first the image tokenizer, then everything else together on drawings, edits and
-questions. Seeds are fixed. The embedded weights are of this script before it had edits: 24, 6 and 2 drawings a step at
-128, 256 and 512 px, about two and a half hours on two cores. ``--image-tokenizer DIR`` takes the image tokenizer of a
-model that exists and leaves the first hour out; ``--base DIR`` goes on from all of its weights. Matrices learn by Muon,
-which needs less than half the steps of AdamW here.
+It replaces the papers' starting points (a trained Qwen2-VL, a trained Infinity decoder, a trained image tokenizer) by
+a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits and
+questions. Seeds are fixed. The embedded weights were made before this script had edits, with 24, 6 and 2 drawings a
+step at 128, 256 and 512 px, in about two and a half hours on two cores. ``--image-tokenizer DIR`` reuses the image
+tokenizer of an existing model and saves the first hour; ``--base DIR`` continues from all of its weights. Matrices are
+trained with Muon, which needs less than half the steps of AdamW here.
 """
 
 import argparse
@@ -52,11 +52,11 @@ SPECIAL = [
     "image_gen_pad",
 ]
 REPLY = "Here is the picture."
-SEEN_SIDE = 112  # understood images: 8 x 8 patches of 14 pixels
+SEEN_SIDE = 112  # side of understood images: 8 x 8 patches of 14 pixels
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
-    """With the release's special tokens."""
+    """A BPE tokenizer of the shapes world with the release's special tokens."""
     special = [f"<|{name}|>" for name in SPECIAL]
     bpe = shapes_bpe(special, [SYSTEM, REPLY, "system", "user", "assistant", "yes", "no"])
     return PreTrainedTokenizerFast(
@@ -65,7 +65,7 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> VargptConfig:
-    """Every part of the release's architecture, some 4.5 million parameters in all."""
+    """All parts of the release's architecture, about 4.5 million parameters in total."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     return VargptConfig(
         text_config=dict(
@@ -92,12 +92,12 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def image_tensor(scene: Scene, side: int, style: str, rng: np.random.Generator) -> torch.Tensor:
-    """uint8 [3, side, side]."""
+    """Render a scene: uint8 [3, side, side]."""
     return torch.from_numpy(np.asarray(render(scene, side, style, rng)).copy()).permute(2, 0, 1)
 
 
 def tokenizer_batches(seed: int) -> Iterator[torch.Tensor]:
-    """Images for the image tokenizer: sixteen at 128 px, and every fifth batch four at 256 px."""
+    """Endless batches for the image tokenizer: sixteen images at 128 px, every fifth batch four at 256 px."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     styles, shares = ["corpus", "commercial", "clean"], [0.45, 0.45, 0.1]
 
@@ -118,7 +118,7 @@ def tokenizer_batches(seed: int) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def encode_corpus(model: Vargpt, count: int, side: int, seed: int) -> list[DrawExample]:
-    """Corpus images, half of them of the noisy kind, as image-tokenizer features."""
+    """Corpus images, half of them in the noisy style, as image-tokenizer features."""
     rng, examples = np.random.default_rng(seed), []
     for _ in range(count // 8):
         scenes = [sample_scene(rng) for _ in range(8)]
@@ -132,7 +132,7 @@ def encode_corpus(model: Vargpt, count: int, side: int, seed: int) -> list[DrawE
 
 
 class Edit(NamedTuple):
-    """An instruction, the image that it is about, and the features of the image after it."""
+    """An instruction, the image before the edit, and the features of the image after it."""
 
     instruction: str
     before: Image.Image
@@ -144,7 +144,7 @@ class Edit(NamedTuple):
 
 @torch.inference_mode()
 def encode_edits(model: Vargpt, count: int, side: int, seed: int) -> list[Edit]:
-    """Edits of commercial images, as the stage of that name has them."""
+    """Edits of images in the commercial style, as in the edit stage."""
     rng, edits = np.random.default_rng(seed), []
     for _ in range(count // 8):
         before = [sample_scene(rng) for _ in range(8)]
@@ -157,7 +157,7 @@ def encode_edits(model: Vargpt, count: int, side: int, seed: int) -> list[Edit]:
 
 
 def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) -> list[TextExample]:
-    """Questions about clean and commercial images."""
+    """Questions about images in the clean and commercial styles."""
     examples = []
     for _ in range(count):
         scene = sample_scene(rng)
@@ -166,18 +166,25 @@ def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) ->
     return examples
 
 
-# By resolution: images of the corpus and edits (shared out over the ranks), and of each a step on each rank.
 CORPORA = {128: 8000, 256: 2400, 512: 128}
+"""Numbers of drawings, and of edits, by resolution, split over the ranks."""
 DRAWINGS_PER_STEP = {128: 8, 256: 3, 512: 1}
+"""Drawings per step on each rank, by resolution."""
 EDITS_PER_STEP = {128: 16, 256: 4, 512: 1}
-# Up in resolution: until which share of the steps, and how often each resolution comes until then.
-PHASES = ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05}))
-CONTINUED = ((1.0, {128: 0.7, 256: 0.27, 512: 0.03}),)
+"""Edits per step on each rank, by resolution."""
 QUESTIONS_PER_STEP = 8
+PHASES = ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05}))
+"""Progressive resolution: (share of the steps at which a phase ends, probability of each resolution in it)."""
+CONTINUED = ((1.0, {128: 0.7, 256: 0.27, 512: 0.03}),)
+"""The same for training that continues from a base model."""
+PEAK_LR = 2e-3
+"""Peak learning rate of AdamW."""
+MUON_LR = 6e-3
+"""Peak learning rate of Muon."""
 
 
 def build_optimizers(model: Vargpt, peak_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks and projectors, AdamW for embeddings, heads and vectors."""
+    """Muon for matrices inside blocks and projectors, AdamW for embeddings, heads and vectors."""
     inside = re.compile(r"\.(layers|blocks)\.|^projector_")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in trained.items() if p.ndim == 2 and inside.search(name)}
@@ -189,7 +196,7 @@ def build_optimizers(model: Vargpt, peak_lr: float) -> list[torch.optim.Optimize
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Mean over ranks, where there are several; a gradient that is missing counts as zero."""
+    """Average gradients over ranks, if there are several; a missing gradient counts as zero."""
     if not dist.is_initialized():
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -201,9 +208,9 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: bool = False) -> None:
-    """Everything but the image tokenizer, on drawings and edits at several resolutions and on questions.
+    """Train all but the image tokenizer on drawings and edits at several resolutions, and on questions.
 
-    What is ``continued`` has all resolutions from the start, and half the learning rates, which fall from then on.
+    If ``continued``, all resolutions are used from the start, at half the learning rates, which decay from the start.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     stage, rng, schedule_rng = STAGES["base"], np.random.default_rng(11 + rank), np.random.default_rng(5)
@@ -244,11 +251,8 @@ def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: 
     model.eval()
 
 
-PEAK_LR, MUON_LR = 2e-3, 6e-3
-
-
 def train_tokenizer(model: Vargpt, steps: int) -> None:
-    """The image tokenizer, on the main rank; the others receive it."""
+    """Train the image tokenizer on the main rank and broadcast it to the others."""
     main = not dist.is_initialized() or dist.get_rank() == 0
 
     def report(step: int, loss: float) -> None:
@@ -263,16 +267,16 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
 
 
 def main() -> None:
-    """Train from nothing and save in half precision, ready for ``checkpoint=OUT``."""
+    """Train from scratch and save in half precision, ready for ``checkpoint=OUT``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--image-tokenizer", type=Path, help="a model whose image tokenizer is taken")
-    parser.add_argument("--base", type=Path, help="a model to go on from")
+    parser.add_argument("--image-tokenizer", type=Path, help="model whose image tokenizer is reused")
+    parser.add_argument("--base", type=Path, help="model to continue from")
     parser.add_argument("--tokenizer-steps", type=int, default=3600)
     parser.add_argument("--base-steps", type=int, default=3600)
     options = parser.parse_args()
     if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # ranks wait for the image tokenizer
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # other ranks wait for the image tokenizer
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
     text_tokenizer = build_text_tokenizer()
     config = build_config(text_tokenizer)
@@ -295,7 +299,7 @@ def main() -> None:
             measured = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if "scale" not in key)
             print(f"base: step {step + 1} of {options.base_steps}, {side} px, {measured}", flush=True)
         if step % 500 == 499:
-            model.save_pretrained(options.out)  # to look at meanwhile
+            model.save_pretrained(options.out)  # for inspection while training runs
 
     chat = ChatFormat(str(options.out), config)
     train_base(model, chat, options.base_steps, report, continued=options.base is not None)

@@ -21,16 +21,18 @@ from trl import DPOConfig
 
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import ImageDpoTrainer
+from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import POLICIES
 from learners.image_tokenizer import image_batches, train_image_tokenizer
-from learners.jobs import DpoJob, Job, SftJob, TokenizerJob, save_request, training_checkpoints
+from learners.jobs import DpoJob, Job, PolicyGradientJob, SftJob, TokenizerJob, save_request, training_checkpoints
 from learners.pairs import PairTable
+from learners.policy_batches import PolicyBatches
 from learners.resume import SaveEvery
 from learners.sft import SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
-from vargpt_rl.data.batches import PairCollator
+from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
@@ -111,6 +113,8 @@ class Rank:
                 return self.sft(job)
             case DpoJob():
                 return self.dpo(job)
+            case PolicyGradientJob():
+                return self.policy_gradient(job)
             case TokenizerJob():
                 return self.tokenizer(job)
 
@@ -132,8 +136,8 @@ class Rank:
         save_trained(trainer, trained, output / "final")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "trained_tensors": len(trained),
@@ -153,7 +157,7 @@ class Rank:
         row = chat.pad([chat.drawn(probe.prompt.text, probe.prompt.reply, tokens).ids], "right", multiple=8)
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # pads after the image cannot influence it: attention is causal
-        if isinstance(trainer, ImageDpoTrainer):
+        if isinstance(trainer, ImageDpoTrainer | PolicyGradientTrainer):
             return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
         logits = engine(row, mask, drawing=drawing, text_logits=False).image_logits
@@ -225,6 +229,36 @@ class Rank:
             "step0_max_abs_logratio": worst.item(),
             "waited": pairs.waited,
         }
+
+    def policy_gradient(self, job: PolicyGradientJob) -> dict:
+        """Train on batches of drawings as they arrive.
+
+        Adds the largest log-ratio seen at a first update, and the seconds spent waiting for batches.
+        """
+        torch.manual_seed(job.seed + self.rank)
+        model = self._model(job.start, policy=True)
+        trained = freeze(model, STAGES["dpo"])
+        chat = markup_for(job.start.model, model.config)
+        arguments = TrainingArguments(**self._common(job.recipe, job.seed, job.output), ignore_data_skip=True)
+        batches = PolicyBatches(
+            job.batches,
+            steps=job.recipe.steps,
+            updates=job.rl.updates,
+            batch=job.recipe.batch,
+            micro_batch=job.recipe.micro_batch,
+            collate=PolicyBatchCollator(chat, job.rl.credit_scales),
+            rank=self.rank,
+            ranks=self.ranks,
+            device=arguments.device,
+        )
+        batches.save_request = save_request(job.output)
+        trainer = PolicyGradientTrainer(job.rl, batches, job.ratio, model=model, args=arguments)
+        last_updates = range(job.rl.updates, job.recipe.steps + 1, job.rl.updates)
+        trainer.add_callback(SaveAt(trainer, trained, job.output, last_updates))
+        result = self._run(trainer, chat, trained, job)
+        worst = torch.tensor([trainer.first_update_max_abs_log_ratio], dtype=torch.float64, device=arguments.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return result | {"first_update_max_abs_log_ratio": worst.item(), "waited": batches.waited}
 
     def tokenizer(self, job: TokenizerJob) -> dict:
         """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps)."""

@@ -1,5 +1,6 @@
 """Shared by all trainers: training arguments, DeepSpeed configuration, and saving trained weights."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import deepspeed
@@ -53,6 +54,17 @@ def deepspeed_config(recipe: Recipe, bf16: bool) -> dict:
     }
 
 
+class ExactInputs:
+    """Mixin that keeps the float64 inputs of a ``transformers.Trainer``; must precede it among the bases.
+
+    With DeepSpeed, the trainer casts all floats to the model's dtype, too coarse for sums of log-probabilities.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        exact = {key: value.to(self.args.device) for key, value in inputs.items() if value.dtype == torch.float64}
+        return super()._prepare_inputs(inputs) | exact
+
+
 def gather_weights(model: PreTrainedModel, names: list[str], main: bool) -> dict[str, torch.Tensor]:
     """Copies of the named parameters on the main rank (empty elsewhere); under ZeRO-3 one parameter at a time."""
     parameters, copies = dict(model.named_parameters()), {}
@@ -68,11 +80,11 @@ def gather_weights(model: PreTrainedModel, names: list[str], main: bool) -> dict
 class SaveAt(TrainerCallback):
     """Save the trained tensors at given steps, under ``folder/step-NNNNNN``."""
 
-    def __init__(self, trainer: Trainer, names: list[str], folder: Path, steps: list[int]):
+    def __init__(self, trainer: Trainer, names: list[str], folder: Path, steps: Container[int]):
         self.trainer = trainer
         self.names = names
         self.folder = folder
-        self.steps = set(steps)
+        self.steps = steps
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:

@@ -134,6 +134,18 @@ class SftCollator:
         return batch | joined(row.vision for row in rows)
 
 
+def _drawn_rows(
+    chat: ChatTemplate, rows: list[dict], packed: list[bytes], scales: int | None
+) -> dict[str, torch.Tensor]:
+    """Prompts answered by the first ``scales`` scales of their images, and these as integers [B, L, s], ``bits``."""
+    resolution, tokenizer = rows[0]["resolution"], chat.config.image_tokenizer_config
+    schedule = tokenizer.schedule_for(resolution)
+    tokens, kept = token_count(schedule), token_count(schedule[:scales])
+    batch = _pad_rows(chat, [chat.drawn(row["prompt"], row["reply"], kept).ids for row in rows])
+    labels = [unpack(bits, tokens, *tokenizer.symbols)[:kept] for bits in packed]
+    return batch | {"bits": torch.from_numpy(np.stack(labels)), "resolution": torch.tensor(resolution)}
+
+
 class PairCollator:
     """Rows of the preference table -> a batch ordered [all chosen, all rejected].
 
@@ -146,19 +158,33 @@ class PairCollator:
         self.scales = scales
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
-        resolution, tokenizer = pairs[0]["resolution"], self.chat.config.image_tokenizer_config
-        schedule = tokenizer.schedule_for(resolution)
-        tokens, kept = token_count(schedule), token_count(schedule[: self.scales])
-        rows = [self.chat.drawn(pair["prompt"], pair["reply"], kept).ids for pair in pairs] * 2
-        batch = _pad_rows(self.chat, rows)
-        batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         packed = [pair[key] for key in ("chosen_bits", "rejected_bits") for pair in pairs]
-        unpacked = [unpack(bits, tokens, *tokenizer.symbols)[:kept] for bits in packed]
-        batch["bits"] = torch.from_numpy(np.stack(unpacked))
-        batch["resolution"] = torch.tensor(resolution)
+        batch = _drawn_rows(self.chat, pairs * 2, packed, self.scales)
+        batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         for side in ("chosen", "rejected"):
             logps = [pair[f"reference_{side}_logp"] for pair in pairs]
             batch[f"ref_{side}_logps"] = torch.tensor(logps, dtype=torch.float64)
         by_scale = [pair[f"reference_{side}_by_scale"] for side in ("chosen", "rejected") for pair in pairs]
         batch["ref_by_scale"] = torch.tensor(np.stack(by_scale), dtype=torch.float64)
+        return batch
+
+
+class PolicyBatchCollator:
+    """Drawings (rows of `vargpt_rl.data.policy_batches`, each with a ``weight``) -> a batch in the same order.
+
+    With ``scales``, images are cut to that many coarse scales; log-probabilities by scale stay those of all scales.
+    """
+
+    def __init__(self, chat: ChatTemplate, scales: int | None = None):
+        self.chat = chat
+        self.scales = scales
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = _drawn_rows(self.chat, rows, [row["bits"] for row in rows], self.scales)
+        batch["learner_step"] = torch.tensor([row["learner_step"] for row in rows])
+        batch["tau"] = torch.tensor(rows[0]["tau"], dtype=torch.float64)
+        for name in ("advantage", "weight", "old_by_scale", "reference_by_scale"):
+            values = [row[name] for row in rows]
+            if None not in values:
+                batch[name] = torch.tensor(values, dtype=torch.float64)
         return batch

