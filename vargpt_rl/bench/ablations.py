@@ -8,8 +8,8 @@ loop's and override ``SETTINGS``.
 The embedded model is already trained, so the generation projectors and the vision projector restart from random
 weights; in the paper the generation projectors do. All variants share seed and data. Each stage has as many steps as in
 the full recipe: as in the paper, omitted steps are not added elsewhere. A stage that is equal in two variants is
-trained once. The table is printed and written to ``runs/NAME/ablations.md``; repeating the command resumes it. Exit codes: 0
-done, 1 failed, 2 a setting is wrong.
+trained once. The table is printed and written to ``runs/NAME/ablations.md``; repeating the command resumes it. Exit
+codes: 0 done, 1 failed, 2 a setting is wrong.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 The loop's own steps on the embedded model, with one worker and one learner rank of one thread each, so that each has
 its own core, as it would have its own GPU. For each case, pairs and DPO run one after the other, then overlapped, on
-the same samples. The time with overlap is compared with the longer of the two parts, its lower bound. The two cases: the
-final policy samples everything, or an earlier checkpoint samples half of it before DPO can start.
+the same samples. The time with overlap is compared with the longer of the two parts, its lower bound. The two cases:
+the final policy samples everything, or an earlier checkpoint samples half of it before DPO can start.
 """
 
 import sys
