@@ -29,7 +29,7 @@ sums over all bits. Rounding depends on batch shapes: 9e-5 nats between batches 
 
 
 class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
-    """Trains a policy (`learners.image_policy`) on its drawings. With ``ratio`` GRPO's loss, else weighted likelihood."""
+    """Train a policy (`learners.image_policy`) on its images: GRPO with ``ratio``, else weighted likelihood."""
 
     survivors = ("first_update_max_abs_log_ratio",)
 
