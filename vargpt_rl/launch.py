@@ -24,7 +24,7 @@ from vargpt_rl.common.command import CommandFailed, load_command, run_program
 from vargpt_rl.common.secret_check import check_shell
 from vargpt_rl.common.settings import require
 from vargpt_rl.driver.run import Run
-from vargpt_rl.loop import prepare
+from vargpt_rl.driver.start import prepare
 from vargpt_rl.memory.fit import Devices, check_fits
 from vargpt_rl.memory.plan import model_config
 from vargpt_rl.memory.units import GIB
@@ -180,7 +180,7 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None
 def execute(arguments: list[str]) -> None:
     """Check the settings, then write and submit the job."""
     job, own = split([argument for argument in arguments if argument != DRY_RUN])
-    config, _, inputs, run = prepare(own)
+    config, inputs, run = prepare(own)
     check_resources(job, config, inputs.model)
     if run.summary is not None:
         print(f"{run.directory} is complete; another name=... starts a new one")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
+from actors.cluster import connect
 from rewards.combined import WeightedSum, scorers
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.settings import require
 from vargpt_rl.data.shapes import render, sample_scene
-from vargpt_rl.loop import connect
 
 HEALTHY = {"checker": {"path": "rewards.shapes:shapes_reward"}, "sharpness": {"path": "rewards.technical:sharpness"}}
 
