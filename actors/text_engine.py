@@ -14,7 +14,7 @@ from actors.resources import Placement
 from actors.transport import WeightTransfer
 from actors.weights import WeightLayout, checksum_of_set
 from actors.worker import BaseWorker
-from vargpt_rl.data.batches import ImageSource
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.text.layout import check_set, is_text
 from vargpt_rl.text.vllm_engine import VllmEngine
 

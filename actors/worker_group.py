@@ -20,7 +20,7 @@ from actors.config import RolloutConfig
 from actors.published import PublishedWeights
 from actors.resources import Placement
 from actors.worker import BaseWorker
-from vargpt_rl.data.batches import ImageSource
+from vargpt_rl.data.images import ImageSource
 
 logger = logging.getLogger(__name__)
 

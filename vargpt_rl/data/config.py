@@ -6,54 +6,55 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vargpt_rl.common.settings import require
 from vargpt_rl.data.records.sources import RecordSource
 
 
 @dataclass
 class DataConfig:
-    """Where images and captions come from. ``kind``: shapes (drawn on demand), captioned (a folder of images) or
-    records (streams of conversations).
-
-    ``seen_side``: pixels a side at which images are shown to the understanding path.
-
-    For captions and for records: ``max_bad_fraction`` of them may be unusable; ``held_out_fraction`` of them, chosen by
-    a hash of their ids, is never trained on but measured on (of records, those with an image to draw).
-
-    For records: ``sources`` by name, each with the keys of ``vargpt_rl.data.records.sources.RecordSource``. All records
-    of a source are drawings (edits count as such) or all are understanding, as the first. ``block`` rows are shuffled
-    together, in each of ``workers`` processes of each rank. Rows of more than ``max_tokens`` are set aside. Shown
-    images keep their shape and have at most ``seen_pixels``. ``pack``: short texts share a row. ``encoded``: a folder
-    with the features of images to draw, for each resolution a sub-folder named after it (``DIR/256``) that
-    ``vargpt_rl.data.encode`` made; without it the learner runs the image tokenizer.
-    """
+    """Where images, captions and conversations come from."""
 
     kind: str = "shapes"
+    """shapes (drawn on demand), captioned (a folder of images) or records (streams of conversations)."""
     captions: str | None = None
+    """Captioned: JSON lines file of captions."""
     images: str | None = None
+    """Captioned: folder of the captions' images."""
     max_bad_fraction: float = 0.01
+    """Captioned and records: fraction of the records that may be unusable."""
     held_out_fraction: float = 0.1
+    """Captioned and records: fraction that is held out for evaluation, chosen by a hash of the ids (for records: only
+    those with an image to draw)."""
     seen_side: int = 224
+    """Pixels a side at which images of shapes and captions are shown to the understanding path."""
     sources: dict[str, Any] = field(default_factory=dict)
+    """Records: sources by name, with the keys of `vargpt_rl.data.records.sources.RecordSource`. All records of a source
+    have the task of the first: images to draw (edits count as such) or understanding."""
     block: int = 1000
+    """Records: rows that are shuffled together in each worker."""
     workers: int = 2
+    """Records: data-loader processes of each rank."""
     max_tokens: int = 4096
+    """Records: longer rows are quarantined."""
     seen_pixels: int = 401_408
+    """Records: shown images keep their shape and are resized to at most this many pixels."""
     pack: bool = True
+    """Records: short texts share a row."""
     encoded: str | None = None
+    """Records: folder with the features of images to draw, made by ``vargpt_rl.data.encode``, with a sub-folder for
+    each resolution (``DIR/256``). Without it the learner runs the image tokenizer."""
 
     def __post_init__(self):
         if self.kind not in ("shapes", "captioned", "records"):
             raise ValueError(f"data.kind={self.kind}: expected shapes, captioned or records")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"data.held_out_fraction={self.held_out_fraction}: expected 0 or more and less than 1")
-        for key, least in (("block", 1), ("workers", 0), ("max_tokens", 1), ("seen_pixels", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"data.{key}={getattr(self, key)}: expected {least} or more")
+        require(self, "data.", block=1, workers=0, max_tokens=1, seen_pixels=1)
         if (self.sources or self.encoded) and self.kind != "records":
             raise ValueError(f"data.sources and data.encoded are for data=records, not for data.kind={self.kind}")
 
     def records(self) -> dict[str, RecordSource]:
-        """The sources. ValueError for an unknown key or a bad value in one, and where there are none."""
+        """Return the sources. ValueError for an unknown key or a bad value in one, and if there are none."""
         found = {}
         for name, keys in self.sources.items():
             try:

@@ -5,13 +5,13 @@
 
 The images that records have the model draw, edits included, are cut to ``crops`` squares each (see
 ``vargpt_rl.data.images.random_crop``) and their features written to the cache ``out`` (``vargpt_rl.data.features``).
-All crops are random, the first too, as in the published training; where one lies follows from the image file's
-sha256 and the crop's number alone. A file that comes up several times is encoded once.
+All crops are random, as in the published training; a crop's position follows from the image file's sha256 and the
+crop's number alone. A file that occurs several times is encoded once.
 
-The same command goes on where it was interrupted; more ``crops`` or sources add to the cache. ``world`` processes
-share the records, each with its own ``rank``, on GPUs in turn where there are any. An image that several of them meet
-may be encoded by each. Features do not depend on all this: every batch has the same shape, filled up if need be, so
-that each image is added up in the same order.
+The same command resumes after an interruption; more ``crops`` or sources add to the cache. ``world`` processes share
+the records, each with its own ``rank``, and take GPUs in turn if there are any. An image that several of them read may
+be encoded by each. Features do not depend on any of this: every batch is padded to the same shape, so the sums over
+each image have the same order.
 
 Records that cannot be used are written to ``out/quarantine``. Exit codes: 0 done, 1 more than ``max_bad_fraction`` of
 the records are bad (the others are encoded), 2 a setting or an input is wrong.
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from vargpt_rl.common.command import CommandFailed, run_command
+from vargpt_rl.common.settings import require
 from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_tokenizer, shard_files, tokenizer_checksum
 from vargpt_rl.data.images import random_crop
 from vargpt_rl.data.quarantine import Quarantine
@@ -52,24 +53,31 @@ RECORDS, BAD = "records", "of these bad"
 
 @dataclass
 class Encoding:
-    """``checkpoint`` is "tiny" or a model directory; ``workers`` processes decode images for each encoding one."""
+    """Settings of the command."""
 
     out: Path
+    """Folder of the cache."""
     sources: dict[str, RecordSource] = field(default_factory=dict)
+    """Sources of records by name."""
     checkpoint: str = TINY
+    """"tiny" or a model directory."""
     resolution: int = 256
+    """Pixels a side of the crops."""
     crops: int = 1
+    """Crops of each image."""
     batch_size: int = 32
+    """Images encoded together."""
     workers: int = 2
+    """Processes that decode images for each encoding one."""
     rank: int = 0
+    """This process among the ``world`` processes that share the records."""
     world: int = 1
     max_bad_fraction: float = 0.05
+    """Fraction of the records that may be unusable."""
 
     def __post_init__(self):
         schedule_for(self.resolution)
-        for key, least in (("crops", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)}: expected {least} or more")
+        require(self, crops=1, batch_size=1, workers=0)
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank={self.rank}: expected 0 or more and less than world={self.world}")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -79,14 +87,14 @@ class Encoding:
 
 
 class CropsToEncode(NamedTuple):
-    """An image that a record has drawn: its file's sha256, and uint8 [H, W, 3] by number of each crop to encode."""
+    """An image to draw: its file's sha256, and uint8 [H, W, 3] of each crop to encode, by number."""
 
     content: str
     crops: dict[int, np.ndarray]
 
 
 def crops_of(reference: ImageRef, content: str, resolution: int, numbers: Iterable[int]) -> dict[int, np.ndarray]:
-    """uint8 [H, W, 3] of the crops with these numbers. Raises BadRecord for an image that cannot be decoded."""
+    """Cut the crops with these numbers: uint8 [H, W, 3]. Raises BadRecord for an image that cannot be decoded."""
     image = load(reference)
     generators = {number: np.random.default_rng([int(content, 16), number]) for number in numbers}
     return {number: np.asarray(random_crop(image, resolution, rng)) for number, rng in generators.items()}
@@ -95,7 +103,7 @@ def crops_of(reference: ImageRef, content: str, resolution: int, numbers: Iterab
 def drawn_images(
     record: RecordConversation, resolution: int, crops: int, there: Container[tuple[str, int]]
 ) -> list[CropsToEncode]:
-    """The images that ``record`` draws; only crops that are not ``there`` are made. Raises BadRecord."""
+    """Return the images that ``record`` has drawn, with the crops that are not ``there`` yet. Raises BadRecord."""
     marks = [mark for message in record.messages for mark in placeholders(message.text)]
     drawn = []
     for reference in (image for image, mark in zip(record.images, marks, strict=True) if mark == DRAWN):
@@ -106,7 +114,7 @@ def drawn_images(
 
 
 class Counted(IterableDataset):
-    """The items of ``records``, and at the end how many records a worker read and how many of them were bad."""
+    """The items of ``records``; at the end the numbers of records that a worker read and of bad ones among them."""
 
     def __init__(self, records: Records):
         self.records = records
@@ -121,14 +129,14 @@ class Counted(IterableDataset):
 def fresh_crops(
     command: Encoding, quarantine: Path, there: Container[tuple[str, int]], counts: Counter[str]
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """sha256, number and uint8 [H, W, 3] of each crop that is not ``there``; ``counts`` what was read."""
-    # What is too much is decided over all workers, at the end.
+    """Yield sha256, number and uint8 [H, W, 3] of each crop that is not ``there``; count what is read in ``counts``."""
+    # Whether too many are bad is decided at the end, over all workers.
     reading = ReadOptions(rank=command.rank, world=command.world, seed=None, max_bad_fraction=1.0)
     step = partial(drawn_images, resolution=command.resolution, crops=command.crops, there=there)
     opened = [open_records(name, source, reading, quarantine, (step,)) for name, source in command.sources.items()]
     seen: set[bytes] = set()
     for records in opened:
-        # As they are: by default arrays would become tensors, which travel through a file descriptor each.
+        # Not collated: arrays would become tensors, and each tensor takes a file descriptor to travel.
         loader = DataLoader(Counted(records), None, num_workers=command.workers, collate_fn=lambda item: item)
         for item in loader:
             if isinstance(item, tuple):
@@ -145,7 +153,7 @@ def fresh_crops(
 
 @torch.inference_mode()
 def features_of(tokenizer: AnyImageTokenizer, images: list[np.ndarray], batch: int, device: torch.device) -> np.ndarray:
-    """float16 [B, d, h, w] of at most ``batch`` images uint8 [H, W, 3], each the same in whatever company."""
+    """Encode at most ``batch`` images uint8 [H, W, 3] to float16 [B, d, h, w], whatever else is in the batch."""
     images_BHW3 = np.stack(images + [images[-1]] * (batch - len(images)))
     images_B3HW = (torch.from_numpy(images_BHW3).to(device).float() / 127.5 - 1).permute(0, 3, 1, 2)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
@@ -154,10 +162,10 @@ def features_of(tokenizer: AnyImageTokenizer, images: list[np.ndarray], batch: i
 
 
 def encode(command: Encoding) -> Counter[str]:
-    """Write the features that are missing; what was read and encoded."""
+    """Write the missing features; return counts of what was read and encoded."""
     folder = Path(check_model(command.checkpoint))
     tokenizer = load_image_tokenizer(folder)
-    tokenizer.schedule_for(command.resolution)  # refuses a size that the model does not draw
+    tokenizer.schedule_for(command.resolution)  # raises for a size that the model does not generate
     checksum = tokenizer_checksum(tokenizer.state_dict())
     made = (command.out, checksum, command.resolution)
     there: Container[tuple[str, int]] = FeatureCache(*made) if shard_files(command.out) else ()

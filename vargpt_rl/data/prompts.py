@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.settings import require
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import midjourney
 from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
@@ -23,20 +24,22 @@ from vargpt_rl.storage.files import atomic_file
 
 @dataclass
 class PromptsCommand:
-    """``files`` may be globs; ``limit``: at most so many different prompts."""
+    """Settings of the command."""
 
     files: list[str]
+    """Parquet files, paths or globs."""
     out: Path
     limit: int | None = None
+    """Maximum number of different prompts."""
     max_bad_fraction: float = 0.01
+    """Fraction of the rows that may be unusable."""
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit}: expected 1 or more")
+        require(self, limit=1)
 
 
 def execute(command: PromptsCommand) -> None:
-    """Write the prompts, each once; ``out`` appears when it is whole."""
+    """Write each prompt once. ``out`` appears when it is complete."""
     reading = ReadOptions(seed=None, max_bad_fraction=command.max_bad_fraction)
     quarantine = command.out.with_name(f"{command.out.name}.quarantine")
     paths = RecordSource(command.files, "parquet").paths()

@@ -1,7 +1,7 @@
-"""Where images and prompts come from: the shapes world, or a folder of captioned images.
+"""Sources of images and prompts: the shapes world, or a folder of captioned images.
 
-An image is named by a key, a string that travels in place of pixels; only the process that needs the image loads
-it. `prompts_from_file` reads prompts alone.
+An image has a key, a string that travels instead of pixels; only the process that needs the image loads it.
+`prompts_from_file` reads prompts alone.
 """
 
 import hashlib
@@ -86,21 +86,23 @@ class Source(ImageSource, Protocol):
 
 
 def _stable_int(text: str) -> int:
-    """A number from 0 to 2**64 - 1 that is the same for ``text`` in every process."""
+    """Hash ``text`` to a number from 0 to 2**64 - 1 that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def is_held_out(identity: str, fraction: float) -> bool:
-    """Whether the record or caption of this id is among the ``fraction`` that is never trained on."""
+    """Return whether the record or caption with this id is in the ``fraction`` that is never trained on."""
     return _stable_int(f"held out {identity}") < fraction * 2**64
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Styles (of `shapes.STYLES`) of the SFT corpus and of the stronger system's images."""
+    """Styles, of `shapes.STYLES`."""
 
     corpus_style: str = "corpus"
+    """Style of the SFT corpus."""
     winner_style: str = "commercial"
+    """Style of the stronger system's images."""
 
     def __post_init__(self):
         for style in (self.corpus_style, self.winner_style):
@@ -119,7 +121,7 @@ class ShapesSource(Source):
         self.config = config
 
     def scene(self, key: str) -> shapes.Scene:
-        """The scene that the image of ``key`` shows. Raises ValueError for a malformed key."""
+        """Return the scene that the image of ``key`` shows. Raises ValueError for a malformed key."""
         return self._rebuild(key)[1]
 
     def load(self, key: str, side: int) -> Image.Image:
@@ -190,21 +192,24 @@ def _captions(split: str, count: int, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionedConfig:
-    """A JSON lines file of captions, a folder of their images, and one of a stronger system's under the same names.
-
-    The ``*_field`` are keys of the caption lines; images with alpha are laid on ``background`` (RGB); images of
-    more than ``max_pixels`` are refused.
-    """
+    """Captions and the folders of their images."""
 
     captions: str
+    """JSON lines file."""
     images: str
+    """Folder of the captions' images."""
     winners: str
+    """Folder of a stronger system's images, under the same names."""
     image_field: str = "file"
+    """Key of the image's name in the caption lines."""
     caption_field: str = "caption"
     id_field: str = "id"
     held_out_fraction: float = 0.1
+    """Fraction of the captions that is never trained on."""
     background: tuple[int, int, int] = (255, 255, 255)
+    """RGB that transparent images are laid on."""
     max_pixels: int = MAX_PIXELS
+    """Larger images are unreadable."""
 
     def __post_init__(self):
         if not 0 <= self.held_out_fraction < 1:
@@ -220,10 +225,10 @@ class _Entry:
 class CaptionedSource(Source):
     """Captioned images of one's own. Keys are "images/<file>" and "winners/<file>".
 
-    Reading the captions quarantines malformed lines and those whose image is missing. Images and winners that no
-    caption names, and captions without a winner (good for SFT, not for pairs), are noted there as well. ``lines`` is
-    how many captions were read: the total to check the quarantine against. Raises ValueError where the file or a
-    folder is missing, or no caption is usable.
+    Malformed lines and captions whose image is missing are quarantined. Images and winners without a caption, and
+    captions without a winner (usable for SFT, not for pairs), are noted there as not lost. ``lines`` counts the
+    captions read: the total to check the quarantine against. Raises ValueError if the file or a folder is missing, or
+    no caption is usable.
     """
 
     def __init__(self, config: CaptionedConfig, quarantine: Quarantine):
@@ -254,7 +259,7 @@ class CaptionedSource(Source):
             raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
 
     def _entry(self, line: bytes) -> _Entry:
-        """Raises ValueError with the reason where the line is malformed."""
+        """Parse a line. Raises ValueError with the reason if it is malformed."""
         names = (self.config.id_field, self.config.caption_field, self.config.image_field)
         identity, caption, file = _fields(line, names)
         path = PurePosixPath(file)
@@ -309,17 +314,17 @@ def _folder(path: str) -> Path:
 
 
 def image_files(folder: Path) -> set[str]:
-    """The image files below ``folder``, relative to it."""
+    """Return the names of the image files below ``folder``, relative to it."""
     suffixes = Image.registered_extensions()
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     return {path.relative_to(folder).as_posix() for path in files}
 
 
 def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
-    """The different prompts of a file: a .txt with one a line, or a .jsonl with key "prompt", and "id" if it matters.
+    """Read the different prompts of a file: .txt with one a line, or .jsonl with the key "prompt" and optionally "id".
 
-    Malformed lines and repeated prompts and ids are quarantined, repetitions as not lost. Raises ValueError where the
-    file is missing, of another kind, or without a usable prompt.
+    Malformed lines and repeated prompts and ids are quarantined, repetitions as not lost. Raises ValueError if the file
+    is missing, of another kind, or has no usable prompt.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -344,14 +349,14 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
 
 
 def _prompt(line: bytes, path: Path) -> Prompt:
-    """Raises ValueError with the reason if malformed."""
+    """Parse a line. Raises ValueError with the reason if it is malformed."""
     record = _record(line) if path.suffix == ".jsonl" else {"prompt": _decoded(line).strip()}
     text = _text(record, "prompt")
     return Prompt(_text(record, "id") if "id" in record else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
 
 
 def _lines(path: Path) -> list[tuple[str, bytes]]:
-    """The lines of a file that are not blank, each with "<file>:<line>"."""
+    """Return the lines of a file that are not blank, each with "<file>:<line>"."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -370,13 +375,13 @@ def _readable(line: bytes) -> str:
 
 
 def _fields(line: bytes, names: Sequence[str]) -> list[str]:
-    """The texts under ``names`` in a line that is a JSON object. Raises ValueError with the reason if malformed."""
+    """Return the texts under ``names`` of a JSON object. Raises ValueError with the reason if it is malformed."""
     record = _record(line)
     return [_text(record, name) for name in names]
 
 
 def _record(line: bytes) -> dict[str, object]:
-    """The JSON object that a line is. Raises ValueError with the reason if it is none."""
+    """Parse a JSON object. Raises ValueError with the reason if the line is none."""
     try:
         record = json.loads(_decoded(line))
     except json.JSONDecodeError as error:

@@ -90,22 +90,22 @@ def test_rejects_have_reasons_and_are_counted(tmp_path, capsys):
     captions.write_bytes(captions.read_bytes() + b'{"id": "s", "caption": "\xff"}')
     assert run(captions, tmp_path / "out") == 1
     rejects = read(tmp_path / "out.rejects.jsonl")
-    assert [(reject["id"], reject["reason"]) for reject in rejects] == [
-        (None, "not JSON"),
-        (None, "not a JSON object"),
+    assert [(reject["record"], reject["reason"]) for reject in rejects] == [
+        ("no json", "not JSON: Expecting value"),
+        ("[1]", "list where an object is expected"),
         ("m", "caption is missing"),
-        ("n", "caption is not text"),
-        ("o", "caption has characters that are no text"),
-        ("p", "caption without a word"),
-        ("q", "special token in the caption"),
-        ("r", "file is not text"),
-        (None, "id is missing"),
+        ("n 5.5", "caption is not text"),
+        (r"o '\ud800'", "caption has characters that are no text"),
+        ("p !?", "caption without a word"),
+        ("q a fox <image_gen>", "special token in the caption"),
+        ("r ['x']", "file is not text"),
+        ("", "id is missing"),
         ("a", "id of an earlier record"),
-        (None, "not UTF-8"),
+        (r'{"id": "s", "caption": "\xff"}', "not UTF-8"),
     ]
     assert rejects[0]["source"].endswith("t.jsonl:4")
     said = capsys.readouterr()
-    assert "1  rejected: not JSON" in said.out and "11 of 14 records rejected" in said.out
+    assert "1  rejected: not JSON: Expecting value" in said.out and "11 of 14 records rejected" in said.out
     assert said.err == "error: more than max_bad_fraction=0.5 of the records rejected\n"
     assert run(captions, tmp_path / "out", "max_bad_fraction=0.8") == 0
     assert len(read(tmp_path / "out.rejects.jsonl")) == 11  # those of the last run, not of both

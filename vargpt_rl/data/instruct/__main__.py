@@ -5,8 +5,8 @@
 ``method=template`` joins captions and templates (see `templates`); ``method=llm`` has a language model behind an
 OpenAI-compatible endpoint write the dialogues (see `llm`; needs the extra ``instruct``).
 
-The same command goes on where an interrupted one stopped: captions that ``out`` has are passed over, all others are
-done, those rejected before as well. Rejects are written to ``<out>.rejects.jsonl``, with the reason. Exit codes: 0
+The same command resumes an interrupted one: captions in ``out`` are skipped, all others are done, those rejected before
+as well. Rejects are written to ``<out>.rejects.jsonl``, with the reason. Exit codes: 0
 done, 1 more than ``max_bad_fraction`` of the records were rejected, 2 a setting or an input is wrong.
 """
 
@@ -23,10 +23,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vargpt_rl.common.command import CommandFailed, run_command
+from vargpt_rl.common.settings import require
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject, Unusable
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
 from vargpt_rl.data.instruct.templates import template_pair
+from vargpt_rl.data.quarantine import Quarantine
 
 
 class Method(enum.Enum):
@@ -36,35 +38,38 @@ class Method(enum.Enum):
 
 @dataclass
 class InstructCommand:
-    """``captions`` is a .jsonl, .csv or .parquet file with the columns ``*_field``; the image's may be missing.
-
-    ``sample`` takes so many captions at random, by ``seed`` and their ids; ``limit`` the first ones only. The keys from
-    ``endpoint`` on are for ``method=llm``: the address and the model, the name of the environment variable that has the
-    key (none is needed where the server wants none), how many requests run at once, how long one may take, and how
-    often one is repeated.
-    """
+    """Settings of the command. Those from ``endpoint`` on are for ``method=llm``."""
 
     captions: Path
+    """A .jsonl, .csv or .parquet file with the columns ``*_field``."""
     out: Path
     method: Method
     seed: int = 0
     sample: int | None = None
+    """Number of captions sampled at random, by ``seed`` and their ids."""
     limit: int | None = None
+    """Take only the first captions."""
     id_field: str = "id"
     caption_field: str = "caption"
     image_field: str = "file"
+    """Column of the image's file; it may be missing."""
     max_bad_fraction: float = 0.5
+    """Fraction of the captions that may be rejected."""
     endpoint: str = ""
+    """Address of an OpenAI-compatible server, such as http://host:port/v1."""
     model: str = ""
+    """Name of a model of the endpoint."""
     api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key, if the server needs one."""
     concurrency: int = 4
+    """Requests that run at once."""
     timeout_s: float = 60.0
+    """Seconds that a request may take."""
     retries: int = 5
+    """Repetitions of a failed request."""
 
     def __post_init__(self):
-        for key in ("sample", "limit"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: expected 1 or more")
+        require(self, sample=1, limit=1)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
         if self.out.exists() and self.captions.exists() and self.out.samefile(self.captions):
@@ -75,15 +80,13 @@ class InstructCommand:
             raise ValueError(f"endpoint={self.endpoint}: expected http://host:port/v1 or the like with method=llm")
         if not self.model:
             raise ValueError("model=: expected the name of a model of the endpoint with method=llm")
-        for key, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)}: expected {least} or more")
+        require(self, concurrency=1, retries=0)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s={self.timeout_s}: expected more than 0")
 
 
 def by_llm(command: InstructCommand) -> tuple[Callable[[Caption], Dialogue], Callable]:
-    """A function that asks the model for one caption's dialogue, and a ``map`` that runs it for several at once."""
+    """Return a function that asks the model for a caption's dialogue, and a ``map`` that runs it concurrently."""
     try:
         from vargpt_rl.data.instruct import llm  # needs the extra, which the template way does not
     except ModuleNotFoundError as error:
@@ -103,7 +106,7 @@ def by_llm(command: InstructCommand) -> tuple[Callable[[Caption], Dialogue], Cal
 
 
 def attempt(caption: Caption | Reject, ask: Callable[[Caption], Dialogue], method: str) -> dict | Reject:
-    """The record of a caption, or why there is none."""
+    """Return the record of a caption, or why there is none."""
     if isinstance(caption, Reject):
         return caption
     try:
@@ -112,8 +115,8 @@ def attempt(caption: Caption | Reject, ask: Callable[[Caption], Dialogue], metho
         return Reject(caption.id, caption.source, fault.reason, fault.detail)
 
 
-def instruct(command: InstructCommand) -> Counter[str]:
-    """Write the dialogues and rejects; how many records came to what."""
+def instruct(command: InstructCommand) -> tuple[Counter[str], Quarantine]:
+    """Write the dialogues; return their counts and the rejects."""
     fields = Fields(command.id_field, command.caption_field, command.image_field)
     read = partial(read_captions, command.captions, fields)
     captions = read() if command.sample is None else drawn_at_random(read, command.sample, command.seed)
@@ -123,28 +126,28 @@ def instruct(command: InstructCommand) -> Counter[str]:
     else:
         ask, spread = partial(template_pair, seed=command.seed), map
     counts: Counter[str] = Counter()
-    with continued(command.out) as (file, ids), rejects_of(command.out).open("wb") as rejects:
+    with continued(command.out) as (file, ids):
+        path = Path(f"{command.out}.rejects.jsonl")
+        path.unlink(missing_ok=True)  # rejects of an earlier run, which are tried again
+        rejects = Quarantine(path)
         work = partial(attempt, ask=ask, method=command.method.value)
         results = spread(work, fresh(captions, ids, counts))
         write(tqdm(results, unit=" captions", disable=None), file, rejects, counts)
-    if not counts:
+    if not (counts or rejects.counts):
         raise ValueError(f"captions={command.captions}: no record in it")
-    return counts
-
-
-def rejects_of(out: Path) -> Path:
-    return Path(f"{out}.rejects.jsonl")
+    return counts, rejects
 
 
 def execute(command: InstructCommand) -> None:
-    """Write the dialogues and print the counts. Raises CommandFailed if too many records were rejected."""
-    counts = instruct(command)
-    for what in (WRITTEN, WITHOUT_PICTURE, KEPT, *sorted(reason for reason in counts if reason.startswith("rejected"))):
+    """Write the dialogues and print the counts. Raises CommandFailed if too many captions were rejected."""
+    counts, rejects = instruct(command)
+    for what in (WRITTEN, WITHOUT_PICTURE, KEPT):
         print(f"{counts[what]:8d}  {what}")
-    bad = sum(count for what, count in counts.items() if what.startswith("rejected"))
-    total = counts[WRITTEN] + counts[KEPT] + bad
-    print(f"{bad} of {total} records rejected" + (f", see {rejects_of(command.out)}" if bad else ""))
-    if bad > command.max_bad_fraction * total:
+    for reason, count in sorted(rejects.counts.items()):
+        print(f"{count:8d}  rejected: {reason}")
+    total = counts[WRITTEN] + counts[KEPT] + rejects.lost
+    print(f"{rejects.lost} of {total} records rejected" + (f", see {rejects.path}" if rejects.lost else ""))
+    if rejects.lost > command.max_bad_fraction * total:
         raise CommandFailed(f"more than max_bad_fraction={command.max_bad_fraction} of the records rejected")
 
 

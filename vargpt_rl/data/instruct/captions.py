@@ -1,10 +1,9 @@
-"""Captions from a file: JSON lines, CSV or Parquet, read a record at a time.
+"""Captions from a file, read row by row: JSON lines, CSV or Parquet.
 
-A fault of the file is a ValueError that names the setting; a fault of one record is a `Reject` with its reason.
+A fault of the file is a ValueError that names the setting; a fault of one row is a `Reject` with its reason.
 """
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -16,7 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vargpt_rl.data.instruct.dialogue import Caption, Reject, Unusable
+from vargpt_rl.data.records.formats import FORMATS, Fault, Row
+from vargpt_rl.data.records.reader import file_parts
 
+FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and half characters as JSON can spell them
 SPECIAL = re.compile(r"<image|<\|")
 
@@ -30,24 +32,25 @@ class Fields(NamedTuple):
 
 
 def read_captions(path: Path, fields: Fields) -> Iterator[Caption | Reject]:
-    """The records of a file, in order. ValueError, before the first one, where the file or a column is missing."""
+    """Read the captions of a file, in order. ValueError, before the first one, if the file or a column is missing."""
     if not path.is_file():
         raise ValueError(f"captions={path}: no such file")
-    if path.suffix not in ROWS:
-        raise ValueError(f"captions={path}: expected a file that ends in {', '.join(ROWS)}")
+    if path.suffix not in FORMAT_OF:
+        raise ValueError(f"captions={path}: expected a file that ends in {', '.join(FORMAT_OF)}")
     columns = _columns(path)
     for setting, name in (("id_field", fields.id), ("caption_field", fields.caption)):
         if columns is not None and name not in columns:
             raise ValueError(f"{setting}={name}: no such column in {path}, expected one of {', '.join(columns)}")
-    return (_caption(source, row, fields) for source, row in ROWS[path.suffix](path))
+    parts = file_parts([path], FORMATS[FORMAT_OF[path.suffix]])
+    return (_caption(part.place(number), row, fields) for part in parts for number, row in part.read(0, 1))
 
 
 def drawn_at_random(
     read: Callable[[], Iterable[Caption | Reject]], count: int, seed: int
 ) -> Iterator[Caption | Reject]:
-    """``count`` of the captions that ``read`` gives, twice, in their order; which ones follows from ids and ``seed``.
+    """Sample ``count`` of the captions, in their order, by their ids and ``seed``; ``read`` is called twice.
 
-    Those of a larger ``count`` include those of a smaller one. Rejects are all given.
+    A larger ``count`` includes the captions of a smaller one. All rejects are kept.
     """
     ranks = ((_rank(caption.id, seed), caption.id) for caption in read() if isinstance(caption, Caption))
     chosen = {identity for _, identity in nsmallest(count, ranks)}
@@ -59,9 +62,9 @@ def _rank(identity: str, seed: int) -> bytes:
 
 
 def _columns(path: Path) -> list[str] | None:
-    """The columns of a table; None for JSON lines, where each record has keys of its own."""
+    """Return the columns of a table; None for JSON lines, where each row has keys of its own."""
     if path.suffix == ".csv":
-        with _open_csv(path) as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return next(csv.reader(file), [])
     if path.suffix == ".parquet":
         try:
@@ -71,54 +74,11 @@ def _columns(path: Path) -> list[str] | None:
     return None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict | Unusable]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _json_row(line)
-
-
-def _json_row(line: bytes) -> dict | Unusable:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Unusable("not UTF-8", line.decode(errors="backslashreplace"))
-    except (ValueError, RecursionError):
-        return Unusable("not JSON", line.decode())
-    return row if isinstance(row, dict) else Unusable("not a JSON object", line.decode())
-
-
-def _open_csv(path: Path):
-    return path.open(newline="", encoding="utf-8-sig", errors="surrogateescape")
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with _open_csv(path) as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            raise ValueError(f"captions={path}: line {reader.line_num}: not CSV: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    number = 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
-
-
-ROWS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-
-
-def _caption(source: str, row: dict | Unusable, fields: Fields) -> Caption | Reject:
+def _caption(source: str, row: Row | Fault, fields: Fields) -> Caption | Reject:
     identity = None
     try:
-        if isinstance(row, Unusable):
-            raise row
+        if isinstance(row, Fault):
+            raise Unusable(row.reason, row.found)
         identity = _text(row, fields.id)
         caption = " ".join(_text(row, fields.caption).split())
         if not re.search(r"\w", caption):
@@ -131,8 +91,8 @@ def _caption(source: str, row: dict | Unusable, fields: Fields) -> Caption | Rej
     return Caption(identity, caption, file, source)
 
 
-def _text(row: dict, name: str) -> str:
-    """A value as text; whole numbers are taken as well, for they are common as ids."""
+def _text(row: Row, name: str) -> str:
+    """Return a value as text. Whole numbers are accepted: they are common as ids."""
     value = row.get(name)
     if value is None or value == "":
         raise Unusable(f"{name} is missing")

@@ -1,6 +1,8 @@
-"""What travels between reading captions, wording them, and writing them down."""
+"""Captions, the dialogues made of them, and rejects."""
 
 from dataclasses import dataclass
+
+from vargpt_rl.data.quarantine import BadRecord
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What the user and the assistant say; ``made_by`` goes into the output: template ids, or a model's name."""
+    """The words of user and assistant; ``made_by`` goes into the output: template ids, or a model's name."""
 
     prompt: str
     answer: str
@@ -24,7 +26,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Reject:
-    """A record without a dialogue. ``id`` is None where there is none to read; ``detail`` is what was found instead."""
+    """A caption without a dialogue. ``id`` is None if there is none to read; ``detail`` is what was found instead."""
 
     id: str | None
     source: str
@@ -32,9 +34,10 @@ class Reject:
     detail: str = ""
 
 
-class Unusable(Exception):
-    """Nothing to be had for one record, for a reason that is counted."""
+class Unusable(BadRecord):
+    """A caption that no dialogue can be made of."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail

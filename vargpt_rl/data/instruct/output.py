@@ -1,4 +1,7 @@
-"""The file of dialogues, which an interrupted run goes on with, and what is counted on the way."""
+"""The file of dialogues, which an interrupted run resumes, and counts.
+
+`vargpt_rl.storage.lines` does not serve: the file is locked, may be another program's, and can exceed the memory.
+"""
 
 import fcntl
 import json
@@ -9,15 +12,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject
+from vargpt_rl.data.quarantine import Quarantine
 
 IMAGE = "<image_gen>"
 OPENING = b'{"id": '  # of every line, as `line` writes it
-LONGEST_DETAIL = 500  # characters kept of what was found instead
 WRITTEN, KEPT, WITHOUT_PICTURE = "written", "already there", "of these without a picture file"
 
 
 def record(caption: Caption, pair: Dialogue, method: str) -> dict[str, object]:
-    """A dialogue as it is written: the layout of VARGPT's Fig. 15, with an id and what it was made by."""
+    """Return a dialogue in the layout of VARGPT's Fig. 15, with an id and what made it."""
     return {
         "id": caption.id,
         "messages": [
@@ -32,15 +35,15 @@ def record(caption: Caption, pair: Dialogue, method: str) -> dict[str, object]:
 
 
 def line(content: dict[str, object]) -> bytes:
-    """A record as a line of ASCII JSON."""
+    """Format a record as a line of ASCII JSON."""
     return json.dumps(content).encode() + b"\n"
 
 
 @contextmanager
 def continued(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """The file, to be appended to, and the ids that it has. A last line that was cut off is removed.
+    """Open the file for appending; yield it and its ids. A truncated last line is removed.
 
-    ValueError, and nothing is changed, if it is not a file of dialogues, or if another run is writing it.
+    ValueError, and the file stays as it is, if it does not hold dialogues or another run is writing it.
     """
     with _open(path) as file:
         try:
@@ -69,7 +72,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_torn(content: bytes) -> bool:
-    """Whether it is the beginning of a line of this program, and not all of it."""
+    """Return whether ``content`` is a truncated line of this program."""
     if content.endswith(b"\n") or content[: len(OPENING)] != OPENING[: len(content)]:
         return False
     try:
@@ -90,7 +93,7 @@ def _identity(content: bytes, where: str) -> str:
 
 
 def fresh(captions: Iterable[Caption | Reject], ids: set[str], counts: Counter[str]) -> Iterator[Caption | Reject]:
-    """What is still to be done; captions under one of ``ids`` are counted and left out, and ids must not repeat."""
+    """Yield what is still to be done. Captions with one of ``ids`` are counted and left out; repeated ids rejected."""
     seen: set[str] = set()
     for caption in captions:
         if isinstance(caption, Reject):
@@ -106,14 +109,11 @@ def fresh(captions: Iterable[Caption | Reject], ids: set[str], counts: Counter[s
             yield caption
 
 
-def write(results: Iterable[dict | Reject], file: BinaryIO, rejects: BinaryIO, counts: Counter[str]) -> None:
+def write(results: Iterable[dict | Reject], file: BinaryIO, rejects: Quarantine, counts: Counter[str]) -> None:
     """Write each result to its file at once, in order, and count it."""
     for result in results:
         if isinstance(result, Reject):
-            content = {"id": result.id, "source": result.source, "reason": result.reason}
-            rejects.write(line(content | {"detail": result.detail[:LONGEST_DETAIL]}))
-            rejects.flush()
-            counts[f"rejected: {result.reason}"] += 1
+            rejects.add(result.source, " ".join(filter(None, (result.id, result.detail))), result.reason)
         else:
             file.write(line(result))
             file.flush()

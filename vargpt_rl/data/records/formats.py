@@ -1,9 +1,10 @@
-"""Readers of data files: JSON, JSON lines, Parquet, WebDataset tars, saved Hugging Face data sets, image folders.
+"""Readers of data files: JSON, JSON lines, CSV, Parquet, WebDataset tars, saved Hugging Face data sets, image folders.
 
 A reader gives the rows of a file one by one and holds little more than one at a time. What it cannot read comes as a
 `Fault` in the place of the row, or of all the rows that follow where the rest of the file is lost.
 """
 
+import csv
 import json
 import os
 import re
@@ -137,6 +138,19 @@ def _jsonl_rows(path: Path, part: int, start: int, step: int) -> Rows:
                 yield number, _parsed(text)
 
 
+# CSV with a header. Bytes that are not UTF-8 become half characters, which no text may have.
+
+
+def _csv_rows(path: Path, part: int, start: int, step: int) -> Rows:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield reader.line_num - 1, row
+        except csv.Error as error:
+            yield reader.line_num - 1, Fault(f"rest of the file is lost: not CSV: {error}")
+
+
 # Parquet: a part is a row group.
 
 
@@ -244,6 +258,7 @@ def _synset_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 
 FORMATS = {
+    "csv": Format(_one, _csv_rows),
     "json": Format(_one, _json_rows),
     "jsonl": Format(_one, _jsonl_rows),
     "parquet": Format(_parquet_parts, _parquet_rows),
