@@ -154,7 +154,7 @@ class BaseWorker(ABC):
     @serving
     def answer(self, questions: list[tuple[str, str]], side: int, max_new_tokens: int = 8) -> list[str]:
         """Answer each (image key, question) greedily; images are loaded as ``side`` x ``side`` pixels."""
-        requests = [TextRequest(text, self.source.load(key, side)) for key, text in questions]
+        requests = [TextRequest(text, [self.source.load(key, side)]) for key, text in questions]
         return answers(self.engine, requests, max_new_tokens)
 
     @serving

@@ -34,7 +34,7 @@ from vargpt_rl.data.shapes_tasks import edit, question
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import SYSTEM, ChatFormat
+from vargpt_rl.model.prompt import REPLY, SYSTEM, ChatFormat
 from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
 
@@ -51,7 +51,6 @@ SPECIAL = [
     "image_gen_end",
     "image_gen_pad",
 ]
-REPLY = "Here is the picture."
 SEEN_SIDE = 112  # side of understood images: 8 x 8 patches of 14 pixels
 
 

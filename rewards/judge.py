@@ -60,7 +60,7 @@ class VlmJudge:
             return []
         engine = _load(*self.settings)
         requests = [
-            TextRequest(q.replace("{prompt}", prompt), image) for image, prompt in pairs for q in self.questions
+            TextRequest(q.replace("{prompt}", prompt), [image]) for image, prompt in pairs for q in self.questions
         ]
         yes_no = torch.tensor(engine.log_probs(requests, _tokens(engine, self.words)), dtype=torch.float64)
         return yes_no.softmax(-1)[:, 0].view(len(pairs), -1).mean(1).tolist()

@@ -187,7 +187,7 @@ def test_bad_lines_of_prompts_are_put_down(command, tmp_path, capsys):
         (["prompts={}/nowhere.txt"], "prompts={}/nowhere.txt: no such file"),
         (["prompts={}/empty.txt"], "prompts={}/empty.txt: no usable prompt"),
         (["prompt=a", "checkpoint={}"], "checkpoint={}: no config.json"),
-        (["prompt=a", "checkpoint={}/bert"], "checkpoint={}/bert: a model of type 'bert', expected 'vargpt'"),
+        (["prompt=a", "checkpoint={}/bert"], "checkpoint={}/bert: model_type is 'bert', expected 'vargpt'"),
         (["prompt=a", "out={}/empty.txt"], "out={}/empty.txt: File exists"),
     ],
 )

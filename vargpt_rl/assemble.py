@@ -1,10 +1,10 @@
-"""The starting point of VARGPT-v1.1's training, from its three published parts: ``python -m vargpt_rl.assemble``.
+"""Assemble the starting point of VARGPT-v1.1's training from three published parts: ``python -m vargpt_rl.assemble``.
 
 ``language=DIR`` is a Qwen2-VL directory (Qwen2-VL-7B-Instruct in the paper), ``decoder=FILE`` Infinity's weights and
-``image_tokenizer=FILE`` those of its image tokenizer, both as ``torch.save`` wrote them. The two generation projectors
-and the start row are drawn anew from ``seed``; the tokenizer gets the three tokens of drawn images. Every tensor
-keeps its type. Only tensors are read from the ``.pth`` files, never objects. A fault is one line that names the file;
-exit code 2.
+``image_tokenizer=FILE`` those of its image tokenizer, both written by ``torch.save``. The two generation projectors and
+the start row are initialised at random from ``seed``; the tokenizer gets the three special tokens of drawn images.
+Every tensor keeps its dtype. Only tensors are read from the ``.pth`` files, never objects. Errors are one line that
+names the file; exit code 2.
 """
 
 import pickle
@@ -47,39 +47,44 @@ from vargpt_rl.storage.sharded import (
 DECODER_PLACES = ((), ("state_dict",), ("trainer", "gpt_fsdp"))
 IMAGE_TOKENIZER_PLACES = ((), ("vae",), ("state_dict",), ("trainer", "vae_local"))
 PREFIXES = (("visual.", "model.", "lm_head."), "vargpt_gen.", "vae_local.")
-"""What the released names of the three parts start with: language, decoder, image tokenizer."""
+"""Released name prefixes of the three parts: language, decoder, image tokenizer."""
 
 
 @dataclass
 class Assembly:
-    """Where the three parts are, and the seed of what is drawn anew."""
+    """Settings of this command."""
 
     language: str
+    """Folder of a Qwen2-VL model."""
     decoder: str
+    """File of Infinity's weights."""
     image_tokenizer: str
+    """File of the image tokenizer's weights."""
     target: str
+    """Folder to write; must not exist, or be empty."""
     seed: int = 0
+    """Seed of the randomly initialised weights."""
 
 
 def stored_in_torch_file(path: Path, places: tuple[tuple[str, ...], ...]) -> Tensors:
-    """The state dict of a ``.pth`` file, found at the first of ``places`` (keys, one below the other) that has one."""
+    """List the state dict of a ``.pth`` file, at the first of ``places`` (nested keys) that has one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise ValueError(f"{path}: not a file of tensors that torch.save wrote: {reason}") from error
+        raise ValueError(f"{path}: expected tensors written by torch.save: {reason}") from error
     for place in places:
         found = saved
         for key in place:
             found = found.get(key) if isinstance(found, dict) else None
         if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
             return {
-                # The tensors are mapped: a clone is what reads them.
+                # The tensors are memory-mapped; cloning reads them.
                 name: Stored(path, name, tuple(tensor.shape), tensor.dtype, partial(_in_memory, tensor))
                 for name, tensor in found.items()
             }
     expected = ", ".join(".".join(place) or "the top" for place in places)
-    raise ValueError(f"{path}: no dictionary of tensors, looked at {expected}")
+    raise ValueError(f"{path}: found no dictionary of tensors at {expected}")
 
 
 def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +92,7 @@ def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def language_part(folder: Path) -> Tensors:
-    """Qwen2-VL's tensors under the release's names, which are those it was published with."""
+    """List Qwen2-VL's tensors under the release's names, which are Qwen2-VL's original ones."""
 
     def rename(name: str) -> str:
         for later, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
@@ -99,7 +104,7 @@ def language_part(folder: Path) -> Tensors:
 
 
 def decoder_part(path: Path) -> Tensors:
-    """Infinity's tensors under the release's names; without chunks of blocks it is one chunk."""
+    """List Infinity's tensors under the release's names; blocks without chunks count as one chunk."""
 
     def rename(name: str) -> str:
         return "vargpt_gen." + re.sub(r"^(unregistered_)?blocks\.(\d+)\.", r"block_chunks.0.module.\2.", name)
@@ -108,21 +113,21 @@ def decoder_part(path: Path) -> Tensors:
 
 
 def image_tokenizer_part(path: Path) -> Tensors:
-    """The image tokenizer's tensors under the release's names."""
+    """List the image tokenizer's tensors under the release's names."""
     tensors = stored_in_torch_file(path, IMAGE_TOKENIZER_PLACES)
     rename = wrapped if "encoder.conv_in.weight" in tensors else str
     return renamed(tensors, lambda name: f"vae_local.{rename(name)}")
 
 
 def reason_left_out(name: str) -> str | None:
-    """Why a tensor of one of the parts is not needed; None if it is."""
+    """Say why a tensor of one of the parts is not needed; None if it is."""
     if name.startswith("vae_local.quantizer."):
         return "a buffer of the quantiser, which has no weights"
     return reason_dropped(name)
 
 
 def extended_tokenizer(folder: Path, rows: int) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
-    """The tokenizer with the new tokens, and their ids by name of setting. ``rows``: of the embedding."""
+    """Add the new tokens to the tokenizer; return it and their ids by setting. ``rows`` is the embedding's size."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     added = {"extra_special_tokens": [f"<|{name}|>" for name in NEW_TOKENS]}
     tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
@@ -132,8 +137,8 @@ def extended_tokenizer(folder: Path, rows: int) -> tuple[PreTrainedTokenizerBase
     return tokenizer, ids
 
 
-def drawn_anew(shapes: dict[str, tuple[int, ...]], config: VargptConfig, dtype: torch.dtype, seed: int) -> Tensors:
-    """Weights from a normal distribution of the language model's initial width, biases zero."""
+def random_weights(shapes: dict[str, tuple[int, ...]], config: VargptConfig, dtype: torch.dtype, seed: int) -> Tensors:
+    """Draw weights from a normal distribution with the language model's initializer_range; biases are zero."""
     generator = torch.Generator().manual_seed(seed)
     spread = config.text_config.initializer_range
     tensors = {}
@@ -146,8 +151,10 @@ def drawn_anew(shapes: dict[str, tuple[int, ...]], config: VargptConfig, dtype: 
 
 
 def assemble(command: Assembly) -> None:
-    """Write ``target``: a model directory that ``Vargpt.from_pretrained`` reads."""
-    folder, decoder, image_tokenizer = map(Path, (command.language, command.decoder, command.image_tokenizer))
+    """Write ``target``, a model directory that ``Vargpt.from_pretrained`` reads."""
+    folder = Path(command.language)
+    decoder = Path(command.decoder)
+    image_tokenizer = Path(command.image_tokenizer)
     found = read_json(folder / "config.json").get("model_type")
     if found != Qwen2VLConfig.model_type:
         raise ValueError(f"{folder / 'config.json'}: model_type is {found!r}, expected {Qwen2VLConfig.model_type!r}")
@@ -167,7 +174,7 @@ def assemble(command: Assembly) -> None:
     with about(image_tokenizer):
         image_tokenizer_settings = image_tokenizer_config(shapes, {})
     text = own_settings(language.text_config) | {"pad_token_id": tokenizer.pad_token_id}
-    text["rope_parameters"].pop("type", None)  # the published file's name of what is rope_type now
+    text["rope_parameters"].pop("type", None)  # the published file's name of rope_type
     config = VargptConfig(
         text_config=text,
         vision_config=own_settings(language.vision_config),
@@ -185,21 +192,21 @@ def assemble(command: Assembly) -> None:
     sizes = sizes_of(config, blocks_per_chunk)
 
     needed = model_shapes(config)
-    anew = {name: shape for name, shape in needed.items() if name == START or name.startswith("projector_")}
-    released = {release_name(name, *sizes): shape for name, shape in needed.items() if name not in anew}
+    new = {name: shape for name, shape in needed.items() if name == START or name.startswith("projector_")}
+    released = {release_name(name, *sizes): shape for name, shape in needed.items() if name not in new}
     for (where, part), prefixes in zip(parts, PREFIXES, strict=True):
         expected = {name: shape for name, shape in released.items() if name.startswith(prefixes)}
         kept = {name: stored for name, stored in part.items() if not reason_left_out(name)}
         check_tensors(kept, expected, where, tied(config))
 
     model = {our_name(name, *sizes): stored for name, stored in every.items() if not reason_left_out(name)}
-    model |= drawn_anew(anew, config, dtype, command.seed)
+    model |= random_weights(new, config, dtype, command.seed)
     with new_model_dir(Path(command.target)) as target:
         config.save_pretrained(target)
         files = save_sharded(model, target)
         copy_files(folder, target, OTHER_FILES)
         tokenizer.save_pretrained(target)
-    print(f"{len(every)} tensors read, {len(model)} written in {files} files ({len(anew)} drawn anew); left out:")
+    print(f"{len(every)} tensors read, {len(model)} written in {files} files, {len(new)} of them random; left out:")
     print_counts(filter(None, map(reason_left_out, every)))
 
 

@@ -1,7 +1,7 @@
-"""Talk to the model in a terminal: ``python -m vargpt_rl.chat [checkpoint=DIR] [key=value ...]``.
+"""Chat with the model in a terminal: ``python -m vargpt_rl.chat [checkpoint=DIR] [key=value ...]``.
 
-A line is a turn; lines may also be piped in. What cannot be done is said in a line, and the chat goes on. Exit codes:
-0 when the lines end, 2 when a setting is wrong.
+Each line is a turn; lines may be piped in. An impossible request prints one line, and the chat continues. Exit codes:
+0 at the end of input, 2 if a setting is wrong.
 """
 
 import os
@@ -22,18 +22,21 @@ from vargpt_rl.model.hub import check_model
 HELP = """\
 /image FILE   show an image with the next turn; may be repeated
 /draw [TEXT]  the next reply is an image; with TEXT, that is the turn
-/reset        begin a new conversation
+/reset        start a new conversation
 /quit         end the chat
 /help         this list"""
 
 
 @dataclass(kw_only=True)
 class ChatConfig(DrawingSettings):
-    """Drawn images go to ``out``. ``temperature`` 0 takes the likeliest words, ``max_tokens`` of a reply at most."""
+    """Settings of this command."""
 
     out: str = "runs/chat"
+    """Folder for drawn images."""
     resolution: int = 256
+    """Side in pixels of a square image; other aspect ratios have about as many pixels."""
     temperature: float = ReplyConfig.temperature
+    """See ``ReplyConfig``, like the next."""
     max_tokens: int = ReplyConfig.max_tokens
 
     def __post_init__(self):
@@ -42,19 +45,21 @@ class ChatConfig(DrawingSettings):
 
 
 class Chat:
-    """One user's lines and what is printed for them. ``begin`` makes a new conversation; images go to ``out``."""
+    """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``."""
 
     def __init__(self, begin: Callable[[], Conversation], out: Path):
-        self.begin, self.out = begin, out
+        self.begin = begin
+        self.out = out
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was said."""
+        """Start a new conversation."""
         self.conversation = self.begin()
-        self.images, self.draw = [], False
+        self.images: list[Image.Image] = []
+        self.draw = False
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer line by line, until they end or one says /quit."""
+        """Answer line by line, until the end or /quit."""
         for line in map(str.strip, lines):
             if line == "/quit":
                 return
@@ -64,7 +69,7 @@ class Chat:
                 print(error, flush=True)
 
     def answer(self, line: str) -> None:
-        """Do what one line asks. ValueError when that cannot be done."""
+        """Answer one line. Raises ValueError if that is impossible."""
         command, _, rest = line.partition(" ") if line.startswith("/") else ("", "", line)
         match command, rest.strip():
             case "", "":
@@ -87,31 +92,31 @@ class Chat:
                 raise ValueError(f"{line}: no such command, /help lists them")
 
     def say(self, text: str) -> None:
-        """One turn, with the images that were attached for it."""
+        """Take one turn, with the images attached to it."""
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
         self.show(self.conversation.say(text, images, draw))
 
     def show(self, reply: Reply) -> None:
-        """Print words, and where images were saved."""
+        """Print words, and the paths of saved images."""
         for part in reply:
             print(part if isinstance(part, str) else self.save(part.image), flush=True)
         if not reply:
             print("(an empty reply)", flush=True)
 
     def save(self, image: Image.Image) -> Path:
-        """Write an image under the first number that is free."""
+        """Save an image under the first free number."""
         path = next(path for k in count() if not (path := self.out / f"{k:05d}.png").exists())
         save_image(image, path)
         return path
 
 
 def typed() -> Iterator[str]:
-    """The lines of standard input; a person is shown a prompt."""
+    """Yield the lines of standard input, with a prompt on a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401 (lets the line be edited)
+    import readline  # noqa: F401 (makes the line editable)
 
     while True:
         try:
@@ -123,7 +128,8 @@ def typed() -> Iterator[str]:
 
 def chat(config: ChatConfig) -> None:
     """Load the model and answer the lines of standard input."""
-    folder, out = check_model(config.checkpoint), make_folder(config.out)
+    folder = check_model(config.checkpoint)
+    out = make_folder(config.out)
     model, form = load(folder, config.device, config.dtype)
     seeds = count(config.seed)
 
@@ -136,7 +142,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command; return its exit code."""
     return run_command(ChatConfig, chat, arguments)
 
 

@@ -1,11 +1,11 @@
-"""A published checkpoint as a model directory of this project, and back: ``python -m vargpt_rl.convert``.
+"""Convert a published checkpoint to a model directory of this project, or back: ``python -m vargpt_rl.convert``.
 
-``source=DIR target=DIR to=hf`` turns a release of either family (config.json of type ``vargpt_qwen2_vl`` or
-``vargpt_llava``, one safetensors file or shards with an index) into a directory that ``from_pretrained`` reads;
-``to=release`` is the way back. Every tensor is carried over bit by bit in its own type. What the model has no place for
-is kept aside in ``unused.safetensors``, and the release's config.json as ``release_config.json``; where these are
-missing, as in a model that was trained here, the way back writes neutral tensors and a new config.json. A fault is one
-line that names file and tensor; exit code 2.
+``source=DIR target=DIR to=hf`` converts a release of either family (config.json of type ``vargpt_qwen2_vl`` or
+``vargpt_llava``, one safetensors file or shards with an index) to a directory that ``from_pretrained`` reads;
+``to=release`` converts back. Every tensor is copied bit by bit in its own dtype. Tensors that the model does not use
+are kept in ``unused.safetensors``, and the release's config.json as ``release_config.json``; if these are missing, as
+in a model trained here, converting back writes neutral tensors and a new config.json. Errors are one line that names
+file and tensor; exit code 2.
 """
 
 import enum
@@ -53,43 +53,48 @@ FROM_RELEASE = {release.model_type: release for release in RELEASES.values()}
 
 
 class Target(enum.Enum):
+    """Format to convert to."""
+
     hf = "hf"
     release = "release"
 
 
 @dataclass
 class Conversion:
-    """``to``: hf (from a release) or release (from a model directory)."""
+    """Settings of this command."""
 
     source: str
+    """Folder to read."""
     target: str
+    """Folder to write; must not exist, or be empty."""
     to: Target
+    """hf (source is a release) or release (source is a model directory)."""
 
 
 def model_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model."""
+    """Return name and shape of every tensor of a model."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in family_of(config).model(config).state_dict().items()}
 
 
 def tied(config: PreTrainedConfig) -> frozenset[str]:
-    """What a directory need not hold, for it is another tensor."""
+    """Return the tensors that a directory may omit because they are shared with another."""
     return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
 
 
 def usual_dtype(tensors: Tensors) -> torch.dtype:
-    """The type of most tensors."""
+    """Return the dtype of most tensors."""
     return Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
 
 
 def print_counts(reasons: Iterable[str]) -> None:
-    """How often each reason applies, one a line."""
+    """Print how often each reason applies, one per line."""
     for reason, count in Counter(reasons).items():
         print(f"{count:6} {reason}")
 
 
 def _stated_type(path: Path, known: Iterable[str], where: str | None = None) -> tuple[dict, str]:
-    """A config.json, or what it has under ``where``, and the model type it states."""
+    """Read a config.json and the model type that it, or its section ``where``, states."""
     stated = read_json(path)
     found = (stated.get(where, stated) if where else stated).get("model_type")
     if found not in known:
@@ -98,7 +103,7 @@ def _stated_type(path: Path, known: Iterable[str], where: str | None = None) -> 
 
 
 def release_to_hf(source: Path, target: Path) -> None:
-    """Write ``target``, a model directory, from a release."""
+    """Convert a release to a model directory."""
     tensors = stored_in_folder(source)
     shapes = {name: stored.shape for name, stored in tensors.items()}
     stated, kind = _stated_type(source / "config.json", FROM_RELEASE, "hf_config")
@@ -123,8 +128,8 @@ def release_to_hf(source: Path, target: Path) -> None:
     print_counts(reasons.values())
 
 
-def _made_up(source: Path, release, usual: torch.dtype) -> Tensors:
-    """Neutral tensors for those that are left out."""
+def _made_up(source: Path, release: Release | V1Release, usual: torch.dtype) -> Tensors:
+    """Make neutral tensors for those that our model does not have."""
     tensors = {}
     for name, shape in release.left_out().items():
         dtype = release.dtype(name, usual)
@@ -133,7 +138,7 @@ def _made_up(source: Path, release, usual: torch.dtype) -> Tensors:
 
 
 def hf_to_release(source: Path, target: Path) -> None:
-    """Write ``target``, a directory in the release's layout, from a model directory."""
+    """Convert a model directory to the release's layout."""
     kind = _stated_type(source / "config.json", FAMILIES)[1]
     with about(source / "config.json"):
         config = load_config(source)
@@ -164,7 +169,7 @@ def hf_to_release(source: Path, target: Path) -> None:
             (folder / "config.json").write_text(json.dumps(release.stated(dtype), indent=2))
         files = save_sharded(released, folder)
         copy_files(source, folder, TOKENIZER_FILES + OTHER_FILES)
-    origin = f"from {UNUSED}" if known else f"made up, neutral, for there is no {UNUSED}"
+    origin = f"from {UNUSED}" if known else f"neutral, since there is no {UNUSED}"
     print(f"{len(model)} tensors read, {len(released)} written in {files} files; {len(unused)} of these {origin}:")
     print_counts(map(release.reason, unused))
 

@@ -1,19 +1,21 @@
-"""Draw prompts: ``python -m vargpt_rl.generate prompt="a red circle" out=DIR [key=value ...]``.
+"""Generate images: ``python -m vargpt_rl.generate prompt="a red circle" out=DIR [key=value ...]``.
 
-Writes PNG files named after the numbers of prompt and image, and ``images.jsonl`` with a line for each. The same
-command goes on after the last batch that is recorded; other settings want another folder. Exit codes: 0 done, 1 failed,
+Writes PNG files named after the numbers of prompt and image, and ``images.jsonl`` with a line for each. Repeating the
+command resumes it after the last recorded batch; other settings need another folder. Exit codes: 0 done, 1 failed,
 2 a setting or an input is wrong.
 
-The seed of an image follows from ``seed`` and those two numbers, and the image from its seed, whatever the batch it
-is drawn in, up to rounding: a batch of another shape is added up in another order, which in float32 seldom turns a bit
-(one image in dozens at 512 px), in bfloat16 often. With ``batch_size=1`` images are the same to the bit.
+The seed of an image depends on ``seed`` and those two numbers, and the image on its seed, not on its batch, up to
+rounding: batches of another shape add up in another order, which rarely flips a bit in float32 (one image in dozens at
+512 px) but often does in bfloat16. With ``batch_size=1`` images are bit-identical.
 """
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.settings import require
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import prompts_from_file
@@ -21,20 +23,25 @@ from vargpt_rl.inference.conversation import load
 from vargpt_rl.inference.images import DrawingSettings, draw_missing, image_line, make_folder
 from vargpt_rl.model.hub import check_model
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class GenerateConfig(DrawingSettings):
-    """What to draw: one ``prompt``, or those of a file (``prompts``: .txt, or .jsonl with key "prompt").
-
-    ``images`` are drawn of each, ``batch_size`` at once. ``image`` is an image for the prompts to edit.
-    """
+    """Settings of this command: either ``prompt`` or ``prompts`` must be given."""
 
     out: str
+    """Output folder."""
     prompt: str | None = None
+    """A single prompt."""
     prompts: str | None = None
+    """A file of prompts: .txt, or .jsonl with key "prompt"."""
     image: str | None = None
+    """An image file for the prompts to edit."""
     images: int = 1
+    """Images per prompt."""
     batch_size: int = 8
+    """Images drawn at once."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,13 +49,11 @@ class GenerateConfig(DrawingSettings):
             raise ValueError("expected either prompt=... or prompts=FILE")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt= is empty")
-        for key in ("images", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: expected 1 or more")
+        require(self, images=1, batch_size=1)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """The prompts; bad lines of their file are put down in ``quarantine.jsonl``."""
+    """Read the prompts; bad lines of their file are recorded in ``quarantine.jsonl``."""
     if config.prompt is not None:
         return [config.prompt]
     quarantine = Quarantine(Path(config.out, "quarantine.jsonl"))
@@ -57,12 +62,12 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     except ValueError as error:
         raise ValueError(f"prompts={error}") from error
     if quarantine.lost:
-        print(f"{quarantine.lost} lines of {config.prompts} have no prompt, see {quarantine.path}", file=sys.stderr)
+        logger.warning("%d lines of %s have no prompt, see %s", quarantine.lost, config.prompts, quarantine.path)
     return [prompt.text for prompt in prompts]
 
 
 def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
-    """The line of ``images.jsonl`` for every image that is wanted."""
+    """Make the line of ``images.jsonl`` for every wanted image."""
     image = config.image and str(Path(config.image).resolve())
     return [
         image_line(config, f"{i:05d}-{k:02d}.png", prompt, i, k, image) | {"checkpoint": folder}
@@ -72,8 +77,9 @@ def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Draw what is not there yet. ValueError naming the key of whatever is wrong, before the model is loaded."""
-    folder, out = check_model(config.checkpoint), make_folder(config.out)
+    """Draw missing images. Raises ValueError naming the wrong key, before loading the model."""
+    folder = check_model(config.checkpoint)
+    out = make_folder(config.out)
     try:
         image = read_image(Path(config.image)) if config.image else None
     except ValueError as error:
@@ -86,7 +92,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command; return its exit code."""
     return run_command(GenerateConfig, generate, arguments)
 
 

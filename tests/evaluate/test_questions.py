@@ -38,11 +38,11 @@ def said(monkeypatch):
     """Answers used instead of the model's, by question, and the questions asked, with the image's colour."""
     words, asked = {}, []
 
-    def answer(model, chat, questions, max_tokens):
+    def answers(engine, questions, max_tokens):
         asked.extend((text, images[0].getpixel((0, 0)), max_tokens) for text, images in questions)
         return [words[text] for text, _ in questions]
 
-    monkeypatch.setattr(evaluated_model, "answer", answer)
+    monkeypatch.setattr(evaluated_model, "answers", answers)
     monkeypatch.setattr(evaluated_model, "load", lambda *_: (None, None))
     return words, asked
 

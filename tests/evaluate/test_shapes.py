@@ -47,10 +47,10 @@ def artist(monkeypatch):
     monkeypatch.setattr(evaluated_model, "load", lambda *_: (None, None))
     seen = {(question, SOURCE.load(key, 224).tobytes()): truth for (question, key), truth in TRUTHS.items()}
 
-    def answer(model, chat, questions, tokens):
+    def answers(engine, questions, tokens):
         return ["" if text in wrong else seen[text, image.tobytes()] for text, (image,) in questions]
 
-    monkeypatch.setattr(evaluated_model, "answer", answer)
+    monkeypatch.setattr(evaluated_model, "answers", answers)
     return wrong, asked
 
 

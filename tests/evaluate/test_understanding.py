@@ -15,7 +15,8 @@ from PIL import Image
 
 from vargpt_rl.evaluate.report import reported
 from vargpt_rl.evaluate.understanding import TASKS, numbers
-from vargpt_rl.inference.answer import answer
+from vargpt_rl.text.engine import TextRequest, answers
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("LMMS_EVAL_PYTHON")
@@ -199,7 +200,8 @@ def test_lmms_eval_gets_the_models_own_answers(command, lmms_eval, model, chat, 
     score = result("lmms")["metrics"]["mini_mme mme_perception_score"]
     records = folder("lmms") / "answers.jsonl"
     kept = [json.loads(line)["answer"] for line in records.read_text().splitlines()]
-    said = answer(model, chat, [(row["question"], [row["image"]]) for row in rows], 8)
+    requests = [TextRequest(row["question"], [row["image"]]) for row in rows]
+    said = answers(TransformersEngine(model, chat), requests, 8)
     assert kept == said
     right = [words.lower().startswith(row["answer"].lower()) for words, row in zip(said, rows, strict=True)]
     assert score == 100 * sum(right) / 4 + 50 * sum(all(right[i : i + 2]) for i in (0, 2))

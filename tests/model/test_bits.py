@@ -123,7 +123,7 @@ def test_labels_after_flips_are_what_the_flipped_bits_left_over(height, width, s
         )
         rest_Bnd = to_tokens(F.adaptive_avg_pool2d(given - summed, schedule[k]))
         sure = rest_Bnd.abs() > 1e-5  # nearer to zero the order of additions decides
-        assert sure.float().mean() > 0.99
+        assert (~sure).sum() <= max(1, 0.01 * sure.numel())
         assert torch.equal((rest_Bnd > 0)[sure], flipped.labels_BLs[:, at].bool()[sure])
 
 

@@ -88,7 +88,7 @@ def test_another_architecture_is_named(cache, tmp_path):
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     cached(cache, "org/bert", tmp_path / "bert")
     with pytest.raises(
-        ValueError, match="^checkpoint=org/bert: a model of type 'bert', expected 'vargpt' or 'vargpt_v1'$"
+        ValueError, match="^checkpoint=org/bert: model_type is 'bert', expected 'vargpt' or 'vargpt_v1'$"
     ):
         check_model("org/bert")
 

@@ -8,9 +8,9 @@ from vargpt_rl.text.engine import TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
 
 REQUESTS = [
-    TextRequest("What colour is the square?", Image.new("RGB", (64, 64), "red")),
+    TextRequest("What colour is the square?", [Image.new("RGB", (64, 64), "red")]),
     TextRequest("two small blue squares above a large green triangle"),
-    TextRequest("How many?", Image.new("RGB", (48, 96), "blue")),
+    TextRequest("How many?", [Image.new("RGB", (48, 96), "blue")]),
 ]
 
 
@@ -42,7 +42,7 @@ def test_answers_are_words(chat):
 
 def alone(model, chat, request, count):
     """Greedy tokens and the first token's log-probabilities, by teacher forcing without a cache."""
-    seen = chat.vision_inputs([request.image]) if request.image else None
+    seen = chat.vision_inputs(request.images) if request.images else None
     ids = chat.question(request.text, seen.image_grid_thw if seen else None)
     written, first = [], None
     for _ in range(count):

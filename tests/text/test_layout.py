@@ -49,5 +49,5 @@ def test_a_layer_in_part_is_refused_by_the_name_of_what_is_missing(fragments, mi
 def test_unknown_and_misshapen_tensors_are_refused():
     with pytest.raises(ValueError, match="image_decoder.head.weight: the model has no such tensor"):
         check_set({"image_decoder.head.weight": (1,)}, MODEL)
-    with pytest.raises(ValueError, match=r"lm_head.weight is \(32, 9\), the model's \(32, 8\)"):
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(32, 9\), expected \(32, 8\)"):
         check_set({"lm_head.weight": (32, 9)}, MODEL)

@@ -1,8 +1,8 @@
-"""Points at which a test makes a process die, hang or find the disk full; off unless ``VARGPT_FAILPOINTS`` is set.
+"""Fail points: places where a test can make a process die, hang or find the disk full.
 
-The variable names a folder. A file in it with the name of a point holds what happens to the process that comes there
-first: ``kill`` (SIGKILL), ``hang`` (for good) or ``full`` (OSError ENOSPC). The file goes as it happens, so each
-happens once, and what is left tells a test that a fault did not come about.
+Off unless ``VARGPT_FAILPOINTS`` names a folder. A file in it, named after a fail point, holds the fault for the first
+process that gets there: ``kill`` (SIGKILL), ``hang`` (forever) or ``full`` (OSError ENOSPC). The file is deleted as the
+fault happens, so each fault happens once, and a file that is left tells a test that its fault did not happen.
 """
 
 import errno
@@ -15,14 +15,14 @@ VARIABLE = "VARGPT_FAILPOINTS"
 
 
 def point(name: str) -> None:
-    """A place in the code where a fault may be asked for. ``name`` may have slashes, and is then in sub-folders."""
+    """Mark a fail point. Slashes in ``name`` stand for sub-folders."""
     if VARIABLE not in os.environ:
         return
     file = Path(os.environ[VARIABLE]) / name
     try:
         fault = file.read_text()
         file.unlink()
-    except FileNotFoundError:  # not asked for, or another process was here first
+    except FileNotFoundError:  # not requested, or another process got here first
         return
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -30,4 +30,4 @@ def point(name: str) -> None:
         time.sleep(10**9)
     if fault == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-    raise ValueError(f"{file}: {fault!r}, expected kill, hang or full")
+    raise ValueError(f"{file}: expected kill, hang or full, got {fault!r}")

@@ -1,7 +1,7 @@
-"""Finds and builds what a config names by path: rewards, preference builders, data sources.
+"""Load plug-ins that a config names by path: rewards, preference builders, data sources.
 
-A path is "package.module:Name" or "file.py:name", the file relative to the working directory. A file that others can
-change is not run.
+A path is "package.module:Name" or "file.py:name", the file relative to the working directory. A file that other users
+can write is not run.
 """
 
 import hashlib
@@ -17,15 +17,16 @@ from pathlib import Path
 from types import ModuleType
 
 REWARD = ("images", "prompts")
+"""Arguments of a reward."""
 BUILDER = ("samples", "winners", "sample_rewards", "winner_rewards")
-"""What a reward is called with, and what a preference builder."""
+"""Arguments of a preference builder."""
 
 
 def load_plugin(path: str) -> object:
-    """The object that ``path`` names.
+    """Return the object that ``path`` names.
 
-    Raises ValueError, naming the path, where its form is wrong or the module, file or name does not exist. What goes
-    wrong inside the plugin's own code is raised as it is.
+    Raises ValueError, naming the path, if it is malformed or the module, file or name does not exist. Errors in the
+    plug-in's own code are passed on.
     """
     where, colon, name = path.rpartition(":")
     if not colon or not where or not name.isidentifier():
@@ -43,7 +44,7 @@ def _import(path: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
-        # A module that the plugin itself fails to import is the plugin's error, not one of the path.
+        # A module that the plugin itself fails to import is an error of the plugin, not of the path.
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"plugin {path!r}: there is no module {error.name!r}") from error
@@ -57,8 +58,8 @@ def _load_file(path: str, where: str) -> ModuleType:
     name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made. Afterwards it is taken out again: other processes cannot
-    # import it, and cloudpickle sends by value only what it finds in no module.
+    # Dataclasses look up their module while they are created. It is removed again afterwards: other processes cannot
+    # import it, and cloudpickle pickles by value only what it finds in no module.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -68,23 +69,24 @@ def _load_file(path: str, where: str) -> ModuleType:
 
 
 def _check_own(path: str, file: Path) -> None:
-    """ValueError where any user of the machine can write the file, or lay another in its place."""
-    own, folder = file.stat(), file.parent.stat()
-    shared = bool(folder.st_mode & stat.S_IWOTH)  # as /tmp is, where only owners can replace their files
+    """Raise ValueError if any user of the machine can write or replace the file."""
+    own = file.stat()
+    folder = file.parent.stat()
+    shared = bool(folder.st_mode & stat.S_IWOTH)  # like /tmp, where only owners can replace their files
     trusted = folder.st_mode & stat.S_ISVTX and own.st_uid in (0, os.getuid())
     if own.st_mode & stat.S_IWOTH or (shared and not trusted):
         raise ValueError(f"plugin {path!r}: {file} can be written by every user here; expected it not to (chmod o-w)")
 
 
 def make_plugin(path: str, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
-    """The callable that ``path`` names, with ``options``. ValueError as below."""
+    """Load the callable that ``path`` names, with ``options``. Raises ValueError as `make_callable` does."""
     return make_callable(load_plugin(path), options, arguments)
 
 
 def make_callable(obj: object, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
-    """A class instantiated with ``options``, or a function with them as its keyword-only arguments.
+    """Instantiate a class with ``options``, or bind them as a function's keyword-only arguments.
 
-    Raises ValueError for options that do not fit, and for what cannot be called with as many ``arguments``.
+    Raises ValueError if the options do not fit, or the result cannot be called with ``arguments``.
     """
     check_callable(obj, options, arguments)
     if inspect.isclass(obj):
@@ -93,7 +95,7 @@ def make_callable(obj: object, options: dict[str, object], arguments: Sequence[s
 
 
 def check_callable(obj: object, options: dict[str, object], arguments: Sequence[str] = REWARD) -> None:
-    """Raises ValueError where `make_callable` would, without making anything."""
+    """Raise ValueError if `make_callable` would, without creating anything."""
     name = getattr(obj, "__qualname__", repr(obj))
     if inspect.isclass(obj):
         signature = inspect.signature(obj)

@@ -1,7 +1,7 @@
-"""Refuses settings that look like secrets.
+"""Reject settings that look like secrets.
 
-Settings are written down, in config.yaml, the job's script and wandb's files, and shown in errors. So a secret among
-them is refused before any of this, without being repeated. Programs that need one read it from the environment.
+Settings are saved in config.yaml, the job's script and wandb's files, and shown in errors. A secret among them is
+rejected before that, without repeating it. Programs that need a secret read it from the environment.
 """
 
 import os
@@ -14,13 +14,13 @@ NAME = re.compile(
     r"|authorization)",
     re.IGNORECASE,
 )
-"""Of settings and of environment variables that hold a secret; ``api_key_env`` and ``max_tokens`` do not."""
+"""Names of settings and environment variables that hold a secret; ``api_key_env`` and ``max_tokens`` do not match."""
 KNOWN = re.compile(r"\b(?:hf_\w{30,}|sk-[\w-]{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16})")
-"""Tokens that say themselves what they are: of Hugging Face, OpenAI, GitHub and AWS."""
+"""Recognisable access tokens of Hugging Face, OpenAI, GitHub and AWS."""
 LENGTH = 8
-"""Characters below which the value of an environment variable is too common a word to search for."""
+"""Minimum length of an environment variable's value to search for; shorter ones may be common words."""
 SHELL = re.compile(r"\b(\w+)=['\"]?(?=[^$'\"\s])")
-"""An assignment of something else than a variable."""
+"""A shell assignment of anything but another variable."""
 
 
 def _reason(key: str, value: str) -> str | None:
@@ -41,7 +41,7 @@ def _reason(key: str, value: str) -> str | None:
 
 
 def check_secrets(settings: object, key: str) -> None:
-    """ValueError, naming the key and not the value, for the first of the settings that looks like a secret."""
+    """Raise ValueError, naming the key and not the value, for the first setting that looks like a secret."""
     if isinstance(settings, Mapping):
         for name, value in settings.items():
             check_secrets(value, f"{key}.{name}".lstrip("."))
@@ -53,7 +53,7 @@ def check_secrets(settings: object, key: str) -> None:
 
 
 def check_shell(key: str, code: str) -> None:
-    """The same for shell code: ValueError for a secret in it, and for one that is assigned to a variable."""
+    """Raise ValueError if shell code contains a secret, or assigns one to a variable."""
     check_secrets(code, key)
     for name in SHELL.findall(code):
         if NAME.fullmatch(name):

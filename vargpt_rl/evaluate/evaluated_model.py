@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.settings import EvaluateConfig
-from vargpt_rl.inference.answer import answer
 from vargpt_rl.inference.conversation import device_and_dtype, load
 from vargpt_rl.inference.images import batches, check_unchanged, draw_missing, image_line, make_folder
 from vargpt_rl.model.hub import check_model
@@ -21,6 +20,8 @@ from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.storage.files import digest, write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
+from vargpt_rl.text.engine import TextRequest, answers
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 Look = Callable[[str], Image.Image]
 """Load the image of a name; ValueError if it cannot be read."""
@@ -118,9 +119,9 @@ class EvaluatedModel:
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="question") as bar:
             for batch in batches(missing, self.config.batch_size):
                 shown = self._shown(batch, look, quarantine)
-                questions = [(line["question"], [image]) for line, image in shown]
-                answers = answer(*self._loaded, questions, max_tokens) if questions else []
-                new = [line | {"answer": text} for (line, _), text in zip(shown, answers, strict=True)]
+                questions = [TextRequest(line["question"], [image]) for line, image in shown]
+                texts = answers(TransformersEngine(*self._loaded), questions, max_tokens) if questions else []
+                new = [line | {"answer": text} for (line, _), text in zip(shown, texts, strict=True)]
                 answered |= {line["key"]: line for line in new}
                 file.write(as_lines(new))
                 file.flush()

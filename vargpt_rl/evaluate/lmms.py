@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vargpt_rl.data.images import as_rgb
-from vargpt_rl.inference.answer import answer
 from vargpt_rl.inference.conversation import load
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
+from vargpt_rl.text.engine import TextRequest, answers
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 MAX_TOKENS = 128
 """Longest answer, unless the task sets a limit."""
@@ -55,7 +55,8 @@ class VargptLmms(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        self._loaded = load(checkpoint, device, dtype)  # in a tuple: lmms-eval deletes models after the first task
+        # Not in an attribute of its own: lmms-eval deletes models after the first task.
+        self._engine = TransformersEngine(*load(checkpoint, device, dtype))
         self.batch_size = int(batch_size)
         self.answers = answers and Path(answers)
         self.weights = weights or str(checkpoint)
@@ -81,8 +82,8 @@ class VargptLmms(lmms):
         while missing:
             batch = [r for r in missing[: self.batch_size] if r.max_tokens == missing[0].max_tokens]
             missing = missing[len(batch) :]
-            answers = answer(*self._loaded, [request.question() for request in batch], batch[0].max_tokens)
-            new = {request.key: request.cut(text) for request, text in zip(batch, answers, strict=True)}
+            texts = answers(self._engine, [request.question() for request in batch], batch[0].max_tokens)
+            new = {request.key: request.cut(text) for request, text in zip(batch, texts, strict=True)}
             known |= new
             if self.answers:
                 with self.answers.open("a", encoding="utf-8") as file:
@@ -105,12 +106,12 @@ class LmmsRequest:
         identity = json.dumps([model.weights, task, split, self.doc, self.text, self.until, self.max_tokens])
         self.key = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
-    def question(self) -> tuple[str, Sequence[Image.Image]]:
+    def question(self) -> TextRequest:
         """Return text and images. ValueError for visual input that is not an image."""
         shown = (self.visual(self.docs[self.doc]) if self.visual else None) or []
         if not all(isinstance(image, Image.Image) for image in shown):
             raise ValueError(f"expected images, got {[type(image).__name__ for image in shown]}")
-        return self.text.replace("<image>", "").strip(), [as_rgb(image) for image in shown]
+        return TextRequest(self.text.replace("<image>", "").strip(), [as_rgb(image) for image in shown])
 
     def cut(self, text: str) -> str:
         """Cut an answer at the first of the task's stop strings."""

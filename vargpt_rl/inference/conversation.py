@@ -1,13 +1,12 @@
-"""A conversation with the model: images shown to it in any turn, replies in words, images drawn inside them.
+"""Multi-turn conversation with the model: the user may show images in any turn, and replies mix words and images.
 
-One key-value cache serves the whole conversation. A reply is words, token by token; ``image_gen_start`` among them
-makes the model draw, and after ``image_gen_end`` the words go on (VARGPT-v1.1, section 3.1). Drawn images stay in the
-context as the L image tokens they were drawn with, so that all of it is what one teacher-forced pass sees. To edit a
-image, show it in a turn with an instruction; that goes for drawn ones too, for only shown images go through the
-vision tower, as in training.
+One key-value cache serves the whole conversation. A reply is sampled token by token; ``image_gen_start`` makes the
+model draw, and after ``image_gen_end`` the words continue (VARGPT-v1.1, section 3.1). Drawn images stay in the context
+as their L image tokens, so the context equals that of one teacher-forced pass. To edit an image, show it in a turn with
+an instruction. This applies to drawn images too: only shown images pass through the vision tower, as in training.
 
-Deviations from the published code, which stops after the first image of a reply: any number of images, in any
-turn; after a drawn image stands ``image_gen_end``, as in training.
+Deviations from the published code, which stops after the first image of a reply: any number of images in any turn;
+each drawn image is followed by ``image_gen_end``, as in training.
 
 Shape legend: V vocabulary, L image tokens, d bits a token.
 """
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from vargpt_rl.common.settings import require
 from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next, to_images
 from vargpt_rl.model.hub import model_folder
@@ -32,44 +32,44 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass
 class ReplyConfig:
-    """How replies are made: ``temperature`` 0 takes the likeliest word; ``max_tokens`` of words, ``max_images``."""
+    """Sampling of replies."""
 
     temperature: float = 0.0
+    """Temperature of the words; 0 is greedy."""
     max_tokens: int = 256
+    """Limit on the tokens of words in a reply."""
     max_images: int = 4
+    """Limit on the images in a reply."""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: expected 0 or more")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: expected 1 or more")
-        if self.max_images < 0:
-            raise ValueError(f"max_images={self.max_images}: expected 0 or more")
+        require(self, temperature=0, max_tokens=1, max_images=0)
 
 
 class DrawnImage(NamedTuple):
-    """A drawn image of a reply: pixels, its tokens [L, s] (bits [L, d]), and the seed they were drawn with."""
+    """A drawn image of a reply."""
 
     image: Image.Image
     bits_Ld: torch.Tensor
+    """Image tokens: bits [L, d], in v1 indices [L, 1]."""
     seed: int
+    """Seed that the tokens were sampled with."""
 
 
 Reply = list[str | DrawnImage]
-"""Words and images in the order in which they were made; no empty words."""
+"""Words and images in order, without empty strings."""
 
 
 def choose_word(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """A token id from fp32 logits on the CPU."""
+    """Sample a token id from fp32 logits on the CPU."""
     if temperature == 0:
         return int(logits_V.argmax())
     return int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=generator))
 
 
 class Conversation:
-    """Turns of one user and the model. ``ids`` is all that was said so far, with image tokens as ``image_gen_pad``.
+    """Turns of one user and the model. ``ids`` is the whole conversation so far, image tokens as ``image_gen_pad``.
 
-    Images have ``size`` (height, width) in pixels; the k-th of the conversation is drawn with seed ``seed + k``.
+    Drawn images have ``size`` (height, width) in pixels; the k-th of the conversation is drawn with seed ``seed + k``.
     """
 
     def __init__(
@@ -81,24 +81,28 @@ class Conversation:
         replies: ReplyConfig | None = None,
         seed: int = 0,
     ):
-        self.model, self.chat, self.size = model, chat, size
-        self.sampling, self.replies = sampling or SamplingConfig(), replies or ReplyConfig()
+        self.model = model
+        self.chat = chat
+        self.size = size
+        self.sampling = sampling or SamplingConfig()
+        self.replies = replies or ReplyConfig()
         self.tokens = token_count(model.image_tokenizer.schedule_for(*size))
         self.limit = model.config.text_config.max_position_embeddings
         self.reading = GenerationState(model, 1)
         self.ids: list[int] = []
         self.next_seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        # Of the special tokens a reply may have the end and image_gen_start only.
+        # The only special tokens allowed in a reply are the end and image_gen_start.
         self._allowed_V = torch.arange(model.config.text_config.vocab_size) < len(chat.tokenizer)
         self._allowed_V[list(chat.tokenizer.get_added_vocab().values())] = False
         self._allowed_V[chat.end] = True
 
     @torch.inference_mode()
     def say(self, text: str, images: Sequence[Image.Image] = (), draw: bool = False) -> Reply:
-        """The reply to a user's turn that shows ``images``. With ``draw`` it is the customary words and one image.
+        """Reply to a user's turn that shows ``images``. With ``draw``, the reply is the usual words and one image.
 
-        ValueError, and nothing is said, when an image cannot be shown or the turn does not fit in ``limit`` tokens.
+        Raises ValueError, leaving the conversation as it was, if an image cannot be shown or the turn does not fit into
+        ``limit`` tokens.
         """
         seen = self.chat.vision_inputs(list(images)) if images else None
         turn = [] if self.ids else self.chat.system()
@@ -115,22 +119,25 @@ class Conversation:
 
     @property
     def room(self) -> int:
-        """How many more tokens may be said before the current turn is closed."""
+        """Tokens left before the current turn must be closed."""
         return self.limit - len(self.ids) - len(self.chat.closing)
 
     def _reply(self) -> Reply:
-        """Words until the model ends its turn, with the images it begins among them."""
+        """Sample words until the model ends its turn, drawing the images it begins."""
         start = self.model.config.image_gen_start_token_id
-        reply, words, vision = [], [], 0
+        reply: Reply = []
+        words: list[int] = []
+        images = 0
         for _ in range(min(self.replies.max_tokens, self.room)):
-            may_draw = vision < self.replies.max_images and self.room >= self.tokens + 2
+            may_draw = images < self.replies.max_images and self.room >= self.tokens + 2
             token = self._next_token(may_draw)
             if token == self.chat.end or not self.room:
                 break
             self._read([token])
             if token == start:
                 reply += [self._words(words), self._draw()]
-                words, vision = [], vision + 1
+                words = []
+                images += 1
             else:
                 words.append(token)
         return [part for part in (*reply, self._words(words)) if part]
@@ -145,8 +152,9 @@ class Conversation:
         return self.chat.tokenizer.decode(ids).strip()
 
     def _draw(self) -> DrawnImage:
-        """Draw the image whose ``image_gen_start`` was read last, and close it."""
-        seed, self.next_seed = self.next_seed, self.next_seed + 1
+        """Draw an image after its ``image_gen_start``, which was read last, and close it."""
+        seed = self.next_seed
+        self.next_seed += 1
         drawn = draw_next(self.reading, [seed], self.size, self.sampling)
         self.ids += [self.model.config.image_gen_pad_token_id] * self.tokens
         self._read([self.model.config.image_gen_end_token_id])
@@ -160,10 +168,10 @@ class Conversation:
 
 
 def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Unified, ChatTemplate]:
-    """The model of a directory or a hub name (`model_folder`), ready to draw and to answer, and its chat format.
+    """Load the model of a directory or hub name (`model_folder`) for inference, and its chat template.
 
-    ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. ValueError for a
-    directory that has no whole model of this architecture.
+    ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. Raises ValueError
+    if the directory does not have a complete model of either family.
     """
     place, kind = device_and_dtype(device, dtype)
     folder = model_folder(checkpoint)
@@ -171,7 +179,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
         family = family_of(load_config(folder))
         model, report = family.model.from_pretrained(folder, dtype=kind, output_loading_info=True)
         if report["missing_keys"]:
-            raise ValueError(f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} is one")
+            raise ValueError(f"{len(report['missing_keys'])} tensors are missing, e.g. {min(report['missing_keys'])}")
         chat = family.markup(str(folder), model.config)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error
@@ -179,7 +187,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What ``auto`` and the names stand for on this machine. ValueError for what it does not have."""
+    """Resolve names and ``auto`` on this machine. Raises ValueError for a device that it does not have."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if device == "auto":

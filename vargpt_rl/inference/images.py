@@ -1,7 +1,7 @@
-"""Draw the images of a list of requests into a folder, each once.
+"""Generate the images of a list of requests into a folder, each once.
 
-The seed of an image follows from the run's seed and the numbers of its prompt and of the image, and the image from
-its seed, whatever batch it is drawn in.
+The seed of an image depends on the run's seed and the numbers of its prompt and of the image; the image depends on its
+seed, not on its batch.
 """
 
 import io
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vargpt_rl.common.settings import require
 from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
 from vargpt_rl.model.hub import TINY
@@ -33,11 +34,11 @@ def _aspects() -> dict[str, float]:
 
 
 ASPECTS = _aspects()
-"""Width over height of the release's schedules, by name, from wide to tall."""
+"""Name to width over height of the release's schedules, from wide to tall."""
 
 
 def image_size(resolution: int, aspect: str) -> tuple[int, int]:
-    """(height, width) in pixels of the release's size at this resolution. ValueError naming the key that is wrong."""
+    """Return the release's (height, width) in pixels at this resolution. Raises ValueError naming the wrong key."""
     if resolution <= 0 or resolution % STRIDE:
         raise ValueError(f"resolution={resolution}: expected a positive multiple of {STRIDE}")
     if aspect not in ASPECTS:
@@ -55,28 +56,31 @@ def image_size(resolution: int, aspect: str) -> tuple[int, int]:
 
 @dataclass(kw_only=True)
 class DrawingSettings:
-    """Which model draws, and how: the settings that this command and the chat share.
+    """Model and sampling: the settings that ``generate``, ``chat`` and ``evaluate`` share.
 
-    ``checkpoint`` is "tiny", a model directory or a hub name; ``aspect`` is width:height. ``cfg``, ``tau``, ``top_k``
-    and ``top_p`` are those of ``SamplingConfig``. ``device`` auto is a GPU if there is one, ``dtype`` auto bfloat16
-    there. ``size`` and ``sampling`` follow from these.
+    ``size`` and ``sampling`` are derived from them.
     """
 
     checkpoint: str = TINY
+    """"tiny", a model directory or a hub name."""
     resolution: int = 512
+    """Side in pixels of a square image; other aspect ratios have about as many pixels."""
     aspect: str = "1:1"
+    """width:height."""
     seed: int = 0
     cfg: float = SamplingConfig.cfg
+    """See ``SamplingConfig``, like the next three."""
     tau: float = SamplingConfig.tau
     top_k: int = SamplingConfig.top_k
     top_p: float = SamplingConfig.top_p
     device: str = "auto"
+    """auto is a GPU if there is one."""
     dtype: str = "auto"
+    """auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU."""
 
     def __post_init__(self):
         self.size = image_size(self.resolution, self.aspect)
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: expected 0 or more")
+        require(self, seed=0)
         try:
             self.sampling = SamplingConfig(self.cfg, self.tau, self.top_k, self.top_p)
         except ValueError as error:
@@ -87,7 +91,7 @@ class DrawingSettings:
 def image_line(
     settings: DrawingSettings, file: str, prompt: str, index: int, number: int, image: str | None = None
 ) -> dict:
-    """The line of ``images.jsonl`` for the image of a prompt that has these numbers; ``image`` is to be edited."""
+    """Make the line of ``images.jsonl`` for image ``number`` of prompt ``index``; ``image`` is the one to edit."""
     return {
         "file": file,
         "prompt": prompt,
@@ -100,7 +104,7 @@ def image_line(
 
 
 def check_unchanged(out: Path, name: str, wanted: dict, made: dict) -> None:
-    """ValueError where something that is in ``out`` was made with other settings than are wanted now."""
+    """Raise ValueError if a result in ``out`` was made with other settings than those wanted now."""
     for key, value in wanted.items():
         if value != made.get(key):
             raise ValueError(
@@ -110,14 +114,14 @@ def check_unchanged(out: Path, name: str, wanted: dict, made: dict) -> None:
 
 
 def drawn_images(path: Path) -> list[dict]:
-    """The records of images that are there."""
+    """Read the records whose images exist."""
     return [record for record in read_records(path) if (path.parent / record["file"]).exists()]
 
 
 def check_images(out: Path, wanted: list[dict]) -> set[str]:
-    """The files that need not be drawn again, of all the records in ``out``.
+    """Return the files recorded in ``out`` that exist already.
 
-    ValueError where a wanted image was made with other settings.
+    Raises ValueError if a wanted image was made with other settings.
     """
     records = {record["file"]: record for path in sorted(out.glob("images*.jsonl")) for record in drawn_images(path)}
     for line in wanted:
@@ -127,7 +131,7 @@ def check_images(out: Path, wanted: list[dict]) -> set[str]:
 
 
 def make_folder(out: str) -> Path:
-    """The folder that images go to; ValueError where there can be none."""
+    """Create the output folder. Raises ValueError if that is impossible."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +140,7 @@ def make_folder(out: str) -> Path:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG: it is there whole or not at all."""
+    """Write a PNG atomically."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
@@ -145,7 +149,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 def draw_batch(
     model: Unified, chat: ChatTemplate, lines: list[dict], look: Callable[[str], Image.Image] | None
 ) -> list[Image.Image]:
-    """The images of some lines of the plan, all of one size and sampling, all or none with an ``image`` to edit."""
+    """Draw the images of some lines, all of one size and sampling, and all or none with an ``image`` to edit."""
     shown = chat.vision_inputs([look(line["image"]) for line in lines]) if lines[0]["image"] else None
     grids = shown.image_grid_thw.split(1) if shown else [None] * len(lines)
     rows = [chat.drawing_prompt(line["prompt"], REPLY, grid) for line, grid in zip(lines, grids, strict=True)]
@@ -158,6 +162,7 @@ def draw_batch(
 
 
 def batches(lines: list[dict], size: int) -> Iterator[list[dict]]:
+    """Split lines into batches of at most ``size``."""
     remaining = iter(lines)
     while batch := list(islice(remaining, size)):
         yield batch
@@ -172,11 +177,11 @@ def draw_missing(
     part: slice = slice(None),
     records: str = RECORDS,
 ) -> int:
-    """Draw what ``part`` of the plan is not in ``out`` yet; how many images that were.
+    """Draw the images of ``part`` that are not in ``out`` yet; return their number.
 
-    ``model`` is called only where there is something to draw; ``look`` finds the image that a line's ``image`` names.
-    Processes that draw different parts at the same time keep ``records`` of their own, "images*.jsonl". ValueError
-    where an image was made with other settings.
+    ``model`` is called only if there is something to draw; ``look`` loads the image that a line's ``image`` names.
+    Processes that draw different parts at the same time need different ``records``, named "images*.jsonl". Raises
+    ValueError if an image was made with other settings.
     """
     there = check_images(out, wanted)
     lines = wanted[part]

@@ -24,49 +24,56 @@ RELEASE_LANGUAGE = {
 
 @strict
 class DecoderConfig(PreTrainedConfig):
-    """The visual decoder (specification, section 4, step 8)."""
+    """Configuration of the visual decoder (specification, section 4, step 8)."""
 
     model_type = "vargpt_decoder"
     base_config_key = "decoder_config"
 
     width: int = 2048
     depth: int = 32
+    """Number of blocks."""
     heads: int = 16
     mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, in multiples of ``width``."""
     max_scales: int = 15
+    """Rows of the level embedding."""
     max_unconditional: int = 512
+    """Learned unconditional rows, the first of which is also the dropped condition."""
     norm_eps: float = 1e-6
 
 
 @strict
 class ImageTokenizerConfig(PreTrainedConfig):
-    """The convolutional autoencoder around the bits (specification, section 2)."""
+    """Configuration of the image tokenizer, a convolutional autoencoder (specification, section 2)."""
 
     model_type = "vargpt_image_tokenizer"
     base_config_key = "image_tokenizer_config"
 
     bits: int = 32
+    """Bits per image token, d."""
     base_channels: int = 128
     channel_multipliers: list[int] | tuple[int, ...] = (1, 2, 4, 4, 4)
+    """Channels of each level, fine to coarse, in multiples of ``base_channels``."""
     blocks_per_level: int = 2
     norm_groups: int = 32
+    """Groups of the group norms."""
 
     schedule_for = staticmethod(schedule_for)
 
     @property
     def symbols(self) -> Symbols:
-        """What an image token is."""
+        """Format of an image token."""
         return Symbols(self.bits, 2)
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latent map."""
+        """Channels of the latent map, d."""
         return self.bits
 
 
 @strict
 class VargptConfig(Qwen2VLConfig):
-    """Everything a VARGPT-v1.1 model is built from; the token ids are those of the release."""
+    """Configuration of a whole VARGPT-v1.1 model; the token ids are those of the release."""
 
     model_type = "vargpt"
     sub_configs = {

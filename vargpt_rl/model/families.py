@@ -1,4 +1,4 @@
-"""The two families of the model, chosen by the ``model_type`` that a model directory states."""
+"""The two families of the model, selected by the ``model_type`` in a model directory's config.json."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ AnyImageTokenizer = ImageTokenizer | V1ImageTokenizer
 
 
 class Family(NamedTuple):
-    """What serves a configuration: model, image tokenizer and markup."""
+    """Classes of one family: model, image tokenizer and chat template."""
 
     model: type[Unified]
     image_tokenizer: type[AnyImageTokenizer]
@@ -34,27 +34,27 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_named(model_type: str) -> Family:
-    """By the ``model_type`` of a configuration. ValueError for any other."""
+    """Look up a family by ``model_type``. Raises ValueError for an unknown one."""
     if model_type not in FAMILIES:
-        raise ValueError(f"a model of type {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
+        raise ValueError(f"model_type is {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family that a configuration belongs to. ValueError for one of another model."""
+    """Look up the family of a configuration. Raises ValueError if it belongs to another model."""
     return family_named(config.model_type)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a model directory, of either family."""
+    """Load the configuration of a model directory of either family."""
     return AutoConfig.from_pretrained(path)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str) -> Unified:
-    """The model of a directory, in ``dtype`` ("auto": that of its files)."""
+    """Load the model of a directory in ``dtype`` ("auto": that of its files)."""
     return family_of(load_config(path)).model.from_pretrained(path, dtype=dtype)
 
 
 def markup_for(path: str | Path, config: PreTrainedConfig) -> ChatTemplate:
-    """The markup of a directory whose model has this configuration."""
+    """Load the chat template of a directory whose model has this configuration."""
     return family_of(config).markup(str(path), config)

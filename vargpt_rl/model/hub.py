@@ -1,4 +1,4 @@
-"""Where a model's files are: in a directory, or on the hub under "org/name" and from then on in the hub's cache."""
+"""Locate a model's files: in a directory, or on the Hugging Face hub under "org/name", cached after the download."""
 
 import json
 import re
@@ -12,14 +12,14 @@ TINY = "tiny"
 TINY_V1 = "tiny_v1"
 EMBEDDED = Path(__file__).parents[1] / "tiny"
 FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
-"""What is fetched of a model on the hub: weights that hold no code, settings, tokenizer. Nothing that could run."""
+"""Files downloaded from the hub: weights that hold no code, settings, tokenizer. Nothing executable."""
 
 
 def model_folder(checkpoint: str | Path) -> Path:
-    """The absolute path of a model's directory; "org/name" that is no local directory is a model on the hub.
+    """Return the absolute path of a model's directory, downloading "org/name" if it is not a local directory.
 
-    As in ``from_pretrained``, the cache serves where the hub is out of reach or ``HF_HUB_OFFLINE`` is set, and
-    ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` have their meaning. ValueError, of one line, where there is neither.
+    As in ``from_pretrained``, the cache is used if the hub is unreachable or ``HF_HUB_OFFLINE`` is set, and
+    ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured. Raises ValueError (one line) if there is no such model.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()
@@ -33,9 +33,9 @@ def model_folder(checkpoint: str | Path) -> Path:
 
 
 def check_model(path: str) -> str:
-    """A model directory of this architecture, absolute; "org/name" is fetched from the hub (`model_folder`).
+    """Return the absolute path of a model directory of either family; "org/name" is downloaded (`model_folder`).
 
-    ValueError naming what was found instead.
+    Raises ValueError naming what was found instead.
     """
     folder = EMBEDDED if path == TINY else model_folder(path)
     settings = folder / "config.json"

@@ -1,7 +1,7 @@
-"""The image tokenizer: a convolutional autoencoder with stride 16 around multi-scale binary spherical quantisation.
+"""Image tokenizer: a convolutional autoencoder with stride 16 around multi-scale binary spherical quantisation.
 
-Follows the released VAE (specification, section 2). Deviation: the number of groups of the group norms is a setting,
-because the tiny model's narrow layers do not divide into the release's 32.
+Follows the released VAE (specification, section 2). Deviation: the number of group-norm groups is configurable, since
+the tiny model's narrow layers are not divisible by the release's 32.
 
 Shape legend: B batch, H W image, h w latent grid, d bits a token, L image tokens.
 """
@@ -16,10 +16,12 @@ from vargpt_rl.model.bits import Bits, residual, resize, to_codes
 from vargpt_rl.model.multiscale import Quantised, to_map, to_tokens
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Reconstructed and original images float [B, 3, H, W] -> a scalar."""
+"""Maps reconstructed and original images, float [B, 3, H, W] each, to a scalar loss."""
 
 
 class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group norms, added to the input."""
+
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -46,6 +48,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -55,7 +59,7 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all cells of the grid, added to its input."""
+    """Single-head self attention over all cells of the grid, added to the input."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -75,12 +79,13 @@ def _middle(width: int, groups: int, attention: bool) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """``attention``: after each block of the coarsest level, and in the middle."""
+    """Maps images to latent features. ``attention`` follows each block of the coarsest level, and in the middle."""
 
     def __init__(self, channels: list[int], blocks: int, groups: int, depth: int, attention: bool = False):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        levels, width = [], channels[0]
+        levels = []
+        width = channels[0]
         for level, out in enumerate(channels):
             layers = []
             for _ in range(blocks):
@@ -104,7 +109,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``attention`` as in the encoder."""
+    """Maps latents to images; ``attention`` as in the encoder."""
 
     def __init__(self, channels: list[int], blocks: int, groups: int, depth: int, attention: bool = False):
         super().__init__()
@@ -134,7 +139,7 @@ class Decoder(nn.Module):
 
 
 class ImageTokenizer(nn.Module, Bits):
-    """Images in [-1, 1] to bits and back."""
+    """Converts images in [-1, 1] to bits and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,25 +149,25 @@ class ImageTokenizer(nn.Module, Bits):
         self.decoder = Decoder(*args)
 
     def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> raw latent features [B, d, H/16, W/16]."""
+        """Encode images float [B, 3, H, W] in [-1, 1] as raw latent features [B, d, H/16, W/16]."""
         return self.encoder(images_B3HW)
 
     def encode(self, images_B3HW: torch.Tensor) -> Quantised:
-        """Images -> bits and decoder inputs, on the schedule of their size."""
+        """Convert images to bits and decoder inputs, on the schedule of their size."""
         return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
-        """Summed codes -> images float [B, 3, H, W] in [-1, 1]."""
+        """Decode summed codes to images float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(summed_Bdhw).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
-        """Scalar: what ``criterion`` says of the round trip's images, before the clamp, and their originals."""
+        """Return the scalar ``criterion`` of reconstructed images, before the clamp, and their originals."""
         return criterion(self.reconstruct(images_B3HW), images_B3HW)
 
     def reconstruct(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Differentiable round trip for training the tokenizer; images before the clamp.
+        """Encode and decode images differentiably, to train the tokenizer; the result is not clamped.
 
-        Straight-through estimator scale by scale: the gradient of each code is that of the unit-length remainder it
+        Straight-through estimator scale by scale: the gradient of each code is passed to the unit-length remainder it
         rounds, with the coarser scales held constant.
         """
         schedule = self.schedule_for(*images_B3HW.shape[-2:])

@@ -1,4 +1,4 @@
-"""Log-likelihood of image tokens, and what is read off it. Pure functions, reduced in fp32 or better.
+"""Log-likelihood of image tokens and statistics of it. Pure functions that reduce in fp32 or better.
 
 Shape legend: N images, L image tokens, d bits or s symbols a token, D logits a token, V values a symbol, K scales.
 """
@@ -11,49 +11,49 @@ from vargpt_rl.model.scales import Schedule, scale_slices
 
 
 def bit_log_probs(logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor) -> torch.Tensor:
-    """fp32 [N, L, d]: log-probability of each bit, a two-way softmax over its pair of logits."""
+    """Return the log-probability of each bit, fp32 [N, L, d]: a two-way softmax over its pair of logits."""
     difference = logits_NL2d[..., 1::2].float() - logits_NL2d[..., 0::2].float()
     return F.logsigmoid(torch.where(bits_NLd.bool(), difference, -difference))
 
 
 def image_log_probs(log_probs_NLd: torch.Tensor) -> torch.Tensor:
-    """float64 [N]: sum over all bits of an image (16,672 of them at 256 px and d = 32).
+    """Sum over all bits of an image (16,672 at 256 px and d = 32): float64 [N].
 
-    In double precision: at about -1.5e4 the spacing of fp32 is 1e-3, coarser than the log-ratios to be compared.
+    Double precision, since fp32 has a spacing of 1e-3 at about -1.5e4, coarser than the log-ratios to be compared.
     """
     return log_probs_NLd.sum((1, 2), dtype=torch.float64)
 
 
 def scale_means(values_NLd: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """[N, K]: mean over the tokens and bits of each scale."""
+    """Average over the tokens and bits of each scale: [N, K]."""
     return torch.stack([values_NLd[:, at].mean((1, 2)) for at in scale_slices(schedule)], dim=1)
 
 
 def scale_sums(values_NLd: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """float64 [N, K]: sum over the tokens and bits of each scale."""
+    """Sum over the tokens and bits of each scale: float64 [N, K]."""
     sums = [values_NLd[:, at].sum((1, 2), dtype=torch.float64) for at in scale_slices(schedule)]
     return torch.stack(sums, dim=1)
 
 
 def bit_entropy(logits_NL2d: torch.Tensor) -> torch.Tensor:
-    """fp32 [N, L, d]: entropy of each bit in nats."""
+    """Return the entropy of each bit in nats: fp32 [N, L, d]."""
     difference = logits_NL2d[..., 1::2].float() - logits_NL2d[..., 0::2].float()
     p = torch.sigmoid(difference)
     return -(p * F.logsigmoid(difference) + (1 - p) * F.logsigmoid(-difference))
 
 
 def bit_hits(logits_NL2d: torch.Tensor, bits_NLd: torch.Tensor) -> torch.Tensor:
-    """bool [N, L, d]: where the likelier value is the true bit."""
+    """Tell where the likelier value is the true bit: bool [N, L, d]."""
     return (logits_NL2d[..., 1::2] > logits_NL2d[..., 0::2]) == bits_NLd.bool()
 
 
 def _by_symbol(logits_NLD: torch.Tensor, symbols: Symbols) -> torch.Tensor:
-    """fp32 [N, L, s, V]: log-probability of every value of every symbol."""
+    """Return the log-probability of every value of every symbol: fp32 [N, L, s, V]."""
     return logits_NLD.unflatten(-1, tuple(symbols)).float().log_softmax(-1)
 
 
 def symbol_log_probs(logits_NLD: torch.Tensor, labels_NLs: torch.Tensor) -> torch.Tensor:
-    """fp32 [N, L, s]: log-probability of each label, a softmax over its symbol's logits."""
+    """Return the log-probability of each label, fp32 [N, L, s]: a softmax over its symbol's logits."""
     symbols = Symbols.of(logits_NLD, labels_NLs)
     if symbols.values == 2:
         return bit_log_probs(logits_NLD, labels_NLs)
@@ -61,7 +61,7 @@ def symbol_log_probs(logits_NLD: torch.Tensor, labels_NLs: torch.Tensor) -> torc
 
 
 def symbol_entropy(logits_NLD: torch.Tensor, symbols: Symbols) -> torch.Tensor:
-    """fp32 [N, L, s]: entropy of each symbol in nats."""
+    """Return the entropy of each symbol in nats: fp32 [N, L, s]."""
     if symbols.values == 2:
         return bit_entropy(logits_NLD)
     log_p = _by_symbol(logits_NLD, symbols)
@@ -69,7 +69,7 @@ def symbol_entropy(logits_NLD: torch.Tensor, symbols: Symbols) -> torch.Tensor:
 
 
 def symbol_hits(logits_NLD: torch.Tensor, labels_NLs: torch.Tensor) -> torch.Tensor:
-    """bool [N, L, s]: where the likeliest value is the label."""
+    """Tell where the likeliest value is the label: bool [N, L, s]."""
     symbols = Symbols.of(logits_NLD, labels_NLs)
     if symbols.values == 2:
         return bit_hits(logits_NLD, labels_NLs)

@@ -1,4 +1,4 @@
-"""Scale schedules: which token grids an image of a given size is drawn on, from 1x1 to the full latent grid.
+"""Scale schedules: the token grids on which an image of a given size is drawn, from 1x1 to the full latent grid.
 
 An image of H x W pixels has a latent grid of H/16 x W/16. Next-scale prediction draws it as a sequence of growing
 grids. The release uses hand-made sequences for fifteen aspect ratios (Infinity, supplementary; h/w from 3 to 1/3),
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 STRIDE = 16
-"""Pixels a side of one token of the last grid."""
+"""Side in pixels of one token of the last grid."""
 
 Schedule = tuple[tuple[int, int], ...]
 """(height, width) of each token grid, coarse to fine."""
@@ -41,20 +41,20 @@ def _table() -> dict[float, Schedule]:
 
 
 SCHEDULES: dict[float, Schedule] = _table()
-"""Height over width -> the thirteen grids of the release at one megapixel."""
+"""Aspect ratio (height over width) to the release's thirteen grids at one megapixel."""
 
 
 def full_schedule(height: int, width: int) -> Schedule:
-    """The thirteen-grid sequence of the aspect ratio nearest to ``height / width`` (any unit)."""
+    """Return the thirteen grids of the aspect ratio nearest to ``height / width`` (any unit)."""
     ratio = height / width
     return SCHEDULES[min(SCHEDULES, key=lambda known: abs(known - ratio))]
 
 
 @lru_cache
 def schedule_for(height: int, width: int | None = None) -> Schedule:
-    """Schedule of an image of ``height`` x ``width`` pixels (square when width is left out).
+    """Return the schedule of an image of ``height`` x ``width`` pixels (square if width is omitted).
 
-    Raises ValueError when a side is not a positive multiple of 16.
+    Raises ValueError if a side is not a positive multiple of 16.
     """
     width = height if width is None else width
     for side in (height, width):
@@ -66,7 +66,7 @@ def schedule_for(height: int, width: int | None = None) -> Schedule:
 
 
 def size_for(resolution: int, aspect: float = 1.0) -> tuple[int, int]:
-    """(height, width) in pixels of the release's size nearest to ``aspect`` = width / height at this resolution."""
+    """Return the release's (height, width) in pixels nearest to ``aspect`` = width / height at this resolution."""
     count = len(schedule_for(resolution))
     grids = min(SCHEDULES.items(), key=lambda item: abs(item[0] - 1 / aspect))[1]
     if SCHEDULES[1.0][count - 1] != (resolution // STRIDE,) * 2:
@@ -75,13 +75,14 @@ def size_for(resolution: int, aspect: float = 1.0) -> tuple[int, int]:
 
 
 def token_count(schedule: Schedule) -> int:
-    """L, the number of image tokens of a schedule."""
+    """Return L, the number of image tokens of a schedule."""
     return sum(h * w for h, w in schedule)
 
 
 def scale_slices(schedule: Schedule) -> list[slice]:
-    """For each scale, where its tokens lie among the L image tokens."""
-    slices, start = [], 0
+    """Return the slice of each scale among the L image tokens."""
+    slices = []
+    start = 0
     for h, w in schedule:
         slices.append(slice(start, start + h * w))
         start += h * w
@@ -89,16 +90,16 @@ def scale_slices(schedule: Schedule) -> list[slice]:
 
 
 def scale_index(schedule: Schedule, device: torch.device | None = None) -> torch.Tensor:
-    """int64 [L]: the scale of each image token."""
+    """Return the scale of each image token: int64 [L]."""
     sizes = torch.tensor([h * w for h, w in schedule], device=device)
     return torch.repeat_interleave(torch.arange(len(schedule), device=device), sizes)
 
 
 def grid_positions(schedule: Schedule) -> torch.Tensor:
-    """int64 [L, 2]: row and column of each token on the one-megapixel grid of its aspect ratio.
+    """Return row and column of each token on the one-megapixel grid of its aspect ratio: int64 [L, 2].
 
     Every scale is stretched over the same reference grid, so a coordinate means the same place at every scale and
-    every resolution. Rounding is half to even, as the release does (specification, section 4, step 8).
+    resolution. Rounding is half to even, as the release does (specification, section 4, step 8).
     """
     rows, cols = full_schedule(*schedule[-1])[-1]
     positions = []

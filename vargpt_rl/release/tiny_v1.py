@@ -1,4 +1,4 @@
-"""Tiny models without training: the text tokenizer of the shapes world, and a whole v1 model of fresh weights.
+"""Create a tiny untrained v1 model, and the text tokenizer of the shapes world.
 
 The same seed makes the same files, so none are shipped.
 """
@@ -21,11 +21,11 @@ from vargpt_rl.storage.sharded import new_model_dir
 
 V1_NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 V1_SPECIAL = [*V1_NAMED.values(), "<image>", *(f"<|image_gen_{name}|>" for name in ("start", "end", "pad"))]
-SEEN_SIDE, PATCH = 112, 14  # understood images: 8 x 8 patches
+SEEN_SIDE, PATCH = 112, 14  # of understood images: 8 x 8 patches
 
 
 def shapes_bpe(special: list[str], texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of 512 tokens over the shapes world's words and ``texts``, with these special tokens."""
+    """Train a byte-level BPE of 512 tokens on the shapes world's texts and ``texts``, with these special tokens."""
     rng = np.random.default_rng(0)
     texts = list(texts)
     for scene in [sample_scene(rng, task) for task in TASKS for _ in range(400)]:
@@ -42,13 +42,13 @@ def shapes_bpe(special: list[str], texts: list[str]) -> Tokenizer:
 
 
 def sides_for(side: int) -> tuple[int, ...]:
-    """The token grids of a v1 model that draws ``side`` pixels: the release's below its last, then that."""
+    """Return the token grids of a v1 model that draws ``side`` pixels: the release's smaller ones, then its own."""
     last = side // STRIDE
     return (*(grid for grid in V1ImageTokenizerConfig.sides if grid < last), last)
 
 
 def fresh_v1_config(side: int) -> VargptV1Config:
-    """Every part of the release's architecture, some 3 million parameters in all, for images of ``side`` pixels."""
+    """Configure the release's architecture with about 3 million parameters, for images of ``side`` pixels."""
     ids = {name: index for index, name in enumerate(V1_SPECIAL)}  # BPE numbers special tokens first
     return VargptV1Config(
         text_config=dict(
@@ -60,7 +60,7 @@ def fresh_v1_config(side: int) -> VargptV1Config:
             hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3, image_size=SEEN_SIDE,
             patch_size=PATCH, initializer_range=0.05,
         ),
-        # Drawn and scored under the condition that it is trained with; the release's weights are not.
+        # Unlike the release, draw and score under the condition used in training.
         decoder_config=dict(width=128, depth=4, heads=4, draws_unconditionally=False),
         image_tokenizer_config=dict(
             codes=1024, latent_channels=16, sides=sides_for(side), base_channels=8,
@@ -72,7 +72,7 @@ def fresh_v1_config(side: int) -> VargptV1Config:
 
 
 def make_fresh_v1(folder: Path, side: int, seed: int) -> Path:
-    """Write the model directory ``folder``; one that is there is left as it is. Returns it, absolute."""
+    """Write the model directory ``folder`` unless it exists; return its absolute path."""
     folder = folder.resolve()
     if folder.is_dir():
         return folder

@@ -1,9 +1,9 @@
-"""The released checkpoint's config.json and this model's configuration, each made from the other.
+"""Convert the released checkpoint's config.json to this model's configuration and back.
 
-The release's file states the language model and the vision tower (flat, as transformers 4.46 wrote them) and the
-special tokens. The sizes of the decoder and the image tokenizer stand nowhere in it: they are read off the tensors'
-shapes. What no shape tells (norm groups and the like) is taken from ``decoder_config`` and ``image_tokenizer_config``
-where the file has them, as those written here do, and is otherwise the release's.
+The release's file describes the language model and the vision tower (flat, as transformers 4.46 wrote them) and the
+special tokens. It does not have the sizes of the decoder and the image tokenizer: they are inferred from the tensors'
+shapes. Values that no shape determines (such as norm groups) come from ``decoder_config`` and
+``image_tokenizer_config`` if the file has them, as those written here do, and otherwise from the release.
 """
 
 import math
@@ -39,7 +39,7 @@ _TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vis
 
 
 class Sizes(NamedTuple):
-    """What a name in a released checkpoint depends on: the arguments of ``our_name``."""
+    """Sizes that names in a released checkpoint depend on: the arguments of ``our_name``."""
 
     levels: int
     blocks_per_level: int
@@ -47,26 +47,26 @@ class Sizes(NamedTuple):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json has it: ``bfloat16``."""
+    """Name a dtype as config.json does: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def usual(sizes: Iterable[int], what: str) -> int:
-    """The commonest: one misshapen tensor does not change what is expected of all the others."""
+    """Return the most common size, so that one misshapen tensor does not change what is expected of the others."""
     counted = Counter(sizes).most_common(1)
     if not counted:
-        raise ValueError(f"no tensor {what}, from which the model's sizes are read")
+        raise ValueError(f"no tensor {what}, which is needed to infer the model's sizes")
     return counted[0][0]
 
 
 def matches(shapes: Shapes, pattern: str) -> list[tuple[re.Match, tuple[int, ...]]]:
-    """Names that fit, with their shapes; a tensor without elements tells no size."""
+    """Return matching names with their shapes, except of empty tensors, which tell no size."""
     found = [(re.fullmatch(pattern, name), shape) for name, shape in shapes.items() if shape and math.prod(shape)]
     return [(match, shape) for match, shape in found if match]
 
 
 def decoder_config(shapes: Shapes, stated: dict[str, Any]) -> tuple[DecoderConfig, int]:
-    """The decoder's configuration and its blocks per chunk, from the shapes of ``vargpt_gen.*``."""
+    """Infer the decoder's configuration and its blocks per chunk from the shapes of ``vargpt_gen.*``."""
     name = r"vargpt_gen\.block_chunks\.(\d+)\.module\.(\d+)"
     biases = matches(shapes, rf"{name}\.(sa|ca)\.v_bias")
     scales = matches(shapes, rf"{name}\.sa\.scale_mul_1H11")
@@ -79,7 +79,7 @@ def decoder_config(shapes: Shapes, stated: dict[str, Any]) -> tuple[DecoderConfi
 
 
 def image_tokenizer_config(shapes: Shapes, stated: dict[str, Any]) -> ImageTokenizerConfig:
-    """The image tokenizer's configuration, from the shapes of ``vae_local.*``."""
+    """Infer the image tokenizer's configuration from the shapes of ``vae_local.*``."""
     name = "vae_local.encoder.down.*.block.*.conv*.conv.bias"
     block = r"vae_local\.encoder\.down\.(\d+)\.block\.(\d+)"
     parts = matches(shapes, rf"{block}\.(conv[12]\.conv|norm2\.norm)\.(weight|bias)")
@@ -99,20 +99,21 @@ def image_tokenizer_config(shapes: Shapes, stated: dict[str, Any]) -> ImageToken
 
 
 def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings that its class declares, without what else a file had or transformers adds."""
+    """Return the settings that the class declares, without extra ones of a file or of transformers."""
     return {key: getattr(config, key) for key in type(config).__annotations__}
 
 
 def sizes_of(config: VargptConfig, blocks_per_chunk: int) -> Sizes:
-    """The sizes that names depend on."""
+    """Return the sizes that names depend on."""
     tokenizer = config.image_tokenizer_config
     return Sizes(len(tokenizer.channel_multipliers), tokenizer.blocks_per_level, blocks_per_chunk)
 
 
 def from_release_config(release: dict[str, Any], shapes: Shapes, dtype: torch.dtype) -> tuple[VargptConfig, int]:
-    """Our configuration and the blocks per chunk. ValueError naming the key or the tensor that is wrong or missing.
+    """Return our configuration and the blocks per chunk.
 
-    ``release`` is the released config.json, or a record of test data with it under ``hf_config``.
+    ``release`` is the released config.json, or a record of test data with it under ``hf_config``. Raises ValueError
+    naming the key or tensor that is wrong or missing.
     """
     stated = release.get("hf_config", release)
     if stated.get("model_type") != MODEL_TYPE:
@@ -142,7 +143,7 @@ def from_release_config(release: dict[str, Any], shapes: Shapes, dtype: torch.dt
 
 
 def to_release_config(config: VargptConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json as the release has it, for a model that never was one."""
+    """Make a config.json in the release's format for a model that was not converted from one."""
     text, vision = config.text_config, config.vision_config
     rope = dict(text.rope_parameters)
     kind = rope.pop("rope_type")
@@ -167,9 +168,9 @@ def to_release_config(config: VargptConfig, dtype: torch.dtype) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Release:
-    """How the tensors of one model stand in a checkpoint of the published layout.
+    """The published layout of one model's tensors.
 
-    ``rows`` is a released table of which only the last rows are read: they are our tensor ``our_rows``.
+    Only the last rows of the released table ``rows`` are used: they are our tensor ``our_rows``.
     """
 
     config: VargptConfig
@@ -180,37 +181,40 @@ class Release:
 
     @classmethod
     def of_released(cls, stated: dict[str, Any], shapes: Shapes, dtype: torch.dtype) -> "Release":
-        """Of a checkpoint with this config.json and these tensors."""
+        """Make the layout of a released checkpoint from its config.json and tensor shapes."""
         return cls(*from_release_config(stated, shapes, dtype))
 
     @classmethod
     def of_model(cls, config: VargptConfig, kept: Iterable[str]) -> "Release":
-        """Of a model beside which the released tensors ``kept`` are kept; where there are none, with as many chunks as
-        the release, if the depth allows it."""
+        """Make the layout of one of our models.
+
+        The number of chunks is that of the released tensors ``kept`` with it; without any, it is the release's if the
+        depth is divisible.
+        """
         modules = {re.sub(r"^vargpt_gen\.block_chunks\.\d+\.module\.(\d+)\..*", r"\1", name) for name in kept}
         depth = config.decoder_config.depth
         return cls(config, sum(map(str.isdecimal, modules)) or depth // math.gcd(depth, RELEASE_CHUNKS))
 
     def name(self, ours: str) -> str:
-        """The released name of one of our tensors."""
+        """Return the released name of one of our tensors."""
         return release_name(ours, *sizes_of(self.config, self.blocks_per_chunk))
 
     def left_out(self) -> Shapes:
-        """Name and shape of every released tensor, ``rows`` among them, that a model keeps aside."""
+        """Return name and shape of every released tensor, ``rows`` included, that our model does not have."""
         return dropped_shapes(self.config, self.blocks_per_chunk) | {START_ROWS: start_rows_shape(self.config)}
 
     def dtype(self, name: str, usual: torch.dtype) -> torch.dtype:
-        """Of a tensor that is left out."""
+        """Return the dtype of a tensor that is left out; ``usual`` is that of the checkpoint."""
         return torch.int64 if name.endswith("lfq.mask") else usual
 
     def neutral(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """For a tensor that is left out, where none was kept."""
+        """Make a neutral replacement for a tensor that is left out and was not kept."""
         return neutral(name, self.left_out()[name], dtype)
 
     def reason(self, name: str) -> str:
-        """Why a released tensor, or a part of it, is left out."""
+        """Say why a released tensor, or part of it, is left out."""
         return "only the row of image_gen_start is ever read" if name == START_ROWS else reason_dropped(name)
 
     def stated(self, dtype: torch.dtype) -> dict[str, Any]:
-        """A config.json as the release has it."""
+        """Make a config.json in the release's format."""
         return to_release_config(self.config, dtype)

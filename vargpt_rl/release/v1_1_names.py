@@ -1,7 +1,7 @@
-"""Names of the released checkpoint's tensors in this model, both ways, and what this model leaves out of them.
+"""Map tensor names of the released v1.1 checkpoint to this model's and back.
 
 Every released tensor is either renamed (some reshaped) or dropped for a stated reason; anything else is an error. The
-two ways are each other's inverse.
+two directions are inverses.
 """
 
 import re
@@ -11,10 +11,10 @@ import torch
 from vargpt_rl.model.configuration import VargptConfig
 
 START_ROWS = "sos_embedding.weight"
-"""Of its rows only the last, that of ``image_gen_start``, is ever read; it is our ``START``."""
+"""Only its last row, that of ``image_gen_start``, is ever used; it is our ``START``."""
 START = "image_decoder.condition.start_embedding"
 
-# Released and our prefix; the first that fits counts, in either direction.
+# Released prefix and ours; the first match counts, in either direction.
 _PREFIXES: list[tuple[str, str]] = [
     ("visual.", "model.visual."),
     ("model.", "model.language_model."),
@@ -58,7 +58,7 @@ DROPPED: dict[str, str] = {
 
 
 def reason_dropped(name: str) -> str | None:
-    """Why this model has no place for a released tensor; None if it has one."""
+    """Say why this model drops a released tensor; None if it does not."""
     return next((reason for pattern, reason in DROPPED.items() if re.match(pattern, name)), None)
 
 
@@ -74,7 +74,7 @@ def _swap_back(pairs: list[tuple[str, str]], name: str) -> str | None:
 
 
 def _tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
-    """``vae_local.*`` -> ``image_tokenizer.*``: one module less deep, levels numbered in order of execution."""
+    """Map ``vae_local.*`` to ``image_tokenizer.*``: one module less deep, levels in order of execution."""
 
     def up(match: re.Match) -> str:
         return f"levels.{levels - 1 - int(match[1])}."
@@ -89,7 +89,7 @@ def _tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
 
 
 def wrapped(name: str) -> str:
-    """The release has every convolution and norm of the image tokenizer inside a module of its own."""
+    """Insert the module that wraps every convolution and norm of the image tokenizer in the release."""
     return re.sub(
         r"\.((norm|conv|nin)\w*)\.(weight|bias)$",
         lambda match: f".{match[1]}.{'norm' if match[2] == 'norm' else 'conv'}.{match[3]}",
@@ -98,7 +98,7 @@ def wrapped(name: str) -> str:
 
 
 def _released_tokenizer_name(name: str, levels: int, blocks_per_level: int) -> str:
-    """``image_tokenizer.*`` -> ``vae_local.*``."""
+    """Map ``image_tokenizer.*`` to ``vae_local.*``."""
 
     def level(match: re.Match) -> str:
         half, index, block = match[1], int(match[2]), int(match[3])
@@ -113,7 +113,7 @@ def _released_tokenizer_name(name: str, levels: int, blocks_per_level: int) -> s
 
 
 def release_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: int) -> str:
-    """The released name of one of our tensors: the inverse of ``our_name``. KeyError for an unknown name."""
+    """Return the released name of one of our tensors (inverse of ``our_name``). Raises KeyError if it is unknown."""
     if name.startswith("image_tokenizer."):
         return _released_tokenizer_name(name, levels, blocks_per_level)
     block = re.match(r"image_decoder\.blocks\.(\d+)\.(.*)", name)
@@ -129,7 +129,7 @@ def release_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk
 
 
 def our_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: int) -> str | None:
-    """Our name of a released tensor; None if it is dropped (see ``DROPPED``). KeyError for an unknown name.
+    """Return our name of a released tensor; None if it is dropped (see ``DROPPED``). Raises KeyError if it is unknown.
 
     ``levels`` and ``blocks_per_level`` are those of the image tokenizer, ``blocks_per_chunk`` of the visual decoder.
     """
@@ -153,7 +153,7 @@ def our_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: in
 def from_release(
     tensors: dict[str, torch.Tensor], config: VargptConfig, blocks_per_chunk: int
 ) -> dict[str, torch.Tensor]:
-    """A released state dict under our names. ``config`` is that of a model of the same sizes."""
+    """Rename a released state dict to our names. ``config`` is that of a model of the same sizes."""
     tokenizer = config.image_tokenizer_config
     renamed = {}
     for name, tensor in tensors.items():
@@ -164,7 +164,7 @@ def from_release(
 
 
 def dropped_shapes(config: VargptConfig, blocks_per_chunk: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every released tensor that ``our_name`` drops."""
+    """Return name and shape of every released tensor that ``our_name`` drops."""
     width, hidden = config.decoder_config.width, config.text_config.hidden_size
     shapes = {"vae_local.quantizer.lfq.mask": (config.image_tokenizer_config.bits,)}
     for projector, size in (("image_gen_projector", width), ("image_gen_projector_out", hidden)):
@@ -181,12 +181,12 @@ def dropped_shapes(config: VargptConfig, blocks_per_chunk: int) -> dict[str, tup
 
 
 def start_rows_shape(config: VargptConfig) -> tuple[int, int]:
-    """Shape of the released ``START_ROWS``."""
+    """Return the shape of the released ``START_ROWS``."""
     return (config.image_gen_start_token_id + 1, config.decoder_config.width)
 
 
 def neutral(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A dropped tensor where none was kept: as the reference's own buffers are, or without effect."""
+    """Make a dropped tensor that was not kept: the reference's buffer, or weights without effect."""
     if name.endswith("lfq.mask"):
         return 2 ** torch.arange(shape[0] - 1, -1, -1)
     return torch.ones(shape, dtype=dtype) if name.endswith("ln_q.weight") else torch.zeros(shape, dtype=dtype)

@@ -1,9 +1,9 @@
-"""The released checkpoint's config.json of v1 and this model's configuration, each made from the other.
+"""Convert the released v1 checkpoint's config.json to this model's configuration and back.
 
-The release's file states the language model and the vision tower as LLaVA-1.5's does, and the special tokens. The sizes
-of the decoder and the image tokenizer are read off the tensors' shapes. What no shape tells (the sides of the grids,
-norm groups) is taken from ``decoder_config`` and ``image_tokenizer_config`` where the file has them, as those written
-here do, and is otherwise the release's.
+The release's file describes the language model and the vision tower as LLaVA-1.5's does, and the special tokens. The
+sizes of the decoder and the image tokenizer are inferred from the tensors' shapes. Values that no shape determines (the
+sides of the grids, norm groups) come from ``decoder_config`` and ``image_tokenizer_config`` if the file has them, as
+those written here do, and otherwise from the release.
 """
 
 import math
@@ -33,7 +33,7 @@ _LLAVA_KEYS = (
 
 
 def decoder_config(shapes: Shapes, stated: dict[str, Any]) -> V1DecoderConfig:
-    """The decoder's configuration, from the shapes of ``vargpt_gen.*``."""
+    """Infer the decoder's configuration from the shapes of ``vargpt_gen.*``."""
     name = r"vargpt_gen\.blocks\.(\d+)"
     biases, scales = matches(shapes, rf"{name}\.attn\.v_bias"), matches(shapes, rf"{name}\.attn\.scale_mul_1H11")
     hidden = matches(shapes, rf"{name}\.ffn\.fc1\.bias")
@@ -48,7 +48,7 @@ def decoder_config(shapes: Shapes, stated: dict[str, Any]) -> V1DecoderConfig:
 
 
 def image_tokenizer_config(shapes: Shapes, stated: dict[str, Any]) -> V1ImageTokenizerConfig:
-    """The image tokenizer's configuration, from the shapes of ``vae_local.*``."""
+    """Infer the image tokenizer's configuration from the shapes of ``vae_local.*``."""
     name = "vae_local.encoder.down.*.block.*.conv*.bias"
     parts = matches(shapes, r"vae_local\.encoder\.down\.(\d+)\.block\.(\d+)\.(conv[12]|norm2)\.(weight|bias)")
     levels = max(1, len({match[1] for match, _ in parts}))
@@ -69,7 +69,7 @@ def image_tokenizer_config(shapes: Shapes, stated: dict[str, Any]) -> V1ImageTok
 
 
 def from_release_config(written: dict[str, Any], shapes: Shapes, dtype: torch.dtype) -> VargptV1Config:
-    """Our configuration. ValueError naming the key or the tensor that is wrong or missing.
+    """Return our configuration. Raises ValueError naming the key or tensor that is wrong or missing.
 
     ``written`` is the released config.json, or a record of test data with it under ``hf_config``.
     """
@@ -96,7 +96,7 @@ def from_release_config(written: dict[str, Any], shapes: Shapes, dtype: torch.dt
 
 
 def to_release_config(config: VargptV1Config, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json as the release has it, for a model that never was one."""
+    """Make a config.json in the release's format for a model that was not converted from one."""
     text, vision = config.text_config, config.vision_config
     special = {name: f"<|{name}|>" for name in NEW_TOKENS}
     special |= {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in NEW_TOKENS}
@@ -118,7 +118,7 @@ def to_release_config(config: VargptV1Config, dtype: torch.dtype) -> dict[str, A
 
 @dataclass(frozen=True)
 class V1Release:
-    """How the tensors of one v1 model stand in a checkpoint of the published layout; see ``Release`` of v1.1."""
+    """The published layout of one v1 model's tensors; see ``Release`` of v1.1 for the methods."""
 
     config: VargptV1Config
     model_type = MODEL_TYPE

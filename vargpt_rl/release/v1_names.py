@@ -1,7 +1,7 @@
-"""Names of the released checkpoint's tensors in this model, and what this model leaves out of them.
+"""Map this model's tensor names to those of the released v1 checkpoint.
 
-One way is written down, from our names to the released ones; the other is its inverse over the names of a model. What
-is left out has a stated reason; anything else is an error.
+The other direction is the inverse over the names of a model. Released tensors that this model drops have a stated
+reason; anything else is an error.
 """
 
 import re
@@ -12,11 +12,11 @@ from vargpt_rl.model.scales import STRIDE, scale_index, token_count
 from vargpt_rl.model.v1.configuration import VargptV1Config
 
 ROWS = "vargpt_gen.class_emb.weight"
-"""Of its rows only the last two, "draw" (``image_gen_start``) and "dropped", are ever read: our ``OUR_ROWS``."""
+"""Only its last two rows, "draw" (``image_gen_start``) and "dropped", are ever used: our ``OUR_ROWS``."""
 OUR_ROWS = "image_decoder.class_embedding.weight"
 ROWS_REASON = "only the rows of image_gen_start and of the dropped condition are ever read"
 
-# Our and the released prefix; the first that fits counts.
+# Our prefix and the released one; the first match counts.
 _PREFIXES: list[tuple[str, str]] = [
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -40,7 +40,7 @@ _PREFIXES: list[tuple[str, str]] = [
     ("image_tokenizer.residual.", "vae_local.quantize.quant_resi.qresi_ls."),
     ("image_tokenizer.", "vae_local."),
 ]
-# Inside a block of the decoder, and inside the image tokenizer.
+# Within a block of the decoder.
 _BLOCK_PARTS = {
     ".modulation.": ".ada_lin.1.",
     ".self_attention.log_scale": ".attn.scale_mul_1H11",
@@ -60,14 +60,14 @@ DROPPED: dict[str, str] = {
 
 
 def reason_dropped(name: str) -> str | None:
-    """Why this model has no place for a released tensor, or for most of it; None if it has one."""
+    """Say why this model drops a released tensor, or most of it; None if it does not."""
     if name == ROWS:
         return ROWS_REASON
     return next((reason for pattern, reason in DROPPED.items() if re.fullmatch(pattern, name)), None)
 
 
 def _released_tokenizer_part(name: str, levels: int, blocks_per_level: int) -> str:
-    """Of the image tokenizer: a level's blocks and attentions are numbered apart, coarse levels last."""
+    """Name a part of the image tokenizer: blocks and attentions of a level are numbered separately."""
 
     def part(match: re.Match) -> str:
         half, level, at = match[1], int(match[2]), int(match[3])
@@ -85,7 +85,7 @@ def _released_tokenizer_part(name: str, levels: int, blocks_per_level: int) -> s
 
 
 def release_name(name: str, config: VargptV1Config) -> str:
-    """The released name of one of our tensors. KeyError for an unknown name."""
+    """Return the released name of one of our tensors. Raises KeyError if it is unknown."""
     prefix, released = next((pair for pair in _PREFIXES if name.startswith(pair[0])), ("", ""))
     if not prefix:
         raise KeyError(f"unknown tensor in a model: {name}")
@@ -102,7 +102,7 @@ def release_name(name: str, config: VargptV1Config) -> str:
 
 
 def dropped_shapes(config: VargptV1Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every released tensor that has no place here, ``ROWS`` among them."""
+    """Return name and shape of every released tensor that this model drops, ``ROWS`` included."""
     decoder, tokenizer = config.decoder_config, config.image_tokenizer_config
     width, tokens = decoder.width, token_count(tokenizer.schedule_for(tokenizer.sides[-1] * STRIDE))
     shapes = {
@@ -120,12 +120,12 @@ def dropped_shapes(config: VargptV1Config) -> dict[str, tuple[int, ...]]:
 
 
 def dropped_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Of a dropped tensor in a checkpoint of this type."""
+    """Return the dtype of a dropped tensor in a checkpoint of this dtype."""
     return torch.int64 if name == "vargpt_gen.lvl_1L" else dtype
 
 
 def neutral(name: str, shape: tuple[int, ...], dtype: torch.dtype, config: VargptV1Config) -> torch.Tensor:
-    """A dropped tensor where none was kept: as the reference's own buffers are, or without effect."""
+    """Make a dropped tensor that was not kept: the reference's buffer, or weights without effect."""
     tokenizer = config.image_tokenizer_config
     scale_L = scale_index(tokenizer.schedule_for(tokenizer.sides[-1] * STRIDE))
     if name == "vargpt_gen.lvl_1L":
@@ -137,7 +137,7 @@ def neutral(name: str, shape: tuple[int, ...], dtype: torch.dtype, config: Vargp
 
 
 def from_release(tensors: dict[str, torch.Tensor], config: VargptV1Config, names: list[str]) -> dict[str, torch.Tensor]:
-    """A released state dict under our names, ``names``. KeyError for a tensor that is missing."""
+    """Rename a released state dict to our ``names``. Raises KeyError if a tensor is missing."""
     renamed = {name: tensors[release_name(name, config)] for name in names}
     renamed[OUR_ROWS] = renamed[OUR_ROWS][-2:]
     return renamed

@@ -1,8 +1,8 @@
-"""Model directories tensor by tensor: what a file holds, checked against what is expected, and sharded writing.
+"""Read, check and write model directories tensor by tensor.
 
-Memory: one shard at a time is held, and a shard is one tensor or at most ``SHARD``. Shards are small because freed
-tensors of less than some 32 MiB may stay with the allocator. Tensors are read with ``pread``, for pages of a mapped
-file would stay resident for as long as it is open.
+Memory: one shard at a time, which is one tensor or at most ``SHARD`` bytes. Shards are small because the allocator may
+keep freed tensors below about 32 MiB. Tensors are read with ``pread``, since pages of a mapped file stay resident while
+it is open.
 """
 
 import json
@@ -23,7 +23,7 @@ from vargpt_rl.storage.files import atomic_dir
 
 SHARD = 1 << 28
 UNUSED = "unused.safetensors"
-"""What a conversion keeps aside, for the way back: no weights of the model."""
+"""Tensors that a conversion sets aside for converting back; not weights of the model."""
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +51,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is not in memory: ``read`` makes it. ``file`` and ``name`` say where it stands, for messages."""
+    """A tensor that ``read`` loads on demand. ``file`` and ``name`` locate it for error messages."""
 
     file: Path
     name: str
@@ -61,10 +61,11 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Size in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def last_rows(self, shape: tuple[int, ...]) -> "Stored":
-        """The last rows of a tensor in a safetensors file, as many as ``shape`` holds, read alone."""
+        """Refer to the last rows of a tensor in a safetensors file, reshaped to ``shape``; only they are read."""
         rows = math.prod(shape) // math.prod(self.shape[1:])
 
         def read() -> torch.Tensor:
@@ -78,19 +79,19 @@ Tensors = dict[str, Stored]
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object. ValueError naming the file if it is missing or something else."""
+    """Read a JSON object. Raises ValueError naming the file if it is missing or not an object."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with about(path):
         value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Faults of values and settings in the block become a ValueError that names this file or folder."""
+    """Prefix ValueErrors and configuration errors of the block with this file or folder."""
     try:
         yield
     except (ValueError, StrictDataclassError) as error:
@@ -107,7 +108,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def stored_in(path: Path) -> Tensors:
-    """What a safetensors file holds."""
+    """List the tensors of a safetensors file."""
 
     def read(name: str) -> torch.Tensor:
         with _opened(path) as file:
@@ -122,7 +123,7 @@ def stored_in(path: Path) -> Tensors:
             dtype = _DTYPES[header.get_dtype()]
             tensors[name] = Stored(path, name, tuple(header.get_shape()), dtype, partial(read, name))
     if not tensors:
-        raise ValueError(f"{path}: no tensors in it")
+        raise ValueError(f"{path}: contains no tensors")
     return tensors
 
 
@@ -132,33 +133,33 @@ def _single_file(folder: Path) -> Path:
             return folder / name
     files = [path for path in folder.glob("*.safetensors") if path.name != UNUSED]
     if len(files) != 1:
-        raise ValueError(f"{folder}: {len(files)} safetensors files and no {INDEX}, expected an index or one file")
+        raise ValueError(f"{folder}: expected {INDEX} or one safetensors file, got {len(files)} files")
     return files[0]
 
 
 def stored_in_folder(folder: Path) -> Tensors:
-    """The weights of a model directory, sharded or in one file; ``UNUSED`` is none of them."""
+    """List the weights of a model directory, sharded or in one file, without those in ``UNUSED``."""
     if not (folder / INDEX).is_file():
         return stored_in(_single_file(folder))
     listed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict):
-        raise ValueError(f"{folder / INDEX}: no weight_map")
+        raise ValueError(f"{folder / INDEX}: weight_map is missing")
     tensors: Tensors = {}
     for name in sorted(set(map(str, listed.values()))):
         if Path(name).name != name:
-            raise ValueError(f"{folder / INDEX}: {name}: expected the plain name of a file beside it")
+            raise ValueError(f"{folder / INDEX}: {name}: expected the name of a file in the same folder")
         for key, stored in stored_in(folder / name).items():
             if key in tensors:
-                raise ValueError(f"{stored.file}: {key} is in {tensors[key].file.name} too")
+                raise ValueError(f"{stored.file}: {key} is also in {tensors[key].file.name}")
             tensors[key] = stored
     for key, name in listed.items():
         if key not in tensors or tensors[key].file.name != name:
-            raise ValueError(f"{folder / name}: {key} is missing, which {INDEX} promises there")
+            raise ValueError(f"{folder / name}: {key} is missing, although {INDEX} lists it")
     return tensors
 
 
 def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
-    """Under other names. ValueError if two would have the same."""
+    """Rename tensors. Raises ValueError if two get the same name."""
     result: Tensors = {}
     for name, stored in tensors.items():
         new = rename(name)
@@ -171,7 +172,7 @@ def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
 def check_tensors(
     found: Tensors, expected: dict[str, tuple[int, ...]], where: Path, optional: frozenset[str] = frozenset()
 ) -> None:
-    """ValueError naming tensor and file unless there are exactly the expected ones, in their shapes."""
+    """Raise ValueError naming tensor and file unless exactly the expected tensors exist, in their shapes."""
     faults = [
         f"{stored.file}: {stored.name} has shape {list(stored.shape)}, expected {list(expected[name])}"
         if name in expected
@@ -190,7 +191,7 @@ def check_tensors(
 
 
 def save_together(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
-    """Write one file; all its tensors are in memory at once."""
+    """Write one file, holding all its tensors in memory."""
     try:
         save_file({name: stored.read() for name, stored in tensors.items()}, path, {"format": "pt"} | metadata)
     except SafetensorError as error:
@@ -198,7 +199,7 @@ def save_together(tensors: Tensors, path: Path, metadata: dict[str, str]) -> Non
 
 
 def save_sharded(tensors: Tensors, folder: Path) -> int:
-    """Write shards with an index, in order; how many."""
+    """Write shards, in order, and their index; return the number of shards."""
     shards: list[Tensors] = []
     room = -1
     for name, stored in tensors.items():
@@ -219,7 +220,7 @@ def save_sharded(tensors: Tensors, folder: Path) -> int:
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of these names, where there are any."""
+    """Copy the files that match these patterns, if any."""
     for pattern in patterns:
         for path in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(path, target / path.name)

@@ -1,7 +1,7 @@
-"""What is asked of a language model, and what is made of its tokens; the engines behind are interchangeable.
+"""Interface of the text engines: requests to a language model, and answers made from its tokens.
 
-``TransformersEngine`` and ``VllmEngine`` answer the same requests. Greedy, in float32, they write the same text; the
-order of additions differs, so a choice between words of nearly equal probability may fall otherwise.
+``TransformersEngine`` and ``VllmEngine`` are interchangeable. Greedy, in float32, they write the same text; the order
+of additions differs, so tokens of nearly equal probability may be chosen differently.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from vargpt_rl.model.prompt import ChatTemplate
 
 
 class TextRequest(NamedTuple):
-    """What a user says after the system turn, and the image shown with it, if any."""
+    """A user's turn: the text and the images shown before it."""
 
     text: str
-    image: Image.Image | None = None
+    images: Sequence[Image.Image] = ()
 
 
 class TextEngine(Protocol):
@@ -25,24 +25,24 @@ class TextEngine(Protocol):
     chat: ChatTemplate
 
     def write(self, requests: Sequence[TextRequest], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
-        """Greedy continuation of each request: at most ``max_tokens`` ids, the last of them a stop if one came."""
+        """Continue each request greedily: at most ``max_tokens`` ids, ending with a stop token if one came."""
         ...
 
     def log_probs(self, requests: Sequence[TextRequest], tokens: Sequence[int]) -> list[list[float]]:
-        """Log-probability, in nats over the whole vocabulary, of each of ``tokens`` as the first of the answer."""
+        """Return log p, in nats over the whole vocabulary, of each of ``tokens`` as the answer's first token."""
         ...
 
 
 def answers(engine: TextEngine, requests: Sequence[TextRequest], max_tokens: int) -> list[str]:
-    """The answer to each request in words."""
+    """Answer each request in words."""
     written = engine.write(requests, max_tokens, [engine.chat.end])
     return [text.strip() for text in engine.chat.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def replies(engine: TextEngine, texts: Sequence[str], max_tokens: int) -> list[str | None]:
-    """What the model itself says to a drawing request before ``image_gen_start``, word for word.
+    """Return the model's own words before ``image_gen_start`` in reply to each drawing request.
 
-    None where it begins no image within ``max_tokens``, or puts another special token before it.
+    None if it starts no image within ``max_tokens``, or writes another special token first.
     """
     special = sorted(engine.chat.tokenizer.get_added_vocab().values())
     written = engine.write([TextRequest(text) for text in texts], max_tokens, special)

@@ -1,4 +1,4 @@
-"""Text by transformers: the engine that is always there, on a model that is in memory anyway.
+"""Text engine on transformers: always available, uses a model that is already in memory.
 
 Shape legend: B requests, T positions, V vocabulary.
 """
@@ -13,10 +13,11 @@ from vargpt_rl.text.engine import TextRequest
 
 
 class TransformersEngine:
-    """A VARGPT of either family, or the language-and-vision model that it is. All requests of a call are one batch."""
+    """Wraps a model of either family, or any language-and-vision model. All requests of a call form one batch."""
 
     def __init__(self, model: GenerationMixin, chat: ChatTemplate):
-        self.model, self.chat = model, chat
+        self.model = model
+        self.chat = chat
 
     @torch.inference_mode()
     def write(self, requests: Sequence[TextRequest], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
@@ -25,7 +26,7 @@ class TransformersEngine:
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # published checkpoints bring one along
+            repetition_penalty=1.0,  # published checkpoints set one in generation_config.json
             eos_token_id=list(stops),
             pad_token_id=self.chat.tokenizer.pad_token_id,
         )[:, inputs["input_ids"].shape[1] :]
@@ -37,11 +38,14 @@ class TransformersEngine:
         return logits_BV.float().log_softmax(-1)[:, list(tokens)].tolist()
 
     def _inputs(self, requests: Sequence[TextRequest]) -> dict[str, torch.Tensor]:
-        """A batch padded on the left, on the model's device."""
-        images = [request.image for request in requests if request.image is not None]
+        """Make a left-padded batch on the model's device."""
+        images = [image for request in requests for image in request.images]
         vision = self.chat.vision_inputs(images) if images else None
-        grids = iter(vision.image_grid_thw.split(1) if vision else ())
-        rows = [self.chat.question(text, None if image is None else next(grids)) for text, image in requests]
+        rows, first = [], 0
+        for text, shown in requests:
+            grids = vision.image_grid_thw[first : first + len(shown)] if vision and shown else None
+            rows.append(self.chat.question(text, grids))
+            first += len(shown)
         ids_BT = self.chat.pad(rows, "left")
         inputs = {
             "input_ids": ids_BT,
@@ -53,6 +57,6 @@ class TransformersEngine:
 
 
 def _cut(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Up to and including the first stop: what follows it in a batch is padding."""
+    """Cut after the first stop: the rest is padding of the batch."""
     end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]

@@ -1,7 +1,7 @@
-"""Text by vLLM: the language half of a checkpoint, batched as requests come and go, with weights swapped in place.
+"""Text engine on vLLM: the language half of a checkpoint, continuous batching, weights swapped in place.
 
-An engine takes its process over (process group, threads, seed): one in a process, and nothing else that computes.
-Memory: the weights and a key-value cache for so many tokens and no more, so that a GPU can be shared.
+An engine takes over its process (process group, threads, seed): run one per process, and no other computation in it.
+Memory: the weights and a key-value cache of fixed size, so that a GPU can be shared.
 """
 
 import os
@@ -19,27 +19,27 @@ from vargpt_rl.text.layout import check_set, is_text
 from vargpt_rl.text.vllm_plugin import ARCHITECTURE, NAME, TakesWeights
 
 MAX_TOKENS = 4096
-"""Of a request with its image and answer; an image of 1024 px is 1369."""
+"""Limit for one request with its image and answer; an image of 1024 px takes 1369."""
 CACHE_TOKENS = 8 * MAX_TOKENS
-"""Of the key-value cache; one of the 7B model in bfloat16 is 1.75 GiB."""
+"""Size of the key-value cache; 1.75 GiB for the 7B model in bfloat16."""
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that tensors reach the worker as they are
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # passes tensors to the worker without serialising them
     "VLLM_PLUGINS": NAME,
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes compute on the same cores
-    "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than all that it samples here
+    "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than the sampling
     "HF_HUB_OFFLINE": "1",
 }
 
 
 def is_installed() -> bool:
-    """Whether this environment has vLLM."""
+    """Tell whether this environment has vLLM."""
     return find_spec("vllm") is not None
 
 
 class VllmEngine:
-    """The model in ``folder``: a VARGPT or any other Qwen2-VL checkpoint."""
+    """Serves the model in ``folder``, a VARGPT v1.1 or any other Qwen2-VL checkpoint. One image per request."""
 
     def __init__(self, folder: str, dtype: torch.dtype):
         os.environ.update(ENVIRONMENT)
@@ -71,10 +71,10 @@ class VllmEngine:
         return [[output.logprobs[0][token].logprob for token in tokens] for output in outputs]
 
     def swap(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replace tensors of the language half, named as in the checkpoint, and forget what the old ones made.
+        """Replace tensors of the language half, named as in the checkpoint, and clear all caches.
 
-        ValueError, and nothing is changed, where the set does not fit. RuntimeError where the engine does not hold
-        ``version`` afterwards, or could not forget: what it says from then on cannot be trusted.
+        Raises ValueError, before changing anything, if the set does not fit. Raises RuntimeError if the engine does
+        not hold ``version`` afterwards, or its caches could not be cleared: its output cannot be trusted then.
         """
         check_set({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
         held = self.llm.collective_rpc("take_weights", args=(version, tensors))
@@ -85,7 +85,7 @@ class VllmEngine:
             raise RuntimeError(f"weights of version {version}: the engine holds {held}, prefix cache reset: {forgot}")
 
     def _generate(self, requests: Sequence[TextRequest], **params: object) -> list:
-        """The only completion of each request, greedy."""
+        """Return the greedy completion of each request."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, detokenize=False, **params)
@@ -93,15 +93,16 @@ class VllmEngine:
         return [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def _prompt(self, request: TextRequest) -> dict[str, object]:
-        """Token ids with one ``image_pad`` in the place of the image: vLLM repeats it as the image needs."""
-        if request.image is None:
+        """Make token ids with one ``image_pad`` for the image; vLLM expands it."""
+        if not request.images:
             return {"prompt_token_ids": self.chat.question(request.text)}
+        (image,) = request.images
         merge = self.chat.config.vision_config.spatial_merge_size
         ids = self.chat.question(request.text, torch.tensor([[1, merge, merge]]))
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": request.image.convert("RGB")}}
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": image.convert("RGB")}}
 
 
 def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of a token take."""
+    """Return the bytes that the keys and values of a token take."""
     head = config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize

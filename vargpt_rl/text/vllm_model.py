@@ -1,7 +1,7 @@
-"""The model class that vLLM runs: its Qwen2-VL, fed from a checkpoint that has a visual decoder too.
+"""The model class that vLLM runs: its own Qwen2-VL, loaded from a checkpoint that also has a visual decoder.
 
-Images are prepared by the Pillow processor of `vargpt_rl.model.prompt`, on every machine, so that both engines see
-the same pixels; vLLM's own way needs torchvision and a video processor. Only images are taken, no videos.
+Images go through the Pillow processor of `vargpt_rl.model.prompt` on every machine, so both engines see the same
+pixels; vLLM's own processor needs torchvision and a video processor. Videos are not supported.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from vargpt_rl.text.layout import is_text
 
 
 class ImageProcessor:
-    """What vLLM needs of a processor where there are only images: pixels and grids, and names of placeholders."""
+    """The part of a processor that vLLM needs for images: pixels, grids, and placeholder tokens."""
 
     image_token, video_token = "<|image_pad|>", "<|video_pad|>"
 
@@ -34,6 +34,8 @@ class ImageProcessor:
 
 
 class ImagesOnly(Qwen2VLProcessingInfo):
+    """Processing info without videos."""
+
     @cached_property
     def _processor(self) -> ImageProcessor:
         return ImageProcessor(self.ctx.model_config.model)
@@ -52,7 +54,7 @@ class ImagesOnly(Qwen2VLProcessingInfo):
 
 
 class DummyImages(Qwen2VLDummyInputsBuilder):
-    """For vLLM's measurements at its start."""
+    """Dummy inputs for vLLM's profiling at start."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return ImageProcessor.image_token * mm_counts.get("image", 0)
@@ -65,9 +67,9 @@ class DummyImages(Qwen2VLDummyInputsBuilder):
 
 @MULTIMODAL_REGISTRY.register_processor(Qwen2VLMultiModalProcessor, info=ImagesOnly, dummy_inputs=DummyImages)
 class VargptText(Qwen2VLForConditionalGeneration):
-    """The language model and the vision tower; what else a checkpoint holds is left where it is."""
+    """The language model and the vision tower; other tensors of the checkpoint are not loaded."""
 
-    supports_mm_device_do_normalize = False  # pixels come normalised
+    supports_mm_device_do_normalize = False  # pixels are already normalised
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights((name, tensor) for name, tensor in weights if is_text(name))

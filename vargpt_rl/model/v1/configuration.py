@@ -25,54 +25,57 @@ RELEASE_LANGUAGE = {
 
 @strict
 class V1DecoderConfig(PreTrainedConfig):
-    """The visual decoder (specification, section 4, steps 2, 6 and 7).
-
-    ``draws_unconditionally``: images are sampled under the dropped condition, as the released weights were, although
-    they were trained under it one time in ten. Scoring follows it, so that the policy that is aligned is the one that
-    draws.
-    """
+    """Configuration of the visual decoder (specification, section 4, steps 2, 6 and 7)."""
 
     model_type = "vargpt_v1_decoder"
     base_config_key = "decoder_config"
 
     width: int = 1920
     depth: int = 30
+    """Number of blocks."""
     heads: int = 30
     mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, in multiples of ``width``."""
     norm_eps: float = 1e-6
     draws_unconditionally: bool = True
+    """Sample images under the dropped condition, as the released code does, although training drops it one time in
+    ten. Scoring follows it, so that the policy being aligned is the one being sampled."""
 
 
 @strict
 class V1ImageTokenizerConfig(PreTrainedConfig):
-    """The convolutional autoencoder and its codebook (specification, section 2).
-
-    ``sides`` are those of the token grids: positions are learned, so a model draws one size only, 16 pixels for each
-    token of the last grid. ``residual_convs`` are shared by the scales and make up ``residual_share`` of what a scale
-    adds.
-    """
+    """Configuration of the image tokenizer, a convolutional autoencoder with a codebook (specification, section 2)."""
 
     model_type = "vargpt_v1_image_tokenizer"
     base_config_key = "image_tokenizer_config"
 
     codes: int = 4096
+    """Entries of the codebook, V."""
     latent_channels: int = 32
+    """Channels of the latent map and of a code, d."""
     sides: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    """Side of each token grid. Positions are learned, so a model draws one size only: 16 pixels per token of the last
+    grid."""
     residual_convs: int = 4
+    """Number of smoothing convolutions, which neighbouring scales share."""
     residual_share: float = 0.5
+    """Share of the convolution's output in what a scale adds; the rest is the upsampled code."""
     base_channels: int = 160
     channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level, fine to coarse, in multiples of ``base_channels``."""
     blocks_per_level: int = 2
     norm_groups: int = 32
+    """Groups of the group norms."""
 
     @property
     def symbols(self) -> Symbols:
-        """What an image token is."""
+        """Format of an image token."""
         return Symbols(1, self.codes)
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
-        """The grids of an image. ValueError for any size but the model's own."""
-        side, width = self.sides[-1] * STRIDE, height if width is None else width
+        """Return the grids of an image. Raises ValueError for any size but the model's own."""
+        side = self.sides[-1] * STRIDE
+        width = height if width is None else width
         if (height, width) != (side, side):
             raise ValueError(f"resolution {height}x{width}: this model draws {side}x{side} pixels only")
         return tuple((side, side) for side in self.sides)
@@ -80,7 +83,7 @@ class V1ImageTokenizerConfig(PreTrainedConfig):
 
 @strict
 class VargptV1Config(LlavaConfig):
-    """Everything a VARGPT v1 model is built from; the token ids are those of the release."""
+    """Configuration of a whole VARGPT v1 model; the token ids are those of the release."""
 
     model_type = "vargpt_v1"
     sub_configs = {

@@ -1,11 +1,11 @@
-"""The image tokenizer of v1: a convolutional autoencoder with stride 16 around a multi-scale codebook.
+"""Image tokenizer of v1: a convolutional autoencoder with stride 16 around a multi-scale codebook.
 
-Each scale is the nearest entries of one codebook to what the coarser scales left over, upsampled and smoothed by a
-convolution that neighbouring scales share (VARGPT, section 7.2; specification, section 2). Unlike bits these steps have
-weights, so inputs can be rebuilt where the image tokenizer is at hand only.
+Each scale looks up the codes nearest to the remainder of the coarser scales, upsamples them, and smooths them with a
+convolution that neighbouring scales share (VARGPT, section 7.2; specification, section 2). Unlike bits, these steps
+have weights, so decoder inputs can be recomputed only with the image tokenizer.
 
-It is trained with VAR's losses of the codebook, and one thing that the published code lacks: codes that no image has
-used for a while begin anew where one would be of use.
+It is trained with VAR's codebook losses. An addition to the published code: codes that no image has used for a while
+are re-initialised at a remainder of the current images.
 
 Shape legend: B batch, H W image, h w latent grid, d latent channels, V codes, n tokens of one scale.
 """
@@ -21,13 +21,13 @@ from vargpt_rl.model.scales import Schedule
 from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig
 
 COMMITMENT = 0.25
-"""Weight of the features' distance to their codes beside the codes' distance to the features (VAR)."""
+"""Weight of the commitment loss (features to codes) relative to the codebook loss (codes to features) (VAR)."""
 PATIENCE = 25
-"""Training steps after which a code that was not used begins anew."""
+"""Training steps after which an unused code is re-initialised."""
 
 
 def conv_of_scale(scales: int, convs: int) -> list[int]:
-    """Which of the shared convolutions serves each scale: the nearest, both spread evenly over [0, 1].
+    """Assign each scale its shared convolution: the nearest, with both spread evenly over [0, 1].
 
     Two of the release's ten scales lie exactly between two convolutions; numpy's rounding decides, as it did there.
     """
@@ -37,12 +37,12 @@ def conv_of_scale(scales: int, convs: int) -> list[int]:
 
 
 def shrink(map_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Mean over the cells of a smaller grid."""
+    """Average over the cells of a smaller grid."""
     return map_Bdhw if map_Bdhw.shape[-2:] == torch.Size(grid) else F.interpolate(map_Bdhw, size=grid, mode="area")
 
 
 class V1ImageTokenizer(nn.Module, MultiScale):
-    """Images in [-1, 1] to indices of the codebook and back."""
+    """Converts images in [-1, 1] to indices of the codebook and back."""
 
     def __init__(self, config: V1ImageTokenizerConfig):
         super().__init__()
@@ -56,14 +56,15 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         self.from_latent = nn.Conv2d(d, d, 3, padding=1)
         self.codebook = nn.Embedding(config.codes, d)
         self.residual = nn.ModuleList(nn.Conv2d(d, d, 3, padding=1) for _ in range(config.residual_convs))
-        self.idle = torch.zeros(0)  # of training; no buffer, for from_pretrained leaves those unset that no file has
+        # Training steps since each code was used. Not a buffer: from_pretrained leaves buffers unset that no file has.
+        self.idle = torch.zeros(0)
         self.conv_of_scale = conv_of_scale(len(config.sides), config.residual_convs)
 
     def schedule_for(self, height: int, width: int | None = None) -> Schedule:
         return self.config.schedule_for(height, width)
 
     def label(self, features_Bdhw, summed_Bdhw, grid):
-        """int32 [B, n, 1]: the nearest codes in squared Euclidean distance, taken in fp32; the first of equals."""
+        """Find the nearest codes by squared Euclidean distance in fp32, the first of equals: int32 [B, n, 1]."""
         return self._nearest(to_tokens(shrink(features_Bdhw - summed_Bdhw, grid)))
 
     def _nearest(self, rest_Bnd: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         return self._spread(self.codebook(labels_Bns[..., 0].long()), schedule, k).to(dtype)
 
     def _spread(self, codes_Bnd: torch.Tensor, schedule: Schedule, k: int) -> torch.Tensor:
-        """[B, d, h, w]: codes of scale ``k`` on the last grid."""
+        """Upsample and smooth the codes of scale ``k`` on the last grid: [B, d, h, w]."""
         spread = to_map(codes_Bnd, schedule[k])
         if schedule[k] != schedule[-1]:
             spread = F.interpolate(spread, size=schedule[-1], mode="bicubic")
@@ -86,23 +87,23 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         return to_tokens(shrink(summed_Bdhw, grid))
 
     def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> raw latent features [B, d, H/16, W/16]."""
+        """Encode images float [B, 3, H, W] in [-1, 1] as raw latent features [B, d, H/16, W/16]."""
         return self.to_latent(self.encoder(images_B3HW))
 
     def encode(self, images_B3HW: torch.Tensor) -> Quantised:
-        """Images -> indices and decoder inputs."""
+        """Convert images to indices and decoder inputs."""
         return self.quantise(self.features(images_B3HW), self.schedule_for(*images_B3HW.shape[-2:]))
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
-        """Summed codes -> images float [B, 3, H, W] in [-1, 1]."""
+        """Decode summed codes to images float [B, 3, H, W] in [-1, 1]."""
         return self.decoder(self.from_latent(summed_Bdhw)).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
-        """Scalar: what ``criterion`` says of the round trip's images, before the clamp, and of their originals; and
-        the mean squared distance, over scales, between the sum so far and the features.
+        """Return ``criterion`` of reconstructed and original images, plus the codebook and commitment losses.
 
-        The gradient of the images passes straight through to the features; codes and shared convolutions learn from
-        the distance.
+        The latter are the mean squared distance between the running sum and the features, averaged over scales. The
+        gradient of the images passes straight through to the features; codes and shared convolutions learn from the
+        distance.
         """
         schedule = self.schedule_for(*images_B3HW.shape[-2:])
         features = self.features(images_B3HW)
@@ -120,7 +121,7 @@ class V1ImageTokenizer(nn.Module, MultiScale):
 
     @torch.no_grad()
     def _revive(self, features_Bdhw: torch.Tensor, schedule: Schedule) -> None:
-        """Put codes that were idle for long where these images have something left over, at random scales."""
+        """Re-initialise long unused codes at remainders of these images, at random scales."""
         if not len(self.idle):
             self.idle = torch.zeros(self.config.codes, dtype=torch.int64, device=features_Bdhw.device)
         self.idle += 1

@@ -1,7 +1,7 @@
-"""The chat markup of v1: Vicuna's, as LLaVA-1.5 was trained with it, and the special tokens of images.
+"""Chat template of v1: Vicuna's, as in LLaVA-1.5, with the special tokens of images.
 
 The system sentence, then ``USER: ... ASSISTANT:`` and the answer with its ``eos``. Deviation from the published code,
-whose training leaves ``bos`` out and whose sampling leaves the system sentence out: every conversation begins with both
+whose training omits ``bos`` and whose sampling omits the system sentence: every conversation begins with both
 (specification, section 3).
 """
 
@@ -23,12 +23,13 @@ SYSTEM = (
 
 
 class VicunaFormat(ChatTemplate):
-    """v1's markup."""
+    """Chat template of v1."""
 
     def __init__(self, path: str, config: VargptV1Config):
         super().__init__(path, config)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(path)
-        self.end, self.between = self.tokenizer.eos_token_id, []
+        self.end = self.tokenizer.eos_token_id
+        self.between = []
         self.least_side = config.vision_config.image_size
 
     def system(self) -> list[int]:
@@ -39,13 +40,13 @@ class VicunaFormat(ChatTemplate):
             yield from self.content(parts)
             yield [self.end], True
             return
-        # Words and markup are one text, cut by images only: it is as such that the tokenizer must read them.
+        # The tokenizer must read words and markup as one text, split only at images.
         for is_text, found in groupby(["USER: ", *parts, " ASSISTANT:"], lambda part: isinstance(part, str)):
             pieces = list(found)
             yield from self.content(["".join(pieces)] if is_text else pieces)
 
     def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
-        """A user's turn: each image on a line of its own, as LLaVA has it, then the words."""
+        """Make the parts of a user's turn: each image on its own line, as in LLaVA, then the words."""
         return [*(part for shown in self.shown(image_grid_thw) for part in (shown, "\n")), text]
 
     def user(self, text: str, image_grid_thw: torch.Tensor | None = None) -> list[int]:
@@ -58,7 +59,7 @@ class VicunaFormat(ChatTemplate):
         return [ShownImage(int(grid.prod())) for grid in (() if image_grid_thw is None else image_grid_thw)]
 
     def vision_inputs(self, images: list[Image.Image], max_pixels: int | None = None) -> VisionInputs:
-        """All of one size, whatever ``max_pixels`` says: the vision tower takes no other."""
+        """Resize all images to the vision tower's only size; ``max_pixels`` is ignored."""
         batch = self.image_processor(images=images, return_tensors="np")
         pixels = torch.from_numpy(np.asarray(batch["pixel_values"], np.float32))
         side = pixels.shape[-1] // self.config.vision_config.patch_size

@@ -1,19 +1,20 @@
-"""Answers are the likeliest words, whatever else is in the batch."""
+"""Greedy answers do not depend on the rest of the batch."""
 
 import pytest
 import torch
 from PIL import Image
 
-from vargpt_rl.inference.answer import answer
+from vargpt_rl.text.engine import TextRequest, answers
+from vargpt_rl.text.transformers_engine import TransformersEngine
 
 RED, BLUE, WIDE = (
     Image.new("RGB", size, colour) for size, colour in (((56, 56), "red"), ((56, 56), "blue"), ((112, 28), "green"))
 )
 QUESTIONS = [
-    ("What colour is the square?", [RED]),
-    ("How many?", []),
-    ("Which of the two is a circle, and which is a star?", [WIDE, BLUE]),
-    ("What colour is the square?", [BLUE]),
+    TextRequest("What colour is the square?", [RED]),
+    TextRequest("How many?"),
+    TextRequest("Which of the two is a circle, and which is a star?", [WIDE, BLUE]),
+    TextRequest("What colour is the square?", [BLUE]),
 ]
 
 
@@ -32,8 +33,9 @@ def likeliest(model, chat, tokens, text, images) -> str:
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_a_batch_of_any_questions_is_answered_as_one_by_one(model, chat, tokens):
-    together = answer(model, chat, QUESTIONS, tokens)
+def test_batched_answers_equal_single_ones(model, chat, tokens):
+    engine = TransformersEngine(model, chat)
+    together = answers(engine, QUESTIONS, tokens)
     assert together == [likeliest(model, chat, tokens, *question) for question in QUESTIONS]
     assert len(set(together)) > 1, "answers depend on questions and images, or this test compares constants"
-    assert answer(model, chat, QUESTIONS[::-1], tokens) == together[::-1]
+    assert answers(engine, QUESTIONS[::-1], tokens) == together[::-1]
