@@ -247,7 +247,7 @@ def test_a_promise_of_the_index_that_is_not_kept_is_an_error(release, tmp_path, 
     assert str(file) in failure(source, tmp_path / "target", "hf", capsys)
     index["weight_map"][name] = f"../{file.name}"
     (source / INDEX).write_text(json.dumps(index))
-    assert "plain name" in failure(source, tmp_path / "target", "hf", capsys)
+    assert "the name of a file" in failure(source, tmp_path / "target", "hf", capsys)
 
 
 def test_bad_files_are_named(release, converted, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Images for people: rows of the sample grid, collected during an iteration, and pairs shown in wandb."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import compose
+from vargpt_rl.storage.files import remove_dir
 
 
 def write_row(it: StageContext, label: str, samples: list[Sample]) -> None:
@@ -49,7 +49,7 @@ def compose_grid(it: StageContext, labels: list[str], captions: list[str], sourc
     rows = {label.replace("_", " "): sorted(_rows(it).glob(f"{label}-*.png")) for label in labels}
     compose({label: files[: len(captions)] for label, files in rows.items() if files}, captions, path)
     it.run.log_images(path)
-    _delete_at_once(_rows(it))
+    remove_dir(_rows(it))
     return result
 
 
@@ -82,11 +82,3 @@ def _cell(label: str, number: int) -> str:
 def _write_images(it: StageContext, items: list[PromptedBits], folder: Path, names: list[str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     return it.pool.run(Worker.write_images, list(zip(items, names, strict=True)), it.resolution, str(folder))
-
-
-def _delete_at_once(folder: Path) -> None:
-    """Delete a folder so that it is never seen with some of its files."""
-    hidden = folder.with_name(f".{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden)
