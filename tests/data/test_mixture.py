@@ -38,12 +38,12 @@ class Counting:
 
 
 def mixture(**settings) -> Mixture:
-    ingredients = {
+    sources = {
         "big": MixtureSource(Endless("g", 10_000), "generation", 3.0),
         "small": MixtureSource(Endless("s", 2), "generation", 1.0),
         "asked": MixtureSource(Endless("u", 7), "understanding"),
     }
-    return Mixture(ingredients, **dict(batch=8, drawing_share=0.75, seed=0) | settings)
+    return Mixture(sources, **dict(batch=8, drawing_share=0.75, seed=0) | settings)
 
 
 def kinds(batches) -> list[str]:

@@ -87,8 +87,8 @@ def loader(folder: Path, kind: str, rank: int, workers: int) -> StatefulDataLoad
     if kind == "mixture":
         endless = ReadOptions(rank=rank, world=2, seed=5, block=5, epochs=None)
         drawn, asked = records(folder, "webdataset", endless), records(folder, "jsonl", endless)
-        ingredients = {"drawn": MixtureSource(drawn, "generation"), "asked": MixtureSource(asked, "understanding")}
-        data = Mixture(ingredients, batch=4, drawing_share=0.25, seed=1, rank=rank)
+        sources = {"drawn": MixtureSource(drawn, "generation"), "asked": MixtureSource(asked, "understanding")}
+        data = Mixture(sources, batch=4, drawing_share=0.25, seed=1, rank=rank)
     else:
         data = records(folder, kind, ReadOptions(rank=rank, world=2, seed=5, block=5))
     return StatefulDataLoader(data, batch_size=None, num_workers=workers)

@@ -1,10 +1,10 @@
-"""Training examples and how they are batched.
+"""Training examples, and their collators.
 
-Drawings travel as features of the image tokenizer, not as its tokens: bitwise self-correction flips bits and recomputes
-the labels of later scales, for which the features are needed. Preference pairs travel as tokens, for they are fixed.
+Images to draw travel as features of the image tokenizer, not as its tokens: bitwise self-correction flips bits and
+recomputes the labels of later scales from the features. Preference pairs travel as tokens, since they are fixed.
 
-Shape legend: B rows, T positions, N drawings in the batch, L image tokens, s symbols a token (32 bits, or one index),
-d latent channels, h w latent grid.
+Shape legend: B rows, T positions, N images to draw in the batch, L image tokens, s symbols a token (32 bits, or one
+index), d latent channels, h w latent grid.
 """
 
 from collections.abc import Iterable
@@ -22,12 +22,12 @@ from vargpt_rl.model.prompt import IGNORED, ChatTemplate, EncodedText, VisionInp
 from vargpt_rl.model.scales import STRIDE, token_count
 
 MULTIPLE = 8
-"""Rows are padded to a multiple of this, as tensor cores like it."""
+"""Rows are padded to a multiple of this, which suits tensor cores."""
 
 
 @dataclass(frozen=True)
 class DrawExample:
-    """A request answered by an image: ``features`` float16 [d, h, w]. An edit also has the image to be edited."""
+    """A request answered by an image: ``features`` float16 [d, h, w]. An edit also shows the image to edit."""
 
     prompt: Prompt
     features: np.ndarray
@@ -45,9 +45,9 @@ class TextExample:
 
 @dataclass(frozen=True)
 class Row:
-    """An encoded conversation, its shown images, and those it draws in order, all of one size.
+    """An encoded conversation, its shown images, and its images to draw, in order and all of one size.
 
-    A drawn image is float16 features [d, h, w], or uint8 pixels [H, W, 3] of which the learner takes the features.
+    An image to draw is float16 features [d, h, w], or uint8 pixels [H, W, 3] whose features the learner computes.
     """
 
     text: EncodedText
@@ -59,12 +59,12 @@ Example = Row | DrawExample | TextExample
 
 
 def shown_image(prompt: Prompt, source: ImageSource, chat: ChatTemplate) -> VisionInputs | None:
-    """The image that a prompt shows, if it shows one, for the vision tower."""
+    """Load the image that a prompt shows, if it shows one, for the vision tower."""
     return chat.vision_inputs([source.load(prompt.shown, prompt.shown_side)]) if prompt.shown is not None else None
 
 
 def joined(vision: Iterable[VisionInputs | None]) -> dict[str, torch.Tensor]:
-    """``pixel_values`` and ``image_grid_thw`` of the rows that have images, in order; nothing if none has."""
+    """Join ``pixel_values`` and ``image_grid_thw`` of the rows that have images, in order; empty if none has."""
     seen = [image for image in vision if image is not None]
     return {field: torch.cat([getattr(image, field) for image in seen]) for field in VisionInputs._fields if seen}
 
@@ -77,16 +77,18 @@ def _pad_rows(chat: ChatTemplate, rows: list[list[int]]) -> dict[str, torch.Tens
 
 
 class SftCollator:
-    """Examples -> a batch of right-padded rows; drawings of one size. Texts are labels, pads and prompts are not.
+    """Collate examples into right-padded rows; images to draw have one size. Labels exclude prompts and pads.
 
-    With ``packs``, texts without images share rows as far as the batch gets no wider; ``blocks`` int64 [B, T] then
-    counts the texts of each row from 1 (0 at pads), for the model to keep them apart. With ``shows``, a batch without
-    understood images gets a blank one, of which nothing is learned: ranks that reduce gradients together, or gather
-    the vision tower's weights together, must all run it.
+    With ``packs``, texts without images share rows if the batch gets no wider; ``blocks`` int64 [B, T] then numbers the
+    texts of each row from 1 (0 at pads), so that the model keeps them apart. With ``shows``, a batch without shown
+    images gets a blank one without labels: ranks that reduce gradients or gather the vision tower's weights together
+    must all run the tower.
     """
 
     def __init__(self, chat: ChatTemplate, packs: bool = False, shows: bool = False):
-        self.chat, self.packs, self.shows = chat, packs, shows
+        self.chat = chat
+        self.packs = packs
+        self.shows = shows
 
     def _row(self, example: Example) -> Row:
         if isinstance(example, Row):
@@ -100,7 +102,7 @@ class SftCollator:
         return Row(text, example.vision, (example.features,))
 
     def _grouped(self, rows: list[Row]) -> list[list[Row]]:
-        """Which examples share a row."""
+        """Group examples that share a row."""
         texts = [row for row in rows if row.vision is None and not row.drawn] if self.packs else []
         if len(texts) < 2:
             return [[row] for row in rows]
@@ -147,7 +149,7 @@ def _drawn_rows(
 
 
 class PairCollator:
-    """Rows of the preference table -> a batch ordered [all chosen, all rejected].
+    """Collate rows of the preference table into a batch ordered [all chosen, all rejected].
 
     ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO. With ``scales``, images are cut to
     that many coarse scales; the references stay those of all scales.

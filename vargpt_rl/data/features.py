@@ -1,13 +1,13 @@
-"""Features of the image tokenizer on disk, so that supervised training never runs it.
+"""Cache of the image tokenizer's features on disk, so that supervised training need not run it.
 
 Bits would take a sixteenth of the space, but bitwise self-correction flips bits and recomputes the labels of later
-scales, for which the features are needed (Infinity, section 3.4). They are kept as float16 [d, h, w], as drawings
-travel: 16 KiB an image at 256 px and d = 32, 64 KiB at 512 px.
+scales from the features (Infinity, section 3.4). They are kept as float16 [d, h, w]: 16 KiB an image at 256 px and
+d = 32, 64 KiB at 512 px.
 
-A cache is a folder of shards ``features-*.safetensors``. Each is written at once and never changed, and named after
-the keys in it, so that any number of processes may write to one folder. In a shard are ``features`` [n, d, h, w],
-``keys`` uint8 [n, 36] (sha256 of the image file, number of the crop as four bytes, highest first) and ``checks``
-uint32 [n] (crc32 of each image's features). Its metadata name the image tokenizer, by its checksum, and the
+A cache is a folder of shards ``features-*.safetensors``. A shard is written atomically, never changed, and named after
+its keys, so any number of processes may write to one folder. It holds ``features`` [n, d, h, w], ``keys`` uint8 [n, 36]
+(sha256 of the image file, or of an image's key in a data source; number of the crop as four bytes, highest first) and
+``checks`` uint32 [n] (crc32 of each image's features). Its metadata name the image tokenizer, by its checksum, and the
 resolution; a blake2b there guards keys, checks, and the type and shape of the features.
 
 Shape legend: n images of a shard, d bits a token, h w latent grid.
@@ -40,7 +40,7 @@ _PLACE = np.dtype([("shard", np.int32), ("row", np.int32), ("check", np.uint32)]
 def tokenizer_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hexadecimal blake2b of an image tokenizer, from its ``state_dict``: names in order, shapes, float32 values.
 
-    So it does not matter whether the same values are stored in half precision.
+    Stored precision does not matter if the values are the same.
     """
     digest = blake2b(digest_size=16)
     for name in sorted(tensors):
@@ -50,7 +50,7 @@ def tokenizer_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a cache, in order; none where there is no such folder."""
+    """Return the shards of a cache, in order; none if there is no such folder."""
     return sorted(Path(folder).glob("features-*.safetensors"))
 
 
@@ -121,7 +121,7 @@ class FeatureCache(Container):
         places["row"] = np.concatenate([np.arange(len(index.keys)) for index in indices])
         places["check"] = np.concatenate([index.checks for index in indices])
         self.crops = 1 + int(keys[:, -4:].copy().view(">u4").max())
-        """How many crops of an image there are at most: their numbers are below."""
+        """Upper bound of the crop numbers."""
         # Processes that met the same image each wrote it; the first of them is taken.
         self._keys, first = np.unique(keys.view(f"S{_KEY}")[:, 0], return_index=True)
         self._places = places[first]
@@ -156,7 +156,7 @@ class FeatureCache(Container):
 
 
 class FeatureWriter:
-    """Adds shards to a cache. Holds what does not fill a shard yet; leaving the ``with`` block writes that too."""
+    """Add shards to a cache. Features that do not fill a shard are held until the ``with`` block ends."""
 
     def __init__(self, folder: Path, tokenizer_checksum: str, resolution: int, shard: int = SHARD):
         self.folder, self.shard, self.grid = Path(folder), shard, resolution // STRIDE
@@ -168,7 +168,7 @@ class FeatureWriter:
         return self
 
     def __exit__(self, *fault) -> None:
-        self.flush()  # after a fault as well: what was added is whole
+        self.flush()  # after an error too: what was added is complete
 
     def add(self, content_sha256: str, crop: int, features_dhw: np.ndarray) -> None:
         """float16 [d, h, w] of a crop that is not in the cache yet. ValueError for others, and where not finite."""
@@ -183,7 +183,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard: it is there whole or not at all."""
+        """Write the held features as a shard, atomically."""
         if not self._keys:
             return
         features = np.ascontiguousarray(np.stack(self._features))
@@ -198,7 +198,7 @@ class FeatureWriter:
 
 
 def load_image_tokenizer(folder: Path) -> AnyImageTokenizer:
-    """That of a model directory, float32; nothing else of the model is read. ValueError for what is not right in it."""
+    """Load the image tokenizer of a model directory, float32; read nothing else. ValueError if a tensor is wrong."""
     prefix = "image_tokenizer."
     config = load_config(folder)
     tokenizer = family_of(config).image_tokenizer(config.image_tokenizer_config).eval()

@@ -1,8 +1,8 @@
-"""Batches drawn from several sources of records, and short texts packed into rows.
+"""Batches mixed from several sources of records, and packing of short texts into rows.
 
-Each batch holds the same share of images to draw and of questions, whatever the lengths of the sources ("dynamic
-batch balancing between modalities", VARGPT-v1.1, section 4.1), so that every rank has gradients for the same
-parameters. Within a modality the sources are drawn by weight.
+Each batch has the same share of images to draw and of questions, whatever the lengths of the sources ("dynamic batch
+balancing between modalities", VARGPT-v1.1, section 4.1), so every rank has gradients for the same parameters. Within a
+modality, sources are sampled by weight.
 """
 
 from bisect import bisect_left, insort
@@ -20,7 +20,7 @@ _ENDED = object()
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A source of a mixture. ``data`` gives endless iterators with ``state_dict`` and ``load_state_dict``.
+    """A source of a mixture. ``data`` yields endless iterators with ``state_dict`` and ``load_state_dict``.
 
     Edits count as "generation". ``weight`` is relative to the other sources of the same modality.
     """
@@ -37,15 +37,16 @@ class MixtureSource:
 
 
 class Mixture(IterableDataset):
-    """Endless batches: lists of ``batch`` samples, the drawings first. The same ``seed`` and ``rank`` give the same.
+    """Endless batches: lists of ``batch`` samples, images to draw first. ``seed`` and ``rank`` determine them.
 
-    With ``make``, what it makes of each list and of a generator that is the batch's own: a resumed mixture makes the
-    same. Raises ValueError where ``drawing_share`` of ``batch`` rounds to none or all, or a modality lacks a source.
+    ``make`` turns each list into a batch, with a random generator of the batch's own, so a resumed mixture makes the
+    same batches. Raises ValueError if ``drawing_share`` of ``batch`` rounds to none or all, or a modality lacks a
+    source.
     """
 
     def __init__(
         self,
-        ingredients: Mapping[str, MixtureSource],
+        sources: Mapping[str, MixtureSource],
         batch: int,
         drawing_share: float,
         seed: int,
@@ -55,10 +56,13 @@ class Mixture(IterableDataset):
         drawings = round(drawing_share * batch)
         if 0 < drawing_share < 1 and drawings in (0, batch):
             raise ValueError(f"a share of {drawing_share} drawings gives {drawings} of each batch={batch}")
-        self.ingredients, self.seed, self.rank, self.make = dict(ingredients), seed, rank, make
+        self.sources = dict(sources)
+        self.seed = seed
+        self.rank = rank
+        self.make = make
         self.counts = dict(zip(MODALITIES, (drawings, batch - drawings), strict=True))
         for modality, count in self.counts.items():
-            if bool(count) != any(ingredient.modality == modality for ingredient in self.ingredients.values()):
+            if bool(count) != any(source.modality == modality for source in self.sources.values()):
                 raise ValueError(f"{count} {modality} samples in each batch: {'no' if count else 'needless'} source")
 
     def __iter__(self) -> "MixtureIterator":
@@ -67,11 +71,13 @@ class Mixture(IterableDataset):
 
 
 class MixtureIterator(Iterator):
-    """The batches of a `Mixture`, with a state: how many there were, and the states of the sources."""
+    """The batches of a `Mixture`. Its state is the number of batches so far and the states of the sources."""
 
     def __init__(self, mixture: Mixture, seed: tuple[int, ...]):
-        self._mixture, self._seed, self._batches = mixture, seed, 0
-        self._sources = {name: iter(ingredient.data) for name, ingredient in mixture.ingredients.items()}
+        self._mixture = mixture
+        self._seed = seed
+        self._batches = 0
+        self._sources = {name: iter(source.data) for name, source in mixture.sources.items()}
 
     def __next__(self) -> Any:
         rng = np.random.default_rng([*self._seed, self._batches])
@@ -85,8 +91,9 @@ class MixtureIterator(Iterator):
         return self._mixture.make(samples, rng) if self._mixture.make else samples
 
     def _drawn(self, modality: str, count: int, rng: np.random.Generator) -> list[str]:
-        """The names of the sources that a batch takes its ``count`` samples of ``modality`` from."""
-        weights = {name: i.weight for name, i in self._mixture.ingredients.items() if i.modality == modality}
+        """Sample the sources that a batch takes its ``count`` samples of ``modality`` from."""
+        sources = self._mixture.sources.items()
+        weights = {name: source.weight for name, source in sources if source.modality == modality}
         shares = np.array(list(weights.values())) / sum(weights.values())
         return rng.choice(list(weights), size=count, p=shares).tolist()
 
@@ -114,7 +121,7 @@ class MixtureIterator(Iterator):
 class Pack(NamedTuple):
     """Texts that share a row. Block i of the row, positions ``bounds[i]`` to ``bounds[i + 1]``, is text ``indices[i]``.
 
-    What keeps the blocks apart, in positions and attention, is up to whoever makes the row.
+    The collator keeps the blocks apart, in positions and attention.
     """
 
     indices: tuple[int, ...]
@@ -122,14 +129,15 @@ class Pack(NamedTuple):
 
 
 def pack(lengths: Sequence[int], limit: int) -> list[Pack]:
-    """Texts of these lengths as rows of at most ``limit``, each text in one row: the longest first, each into the
-    fullest row that has room. Raises ValueError for a text that is longer than ``limit``, or empty.
+    """Pack texts of these lengths into rows of at most ``limit``: longest first, each into the fullest row with room.
+
+    Raises ValueError for a text that is longer than ``limit``, or empty.
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= limit:
             raise ValueError(f"text {index} has length {length}, expected 1 to {limit}")
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left in each row, with its number, in ascending order
+    room: list[tuple[int, int]] = []  # room left in each row, with the row's number, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         at = bisect_left(room, (lengths[index], 0))
         left, row = room.pop(at) if at < len(room) else (limit, len(rows))

@@ -1,4 +1,4 @@
-"""What a preference table has: margins, where its images come from, and what is in it more than once.
+"""Statistics of a preference table: margins, origins of its images, and duplicates.
 
 Margins are chosen minus rejected, of rewards and of the reference policy's log-probabilities (nats). `vargpt_rl.data.
 preferences` has the columns.
@@ -18,23 +18,23 @@ REPEATED = {
     "rejected image": ["prompt_id", "rejected_bits"],
     "pair of images": ["prompt_id", "chosen_bits", "rejected_bits"],
 }
-"""What may occur more than once, and the columns that are equal then."""
+"""Kinds of duplicates, and the columns that are equal in them."""
 
 
 def margins(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Margins by pair: ``reference``, and ``reward`` of the pairs with two rewards, if there are any."""
+    """Return margins by pair: ``reference``, and ``reward`` of the pairs with two rewards, if there are any."""
     found = {"reference": table.reference_chosen_logp - table.reference_rejected_logp}
     reward = (table.chosen_reward - table.rejected_reward).astype(float).dropna()
     return ({"reward": reward} if len(reward) else {}) | found
 
 
 def histogram(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and the edges of their bins, which are one more."""
+    """Return counts and the edges of their bins, one more than counts."""
     return np.histogram(values, bins=BINS)
 
 
 def scale_margins(table: pd.DataFrame) -> pd.Series:
-    """Mean reference margin by scale. ValueError unless every image has as many scales: one resolution at a time."""
+    """Return the mean reference margin by scale. ValueError unless all images have the same number of scales."""
     sides = [np.array(table[f"reference_{side}_by_scale"].tolist(), dtype=object) for side in ("chosen", "rejected")]
     if any(side.ndim != 2 for side in sides) or sides[0].shape != sides[1].shape:
         raise ValueError("images of one resolution differ in how many scales their log-probabilities have")
@@ -42,19 +42,19 @@ def scale_margins(table: pd.DataFrame) -> pd.Series:
 
 
 def sources(table: pd.DataFrame, side: str) -> pd.Series:
-    """How many images of ``side`` come from where: a checkpoint, or the folder or style of a winner's key."""
+    """Count the images of ``side`` by origin: a checkpoint, or the folder or style of a winner's key."""
     names, drawn = table[f"{side}_source"], table[f"{side}_seed"].notna()
     return names.where(drawn, names.str.split("/").str[0]).value_counts()
 
 
 def repeats(table: pd.DataFrame) -> dict[str, int]:
-    """How many rows repeat an earlier one, by what they repeat; also those with the same image on both sides."""
+    """Count rows that repeat an earlier one, by kind, and rows with the same image on both sides."""
     counts = {name: int(table.duplicated(columns).sum()) for name, columns in REPEATED.items()}
     return counts | {"image on both sides": int((table.chosen_bits == table.rejected_bits).sum())}
 
 
 def statistics(table: pd.DataFrame) -> dict[str, float | list[float]]:
-    """All of the above under flat names, of a table of one resolution with at least one pair; histograms are lists."""
+    """Return all of the above under flat names, for one resolution and at least one pair; histograms are lists."""
     found: dict[str, float | list[float]] = {"pairs": len(table), "prompts": int(table.prompt_id.nunique())}
     for name, values in margins(table).items():
         counts, edges = histogram(values)
@@ -74,7 +74,7 @@ def statistics(table: pd.DataFrame) -> dict[str, float | list[float]]:
 
 
 def describe(table: pd.DataFrame) -> str:
-    """The same to read, by resolution. ValueError as `scale_margins`."""
+    """Format the statistics as text, by resolution. ValueError as in `scale_margins`."""
     if table.empty:
         return "0 pairs"
     blocks = []

@@ -2,7 +2,7 @@
 
     python -m vargpt_rl.data.preferences describe FILE
 
-says what one has; ``pandas.read_parquet`` reads one.
+describes a table; ``pandas.read_parquet`` reads it.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from vargpt_rl.common.command import run_program
 from vargpt_rl.data.pair_statistics import describe
 from vargpt_rl.storage.files import atomic_file
 
-# Bits are packed (vargpt_rl.model.bits.pack); log-probabilities are in nats, summed over an image's bits or by
-# scale over those of each; a reward is null where none was asked for; seed (32 bits) and policy version are null where
-# no policy drew the image; sampling is a JSON object.
+# Bits are packed (vargpt_rl.model.bits.pack). Log-probabilities are in nats, summed over all bits of an image or over
+# those of each scale. A reward is null if none was configured; seed (32 bits) and policy version are null if no policy
+# generated the image; sampling is a JSON object.
 COLUMNS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -54,15 +54,15 @@ NARROW = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}
 # So that an integer stays one in a column with nulls.
 INTEGERS = {pa.int64(): pd.Int64Dtype()}
 ORIGIN = "origin"
-"""Key, in the file's metadata and in ``attrs``, of what a table was made of: `ORIGIN_COUNTS`."""
+"""Key, in the file's metadata and in ``attrs``, of the counts that a table was made from: `ORIGIN_COUNTS`."""
 ORIGIN_COUNTS = {"samples", "prompts", "prompts_without_winner", "dropped_by_reason"}
-"""A table that was made in parts also has ``parts``, the rows of each."""
+"""Keys of the origin. A table that was made in parts also has ``parts``, the rows of each."""
 
 
 def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, object] | None = None) -> None:
-    """Writes ``rows``, each with all of `COLUMNS`; ``path`` is either the whole new table or what it was before.
+    """Write ``rows``, each with all of `COLUMNS`, atomically.
 
-    ``origin`` counts what the pairs were made of, see `ORIGIN_COUNTS`. Raises ValueError, naming the pair or column,
+    ``origin`` counts what the pairs were made from, see `ORIGIN_COUNTS`. Raises ValueError, naming the pair or column,
     for a repeated pair id, a reference log-probability that is not finite, a missing or unknown column, or a value of
     the wrong type.
     """
@@ -85,7 +85,7 @@ def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, obj
 
 
 def arrow_column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
-    """One column of ``rows``. ValueError, naming file and column, for a value of the wrong type or an empty one."""
+    """Return a column of ``rows``. ValueError, naming file and column, for an empty value or one of the wrong type."""
     try:
         column = pa.array([row[field.name] for row in rows], field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -96,9 +96,9 @@ def arrow_column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> 
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A preference table with the columns of `COLUMNS`, in that order; others are left out. Origin: see `ORIGIN`.
+    """Read a preference table: the columns of `COLUMNS`, in that order; others are dropped. Origin: see `ORIGIN`.
 
-    Raises ValueError, naming the file and the column, where one is missing, of the wrong type or has empty values.
+    Raises ValueError, naming file and column, if a column is missing, of the wrong type or has empty values.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -130,21 +130,23 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def part_path(table: Path, number: int) -> Path:
-    """Where a part of a table is that is made in parts."""
+    """Return the path of part ``number`` of a table that is made in parts."""
     return table.with_suffix("") / f"part-{number:05d}.parquet"
 
 
 def count_rows(table: Path) -> int:
-    """How many pairs a table has."""
+    """Count the pairs of a table."""
     return pq.read_metadata(table).num_rows
 
 
 def join_parts(table: Path, parts: list[Path]) -> dict[str, object]:
-    """Writes the table that these are parts of, which stay; its origin: the sums of theirs, and the rows of each.
+    """Write the table of these parts, which stay. Return its origin: the sums of theirs, and the rows of each.
 
-    Raises ValueError where no part has a row.
+    Raises ValueError if no part has a row.
     """
-    rows, sizes, dropped = [], [], Counter()
+    rows: list[dict[str, object]] = []
+    sizes: list[int] = []
+    dropped: Counter[str] = Counter()
     origin = dict.fromkeys(("samples", "prompts", "prompts_without_winner"), 0)
     for path in parts:
         with pq.ParquetFile(path) as file:
@@ -162,7 +164,7 @@ def join_parts(table: Path, parts: list[Path]) -> dict[str, object]:
 
 
 def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Integers that were written as floats, as pandas does where some are null; other numbers stay as they are."""
+    """Cast integers that were written as floats, as pandas does if some are null. Other numbers stay as they are."""
     try:
         return column.cast(kind)
     except pa.ArrowInvalid:
@@ -178,7 +180,7 @@ def _describe(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Describe a table; the exit code: 0 done, 2 the file is none."""
+    """Describe a table; return the exit code: 0 done, 2 not a preference table."""
     parser = argparse.ArgumentParser(prog="python -m vargpt_rl.data.preferences")
     commands = parser.add_subparsers(required=True, metavar="describe")
     commands.add_parser("describe", help="print what a preference table has").add_argument("file", type=Path)

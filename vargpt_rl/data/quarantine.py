@@ -1,4 +1,4 @@
-"""Where bad records go: each is written down with its reason and counted, so that none is skipped in silence."""
+"""Quarantine of bad records: each is written with its reason and counted, so none is skipped silently."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ class Quarantine:
         self.path = Path(path)
         self.counts: Counter[str] = Counter()
         self.lost = 0
-        # A resumed run reads its data again: what it finds again is neither written nor counted twice.
+        # A resumed run reads its data again; records found again are neither written nor counted twice.
         self._seen: set[str] = set()
         trim(self.path)
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
@@ -36,9 +36,9 @@ class Quarantine:
         self.lost += record["lost"]
 
     def add(self, source: str, record: str, reason: str, *, lost: bool = True) -> None:
-        """Writes ``record`` down; the same one again changes nothing. ``source`` is its file and line.
+        """Write ``record``, once. ``source`` is its file and line.
 
-        ``lost`` is False for what is only worth knowing, such as a file that nothing refers to: `check` passes it over.
+        ``lost`` is False for a mere note, such as a file that nothing refers to; `check` ignores it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"source": source, "reason": reason, "lost": lost, "record": record[:LONGEST_RECORD]})
@@ -48,7 +48,7 @@ class Quarantine:
             self._count(line)
 
     def gather(self, folder: Path) -> int:
-        """Take over what other processes wrote down in files below ``folder``; how many that were not known yet."""
+        """Add the records that other processes wrote to files below ``folder``; return the number of new ones."""
         known = len(self._seen)
         for path in sorted(Path(folder).rglob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -57,13 +57,13 @@ class Quarantine:
         return len(self._seen) - known
 
     def table(self) -> str:
-        """The counts, a reason a line, the most frequent first."""
+        """Format the counts, one reason a line, most frequent first."""
         return "\n".join(f"{count:8d}  {reason}" for reason, count in self.counts.most_common())
 
     def check(self, total: int, max_bad_fraction: float, lost: int | None = None) -> None:
-        """Raises ValueError where more than ``max_bad_fraction`` of ``total`` records are lost.
+        """Raise ValueError if more than ``max_bad_fraction`` of ``total`` records are lost.
 
-        ``lost`` is how many of these are, where that is not all that was ever written down.
+        ``lost`` is their number; by default all lost records ever written.
         """
         lost = self.lost if lost is None else lost
         if lost > max_bad_fraction * total:

@@ -1,8 +1,8 @@
-"""An exact judge of shapes-world images: finds the things in an image and compares them with what was asked.
+"""Exact judge of images of the shapes world: finds the things in an image and compares them with the caption.
 
 Things are connected regions that differ from the background. Each is normalised to its own area and centroid and
-compared with templates of the shapes; what fits no shape or no colour of the world is reported as `UNKNOWN`, so that
-smudges, merged or two-coloured things count against an image.
+compared with templates of the shapes. A thing without a known shape or colour is `UNKNOWN`, so smudges and merged or
+two-coloured things count against an image.
 """
 
 import math
@@ -38,7 +38,7 @@ TEMPLATE_SIDE = 32
 
 @dataclass(frozen=True)
 class ImageVerdict:
-    """Whether an image is right, why not (empty if right), and what was found in it."""
+    """Whether an image is correct, the reason if not, and the things found in it."""
 
     correct: bool
     reason: str
@@ -54,7 +54,7 @@ class _Template:
 
 
 def find_things(image: Image.Image) -> list[Thing]:
-    """The things in a square image of 64 pixels or more. Raises ValueError where it is not square."""
+    """Find the things in a square image of 64 pixels or more. Raises ValueError if it is not square."""
     if image.width != image.height:
         raise ValueError(f"expected a square image, got {image.width} x {image.height}")
     image = image.convert("RGB")
@@ -76,7 +76,7 @@ def find_things(image: Image.Image) -> list[Thing]:
 def _thing(pixels: np.ndarray, difference: np.ndarray, labels: np.ndarray, label: int) -> Thing:
     own = labels == label
     typical = np.median(difference[own], axis=0)
-    # How much of each pixel the thing covers, from where its colour lies between the background's and the thing's.
+    # Share of each pixel that the thing covers: where the pixel's colour lies between the background's and the thing's.
     coverage = np.clip(difference @ typical / (typical @ typical), 0, 1)
     coverage *= ndimage.binary_dilation(own, iterations=2) & (own | (labels == 0))
     area = coverage.sum()
@@ -90,7 +90,7 @@ def _thing(pixels: np.ndarray, difference: np.ndarray, labels: np.ndarray, label
 
 
 def _nearest_shape(coverage: np.ndarray, cx: float, cy: float, scale: float) -> tuple[str, _Template]:
-    """The shape of a region, or UNKNOWN, and the template that fits best."""
+    """Return the shape of a region, or UNKNOWN, and the template that fits best."""
     steps = _frame_steps() * scale
     grid = np.meshgrid(cy + steps, cx + steps, indexing="ij")
     region = ndimage.map_coordinates(coverage, grid, order=1) > 0.5
@@ -101,7 +101,7 @@ def _nearest_shape(coverage: np.ndarray, cx: float, cy: float, scale: float) -> 
 
 
 def _frame_steps() -> np.ndarray:
-    """Sample positions of the normalised frame: two roots of the area wide, around the centroid."""
+    """Return sample positions of the normalised frame: two roots of the area wide, around the centroid."""
     return (np.arange(TEMPLATE_SIDE) + 0.5) / TEMPLATE_SIDE * 2 - 1
 
 
@@ -124,14 +124,14 @@ def _template(shape: str, tilt: float) -> _Template:
 
 
 def _hue(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Angle in degrees and distance from grey of (..., 3) RGB values."""
+    """Return the angle in degrees and the distance from grey of (..., 3) RGB values."""
     red, green, blue = np.moveaxis(np.asarray(pixels, np.float32), -1, 0)
     a, b = red - (green + blue) / 2, (green - blue) * math.sqrt(3) / 2
     return np.degrees(np.arctan2(b, a)), np.hypot(a, b)
 
 
 def _nearest_colour(pixels: np.ndarray) -> str:
-    """The colour most of the (n, 3) pixels have, or UNKNOWN if they are mixed, greyish or between two colours."""
+    """Return the colour of most of the (n, 3) pixels, or UNKNOWN if they are mixed, greyish or between two colours."""
     angles, chroma = _hue(pixels)
     known, _ = _hue(np.array(list(shapes.COLOURS.values())))
     apart = np.abs((angles[:, None] - known + 180) % 360 - 180)
@@ -141,7 +141,7 @@ def _nearest_colour(pixels: np.ndarray) -> str:
 
 
 def check(image: Image.Image, caption: str) -> ImageVerdict:
-    """Whether `image` shows what `caption` demands and nothing more. Raises ValueError for a foreign caption."""
+    """Check that `image` shows what `caption` demands and nothing more. Raises ValueError for a foreign caption."""
     things = tuple(find_things(image))
     reason = _fault(things, shapes.parse(caption))
     return ImageVerdict(not reason, reason, things)
@@ -173,7 +173,7 @@ def _fault(things: tuple[Thing, ...], requirement: Requirement) -> str:
 
 
 def size_class(thing: Thing) -> str | None:
-    """The size class of a thing as captions name it, or None for what lies between small and large."""
+    """Return the size class of a thing as captions name it, or None between small and large."""
     if thing.size < SMALL_BELOW:
         return "small"
     return "large" if thing.size > LARGE_ABOVE else None

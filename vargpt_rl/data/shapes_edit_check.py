@@ -18,9 +18,9 @@ from vargpt_rl.data.shapes import Scene, Thing
 from vargpt_rl.data.shapes_check import find_things
 
 SHIFT = 0.12
-"""How far a thing's centre may be from its place, in sides; things of a scene are more than twice as far apart."""
+"""Largest distance of a thing's centre from its place, in sides; things of a scene are over twice as far apart."""
 GROWTH = 1.18
-"""Factor by which a diameter may be off: less than halfway to the one of a thing made larger (1.4) or smaller (0.7)."""
+"""Largest factor by which a diameter may be off: under halfway to that of an edit to larger (1.4) or smaller (0.7)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EditVerdict:
 
 
 def check_edit(before: Scene, after: Scene, image: Image.Image) -> EditVerdict:
-    """Whether ``image`` shows ``after``: what changed from ``before`` has changed, and the rest has not."""
+    """Check that ``image`` shows ``after``: what changed from ``before`` has changed, and the rest has not."""
     left = find_things(image)
     rest, changed, added = [], [], []
     for thing in after.things:
@@ -46,7 +46,7 @@ def check_edit(before: Scene, after: Scene, image: Image.Image) -> EditVerdict:
     lost = [thing for thing in rest if not _take(left, thing)]
     undone = [thing for thing in changed if not _take(left, thing)]
     undone += [thing for thing in added if not _take(left, thing, anywhere=True)]
-    # What is left over stands where something was to be changed or removed, or nobody asked for it.
+    # Things left over stand where one should have changed or been removed, or were not asked for.
     places = [thing for thing in before.things if thing not in after.things]
     still = [thing for thing in left if _in_place(thing, places)]
     surplus = [thing for thing in left if not _in_place(thing, places)]
@@ -64,7 +64,7 @@ def _in_place(thing: Thing, others: Sequence[Thing]) -> bool:
 
 
 def _take(found: list[Thing], thing: Thing, anywhere: bool = False) -> bool:
-    """Take what passes for ``thing`` out of ``found``; whether there was such."""
+    """Remove a match of ``thing`` from ``found``; return whether there was one."""
     for candidate in found:
         alike = (candidate.shape, candidate.colour) == (thing.shape, thing.colour)
         in_size = 1 / GROWTH < candidate.size / thing.size < GROWTH
@@ -87,11 +87,11 @@ class EditCheck:
         return [check_edit(*self.scenes(prompt), image) for image, prompt in zip(images, prompts, strict=True)]
 
     def scenes(self, prompt: Prompt) -> tuple[Scene, Scene]:
-        """Before and after."""
+        """Return the scenes before and after."""
         return self.scene(prompt.shown), self.scene(prompt.id)
 
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[EditVerdict]) -> dict[str, float]:
-        """Share of right edits over all ("overall", with its standard error) and by kind; and of "done" and "kept"."""
+        """Return shares of correct edits: "overall", with its standard error, by kind, and of "done" and "kept"."""
         by_kind = defaultdict(list)
         for prompt, verdict in zip(prompts, verdicts, strict=True):
             by_kind[kind_of(*self.scenes(prompt))].append(float(verdict.correct))
@@ -108,7 +108,7 @@ class EditCheck:
 
 
 def kind_of(before: Scene, after: Scene) -> str:
-    """add, remove, shape, colour or size: what an edit changes."""
+    """Return what an edit changes: add, remove, shape, colour or size."""
     if len(after.things) != len(before.things):
         return "add" if len(after.things) > len(before.things) else "remove"
     return next(_differences(before, after))

@@ -1,4 +1,4 @@
-"""Questions about shapes-world scenes with their answers, and edit instructions with the scenes they lead to."""
+"""Questions about scenes of the shapes world with their answers, and edit instructions with the edited scenes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from vargpt_rl.data.shapes import (
 
 MOST_THINGS = 4
 ADDED_DIAMETER = (0.22, 0.28)
-PLACES_TO_ADD = (0.16, 0.5, 0.84)  # on both axes; the customary one is the freest of the nine
+PLACES_TO_ADD = (0.16, 0.5, 0.84)  # on both axes; a thing is added at the freest of the nine places
 NEAR = 0.1  # places whose distances to what is there are as close as this are equally free
 LEAST_DIAMETER = 0.2
 RESIZE = {"larger": 1.4, "smaller": 0.7}
@@ -30,21 +30,21 @@ ASKED_RELATION_LEAST = 0.15  # displacement that makes a relation plain to see
 
 
 def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about an image of `scene` that has one right answer, and that one-word answer."""
+    """Make a question about an image of `scene` that has one right answer, and that one-word answer."""
     return _first_possible((_ask_colour, _ask_shape, _ask_number, _ask_presence, _ask_relation), scene, rng)
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """An instruction and `scene` after it; the things it does not name are unchanged.
+    """Make an instruction and the edited `scene`; the things it does not name are unchanged.
 
-    The edited scene has an empty caption, for the grammar of captions does not cover every outcome.
+    The edited scene has an empty caption, since the grammar of captions does not cover every outcome.
     """
     instruction, things = _first_possible((_recolour, _reshape, _resize, _remove, _add), scene, rng)
     return instruction, replace(scene, caption="", things=things)
 
 
 def _first_possible(kinds: Sequence, scene: Scene, rng: np.random.Generator) -> tuple:
-    """What the first of the shuffled `kinds` that suits the scene makes of it; kinds give None where they do not."""
+    """Return the result of the first of the shuffled `kinds` that suits the scene; the others return None."""
     results = (kinds[index](scene, rng) for index in rng.permutation(len(kinds)))
     return next(result for result in results if result is not None)
 

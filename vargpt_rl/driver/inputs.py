@@ -176,7 +176,7 @@ def open_stream(config: LoopConfig, model: str) -> RecordStream:
         rows = settings.recipe.micro_batch
         try:
             mixture = stream.at(resolution, share, wanted).mixture(chat, rows, 0, 0, config.learner.ranks)
-            used |= mixture.ingredients.keys()
+            used |= mixture.sources.keys()
         except ValueError as error:
             raise ValueError(f"data.sources, for {stage.name} at {resolution} px: {error}") from error
     if idle := sources.keys() - used:

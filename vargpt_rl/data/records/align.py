@@ -1,8 +1,8 @@
-"""What the iterations need beside records to train on: prompts, the stronger system's images, and held-out records.
+"""Prompts, winners and held-out records of the iterations, for runs that train on records.
 
-Prompts are those of a file; a winner is the image in a folder that is named after its prompt's id. Held out are the
-generation records whose id says so (``vargpt_rl.data.sources.is_held_out``): the first of them that are found serve as
-held-out prompts, and where the folder has no winner for one, its own image stands in.
+Prompts come from a file; a winner is the image in a folder that is named after its prompt's id. The first generation
+records whose id is held out (``vargpt_rl.data.sources.is_held_out``) serve as held-out prompts; if the folder has no
+winner for one, its own image replaces it.
 """
 
 from collections.abc import Iterator
@@ -29,29 +29,29 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HeldOut = tuple[Prompt, ImageRef]
 
 
-def held_out_of(feed: RecordStream, count: int, folder: Path) -> list[HeldOut]:
-    """The first ``count`` held-out records, of all sources of drawings in turn, as prompts with their images.
+def held_out_of(stream: RecordStream, count: int, folder: Path) -> list[HeldOut]:
+    """Return the first ``count`` held-out records, of all generation sources in turn, as prompts with images.
 
-    Records of several turns or images are not among them. Images that came in their records are written to
-    ``folder``, for workers get a reference. ValueError where there is none.
+    Records with several turns or images are skipped. Images that came in their records are written to ``folder``, since
+    workers get references. ValueError if there is none.
     """
 
     def wanted(record: RecordConversation) -> HeldOut | None:
         single = len(record.messages) == 2 and len(record.images) == 1
-        if record.task != "generation" or not single or not is_held_out(record.id, feed.held_out_fraction):
+        if record.task != "generation" or not single or not is_held_out(record.id, stream.held_out_fraction):
             return None
         request, reply = record.messages
-        load(record.images[0])  # it has to be readable
+        load(record.images[0])  # raises if it is unreadable
         return Prompt(record.id, request.text, reply.text.partition(DRAWN)[0]), record.images[0]
 
-    reading = ReadOptions(seed=None, block=feed.block, max_bad_fraction=feed.max_bad_fraction)
-    names = [name for name, task in feed.tasks.items() if task == "generation"]
-    opened = [open_records(name, feed.sources[name], reading, feed.quarantine, (wanted,)) for name in names]
+    reading = ReadOptions(seed=None, block=stream.block, max_bad_fraction=stream.max_bad_fraction)
+    names = [name for name, task in stream.tasks.items() if task == "generation"]
+    opened = [open_records(name, stream.sources[name], reading, stream.quarantine, (wanted,)) for name in names]
     in_turn = (found for turn in zip_longest(*opened) for found in turn if found is not None)
     chosen = list(islice(_by_id(in_turn), count))
     if not chosen:
         raise ValueError(
-            f"no record of data.sources is held out (data.held_out_fraction is {feed.held_out_fraction}), but the "
+            f"no record of data.sources is held out (data.held_out_fraction is {stream.held_out_fraction}), but the "
             f"iterations are measured on such: expected generation records of one request and one image"
         )
     return [(prompt, _referred(reference, folder)) for prompt, reference in chosen]
@@ -66,7 +66,7 @@ def _by_id(found: Iterator[HeldOut]) -> Iterator[HeldOut]:
 
 
 def _referred(reference: ImageRef, folder: Path) -> ImageRef:
-    """The image as a reference: what came in a record is written down."""
+    """Return a reference to the image; one that came in its record is written to ``folder``."""
     if not isinstance(reference, InRecord):
         return reference
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +78,9 @@ def _referred(reference: ImageRef, folder: Path) -> ImageRef:
 class RecordsSource(Source):
     """Prompts and images of the iterations. Keys are "winners/<file>" and "held_out/<prompt id>".
 
-    There are no records to be drawn by number and no questions: supervised stages stream theirs. Prompts without a
-    winner are noted in the quarantine. A run without iterations has no prompts and no winners. ValueError for a missing
-    folder, or if no prompt has a winner in it.
+    It has no records or questions: supervised stages stream theirs. Prompts without a winner are noted in the
+    quarantine. A run without iterations has no prompts and no winners. ValueError if the folder is missing, or no
+    prompt has a winner in it.
     """
 
     def __init__(self, prompts: list[Prompt], winners: Path | None, held_out: list[HeldOut], quarantine: Quarantine):
@@ -89,7 +89,7 @@ class RecordsSource(Source):
         self._winners = winners and winners.resolve()
         self._held_out = {prompt.id: (prompt, reference) for prompt, reference in held_out}
         texts = {prompt.text for prompt, _ in held_out}
-        # What is measured on is never trained on, also where a file of prompts was made of the same records.
+        # Held-out prompts are never trained on, even if the file of prompts was made from the same records.
         self._prompts = [p for p in prompts if p.id not in self._held_out and p.text not in texts]
         files = image_files(self._winners) if self._winners else set()
         ids = [*(p.id for p in self._prompts), *self._held_out]
@@ -105,7 +105,7 @@ class RecordsSource(Source):
             )
 
     def load(self, key: str, side: int) -> Image.Image:
-        """The image of ``key``, RGB, its middle ``side`` pixels wide and high. Raises ValueError."""
+        """Load the middle of the image of ``key``: RGB, ``side`` pixels wide and high. Raises ValueError."""
         kind, _, name = key.partition("/")
         if kind == "winners" and name and self._winners:
             image = read_image(self._winners / name)
@@ -116,14 +116,14 @@ class RecordsSource(Source):
         return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """``count`` prompts of a split, or as many as there are."""
+        """Return ``count`` prompts of a split, or all if there are fewer."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
         found = self._prompts if split == "train" else [prompt for prompt, _ in self._held_out.values()]
         return [found[index] for index in np.random.default_rng(seed).permutation(len(found))[:count]]
 
     def winner_key(self, prompt: Prompt) -> str | None:
-        """The stronger system's image, or a held-out record's own."""
+        """Return the key of the stronger system's image, or of a held-out record's own."""
         if prompt.id in self._files:
             return f"winners/{self._files[prompt.id]}"
         return f"held_out/{prompt.id}" if prompt.id in self._held_out else None

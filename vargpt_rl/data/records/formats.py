@@ -1,7 +1,7 @@
 """Readers of data files: JSON, JSON lines, CSV, Parquet, WebDataset tars, saved Hugging Face data sets, image folders.
 
-A reader gives the rows of a file one by one and holds little more than one at a time. What it cannot read comes as a
-`Fault` in the place of the row, or of all the rows that follow where the rest of the file is lost.
+A reader yields the rows of a file one by one and holds little more than one at a time. An unreadable row is replaced by
+a `Fault`; so are all following rows if the rest of the file is lost.
 """
 
 import csv
@@ -22,16 +22,16 @@ from datasets import load_from_disk
 from vargpt_rl.data.records.images import InArchive
 
 LONGEST = 16 * 2**20
-"""Characters (or bytes) of JSON that may make up one row, so that no damaged file fills the memory."""
+"""Longest row of JSON, in characters or bytes, so that no damaged file fills the memory."""
 BATCH = 64
-"""Rows that are turned into Python objects together."""
+"""Rows that are converted to Python objects together."""
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 Row = dict[str, Any]
 
 
 class Fault(NamedTuple):
-    """What was found in the place of a row, and why it is none."""
+    """An unreadable row: why, and what was found."""
 
     reason: str
     found: str = ""
@@ -42,7 +42,7 @@ Rows = Iterator[tuple[int, Row | Fault]]
 
 @dataclass(frozen=True)
 class Format:
-    """``parts(path)``: how many parts of a file can be read on their own.
+    """``parts(path)``: number of parts of a file that can be read on their own.
 
     ``rows(path, part, start, step)``: at least the rows start, start + step... of a part, each with its number.
     """
@@ -51,7 +51,7 @@ class Format:
     rows: Callable[[Path, int, int, int], Rows]
 
     def read(self, path: Path, part: int, start: int, step: int) -> Rows:
-        """The rows start, start + step, start + 2 * step... of a part, each with its number."""
+        """Yield the rows start, start + step, start + 2 * step, ... of a part, each with its number."""
         rows = self.rows(path, part, start, step)
         return ((number, row) for number, row in rows if number >= start and (number - start) % step == 0)
 
@@ -85,7 +85,7 @@ def _json_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 
 def _items(file: TextIO) -> Iterator[object]:
-    """The items of the JSON array in ``file``. Raises ValueError where it is not one."""
+    """Yield the items of the JSON array in ``file``. Raises ValueError if it is none."""
     text, at, opening = "", 0, "["
     while True:
         chunk = file.read(max(_CHUNK, len(text) - at))
@@ -103,7 +103,7 @@ def _items(file: TextIO) -> Iterator[object]:
 
 
 def _item(text: str, at: int, opening: str) -> tuple[object, int] | None:
-    """The item behind ``opening`` and where it ends, or None where ``text`` does not hold all of it."""
+    """Return the item after ``opening`` and its end, or None if ``text`` does not hold all of it."""
     before = _OPENING[opening].match(text, at)
     if before is None:
         return None
@@ -212,7 +212,7 @@ def _tar_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Raises ReadError where the archive lacks its end: tarfile takes a damaged header for the end."""
+    """Yield the members. Raises ReadError if the end is missing: tarfile takes a damaged header for the end."""
     yield from (member for member in archive if not member.isdir())
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -246,7 +246,7 @@ def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfil
     return row
 
 
-# Folders of images by class: <folder>/<synset>/<image>. Rows go round the classes, so that neighbours differ.
+# Folders of images by class: <folder>/<synset>/<image>. Rows alternate between the classes.
 
 
 def _synset_rows(path: Path, part: int, start: int, step: int) -> Rows:

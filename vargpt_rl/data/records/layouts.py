@@ -1,4 +1,4 @@
-"""Public data sets' own layouts, mapped to the schema: a function for each makes a conversation of a row.
+"""Layouts of public data sets, mapped to the schema by a function each, which makes a conversation of a row.
 
 A row refers to its images by their names below the folder ``root``, unless it brings them along.
 """
@@ -76,7 +76,7 @@ def journeydb(row: Row, root: Path) -> RecordConversation:
 
 
 def laion(row: Row, root: Path) -> RecordConversation:
-    """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its images are fetched by their ``url`` beforehand.
+    """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its images must have been downloaded by their ``url``.
 
     Layout: public readers of the data set, and that of img2dataset's folders, "<first 5 digits>/<key>.jpg". Where
     img2dataset wrote the table, ``status`` says whether the image was fetched.
@@ -88,8 +88,8 @@ def laion(row: Row, root: Path) -> RecordConversation:
 
 
 def midjourney(row: Row) -> ImagineRequest:
-    """midjourney-prompts (Parquet): ``prompt``. A step of its own, for prompts without an image are no conversation;
-    ``vargpt_rl.data.prompts`` writes them down.
+    """midjourney-prompts (Parquet): ``prompt``. A step of its own, since prompts without an image are no conversation;
+    ``vargpt_rl.data.prompts`` writes them.
 
     Layout: public readers of the data set, which use no other column.
     """
@@ -138,7 +138,7 @@ def imagenet(row: Row, root: Path, names: dict[str, str]) -> RecordConversation:
 
 
 def class_names(file: Path) -> dict[str, str]:
-    """The name of each synset, from lines such as "n01440764 tench, Tinca tinca" (``LOC_synset_mapping.txt``)."""
+    """Read the name of each synset, from lines such as "n01440764 tench, Tinca tinca" (``LOC_synset_mapping.txt``)."""
     names = dict(line.partition(" ")[::2] for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if nameless := [synset for synset, name in names.items() if not name.strip()]:
         raise ValueError(f"{file}: no name for {nameless[0]}")
@@ -191,6 +191,6 @@ def _objects(row: Row, name: str) -> list[Row]:
 
 
 def _name(row: Row, name: str) -> str:
-    """A text, or a whole number written as one: some sets number their records."""
+    """Return a text, or a whole number as text: some data sets number their records."""
     value = row.get(name)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, name)

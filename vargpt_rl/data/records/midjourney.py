@@ -1,4 +1,4 @@
-"""Midjourney prompts: what is to be drawn, apart from the commands such as ``--ar 16:9`` that come with it.
+"""Midjourney prompts, separated from their commands such as ``--ar 16:9``.
 
 Source of the commands and their short names: Midjourney's parameter list and public guides to it.
 """
@@ -41,7 +41,7 @@ _SHORT = {
     "s": "stylize",
     "version": "v",
 }
-_DASHES = ("--", "\u2014", "\u2013")  # telephones turn two hyphens into a dash
+_DASHES = ("--", "\u2014", "\u2013")  # phones turn two hyphens into a dash
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ImagineRequest:
 
 
 def split_commands(prompt: str) -> tuple[str, dict[str, str]]:
-    """The words of ``prompt`` that are no commands, one blank between them, and the commands.
+    """Split ``prompt`` into its words without commands, joined by blanks, and its commands.
 
     ``no`` takes all words up to the next command. Others take the next word if it has the form of their value, a comma
     behind it aside. What looks like a command but is unknown stays text. Of equal commands the last one counts.
@@ -77,7 +77,7 @@ def split_commands(prompt: str) -> tuple[str, dict[str, str]]:
 
 
 def _command(word: str) -> str | None:
-    """The full name of the command that ``word`` is, or None."""
+    """Return the full name of the command ``word``, or None if it is no command."""
     dash = next((dash for dash in _DASHES if word.startswith(dash)), None)
     if dash is None:
         return None

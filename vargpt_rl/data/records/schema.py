@@ -1,4 +1,4 @@
-"""What a training record is: a conversation between user and assistant with images at marked places.
+"""The schema of a training record: a conversation between user and assistant with images at placeholders.
 
 In the texts ``<image>`` stands for an image that the user shows and ``<image_gen>`` for one that the assistant draws.
 The images of a conversation are listed in the order of these placeholders, over all its turns.
@@ -49,7 +49,7 @@ class Limit:
 
 
 def pieces(text: str) -> list[str]:
-    """``text`` cut at its placeholders, which are pieces of their own; no piece is empty."""
+    """Split ``text`` at its placeholders, which become pieces of their own; no piece is empty."""
     return [piece for piece in re.split(f"({SHOWN}|{DRAWN})", text) if piece]
 
 
@@ -58,19 +58,19 @@ def placeholders(text: str) -> list[str]:
 
 
 def problem(record: RecordConversation, limit: Limit) -> str | None:
-    """Why ``record`` cannot be trained on, or None if it can."""
+    """Return why ``record`` cannot be trained on, or None if it can."""
     return _wrong_type(record) or _wrong_turns(record) or _wrong_images(record) or _too_long(record, limit)
 
 
 def checked(record: RecordConversation, limit: Limit) -> RecordConversation:
-    """``record`` itself. Raises BadRecord with the reason if it cannot be trained on."""
+    """Return ``record``. Raises BadRecord with the reason if it cannot be trained on."""
     if reason := problem(record, limit):
         raise BadRecord(reason)
     return record
 
 
 def loaded(record: RecordConversation, max_pixels: int = MAX_PIXELS) -> tuple[RecordConversation, list[Image.Image]]:
-    """``record`` and its decoded images. Raises BadRecord if one is unreadable."""
+    """Return ``record`` and its decoded images. Raises BadRecord if one is unreadable."""
     return record, [load(image, max_pixels) for image in record.images]
 
 
