@@ -121,7 +121,7 @@ def test_what_is_there_is_not_even_decoded(folder, sources, tmp_path, monkeypatc
     assert main(sources(tmp_path, "good")) == 0
     assert {path: path.stat().st_mtime_ns for path in shard_files(tmp_path)} == before
     counts = capsys.readouterr().out.splitlines()[-6:]
-    lines = ["6  records", "0  of these bad", "5  images to draw", "1  of these the same as an earlier one"]
+    lines = ["6  records", "0  bad records", "5  images to draw", "1  repeated images"]
     assert [line.strip() for line in counts] == [*lines, "0  crops encoded", "8  kept"]
 
 
@@ -130,7 +130,7 @@ def test_bad_images_are_put_aside_and_counted(sources, checksum, folder, tmp_pat
     for _ in range(2):  # the second time finds the same again
         assert main(sources(tmp_path, "all", f"workers={workers}", "max_bad_fraction=0.25")) == 0
         out = [line.strip() for line in capsys.readouterr().out.splitlines()]
-        assert out[:2] == ["8  records", "2  of these bad"]
+        assert out[:2] == ["8  records", "2  bad records"]
         assert out[6:] == ["1  bad: image is missing", "1  bad: image is unreadable (OSError)"]
         lines = [line for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
         assert sorted(json.loads(line)["source"] for line in lines) == [f"{folder}/all.jsonl:{n}" for n in (5, 6)]
@@ -158,7 +158,7 @@ def test_what_was_mended_is_no_longer_counted_as_bad(sources, tmp_path, capsys):
         ("crops=0", "crops=0: expected 1 or more"),
         ("rank=2", "rank=2: expected 0 or more and less than world=1"),
         ("max_bad_fraction=2", "max_bad_fraction=2.0: expected 0 to 1"),
-        ("sources.mine.format=csv", "format=csv: expected one of"),
+        ("sources.mine.format=xml", "format=xml: expected one of"),
         ("sources.mine.files=none.jsonl", "source mine: files: nothing fits none.jsonl"),
         ("checkpoint=none", "checkpoint=none: no such directory"),
     ],

@@ -42,7 +42,7 @@ def test_things_keep_apart_and_inside(seed, task, split):
 
 
 @given(seeds)
-def test_what_a_caption_leaves_open_is_customary(seed):
+def test_what_a_caption_leaves_open_has_its_default(seed):
     rng = np.random.default_rng(seed)
     (thing,) = shapes.scene_for("a circle", rng).things
     assert thing.colour == shapes.USUAL_COLOUR["circle"]

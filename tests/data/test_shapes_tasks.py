@@ -90,7 +90,7 @@ def test_edits_do_what_they_say_and_nothing_else(seed):
             assert changes == {"colour": last}
 
 
-def test_what_is_added_stands_where_it_is_customary():
+def test_an_added_thing_stands_at_its_default_place():
     rng, added = np.random.default_rng(2), Counter()
     while added.total() < 20:
         scene = shapes.scene_for("a red circle on the left", rng)

@@ -1,1 +1,1 @@
-"""Where images, captions, questions and edits come from."""
+"""Data: images, captions, records, questions and edits, and their batches."""

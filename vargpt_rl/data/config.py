@@ -12,7 +12,7 @@ from vargpt_rl.data.records.sources import RecordSource
 
 @dataclass
 class DataConfig:
-    """Where images, captions and conversations come from."""
+    """Settings of the training data: images, captions and conversations."""
 
     kind: str = "shapes"
     """shapes (drawn on demand), captioned (a folder of images) or records (streams of conversations)."""

@@ -47,8 +47,8 @@ from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.hub import TINY, check_model
 from vargpt_rl.model.scales import schedule_for
 
-IMAGES, SAME, ENCODED, KEPT = "images to draw", "of these the same as an earlier one", "crops encoded", "kept"
-RECORDS, BAD = "records", "of these bad"
+IMAGES, SAME, ENCODED, KEPT = "images to draw", "repeated images", "crops encoded", "kept"
+RECORDS, BAD = "records", "bad records"
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _guard(keys: np.ndarray, checks: np.ndarray, features: str) -> str:
 
 
 class _Index(NamedTuple):
-    """The keys uint8 [n, 36] and checks uint32 [n] of a shard."""
+    """Keys uint8 [n, 36] and checks uint32 [n] of a shard."""
 
     keys: np.ndarray
     checks: np.ndarray
@@ -83,7 +83,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _read_index(path: Path, tokenizer: str, resolution: int) -> _Index:
-    """ValueError, naming the file, for a shard that is damaged, or made with another image tokenizer or resolution."""
+    """Read a shard's index. ValueError, naming the file, if it is damaged or of another tokenizer or resolution."""
     with _opened(path) as file:
         about = file.metadata() or {}
         if about.get("format") != FORMAT:

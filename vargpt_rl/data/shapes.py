@@ -2,7 +2,7 @@
 
 A caption comes from a small closed grammar with the six tasks of GenEval in miniature. The grammar is written out in
 full (some two thousand captions), so that `parse` is a look-up and exactly inverts it. A scene is a layout that
-satisfies its caption: what the caption leaves open (a colour, a place) is as is customary, and everything stands and
+satisfies its caption: what the caption leaves open (a colour, a place) has its default, and everything stands and
 measures a little differently each time. `render` draws it in one of three styles:
 
 - "clean": plain near-white background, saturated colours;
@@ -56,7 +56,7 @@ DIAMETERS = {None: (0.38, 0.46), "small": (0.22, 0.27), "large": (0.57, 0.65)}
 PLACED_DIAMETER = (0.32, 0.38)
 SEVERAL_DIAMETERS = {2: (0.29, 0.35), 3: (0.25, 0.30), 4: (0.23, 0.28)}
 
-# What is customary where a caption does not say: the colour of a shape, and where things stand. A small model that
+# Defaults where a caption does not say: the colour of a shape, and where things stand. A small model that
 # draws the bits of a scale independently of each other can commit to one custom; between equal alternatives it mixes.
 USUAL_COLOUR = {"circle": "red", "square": "blue", "triangle": "green", "cross": "purple"}
 LOW, MIDDLE, HIGH = 0.25, 0.5, 0.75
@@ -139,7 +139,7 @@ def _caption(requirement: Requirement) -> str:
 
 
 def _forms() -> Iterator[list[Requirement]]:
-    """The whole grammar, one list for each form of caption."""
+    """Write out the whole grammar, one list for each form of caption."""
     coloured = [Described(shape, colour) for colour in COLOURS for shape in SHAPES]
     pairs = [(a, b) for a, b in itertools.permutations(coloured, 2) if a.shape != b.shape and a.colour != b.colour]
     yield [Requirement("single_object", (Described(shape),)) for shape in SHAPES]
@@ -159,14 +159,14 @@ _GRAMMAR = {caption: requirement for form in _FORMS for caption, requirement in 
 
 
 def parse(caption: str) -> Requirement:
-    """What `caption` demands. Raises ValueError where it is none of the grammar."""
+    """Return what `caption` demands. Raises ValueError if it is not in the grammar."""
     if caption not in _GRAMMAR:
         raise ValueError(f"not a caption of the shapes world: {caption!r}")
     return _GRAMMAR[caption]
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether `caption` is kept for evaluation. Two wordings of one meaning share their split."""
+    """Return whether `caption` is held out for evaluation. Two wordings of one meaning share their split."""
     requirement = parse(caption)
     wordings = [caption]
     if len(requirement.wanted) == 2:
@@ -179,7 +179,7 @@ def is_held_out(caption: str) -> bool:
 
 @cache
 def captions(task: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """The captions of a task in a split ("train" or "held_out"), grouped by form. Raises ValueError if none."""
+    """Return a task's captions in a split ("train" or "held_out"), by form. Raises ValueError if there are none."""
     held_out = {"train": False, "held_out": True}
     if task not in TASKS or split not in held_out:
         raise ValueError(f"no captions for task {task!r}, split {split!r}")
@@ -195,7 +195,7 @@ def captions(task: str, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def sample_scene(rng: np.random.Generator, task: str | None = None, split: str = "train") -> Scene:
-    """A random scene of `task` (of any task where None) whose caption belongs to `split`."""
+    """Sample a scene of `task` (any task if None) whose caption belongs to `split`."""
     forms = captions(task or str(rng.choice(TASKS)), split)
     # Form first: the relations would otherwise crowd out the absolute places, being far more numerous.
     form = forms[rng.integers(len(forms))]
@@ -203,7 +203,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, split: str =
 
 
 def scene_for(caption: str, rng: np.random.Generator) -> Scene:
-    """A random layout that satisfies `caption`. Raises ValueError where the caption is none of the grammar."""
+    """Sample a layout that satisfies `caption`. Raises ValueError if the caption is not in the grammar."""
     requirement = parse(caption)
     wanted = [kind for kind in requirement.wanted for _ in range(kind.count)]
     if len(wanted) == 1:
@@ -227,19 +227,19 @@ def _place(
 
 
 def separate(a: Thing, b: Thing) -> bool:
-    """Whether the boxes around two things keep a clear gap."""
+    """Return whether the boxes around two things keep a clear gap."""
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.size + b.size) / 2 + GAP
 
 
 def offset(a: Thing, b: Thing) -> tuple[float, float]:
-    """How far the centre of `a` is to the right of and below the centre of `b`."""
+    """Return how far the centre of `a` is to the right of and below the centre of `b`."""
     return a.x - b.x, a.y - b.y
 
 
 def stands(dx: float, dy: float, relation: str, least: float) -> bool:
-    """Whether what is `dx` to the right and `dy` below stands in `relation` (a key of `MIRRORED`).
+    """Return whether what is `dx` to the right and `dy` below stands in `relation` (a key of `MIRRORED`).
 
-    It must do so by `least` at least, and clearly more than it is displaced across.
+    The offset must be at least `least`, and clearly larger than the one across.
     """
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("left of", "above"):
@@ -248,7 +248,7 @@ def stands(dx: float, dy: float, relation: str, least: float) -> bool:
 
 
 def outline(thing: Thing, tilt: float = 0.0) -> np.ndarray:
-    """The corners of `thing` as an (n, 2) array of x, y in fractions of the side, turned by `tilt` degrees."""
+    """Return the corners of `thing` as an (n, 2) array of x, y in fractions of the side, turned by `tilt` degrees."""
     unit = _unit_outline(thing.shape)
     c, s = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
     return unit @ np.array([[c, s], [-s, c]]) * thing.size + (thing.x, thing.y)
@@ -274,7 +274,7 @@ def _unit_outline(shape: str) -> np.ndarray:
 
 
 def render(scene: Scene, side: int, style: str, rng: np.random.Generator) -> Image.Image:
-    """An RGB image of `scene`, `side` pixels wide and high, in one of `STYLES`. Raises ValueError for others."""
+    """Render `scene` as an RGB image, `side` pixels wide and high, in one of `STYLES`. Raises ValueError for others."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}, expected one of {STYLES}")
     supersampling = 4 if side <= 256 else 2
@@ -311,7 +311,7 @@ def _render_corpus(scene: Scene, side: int, supersampling: int, rng: np.random.G
 
 
 def _disagreeing(scene: Scene, rng: np.random.Generator) -> tuple[Thing, ...]:
-    """The scene's things with one shape or (where the caption states it) colour exchanged, or one missing."""
+    """Return the scene's things with one shape or (if the caption states it) colour changed, or one missing."""
     things = list(scene.things)
     index = int(rng.integers(len(things)))
     thing = things.pop(index)

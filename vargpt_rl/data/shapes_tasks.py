@@ -105,7 +105,7 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
 
 
 def _target(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
-    """A name for one thing, or for all those that share its name, and their indices in the scene."""
+    """Name one thing, or all things that share its name; return the name and their indices in the scene."""
     chosen = scene.things[rng.integers(len(scene.things))]
     by_colour = rng.random() < 0.5
     indices = tuple(
@@ -167,7 +167,7 @@ def _clearance(thing: Thing, others: Sequence[Thing]) -> float:
 
 
 def _fit(things: tuple[Thing, ...]) -> bool:
-    """Whether all things are large enough to see, inside the image and apart."""
+    """Return whether all things are large enough to see, inside the image and apart."""
     inside = all(
         thing.size >= LEAST_DIAMETER and max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= 0.5 - MARGIN - thing.size / 2
         for thing in things

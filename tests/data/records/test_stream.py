@@ -39,7 +39,7 @@ def sources(folder):
 
 
 class Cache:
-    """Features that were encoded beforehand: of crop n of any image but the odd ones, n + 1 everywhere."""
+    """Stands in for a feature cache: crop n of any image that is not missing is n + 1 everywhere."""
 
     crops = 3
 

@@ -1,4 +1,4 @@
-"""The wordings that lie beside the code, as data."""
+"""Word lists and patterns, stored as YAML beside the code."""
 
 from functools import cache
 from pathlib import Path
@@ -8,5 +8,5 @@ import yaml
 
 @cache
 def bank(name: str) -> dict:
-    """What ``<name>.yaml`` has; the file says what is in it."""
+    """Load ``<name>.yaml``; its comments explain its contents."""
     return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""The way of a language model (VARGPT, section 4.1, Fig. 7, appendix 8): four examples, a caption and three seeds.
+"""Dialogues by a language model (VARGPT, section 4.1, Fig. 7, appendix 8): four examples, a caption, three seeds.
 
 For each caption a prompt seed, a caption seed, an answer seed and four examples are drawn by (seed, id), and a model
 behind an OpenAI-compatible endpoint writes the user's and the assistant's words. Different from the paper: seeds and
-examples are written down in ``llm.yaml``, where the paper had a model write the seeds and took captions of its data
-set as examples; and outputs are screened (see `screening`), of which the paper says nothing.
+examples are fixed in ``llm.yaml``, whereas the paper had a model write the seeds and took captions of its data set as
+examples; and outputs are screened (see `screening`), which the paper does not mention.
 
-The same requests are made for the same seed; what comes back is up to the endpoint, which is given the seed too.
+The same seed makes the same requests. The replies depend on the endpoint, which gets the seed too.
 """
 
 import json
@@ -23,13 +23,13 @@ from vargpt_rl.data.instruct.screening import fault, parse
 
 SHOTS = 4
 SEEDS = ("prompt_seed", "caption_seed", "answer_seed")
-AHEAD = 4  # captions under way or finished, by worker, while an earlier one is still waited for
+AHEAD = 4  # captions of each worker in progress or finished while an earlier one is awaited
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Endpoint(NamedTuple):
-    """Where the model is. ``key`` may be empty: local servers want none; ``key_name`` is the variable it was in."""
+    """Address of the model. ``key`` may be empty, as for local servers; ``key_name`` is the variable it was in."""
 
     url: str
     model: str
@@ -39,12 +39,12 @@ class Endpoint(NamedTuple):
     retries: int
 
     def without_key(self, text: str) -> str:
-        """What a server said, fit to be written down."""
+        """Mask the key in a server's reply, so that it can be logged."""
         return text.replace(self.key, "***") if self.key else text
 
 
 def request(caption: str, identity: str, seed: int) -> tuple[list[dict[str, str]], tuple[str, ...], int]:
-    """The messages for a caption, the seeds in them, and a seed for the model's sampling."""
+    """Return the messages for a caption, the seeds in them, and a seed for the model's sampling."""
     rng = Random(f"{seed} {identity}")
     seeds = {kind: rng.choice(bank("llm")[f"{kind}s"]) for kind in SEEDS}
     messages = [{"role": "system", "content": bank("llm")["instruction"]}]
@@ -61,14 +61,14 @@ def _message(role: str, content: dict[str, str]) -> dict[str, str]:
 
 
 def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Dialogue]:
-    """A function that has a caption's dialogue written; safe to call in several threads.
+    """Return a thread-safe function that asks the model for a caption's dialogue.
 
-    It raises Unusable for a caption that comes to nothing, after the client's own retries with growing pauses (429,
-    5xx, timeouts, broken connections), and ValueError where the endpoint refuses the key or does not know the model.
+    It raises Unusable for a caption that fails after the client's own retries with growing pauses (429, 5xx, timeouts,
+    broken connections), and ValueError if the endpoint rejects the key or does not know the model.
     """
     client = openai.OpenAI(
         base_url=endpoint.url,
-        api_key=endpoint.key or "none",  # without one the client would take OPENAI_API_KEY, whatever was asked for
+        api_key=endpoint.key or "none",  # if it is empty, the client reads OPENAI_API_KEY, whatever the settings say
         timeout=endpoint.timeout_s,
         max_retries=endpoint.retries,
     )
@@ -96,7 +96,7 @@ def asker(endpoint: Endpoint, seed: int) -> Callable[[Caption], Dialogue]:
 
 
 def _refused(error: openai.APIStatusError, endpoint: Endpoint) -> Exception:
-    """What an error status means: for this caption alone, or for all of them (key, address, model)."""
+    """Return the error of a status: for this caption alone, or for all (key, address, model)."""
     said = endpoint.without_key(" ".join(error.response.text.split()))
     if error.status_code in (401, 403):
         return ValueError(
@@ -112,7 +112,7 @@ def _refused(error: openai.APIStatusError, endpoint: Endpoint) -> Exception:
 
 
 def _content(body: str) -> str:
-    """The text of a chat completion."""
+    """Return the text of a chat completion."""
     try:
         message = json.loads(body)["choices"][0]["message"]
         content, refusal = message.get("content"), message.get("refusal")
@@ -126,7 +126,7 @@ def _content(body: str) -> str:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """``map`` in threads, in the order of ``items``, which are taken only as fast as results are."""
+    """``map`` in threads, in the order of ``items``, which are consumed only as fast as results are."""
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future] = deque()
     try:

@@ -16,7 +16,7 @@ from vargpt_rl.data.quarantine import Quarantine
 
 IMAGE = "<image_gen>"
 OPENING = b'{"id": '  # of every line, as `line` writes it
-WRITTEN, KEPT, WITHOUT_PICTURE = "written", "already there", "of these without a picture file"
+WRITTEN, KEPT, WITHOUT_PICTURE = "written", "already there", "written without an image file"
 
 
 def record(caption: Caption, pair: Dialogue, method: str) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""What is taken from a language model's reply, and why the rest is not.
+"""Screening of a language model's replies.
 
-A dialogue is kept if both texts pass every check of `fault`. The checks are made for English, and where a caption
-itself has what they look for (brackets, emoji, other scripts), it is allowed in the texts as well.
+A dialogue is kept if both texts pass every check of `fault`. The checks are made for English. What a caption itself
+has (brackets, emoji, other scripts) is allowed in the texts as well.
 """
 
 import json
@@ -25,7 +25,7 @@ PLACEHOLDERS = re.compile(
 
 
 def parse(reply: str) -> tuple[str, str]:
-    """Prompt and answer, each in one line, of a reply that has them as JSON, with or without text around it."""
+    """Return prompt and answer, each in one line, from a reply with JSON, with or without text around it."""
     found = re.search(r"\{.*\}", reply.rpartition("</think>")[2], re.DOTALL)
     try:
         texts = json.loads(found[0]) if found else None
@@ -41,7 +41,7 @@ def parse(reply: str) -> tuple[str, str]:
 
 
 def fault(prompt: str, answer: str, caption: str, seeds: tuple[str, ...]) -> str | None:
-    """Why a dialogue is not usable, or None."""
+    """Return why a dialogue is not usable, or None."""
     for text in (prompt, answer):
         if REFUSAL.search(text) and not REFUSAL.search(caption):
             return "refusal"
@@ -67,7 +67,7 @@ def _words(text: str) -> list[str]:
 
 
 def _is_latin(character: str) -> bool:
-    """Whether it is of English or another Latin-script text: letter, mark, number, sign, space, but no emoji."""
+    """Return whether a character may be in Latin-script text: letter, mark, number, sign, space, but no emoji."""
     kind = unicodedata.category(character)
     if kind.startswith("L"):
         return unicodedata.name(character, "").startswith("LATIN")
@@ -75,7 +75,7 @@ def _is_latin(character: str) -> bool:
 
 
 def kept(caption: str, text: str) -> float:
-    """The share of a caption's content words that a text has, in whatever inflection; 1 if the caption has none."""
+    """Return the share of a caption's content words in a text, in any inflection; 1 if the caption has none."""
     empty = {*bank("llm")["english_words"], *bank("llm")["function_words"]}
     words = {word for word in _words(caption) if word not in empty and (len(word) > 2 or word.isdigit())}
     found = _words(text)

@@ -1,14 +1,14 @@
-"""The template way: a prompt pattern and an answer pattern, drawn by (seed, id), filled with the caption.
+"""Dialogues by template: a prompt pattern and an answer pattern, sampled by (seed, id) and filled with the caption.
 
 The paper (VARGPT, section 4.2, stage 3) joins up to 400 templates and captions as they are. Here
 
 - captions that are sentences follow their pattern as a sentence of their own: "Please design a drawing of this: A train
   is on the tracks." instead of "... a drawing of A train is on the tracks.";
 - a caption that names a kind of image is not made the subject of another: "Please design an oil painting of a cat.";
-- the answer speaks of the same kind of image as the prompt; there the two are drawn separately, so that a photo
-  answers a request for a painting.
+- the answer names the same kind of image as the prompt; in the paper they are sampled separately, so a photo may
+  answer a request for a painting.
 
-As there, the kind of image is drawn by chance and not read off the image.
+As in the paper, the kind of image is sampled, not read off the image.
 """
 
 import re
@@ -24,7 +24,7 @@ CLOSED = re.compile(r"""[.!?…]["'”’)\]]*$""")  # a text with its last full
 
 
 class Wording(NamedTuple):
-    """What a pattern is filled with; ``sentence`` follows the filled pattern, if there is one."""
+    """Parts that fill a pattern; ``sentence``, if not empty, follows the filled pattern."""
 
     a_picture: str
     the_picture: str
@@ -33,7 +33,7 @@ class Wording(NamedTuple):
 
 
 def template_pair(caption: Caption, seed: int) -> Dialogue:
-    """The dialogue of a caption: the same for the same id and ``seed``, whatever other captions there are."""
+    """Make the dialogue of a caption. It depends on its id and ``seed`` only, not on other captions."""
     rng = Random(f"{seed} {caption.id}")
     prompts, answers, media = (bank("templates")[part] for part in ("prompts", "answers", "media"))
     prompt, answer, medium = (rng.choice(list(part)) for part in (prompts, answers, media))
@@ -46,7 +46,7 @@ def template_pair(caption: Caption, seed: int) -> Dialogue:
 
 
 def word(caption: str, medium: str) -> Wording:
-    """How patterns speak of a caption, and of its image as a ``medium`` such as "sketch"."""
+    """Word a caption, and its image as a ``medium`` such as "sketch", for patterns."""
     if is_sentence(caption):
         return _of(medium, "this", _as_sentence(caption))
     phrase = _as_phrase(caption)
@@ -63,7 +63,7 @@ def _of(medium: str, subject: str, sentence: str) -> Wording:
 
 
 def fill(pattern: str, wording: Wording) -> str:
-    """A pattern with its caption, ending in one mark."""
+    """Fill a pattern; the result ends in one mark."""
     text = pattern.format(**wording._asdict())
     text = text[0].upper() + text[1:]
     if not wording.sentence:
@@ -72,7 +72,7 @@ def fill(pattern: str, wording: Wording) -> str:
 
 
 def is_sentence(caption: str) -> bool:
-    """Whether a caption cannot stand for a noun: it has a verb, several sentences, or a mark that must stay."""
+    """Return whether a caption cannot replace a noun: it has a verb, several sentences, or a mark that must stay."""
     words = re.findall(r"[\w']+", caption.lower().replace("’", "'"))
     return (
         words[0] in bank("templates")["sentence_openers"]
@@ -82,7 +82,7 @@ def is_sentence(caption: str) -> bool:
 
 
 def _as_phrase(caption: str) -> str:
-    """A caption for the middle of a sentence: no mark at its end, no capital where only the beginning asks for one."""
+    """Format a caption for the middle of a sentence: no final mark, no capital that only marks a beginning."""
     phrase = caption.strip(" ,;:").rstrip(" ,;:.")
     first = phrase.split()[0].lower()
     lowered = any(first in bank("templates")[words] for words in ("lowered", "kinds", "kind_openers"))

@@ -23,7 +23,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Import:
-    """A step of `vargpt_rl.data.records.reader.Records`: rows of a ``layout`` -> checked conversations."""
+    """Step of `vargpt_rl.data.records.reader.Records` that turns rows of a ``layout`` into checked conversations."""
 
     layout: Callable[[Row, Path], RecordConversation]
     source: str

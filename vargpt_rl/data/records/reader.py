@@ -30,7 +30,7 @@ _SHORT.maxother = 80
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How to read records."""
+    """Options for reading records."""
 
     rank: int = 0
     """This process among the ``world`` processes that share the records."""
@@ -58,7 +58,7 @@ class Part(Protocol):
         ...
 
     def place(self, number: int) -> str:
-        """Return where a row is, for the quarantine."""
+        """Return the location of a row, for the quarantine."""
         ...
 
 
@@ -220,7 +220,7 @@ class RecordIterator(Iterator):
                 yield _Cursor(cursor.epoch, index, number + step), part.place(number), row
 
     def _setup(self) -> dict[str, Any]:
-        """What must be the same when a state is loaded."""
+        """Return the options that must be the same when a state is loaded."""
         return {
             "seed": self._reading.seed,
             "block": self._reading.block,

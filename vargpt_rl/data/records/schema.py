@@ -41,7 +41,7 @@ class RecordConversation:
 
 @dataclass(frozen=True)
 class Limit:
-    """The greatest length of a conversation's texts together, as ``measure`` counts them."""
+    """Longest conversation, over all its texts, as ``measure`` counts them."""
 
     longest: int = 32_768
     unit: str = "characters"

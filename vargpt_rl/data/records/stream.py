@@ -189,7 +189,7 @@ class RecordStream:
         return FeatureCache(self.encoded / str(self.resolution), self.tokenizer_checksum, self.resolution)
 
     def mixture(self, chat: ChatTemplate, micro_batch: int, seed: int, rank: int, ranks: int) -> Mixture:
-        """Return a rank's micro-batches. ValueError, with its reason, for an impossible source or share."""
+        """Return a rank's micro-batches. ValueError, with the reason, if a source or the share is impossible."""
         cache = self.cache()
         encode = Encode(
             chat=chat,
