@@ -48,6 +48,7 @@ MARKS = {
         "configs/test_load.py",
         "data/instruct/test_llm.py",
         "data/records/test_loading.py",
+        "data/records/test_stream.py",
         "learners/test_dpo.py",
         "learners/test_image_tokenizer.py",
         "learners/test_pretrain_tiny.py",

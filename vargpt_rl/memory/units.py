@@ -12,7 +12,7 @@ def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def breakdown(need: object, names: Iterable[str]) -> str:
+def breakdown(need: HasTotal, names: Iterable[str]) -> str:
     """Format an estimate's total and the named parts of it."""
     parts = [f"{name} {getattr(need, name) / GIB:.1f}" for name in names]
     return f"{gib(need.total)} ({' + '.join([*parts, f'runtime {RUNTIME / GIB:.1f}'])})"
