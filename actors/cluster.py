@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import ray
 from ray._private import ray_constants
@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.resources import Placement, Resources
 
-Place = PlacementGroupSchedulingStrategy
+Place: TypeAlias = PlacementGroupSchedulingStrategy
 """One bundle of a placement group, as an actor's scheduling strategy."""
 
 LOST = (RayActorError, OutOfMemoryError, ObjectLostError)

@@ -101,7 +101,7 @@ class RolloutPool:
         """
         name, workers = method.__name__, self.workers
         job = BatchJob(items, batch_size or self.config.batch_size, repeatable=method in REPEATABLE)
-        args = [ray.put(arg) if callable(arg) else arg for arg in args]  # rewards: sent to each node once
+        args = tuple(ray.put(arg) if callable(arg) else arg for arg in args)  # rewards: sent to each node once
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=self.progress is not None) as bar:
             try:
                 while not job.is_done:

@@ -38,10 +38,12 @@ CHUNK = 256 * 2**20
 class WeightTransfer(Protocol):
     """A weight set in transit. ``layout`` is known first, so that a bad set is rejected before anything is copied."""
 
-    layout: WeightLayout
+    @property
+    def layout(self) -> WeightLayout: ...
 
     def chunks(self) -> Iterator[Weights]:
         """Yield the tensors, in groups."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class BroadcastTransfer:
         if self.device == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
-            group = dist.ProcessGroupNCCL(store, self.rank, self.world, options)
+            group: dist.ProcessGroup = dist.ProcessGroupNCCL(store, self.rank, self.world, options)
         else:
             group = dist.ProcessGroupGloo(store, self.rank, self.world, limit)
         for name, shape in self.layout.shapes.items():

@@ -111,4 +111,4 @@ class PolicyBatches:
             return seen
         shared = torch.tensor(int(seen), device=self.device)
         dist.broadcast(shared, 0)
-        return Seen(shared.item())
+        return Seen(int(shared.item()))

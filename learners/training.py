@@ -2,6 +2,7 @@
 
 from collections.abc import Container
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -9,6 +10,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from learners.config import Recipe
 from vargpt_rl.storage.checkpoint import save_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import Trainer as MixedInto
+else:
+    MixedInto = object
 
 LINEAR = torch.nn.functional.linear
 """PyTorch's own ``linear``. ZeRO-3 replaces it by one that rounds differently, and never restores it."""
@@ -54,7 +60,7 @@ def deepspeed_config(recipe: Recipe, bf16: bool) -> dict:
     }
 
 
-class ExactInputs:
+class ExactInputs(MixedInto):
     """Mixin that keeps the float64 inputs of a ``transformers.Trainer``; must precede it among the bases.
 
     With DeepSpeed, the trainer casts all floats to the model's dtype, too coarse for sums of log-probabilities.

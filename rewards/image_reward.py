@@ -43,7 +43,9 @@ class ImageReward:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
         check_lengths(images, prompts)
-        return [] if not images else _load(self.weights, self.base, self.device).score(images, prompts)
+        if not images:
+            return []
+        return list(_load(self.weights, self.base, self.device).score(images, prompts))
 
 
 class Blip:

@@ -69,12 +69,12 @@ class PreferencePair:
             "rejected": (self.rejected, self.rejected_reward, rejected),
         }
         for name, (image, reward, score) in sides.items():
-            drawn = isinstance(image, Sample)
+            sample = image if isinstance(image, Sample) else None
             row |= {
                 f"{name}_bits": image.bits,
-                f"{name}_source": image.checkpoint if drawn else image.source,
-                f"{name}_seed": image.seed if drawn else None,
-                f"{name}_version": image.version if drawn else None,
+                f"{name}_source": image.checkpoint if isinstance(image, Sample) else image.source,
+                f"{name}_seed": sample.seed if sample else None,
+                f"{name}_version": sample.version if sample else None,
                 f"{name}_reward": reward,
                 f"reference_{name}_logp": score.total,
                 f"reference_{name}_by_scale": score.by_scale,
@@ -115,19 +115,19 @@ def external_winner(
     """
     if (sample_rewards is None) != (winner_rewards is None):
         raise ValueError("expected rewards for both sides of the pairs or for neither, got one side")
-    asked = sample_rewards is not None
+    own = [None] * len(samples) if sample_rewards is None else sample_rewards
     pairs: dict[str, PreferencePair] = {}
     dropped: Counter[str] = Counter()
-    for sample, value in zip(samples, sample_rewards if asked else [None] * len(samples), strict=True):
+    for sample, value in zip(samples, own, strict=True):
         winner = winners.get(sample.prompt.id)
         rejected_reward = _scored(value)
-        chosen_reward = _scored(winner_rewards.get(sample.prompt.id)) if asked else None
+        chosen_reward = None if winner_rewards is None else _scored(winner_rewards.get(sample.prompt.id))
         name = pair_id(sample)
         if winner is None:
             dropped["no winner"] += 1
         elif winner.resolution != sample.resolution:
             dropped["resolution mismatch"] += 1
-        elif asked and (chosen_reward is None or rejected_reward is None):
+        elif sample_rewards is not None and (chosen_reward is None or rejected_reward is None):
             dropped["reward not scored"] += 1
         elif winner.bits == sample.bits:
             dropped["identical bits"] += 1

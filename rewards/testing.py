@@ -88,7 +88,9 @@ def _scored(reward: Reward) -> list[float | None]:
 
 def _expect(found: Sequence[float | None], expected: Sequence[float | None]) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        same = one == other or (None not in (one, other) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6))
+        same = one == other or (
+            one is not None and other is not None and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6)
+        )
         _require(same, f"image {i} has {one}, expected {other} as before")
 
 

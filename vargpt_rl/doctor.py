@@ -160,7 +160,7 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
     """Explain why the loop would reject the run; None if it would not."""
     learner = config.learner
     if devices.gpus:
-        found = [{"CPU": float(os.cpu_count()), "GPU": float(devices.gpus)}]
+        found = [{"CPU": float(os.cpu_count() or 1), "GPU": float(devices.gpus)}]
         try:
             resources.plan(found, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
         except ValueError as error:

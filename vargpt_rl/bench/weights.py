@@ -100,7 +100,7 @@ def hashing() -> float:
     """Measure the bytes/s of the checksum."""
     data = torch.ones(TENSOR // 4).numpy()
     start = time.perf_counter()
-    hashlib.blake2b(data, digest_size=16).hexdigest()
+    hashlib.blake2b(data.data, digest_size=16).hexdigest()
     return TENSOR / (time.perf_counter() - start)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 REWARD = ("images", "prompts")
 """Arguments of a reward."""
@@ -22,7 +23,7 @@ BUILDER = ("samples", "winners", "sample_rewards", "winner_rewards")
 """Arguments of a preference builder."""
 
 
-def load_plugin(path: str) -> object:
+def load_plugin(path: str) -> Any:
     """Return the object that ``path`` names.
 
     Raises ValueError, naming the path, if it is malformed or the module, file or name does not exist. Errors in the
@@ -57,6 +58,8 @@ def _load_file(path: str, where: str) -> ModuleType:
     _check_own(path, file)
     name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"plugin {path!r}: {file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look up their module while they are created. It is removed again afterwards: other processes cannot
     # import it, and cloudpickle pickles by value only what it finds in no module.
@@ -83,14 +86,14 @@ def make_plugin(path: str, options: dict[str, object], arguments: Sequence[str] 
     return make_callable(load_plugin(path), options, arguments)
 
 
-def make_callable(obj: object, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
+def make_callable(obj: Callable, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:
     """Instantiate a class with ``options``, or bind them as a function's keyword-only arguments.
 
     Raises ValueError if the options do not fit, or the result cannot be called with ``arguments``.
     """
     check_callable(obj, options, arguments)
     if inspect.isclass(obj):
-        return obj(**options)
+        return cast(Callable, obj(**options))
     return partial(obj, **options) if options else obj
 
 

@@ -93,7 +93,7 @@ def describe(table: pd.DataFrame) -> str:
             blocks.append(f"{side} from\n{shares.rename_axis(None).to_string()}")
         blocks.append("more than once\n" + pd.Series(repeats(part)).to_string())
     if origin := table.attrs.get("origin"):
-        counts = {key.replace("_", " "): origin[key] for key in ("samples", "prompts", "prompts_without_winner")}
+        totals = {key.replace("_", " "): origin[key] for key in ("samples", "prompts", "prompts_without_winner")}
         dropped = {f"dropped: {reason}": count for reason, count in origin["dropped_by_reason"].items()}
-        blocks.append("made of\n" + pd.Series(counts | dropped).to_string())
+        blocks.append("made of\n" + pd.Series(totals | dropped).to_string())
     return "\n\n".join(blocks)

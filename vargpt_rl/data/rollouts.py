@@ -39,7 +39,8 @@ class Rollouts:
     @property
     def images(self) -> list[tuple[Prompt, bytes]]:
         """All images as prompt and packed bits: samples, then winners."""
-        return [(image.prompt, image.bits) for image in (*self.samples, *self.winners.values())]
+        images: list[Sample | Winner] = [*self.samples, *self.winners.values()]
+        return [(image.prompt, image.bits) for image in images]
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -207,7 +207,7 @@ def scene_for(caption: str, rng: np.random.Generator) -> Scene:
     requirement = parse(caption)
     wanted = [kind for kind in requirement.wanted for _ in range(kind.count)]
     if len(wanted) == 1:
-        centres = (PLACED[requirement.place],)
+        centres: tuple[tuple[float, float], ...] = (PLACED[requirement.place],)
         sizes = PLACED_DIAMETER if requirement.place else DIAMETERS[wanted[0].size]
     else:
         centres = RELATED[requirement.relation] if len(wanted) == 2 else GROUPED[len(wanted)]
@@ -301,8 +301,8 @@ def _render_corpus(scene: Scene, side: int, supersampling: int, rng: np.random.G
     corners = (base + rng.uniform(-4, 4, (2, 2, 1))).astype(np.uint8)
     canvas = Image.fromarray(corners).resize((side * supersampling,) * 2, Image.Resampling.BICUBIC)
     for thing in things:
-        colour = np.array(COLOURS[thing.colour], float)
-        dulled = colour + rng.uniform(0.05, 0.25) * (150 - colour) + rng.uniform(-10, 10, 3)
+        pure = np.array(COLOURS[thing.colour], float)
+        dulled = pure + rng.uniform(0.05, 0.25) * (150 - pure) + rng.uniform(-10, 10, 3)
         colour = tuple(int(channel) for channel in np.clip(dulled, 0, 255))
         _draw(canvas, thing, colour, tilt=rng.uniform(-MAX_TILT, MAX_TILT))
     blurred = canvas.reduce(supersampling).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8) * side / 128))

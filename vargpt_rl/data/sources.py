@@ -252,9 +252,9 @@ class CaptionedSource(Source):
                 self._with_winner.add(entry.prompt.id)
             else:
                 quarantine.add(where, _readable(line), "caption without a winner", lost=False)
-        for kind, fault in (("images", "image without a caption"), ("winners", "winner without a prompt")):
+        for kind, reason in (("images", "image without a caption"), ("winners", "winner without a prompt")):
             for file in sorted(image_files(self._folders[kind]) - named):
-                quarantine.add(str(self._folders[kind] / file), file, fault, lost=False)
+                quarantine.add(str(self._folders[kind] / file), file, reason, lost=False)
         if not self._entries:
             raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
 
@@ -338,8 +338,8 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
             quarantine.add(where, _readable(line), str(fault))
             continue
         if prompt.text in prompts or prompt.id in ids:
-            fault = "prompt of an earlier line" if prompt.text in prompts else "id of an earlier line"
-            quarantine.add(where, _readable(line), fault, lost=False)
+            reason = "prompt of an earlier line" if prompt.text in prompts else "id of an earlier line"
+            quarantine.add(where, _readable(line), reason, lost=False)
         else:
             prompts[prompt.text] = prompt
             ids.add(prompt.id)
@@ -350,7 +350,7 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
 
 def _prompt(line: bytes, path: Path) -> Prompt:
     """Parse a line. Raises ValueError with the reason if it is malformed."""
-    record = _record(line) if path.suffix == ".jsonl" else {"prompt": _decoded(line).strip()}
+    record: dict[str, object] = _record(line) if path.suffix == ".jsonl" else {"prompt": _decoded(line).strip()}
     text = _text(record, "prompt")
     return Prompt(_text(record, "id") if "id" in record else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
 

@@ -127,9 +127,9 @@ def mme_scores(yes_no: list[tuple[dict, bool]]) -> tuple[dict[str, float], int]:
     for row, correct in yes_no:
         images[row.get("category", ""), row["image"]].append(correct)
     pairs = defaultdict(list)
-    for (category, _), correct in images.items():
-        if len(correct) == PAIR:
-            pairs[category].append(correct)
+    for (category, _), answers in images.items():
+        if len(answers) == PAIR:
+            pairs[category].append(answers)
     scores = {
         category: 100 * (sum(sum(pair) / PAIR for pair in own) + sum(all(pair) for pair in own)) / len(own)
         for category, own in pairs.items()

@@ -1,6 +1,7 @@
 """Units, assumptions and wording that the parts of an estimate share."""
 
 from collections.abc import Iterable
+from typing import Protocol
 
 GIB = 2**30
 RUNTIME = GIB
@@ -10,6 +11,13 @@ RUNTIME = GIB
 def gib(size: int) -> str:
     """Format bytes as GiB."""
     return f"{size / GIB:.1f} GiB"
+
+
+class HasTotal(Protocol):
+    """An estimate in bytes."""
+
+    @property
+    def total(self) -> int: ...
 
 
 def breakdown(need: HasTotal, names: Iterable[str]) -> str:

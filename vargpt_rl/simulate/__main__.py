@@ -92,7 +92,7 @@ def run(settings: SimulateSettings) -> None:
         kinds = {"workers": busy["workers"], "ranks": busy["ranks"]}
         kinds["driver"] = busy["dispatch"] + busy["store"] + busy["table"]
         figures = f"{found.pairs_s:.0f}", f"{found.total_s:.0f}", *(f"{share:.1%}" for share in busy.values())
-        table.add_row(str(gpus), str(machine.workers), str(machine.ranks), *figures, max(kinds, key=kinds.get))
+        table.add_row(str(gpus), str(machine.workers), str(machine.ranks), *figures, max(kinds, key=kinds.__getitem__))
     wide_console().print(table)
 
 

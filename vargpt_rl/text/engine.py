@@ -22,7 +22,8 @@ class TextRequest(NamedTuple):
 class TextEngine(Protocol):
     """A language model with its chat format."""
 
-    chat: ChatTemplate
+    @property
+    def chat(self) -> ChatTemplate: ...
 
     def write(self, requests: Sequence[TextRequest], max_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         """Continue each request greedily: at most ``max_tokens`` ids, ending with a stop token if one came."""

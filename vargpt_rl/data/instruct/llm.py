@@ -25,7 +25,8 @@ SHOTS = 4
 SEEDS = ("prompt_seed", "caption_seed", "answer_seed")
 AHEAD = 4  # captions of each worker in progress or finished while an earlier one is awaited
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Endpoint(NamedTuple):

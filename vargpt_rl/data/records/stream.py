@@ -9,7 +9,7 @@ the same batches as one that was never interrupted.
 Shape legend: H W image, d bits a token, h w latent grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -153,7 +153,7 @@ class MakeBatch:
 class RecordStream:
     """Sources of records and how a supervised stage reads them. `at` sets what differs between stages."""
 
-    sources: dict[str, RecordSource | Corpus]
+    sources: Mapping[str, RecordSource | Corpus]
     tasks: dict[str, str]
     """Task of each source, see `task_of`."""
     quarantine: Path
