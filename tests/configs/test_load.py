@@ -95,7 +95,7 @@ def test_sources_of_records_are_named_in_the_settings():
     [
         ([], "data.sources: none given"),
         (["+data.sources.a.fles=[x]"], "data.sources.a: Key 'fles' not in 'RecordSource'"),
-        (["+data.sources.a={files:[x],format:csv}"], "data.sources.a: format=csv"),
+        (["+data.sources.a={files:[x],format:xml}"], "data.sources.a: format=xml"),
         (["+data.sources.a={files:[x],weight:heavy}"], "data.sources.a: Value 'heavy'"),
         (["+data.sources.a.files=[x]", "stages=[tokenizer,align]"], "stages: tokenizer needs"),
         (["+data.sources.a.files=[x]", "preference.winners=null"], "preference.winners is not set"),

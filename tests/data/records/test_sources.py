@@ -45,7 +45,7 @@ def test_class_folders_start_from_themselves(tmp_path):
         ({"files": ["nothing/*.jsonl"]}, "source mine: files: nothing fits nothing/*.jsonl"),
         ({}, "source mine: files: none given"),
         ({"files": ["here.jsonl"], "images": "absent"}, "images=absent"),
-        ({"format": "csv"}, "format=csv"),
+        ({"format": "xml"}, "format=xml"),
         ({"layout": "coco"}, "layout=coco"),
         ({"layout": "imagenet"}, "needs names"),
         ({"weight": 0.0}, "weight=0.0"),
