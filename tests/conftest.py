@@ -91,7 +91,7 @@ def _started_clusters_are_marked(request):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 32 MB. Skips where none may be mounted."""
+    """Mount a file system of 32 MB. Skips if mounting is not allowed."""
     folder = tmp_path / "small"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder]

@@ -1,4 +1,4 @@
-"""What each stage trains."""
+"""Parameters that each stage trains."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is said about a preference table, on tables small enough to count by hand."""
+"""Statistics of preference tables small enough to count by hand."""
 
 import pandas as pd
 import pytest

@@ -36,7 +36,7 @@ preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2
 """
 STEPS = ["understands/before", *(f"iter-00/{step}" for step in Step), "understands/after"]
 TIMES = ("seconds", "images_per_second")
-"""What of a summary is not the same twice."""
+"""Fields of a summary that differ between equal runs."""
 DEADLINE_S = 600.0
 
 
@@ -103,7 +103,7 @@ def outcome(directory: Path, but: tuple[str, ...]) -> tuple[dict[str, pd.DataFra
 
 
 def same(directory: Path, undisturbed: Path, but: tuple[str, ...] = ()) -> list[str]:
-    """What went wrong, as the run has it. Fails unless tables, summary and grids are those of the undisturbed run."""
+    """Return the recorded faults. Fails unless tables, summary and grids equal those of the undisturbed run."""
     but += ("events", "restarts")
     (tables, summary), (expected, reference) = outcome(directory, but), outcome(undisturbed, but)
     assert differences(reference, summary) == []

@@ -1,4 +1,4 @@
-"""What a run of records is given is checked, with real reading, before any worker starts."""
+"""Inputs of a run on records are read and checked before any worker starts."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Who is let into a Ray cluster, and on which addresses its processes listen."""
+"""Access to a Ray cluster: accepted clients, and the addresses on which its processes listen."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ CLIENT = "import sys\nfrom ray._raylet import GcsClient\nprint(len(GcsClient(add
 
 
 def nodes_shown(address: str, token: str | None, home: Path) -> int | None:
-    """How many nodes the cluster shows to a new client with this token; None if it refuses the client for it."""
+    """Return the number of nodes that a new client with this token sees, None if the cluster refuses it."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(home)}
     if token:
         environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}

@@ -1,7 +1,7 @@
 """A server that speaks the chat protocol, for tests: ``python chat_server.py KEY``; it prints its port.
 
 It checks the shape of every request (422 says what is wrong), and then does what a word of the caption asks for: see
-`ChatHandler.MOODS`; any other caption gets a good dialogue. GET /asked tells how often each was asked.
+`ChatHandler.MOODS`; any other caption gets a good dialogue. GET /asked returns the number of requests per caption.
 """
 
 import json

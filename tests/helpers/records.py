@@ -99,7 +99,7 @@ def names(item: RecordConversation | list[RecordConversation]) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """What is left of each stream, up to ``COUNT`` items."""
+    """Return the rest of each stream, up to ``COUNT`` items."""
     states = torch.load(folder / "states.pt", weights_only=True)
     rest = []
     for setup, state in zip(SETUPS, states, strict=True):

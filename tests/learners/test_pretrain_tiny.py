@@ -1,4 +1,4 @@
-"""How the embedded model is made: what it learns of edits is right, and all but the image tokenizer learns."""
+"""Training of the embedded model: its edit examples are right, and all but the image tokenizer trains."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_an_edit_shows_the_image_before_and_teaches_the_one_after(embedded, chat
 
 
 def follows(instruction: str, before: list, after: list) -> bool:
-    """Whether the things after are those before with the instruction carried out."""
+    """Return True if the instruction turns the objects before into those after."""
     verb, rest = instruction.split(maxsplit=1)
     last = rest.split()[-1]
     colour, shape = re.search(r"(\w+)? ?(circle|square|triangle|cross)", rest).groups()

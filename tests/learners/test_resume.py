@@ -36,7 +36,7 @@ STEPS, CUT = 5, 3
 # Warm-up and decay, so that the schedule matters, and two micro-batches a step on each of two ranks.
 RECIPE = dict(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.25)
 CASES = [("corpus", 3), ("records", 2), ("dpo", 2), ("parts", 2)]
-"""What is trained on, and DeepSpeed's ZeRO stage. The second of two parts comes when a step is done."""
+"""Training data, and DeepSpeed's ZeRO stage. The second of two parts arrives after a step."""
 
 
 @pytest.fixture(scope="module")

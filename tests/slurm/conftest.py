@@ -85,7 +85,7 @@ class Slurm:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job, by its names for it."""
+        """Return Slurm's fields of a job by name."""
         return dict(word.split("=", 1) for word in self("scontrol", "-o", "show", "job", number).split() if "=" in word)
 
     def processes(self, number: str | None = None) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""What is made of a model's tokens, and the transformers engine against the library's own greedy search."""
+"""Text decoded from a model's tokens, and the transformers engine against the library's greedy search."""
 
 import torch
 from PIL import Image

@@ -1,4 +1,4 @@
-"""What is taken from a model's reply, and each reason for which the rest is not."""
+"""Dialogues extracted from a model's reply, and every reason for rejecting one."""
 
 import pytest
 

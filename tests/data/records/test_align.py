@@ -1,4 +1,4 @@
-"""What the iterations get of records: prompts, winners by their ids, and held-out records."""
+"""Prompts, winners by id and held-out records that the iterations take from training records."""
 
 import json
 from dataclasses import replace

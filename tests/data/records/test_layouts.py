@@ -26,7 +26,7 @@ from vargpt_rl.data.sources import REPLY
 
 
 def read(files: list[Path], kind: str, steps: list, quarantine: Path) -> tuple[list, list[tuple[str, str]]]:
-    """What the steps make of the files, in their order, and what is bad: place and reason."""
+    """Return the records read from the files, in order, and the place and reason of each bad one."""
     found = list(
         Records(file_parts(files, FORMATS[kind]), steps, quarantine, ReadOptions(seed=None, max_bad_fraction=1.0))
     )
