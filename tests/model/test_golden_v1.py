@@ -158,7 +158,7 @@ def forward_data():
     return load_file(GOLDEN / "forward.safetensors")
 
 
-class Seen(NamedTuple):
+class SeenBatch(NamedTuple):
     """A teacher-forced pass: its output and what went through its parts."""
 
     output: object
@@ -185,7 +185,7 @@ def teacher_forced(model, schedule, forward_data):
         output = model(data["input_ids"], data["attention_mask"], drawing)
     for hook in hooks:
         hook.remove()
-    return Seen(output, seen)
+    return SeenBatch(output, seen)
 
 
 def test_the_condition_is_one_of_two_rows(model, forward_data):

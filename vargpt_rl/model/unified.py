@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from vargpt_rl.model.scales import token_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as MixedInto
 
-    from vargpt_rl.model.generate import GenerationState
 else:
     MixedInto = object
 
@@ -82,6 +81,16 @@ def _replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | Non
     tokenizer = model.image_tokenizer
     inputs_NLd = tokenizer.replay(labels_NLs, tokenizer.schedule_for(*size), model.dtype, scales).inputs_BLd
     return Drawing(inputs_NLd, size, labels_NLs=labels_NLs, scales=scales)
+
+
+class DrawnReader(Protocol):
+    """The language model of a generation under way: it reads tokens as they are drawn, ``batch`` rows at once."""
+
+    batch: int
+
+    def read_drawn(self, embeds_BnH: torch.Tensor) -> torch.Tensor:
+        """Read drawn tokens and return their states [B, n, H]."""
+        ...
 
 
 class Unified(ABC, MixedInto):
@@ -143,7 +152,7 @@ class Unified(ABC, MixedInto):
 
     @abstractmethod
     def drawing_states(
-        self, reading: "GenerationState", embeds_MnH: torch.Tensor, generators: list[torch.Generator]
+        self, reading: "DrawnReader", embeds_MnH: torch.Tensor, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """Return the states [M, n, H] of one scale: of the samples, then of their unconditional branch, if any."""
 

@@ -14,7 +14,7 @@ n tokens of one scale, P patches of understood images, V codes.
 import torch
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from vargpt_rl.model.unified import Projector, Unified, text_positions
+from vargpt_rl.model.unified import DrawnReader, Projector, Unified, text_positions
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.decoder import V1Condition, V1VisualDecoder
 from vargpt_rl.model.v1.image_tokenizer import V1ImageTokenizer
@@ -86,7 +86,9 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
     def start_drawing(self, context: None, unconditional_M: torch.Tensor) -> tuple[V1Condition, None]:
         return self.image_decoder.condition(unconditional_M), None
 
-    def drawing_states(self, reading, embeds_MnH: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def drawing_states(
+        self, reading: DrawnReader, embeds_MnH: torch.Tensor, generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """Run one scale through the language model for the samples; the unconditional branch gets noise instead."""
         states = reading.read_drawn(embeds_MnH[: reading.batch])
         if len(embeds_MnH) == reading.batch:
