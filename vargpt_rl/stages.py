@@ -73,6 +73,8 @@ class Stage:
     at: At = At.ITERATIONS
     measure: Measure | None = None
     """Measured after a stage outside the iterations."""
+    seed_offset: int = 0
+    """Added to the run's seed to choose the stage's records."""
     settings: str = ""
     """Block of ``LoopConfig`` with the recipe, if it is not the stage's name."""
 
@@ -137,6 +139,7 @@ _ROWS = (
         noise=Noise(drop_path=0.0),
         at=At.FIRST,
         measure=Measure.QUESTIONS,
+        seed_offset=1,
     ),
     Stage(name="sft", trains=(*DECODER, *PROJECTORS), learns=Learns.DRAWINGS, noise=Noise()),
     Stage(name="dpo", trains=(*DECODER, *PROJECTORS), learns=Learns.PAIRS),
@@ -154,6 +157,7 @@ _ROWS = (
         noise=Noise(),
         at=At.LAST,
         measure=Measure.EDITS,
+        seed_offset=2,
     ),
 )
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ROWS}

@@ -28,9 +28,6 @@ from vargpt_rl.storage.checkpoint import Policy
 logger = logging.getLogger(__name__)
 Dataset = list[Record] | RecordStream
 
-SEED_OFFSETS = {"pretrain": 0, "understanding": 1, "edit": 2}
-"""Added to the run's seed to choose a stage's records."""
-
 
 def train_stage(it: StageContext, policy: Policy) -> dict:
     """Train a stage outside the iterations, from ``policy``."""
@@ -38,7 +35,7 @@ def train_stage(it: StageContext, policy: Policy) -> dict:
     if stage.learns is Learns.IMAGES:
         return train_image_tokenizer(it, policy)
     settings = getattr(it.config, stage.block)
-    seed = it.config.seed + SEED_OFFSETS[it.name]
+    seed = it.config.seed + stage.seed_offset
     questions: list[ImageQuestion] = []
     if stage.learns is Learns.QUESTIONS and it.inputs.stream is None:
         questions = it.source.questions(settings.questions, seed, "train")
