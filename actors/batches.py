@@ -55,7 +55,7 @@ class BatchJob:
         return [result for batch in range(len(self.batches)) for result in self._results[batch]]
 
     def needs(self, call: Call) -> bool:
-        """Whether the result of this call is still missing."""
+        """Tell whether the result of this call is still missing."""
         return call.job is self and call.batch not in self._results
 
     def next_batches(self, calls: Iterable[Call]) -> Iterator[int]:
@@ -85,7 +85,7 @@ class BatchJob:
         return [call.batch for call in self._alone(calls) if now - call.since >= self.late_after]
 
     def next_late(self, calls: Iterable[Call]) -> float:
-        """When the next batch will be late, in monotonic seconds."""
+        """Return the time, in monotonic seconds, at which the next batch will be late."""
         return min((call.since + self.late_after for call in self._alone(calls)), default=inf)
 
     def _alone(self, calls: Iterable[Call]) -> list[Call]:

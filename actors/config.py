@@ -34,8 +34,10 @@ class RolloutConfig:
     """Seconds for one batch, after which its worker counts as lost."""
 
     transport: str = "auto"
-    """How new weights reach the workers (``actors.transport``): ``shared_fs``, ``object_store``, ``broadcast``, or
-    ``auto``: shared_fs if the worker sees the run directory, else object_store."""
+    """Transport of new weights to the workers (``actors.transport``).
+
+    ``shared_fs``, ``object_store``, ``broadcast``, or ``auto``: shared_fs if the worker sees the run directory, else object_store.
+    """
 
     reply: str = "template"
     """The words before an image: ``template`` (fixed) or ``generate`` (written by the model itself)."""
@@ -44,8 +46,10 @@ class RolloutConfig:
     """Most tokens of a generated reply."""
 
     text_engine: str = "auto"
-    """What writes replies and answers: ``transformers`` in the workers, ``vllm`` in a process of its own, or ``auto``:
-    vllm for generated replies if it is installed, else transformers."""
+    """Engine that writes replies and answers.
+
+    ``transformers`` in the workers, ``vllm`` in a process of its own, or ``auto``: vllm for generated replies if it is installed, else transformers.
+    """
 
     text_gpus: float = 1.0
     """GPUs of the vLLM process."""
@@ -66,7 +70,7 @@ class RolloutConfig:
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether vLLM writes text. ValueError if it is required but not installed."""
+        """Tell whether vLLM writes text. ValueError if it is required but not installed."""
         installed = find_spec("vllm") is not None
         if self.text_engine == "vllm" and not installed:
             raise ValueError("rollout.text_engine=vllm: vLLM is not installed here; make setup-vllm installs it")

@@ -62,11 +62,11 @@ class SwapReport:
     workers: int
 
     verified: bool
-    """Whether every worker's own tensors have the published checksum."""
+    """True if every worker's own tensors have the published checksum."""
 
 
 Wanted = Callable[[str], bool]
-"""Whether the tensor of this name belongs to the set."""
+"""Tells whether the tensor of this name belongs to the set."""
 
 
 def every(name: str) -> bool:

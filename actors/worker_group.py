@@ -30,7 +30,7 @@ Outcome = list | Exception | None
 
 
 class State(StrEnum):
-    """What is known of a worker. Suspect: computing a late batch, or one whose result is no longer needed.
+    """State of a worker. Suspect: computing a late batch, or one whose result is no longer needed.
     Stale: running again, but without the published weights so far."""
 
     HEALTHY, SUSPECT, DEAD, RESTARTING, STALE = auto(), auto(), auto(), auto(), auto()

@@ -31,7 +31,7 @@ from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, At, Learns, stages_of
 
 @dataclass
 class PreferenceConfig:
-    """How an iteration's pairs are made."""
+    """Preference pairs of an iteration."""
 
     builder: str = "rewards.preferences:external_winner"
     """Preference builder: ``module:name`` or ``file.py:name``."""

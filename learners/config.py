@@ -58,7 +58,7 @@ class DpoConfig:
     label_smoothing: float = 0.0
     """Assumed share of wrong labels, for the losses that use it."""
     logp_norm: str = "sum"
-    """How the log-probability of an image is summed: "sum", "per_token" or "per_bit".
+    """Normalisation of an image's log-probability: "sum", "per_token" or "per_bit".
 
     The papers sum over all bits. A sum has 4.8 times as many terms at 512 px as at 256, so the same beta is 4.8 times
     hotter there; "per_token" and "per_bit" divide by L or L x d and need a beta larger by that factor.

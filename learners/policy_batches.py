@@ -20,7 +20,7 @@ POLL_S = 0.2
 
 
 class Seen(IntEnum):
-    """What the main rank found while waiting for a batch."""
+    """Findings of the main rank while it waits for a batch."""
 
     NOTHING = 0
     BATCH = 1
@@ -106,7 +106,7 @@ class PolicyBatches:
         return Seen.NOTHING
 
     def _agree(self, seen: Seen) -> Seen:
-        """What the main rank has seen; all ranks must act on the same."""
+        """Share the main rank's findings, since all ranks must act on the same."""
         if not dist.is_initialized():
             return seen
         shared = torch.tensor(int(seen), device=self.device)

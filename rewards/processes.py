@@ -37,7 +37,7 @@ class RewardTerm:
     weight: float = 1.0
 
     required: bool = True
-    """Whether an image that this reward does not score has no score at all; otherwise the others decide."""
+    """True leaves an image that this reward does not score without a score; False lets the others decide."""
 
     timeout_s: float = 120.0
     """Seconds for one batch."""

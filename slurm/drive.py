@@ -21,7 +21,7 @@ from vargpt_rl.storage.checkpoint import MARKER
 
 
 def missing(found: list[dict], names: list[str], gpus: int) -> list[str]:
-    """What each named node lacks in ``found``, the answer of ``ray.nodes()``."""
+    """Return what each named node lacks in ``found``, the answer of ``ray.nodes()``."""
     nodes = {node["Labels"].get("slurm-node"): node for node in found if node["Alive"]}
     lacking = []
     for name in names:

@@ -38,7 +38,7 @@ class Learns(StrEnum):
 
 
 class At(StrEnum):
-    """Where in a run a stage stands, which is also its resolution."""
+    """Place of a stage in a run, which is also its resolution."""
 
     FIRST = auto()
     """Before the iterations, at the first of ``resolutions``."""

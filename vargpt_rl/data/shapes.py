@@ -114,7 +114,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a caption demands: these things and no others.
+    """Demands of a caption: these things and no others.
 
     `place` (a key of `PLACES`) is where the only thing stands; `relation` (a key of `MIRRORED`) is how the first of
     two wanted things stands to the second.

@@ -38,7 +38,7 @@ TEMPLATE_SIDE = 32
 
 @dataclass(frozen=True)
 class ImageVerdict:
-    """Whether an image is correct, the reason if not, and the things found in it."""
+    """Verdict on an image: correct or the reason why not, and the things found in it."""
 
     correct: bool
     reason: str

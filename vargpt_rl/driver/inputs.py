@@ -35,7 +35,7 @@ SHAPES_CHECK = "rewards.shapes:shapes_reward"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run is given besides settings."""
+    """Inputs of a run besides its settings."""
 
     model: str
     """Directory of the starting model."""

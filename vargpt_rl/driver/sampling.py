@@ -22,7 +22,7 @@ SAMPLES = "samples.parquet"
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What an iteration samples: ``prompts[i]`` with ``seeds[i]`` by ``samplers[owner[i]]``.
+    """Samples of an iteration: ``prompts[i]`` drawn with ``seeds[i]`` by ``samplers[owner[i]]``.
 
     ``samplers`` are policies in the order in which they draw; the last one is the final policy.
     """

@@ -95,7 +95,7 @@ def right_answers(row: dict) -> set[str]:
 
 
 def is_right(row: dict, answer: str) -> bool:
-    """Whether an answer is accepted; for a yes/no question, whether its first word is."""
+    """Tell whether an answer is accepted; of a yes/no question only its first word counts."""
     right = right_answers(row)
     text = plain(answer)
     return (text.partition(" ")[0] if right in YES_OR_NO else text) in right

@@ -62,7 +62,7 @@ class _Case:
     images: int
     """Rows that generate an image."""
     edits: bool = False
-    """Whether these rows edit an image."""
+    """True if these rows edit an image."""
 
     @property
     def recipe(self) -> Recipe:
@@ -70,7 +70,7 @@ class _Case:
 
     @property
     def encodes(self) -> bool:
-        """Whether the rank computes the images' features itself."""
+        """Tell whether the rank computes the images' features itself."""
         data = self.settings.data
         return data.kind == "records" and not data.encoded and self.images > 0 and self.stage.name != "dpo"
 
@@ -138,7 +138,7 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
 
 
 def trains(config: LoopConfig) -> bool:
-    """Whether a run has a stage that can be planned."""
+    """Tell whether a run has a stage that can be planned."""
     return any(_cases(config))
 
 

@@ -109,7 +109,7 @@ class Unified(ABC, MixedInto):
     unreached: tuple[str, ...] = ()
     """Name prefixes of parameters that no loss depends on."""
     draws_unconditionally = False
-    """Whether images are sampled, and scored, under the dropped condition."""
+    """True if images are sampled, and scored, under the dropped condition."""
 
     @abstractmethod
     def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None) -> torch.Tensor:

@@ -105,7 +105,7 @@ def file_parts(files: Iterable[Path], form: Format) -> list[Part]:
 
 
 class _Cursor(NamedTuple):
-    """Where a block begins: an epoch, the index of a part in it, a row of that part."""
+    """Start of a block: an epoch, the index of a part in it, a row of that part."""
 
     epoch: int
     part: int
