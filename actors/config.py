@@ -36,7 +36,8 @@ class RolloutConfig:
     transport: str = "auto"
     """Transport of new weights to the workers (``actors.transport``).
 
-    ``shared_fs``, ``object_store``, ``broadcast``, or ``auto``: shared_fs if the worker sees the run directory, else object_store.
+    ``shared_fs``, ``object_store``, ``broadcast``, or ``auto``: shared_fs if the worker sees the run
+    directory, else object_store.
     """
 
     reply: str = "template"
@@ -48,7 +49,8 @@ class RolloutConfig:
     text_engine: str = "auto"
     """Engine that writes replies and answers.
 
-    ``transformers`` in the workers, ``vllm`` in a process of its own, or ``auto``: vllm for generated replies if it is installed, else transformers.
+    ``transformers`` in the workers, ``vllm`` in a process of its own, or ``auto``: vllm for generated replies
+    if it is installed, else transformers.
     """
 
     text_gpus: float = 1.0
