@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MARKS
 from tests.helpers.layout import (
     forbidden_imports,
     import_circle,
@@ -113,6 +114,11 @@ def test_few_loose_modules():
     assert len(loose) <= MAX_LOOSE_MODULES, f"at most {MAX_LOOSE_MODULES} modules outside rooms: {loose}"
 
 
+def test_marked_test_files_exist():
+    gone = [place for places in MARKS.values() for place in places if not (ROOT / "tests" / place).exists()]
+    assert not gone, f"tests/conftest.py marks {gone}"
+
+
 def test_class_names_are_unique():
     repeated = repeated_classes(read_tree(ROOT, [*PACKAGES, "tests"]))
     assert not repeated, lines(f"{name}: {', '.join(places)}" for name, places in repeated.items())
@@ -155,6 +161,12 @@ def test_checker_finds_a_circle_inside_a_room(small_tree):
         {"base/a.py": "from base import b", "base/b.py": "def f():\n    import base.c", "base/c.py": "import base.a"}
     )
     assert import_circle(read_imports(tree)) == ["base.a", "base.b", "base.c", "base.a"]
+
+
+def test_checker_ignores_imports_for_types_in_circles(small_tree):
+    b = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import base.a"
+    tree = small_tree({"base/a.py": "import base.b", "base/b.py": b})
+    assert not import_circle(read_imports(tree))
 
 
 def test_checker_finds_forbidden_imports(small_tree):

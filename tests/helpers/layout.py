@@ -16,6 +16,8 @@ class ImportEdge:
     importer: str
     imported: str
     place: str
+    for_types: bool = False
+    """Under ``if TYPE_CHECKING``: never executed."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.importer} imports {self.imported}"
@@ -40,11 +42,25 @@ def read_imports(tree: dict[Path, ast.Module]) -> list[ImportEdge]:
     """
     modules = {module_name(path) for path in tree}
     return [
-        ImportEdge(module_name(path), name if name in modules else name.rpartition(".")[0], f"{path}:{line}")
+        ImportEdge(
+            importer=module_name(path),
+            imported=name if name in modules else name.rpartition(".")[0],
+            place=f"{path}:{line}",
+            for_types=line in lines_for_types,
+        )
         for path, parsed in tree.items()
+        for lines_for_types in [_lines_for_types(parsed)]
         for name, line in _imported_names(path, parsed)
         if name in modules or name.rpartition(".")[0] in modules
     ]
+
+
+def _lines_for_types(parsed: ast.Module) -> set[int]:
+    """Lines under ``if TYPE_CHECKING``."""
+    blocks = [
+        node for node in ast.walk(parsed) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    return {line for block in blocks for node in block.body for line in range(node.lineno, node.end_lineno + 1)}
 
 
 def _imported_names(path: Path, parsed: ast.Module) -> Iterator[tuple[str, int]]:
@@ -85,7 +101,7 @@ def import_circle(imports: Sequence[ImportEdge]) -> list[str]:
     """Modules that import each other in a circle, the first one repeated at the end; empty without one."""
     edges = defaultdict(set)
     for found in imports:
-        if found.imported != found.importer:
+        if found.imported != found.importer and not found.for_types:
             edges[found.importer].add(found.imported)
     finished: set[str] = set()
 
