@@ -1,5 +1,5 @@
 # make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
-# make test-fast   install with the development tools and run the tests that start no cluster: about a minute
+# make test-fast   install with the development tools and run the tests that start no cluster
 # make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
 # make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
 # make test-faults run the tests of faults of a whole run: 25 minutes on two cores
