@@ -23,7 +23,7 @@ def test_captioned_data_needs_its_three_paths():
     config = load_config(["data=captioned", "data.captions=a", "data.images=b", "preference.winners=c"])
     assert config.stages == ["tokenizer", "pretrain", "align"]
     for stage in ("understanding", "edit"):
-        with pytest.raises(ValueError, match=f"stages: {stage} needs .* which data=captioned has not; leave it out"):
+        with pytest.raises(ValueError, match=f"stages: {stage} needs .* which data=captioned lacks; leave it out"):
             load_config(
                 ["data=captioned", "data.captions=a", "data.images=b", "preference.winners=c", f"stages=[{stage}]"]
             )
@@ -172,8 +172,8 @@ def test_what_shares_gpus_does_not_overlap():
     ],
 )
 def test_checkpoints_have_shares_of_the_samples(settings, shares):
-    sources = load_config(settings).sft.sources()
-    assert list(sources) == list(shares) and sources == pytest.approx(shares)
+    samplers = load_config(settings).sft.samplers()
+    assert list(samplers) == list(shares) and samplers == pytest.approx(shares)
 
 
 def test_at_changes_settings_at_its_resolution_only():
