@@ -19,7 +19,7 @@ import torch
 from trl import DPOTrainer
 
 from learners.config import DpoConfig
-from learners.image_policy import LOG_PROB_TOLERANCE, ScoredOutput
+from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE, ScoredOutput
 from learners.pairs import PairOrder, PairTable
 from learners.resume import Resumable
 from learners.training import ExactInputs
@@ -90,7 +90,8 @@ class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
         if self.state.global_step > 0 or not self.model.training:
             return
         worst = (log_probs_B - references_B).abs().max().item()
-        tolerance = LOG_PROB_TOLERANCE[self.model.dtype]
+        tolerances = LOG_PROB_TOLERANCE if self.settings.credit_scales is None else RESHAPED_TOLERANCE
+        tolerance = tolerances[self.model.dtype]
         if not worst <= tolerance:
             raise RuntimeError(
                 f"DPO step 0: policy and reference differ by {worst:.3g} nats, expected at most {tolerance:g}; "

@@ -17,15 +17,12 @@ import torch
 from transformers import Trainer
 
 from learners.config import RlConfig
+from learners.image_policy import RESHAPED_TOLERANCE
 from learners.policy_batches import PolicyBatches
 from learners.resume import Resumable
 from learners.training import ExactInputs
 from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
 from vargpt_rl.losses.policy_gradient import clipped_policy_loss, kl_k3, likelihood_loss
-
-RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest difference in nats accepted at tau 1 between an image's log-probability and the one it came with, as weighted
-sums over all bits. Rounding depends on batch shapes: 9e-5 nats between batches of 2 and 8 at 128 px in fp32."""
 
 
 class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
@@ -102,7 +99,7 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
         if not self.model.training or not current_N.any():
             return
         worst = difference_N[current_N].abs().max().item()
-        tolerance = RATIO_TOLERANCE[self.model.dtype] / min(tau, 1.0)
+        tolerance = RESHAPED_TOLERANCE[self.model.dtype] / min(tau, 1.0)
         if not worst <= tolerance:
             raise RuntimeError(
                 f"policy gradient, step {self.state.global_step}: log-probabilities of drawings of the current weights "

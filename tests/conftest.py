@@ -31,10 +31,11 @@ MARKS = {
         "slurm",
     ],
     "deepspeed": [
+        "learners/test_families.py",
         "learners/test_gradient_norms.py",
         "learners/test_group.py",
+        "learners/test_policy_gradient.py",
         "learners/test_resume.py",
-        "learners/test_v1.py",
     ],
     "loop": [
         "driver/test_faults.py",

@@ -86,3 +86,26 @@ def test_a_prefix_without_parameters_is_an_error_and_changes_nothing():
     with pytest.raises(ValueError, match="stage odd: no parameter's name starts with 'nobody.'"):
         freeze(layer, Stage(name="odd", trains=("weight", "nobody."), learns=Learns.PAIRS))
     assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_trains_the_same_parts_as_in_the_other_family(v1_model, stage):
+    names = freeze(v1_model, STAGES[stage])
+    image = ("image_decoder.", "projector_in.", "projector_out.")
+    language = ("lm_head.", "model.language_model.")
+    every = (*image, *language, "model.vision_tower.", "model.multi_modal_projector.")
+    parts = {
+        "base": every,
+        "edit": every,
+        "pretrain": image[1:],
+        "tokenizer": ("image_tokenizer.",),
+        "understanding": (*language, "model.multi_modal_projector."),
+    }.get(stage, image)
+    unreached = ("model.vision_tower.post_layernorm.", "model.vision_tower.encoder.layers.1.")
+    found = (name for name, _ in v1_model.named_parameters() if name.startswith(parts))
+    assert names == sorted(name for name in found if not name.startswith(unreached))
+
+
+def test_a_part_can_be_frozen_by_its_name_in_either_family():
+    stage = STAGES["understanding"]
+    assert stage.without(["model.multi_modal_projector"]) == stage.without(["model.visual.merger"])

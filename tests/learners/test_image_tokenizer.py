@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from learners.image_tokenizer import image_batches, learning_rate, reconstruction_loss, train_image_tokenizer
-from tests.helpers.tiny import BITS, Patches
+from tests.helpers.tiny import BITS, V1_CODES, V1_SIDES, Patches
 from vargpt_rl.model.configuration import ImageTokenizerConfig
+from vargpt_rl.model.families import load_model
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
+from vargpt_rl.model.v1.image_tokenizer import PATIENCE
 
 SIDE = 32
+V1_SIDE = 16 * V1_SIDES[-1]
 
 
 def tokenizer() -> ImageTokenizer:
@@ -97,3 +100,38 @@ def test_batches_are_drawn_from_the_images_that_load():
 def test_images_that_none_can_be_loaded_are_an_error():
     with pytest.raises(ValueError, match="none of 1 images could be loaded"):
         image_batches(Patches(), ["nothing"], SIDE, 2, seed=0)
+
+
+def test_images_train_features_but_not_codes(v1_checkpoint):
+    tokenizer = load_model(v1_checkpoint, "auto").image_tokenizer
+    images = torch.rand(2, 3, V1_SIDE, V1_SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def gradients(criterion) -> dict[str, torch.Tensor]:
+        tokenizer.zero_grad(set_to_none=True)
+        tokenizer.training_loss(images, criterion).backward()
+        return {name: p.grad.clone() for name, p in tokenizer.named_parameters() if p.grad is not None}
+
+    with_images, without = gradients(reconstruction_loss), gradients(lambda output, target: 0 * output.sum())
+    for name in ("codebook.weight", "residual.0.weight"):
+        torch.testing.assert_close(with_images[name], without[name])
+        assert without[name].abs().max() > 0
+    assert (with_images["to_latent.weight"] - without["to_latent.weight"]).abs().max() > 1e-6
+
+
+def test_unused_codes_are_replaced_by_useful_ones(v1_checkpoint):
+    tokenizer = load_model(v1_checkpoint, "auto").image_tokenizer
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        tokenizer.codebook.weight[1:] = 1e3  # nothing is near these
+    images = torch.rand(4, 3, V1_SIDE, V1_SIDE, generator=generator) * 2 - 1
+
+    def used() -> int:
+        with torch.no_grad():
+            return len(tokenizer.encode(images).labels_BLs.unique())
+
+    assert used() == 1
+    torch.manual_seed(0)
+    losses, steps = [], 2 * PATIENCE + 10  # codes unused in the first round are replaced in the second
+    train_image_tokenizer(tokenizer, iter(lambda: images, None), steps, 1e-3, lambda step, loss: losses.append(loss))
+    assert used() > V1_CODES // 2
+    assert losses[-1] < losses[0]

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from learners.config import LearnerConfig, Recipe, RlConfig
 from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import ImagePolicy
-from learners.jobs import PolicyGradientJob, training_checkpoints
+from learners.jobs import PolicyGradientJob, save_request, training_checkpoints
 from learners.policy_batches import PolicyBatches
 from learners.rank import Rank
 from tests.helpers.tiny import BITS
@@ -36,7 +36,7 @@ TOKENS = token_count(SCHEDULE)
 TAU = 0.5
 MICRO = 2
 BATCH = 4
-STEPS = 3
+STEPS, CUT = 3, 2
 RECIPE = Recipe(steps=STEPS, batch=BATCH, micro_batch=MICRO, lr=1e-3, schedule="constant_with_warmup", warmup_ratio=0.0)
 PROBE = Probe(Prompt("p", "a star", "Here:"), pack(np.zeros((TOKENS, BITS), np.uint8)), SIDE)
 
@@ -211,7 +211,10 @@ def train(member: int, address: tuple[str, int], config: LearnerConfig, job: Pol
 
 
 def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = None) -> tuple[dict, list[dict]]:
-    """A job whose driver draws each batch with the weights after the one before; batches that exist are kept."""
+    """A job whose driver draws each batch with the weights after the one before; batches that exist are kept.
+
+    It asks for a training checkpoint after step ``CUT``, while the job waits for the next batch.
+    """
     job = PolicyGradientJob(
         start=Policy(str(checkpoint)),
         batches=output / "batches",
@@ -222,7 +225,7 @@ def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = 
         probe=PROBE,
         resume=resume,
     )
-    config = LearnerConfig(ranks=ranks, save_every=1)
+    config = LearnerConfig(ranks=ranks, save_every=None)
     address = ray.util.get_node_ip_address(), free_port()
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -242,6 +245,10 @@ def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = 
             time.sleep(0.1)
         if step:
             load_weights_into(model, [weights])
+        if step == CUT:
+            save_request(output).touch()
+            while save_request(output).exists():
+                time.sleep(0.1)
         write_policy_batch(batch_path(job.batches, step), drawings(model, chat, step))
     found = dict(results.get(timeout=300) for _ in members)
     for member in members:
@@ -254,7 +261,7 @@ def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = 
 def runs(checkpoint, chat, tmp_path_factory) -> dict[str, tuple]:
     """Results, logs and final weights: of one rank, of the same resumed after step 2, and of two ranks."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
-    saved = training_checkpoints(folder / "whole") / "checkpoint-000002"
+    saved = training_checkpoints(folder / "whole") / f"checkpoint-{CUT:06d}"
     for name, ranks, resume in (("whole", 1, None), ("resumed", 1, saved), ("two", 2, None)):
         output = folder / name
         if name != "whole":

@@ -51,7 +51,9 @@ def write_policy_batch(path: Path, rows: list[dict[str, object]]) -> None:
             raise ValueError(f"{path}: missing or unknown columns: {', '.join(odd)}")
     for name in ("resolution", "tau"):
         if len(values := {row[name] for row in rows}) > 1:
-            raise ValueError(f"{path}: {name} is {sorted(values)}, expected the same for all drawings of a batch")
+            raise ValueError(
+                f"{path}: {name} is {sorted(values, key=str)}, expected the same for all drawings of a batch"
+            )
     table = pa.table([arrow_column(path, field, rows) for field in COLUMNS], schema=COLUMNS)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
