@@ -26,7 +26,7 @@ def steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("damage", ["byte", "length", "missing", "marker"])
-def test_a_damaged_one_is_refused_by_name_and_the_one_before_it_taken(folder, damage):
+def test_a_damaged_checkpoint_is_named_and_the_previous_used(folder, damage):
     assert last_checkpoint(folder) == (folder / "checkpoint-000010", [])
     file = folder / "checkpoint-000010/global_step/optimizer.pt"
     changed = bytearray(file.read_bytes())
@@ -47,7 +47,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_it_taken(folder, da
         check(folder / "checkpoint-000010")
 
 
-def test_where_none_is_good_the_stage_starts_anew(folder, tmp_path):
+def test_without_a_good_checkpoint_the_stage_restarts(folder, tmp_path):
     for path in folder.glob("checkpoint-*/state"):
         path.write_text("torn")
     found, refused = last_checkpoint(folder)
@@ -59,7 +59,7 @@ def test_where_none_is_good_the_stage_starts_anew(folder, tmp_path):
     ("last", "every", "left"),
     [(2, None, [8, 10]), (1, 4, [4, 8, 10]), (0, 4, [4, 8]), (9, None, [2, 4, 6, 8, 10]), (0, None, [])],
 )
-def test_the_last_stay_and_those_after_every_so_many_steps(folder, last, every, left):
+def test_pruning_keeps_the_newest_and_every_nth_step(folder, last, every, left):
     prune(folder, last, every)
     assert steps(folder) == left
     assert folder.exists() == bool(left)
@@ -75,6 +75,6 @@ def test_the_last_stay_and_those_after_every_so_many_steps(folder, last, every, 
         ({"max_restarts": -1}, "learner.max_restarts=-1"),
     ],
 )
-def test_settings_that_cannot_be_are_named(settings, named):
+def test_impossible_learner_settings_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         LearnerConfig(**settings)

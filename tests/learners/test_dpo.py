@@ -146,7 +146,7 @@ def test_several_losses_are_added_with_their_weights(trainer, shared_model, batc
 
 
 @pytest.mark.parametrize(("norm", "terms"), [("per_token", TOKENS), ("per_bit", TOKENS * BITS)])
-def test_normalised_log_probabilities_want_a_beta_larger_by_as_much(trainer, shared_model, batch, norm, terms):
+def test_normalised_sums_need_a_proportionally_larger_beta(trainer, shared_model, batch, norm, terms):
     summed = loss_of(trainer(shared_model), batch).item()
     assert loss_of(trainer(shared_model, norm, beta=0.1 * terms), batch).item() == pytest.approx(summed, abs=1e-5)
     assert loss_of(trainer(shared_model, norm), batch).item() != pytest.approx(summed, abs=1e-5)
@@ -187,7 +187,7 @@ def test_gradients_come_from_image_tokens_alone(trainer, shared_model, batch):
         torch.testing.assert_close(other[name], gradient, msg=name)
 
 
-def test_before_the_first_update_the_policy_must_be_the_reference(checkpoint, trainer, batch):
+def test_step_0_fails_if_policy_and_reference_differ(checkpoint, trainer, batch):
     fresh = trainer(ImagePolicy.from_pretrained(checkpoint))
     fresh.model.train()
     assert fresh.compute_loss(fresh.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
@@ -201,7 +201,7 @@ def test_before_the_first_update_the_policy_must_be_the_reference(checkpoint, tr
         fresh.compute_loss(fresh.model, broken)
 
 
-def test_the_log_probability_check_does_not_depend_on_the_norm(checkpoint, trainer, batch):
+def test_step_0_is_the_identity_under_every_norm(checkpoint, trainer, batch):
     for norm in ("per_token", "per_bit"):
         fresh = trainer(ImagePolicy.from_pretrained(checkpoint), norm)
         fresh.model.train()
@@ -229,7 +229,7 @@ def test_margins_and_accuracies_are_measured_by_scale(trainer, shared_model, bat
         ({"loss_weights": [1.0, 2.0]}, "dpo.loss_weights"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong, message):
+def test_impossible_dpo_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DpoConfig(**wrong)
 

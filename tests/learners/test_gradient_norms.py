@@ -118,7 +118,7 @@ def trained(checkpoint, corpus, tmp_path_factory):
     ray.shutdown()
 
 
-def test_norms_are_those_of_the_whole_batch_on_any_number_of_ranks(trained, expected):
+def test_norms_are_those_of_the_batch_of_all_ranks(trained, expected):
     first, second = trained(every=1, quiet=True, zero=2)[0]
     for key, value in expected.items():  # DeepSpeed's own norm of the sum among them
         assert first[key] == pytest.approx(value, rel=1e-4), key
@@ -131,7 +131,7 @@ def test_zero_3_trains_without_them(trained, expected):
     assert not any(key.startswith("grad_norm/") for key in first)
 
 
-def test_measuring_leaves_no_trace_in_training_and_happens_now_and_then(trained):
+def test_measuring_does_not_change_training(trained):
     every, measured = trained(every=1, quiet=False, zero=2)
     now_and_then, unmeasured = trained(every=2, quiet=False, zero=2)
     assert [line["loss"] for line in every] == [line["loss"] for line in now_and_then]

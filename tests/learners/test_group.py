@@ -225,7 +225,7 @@ def test_a_stage_learns_from_streamed_records(group, start, probe, tmp_path):
     assert not children, "the processes that read are gone with the stage"
 
 
-def test_images_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_path):
+def test_learner_and_worker_encode_images_alike(start, model, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = SftTrainer(STAGES["sft"], None, model.image_tokenizer, model=model, args=arguments)
     worker = Worker(start.model, Patches(), threads=1)
@@ -236,9 +236,7 @@ def test_images_are_encoded_by_the_learner_as_by_the_workers(start, model, tmp_p
     np.testing.assert_array_equal(features, np.stack([one.features for one in encoded]))
 
 
-def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
-    group, faults, start, corpus, probe, tmp_path
-):
+def test_lost_ranks_restart_and_resume_bitwise(group, faults, start, corpus, probe, tmp_path):
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
     undisturbed, noted = group.run(job, lambda line: None), []
@@ -264,7 +262,7 @@ def test_lost_ranks_are_started_again_and_go_on_as_if_nothing_had_happened(
     assert not killed.exists() and not (tmp_path / "again/final").exists()
 
 
-def test_a_job_keeps_a_checkpoint_when_it_is_asked_to_and_can_go_on_from_there(group, start, corpus, probe, tmp_path):
+def test_a_job_resumes_from_a_checkpoint_saved_on_request(group, start, corpus, probe, tmp_path):
     """It is asked while it works, so the step is any but the last."""
     recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job, asked, lines = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path, probe), [], []

@@ -68,7 +68,7 @@ def test_what_is_trained_is_what_is_decoded():
     torch.testing.assert_close(trained.clamp(-1, 1), decoded, rtol=0, atol=1e-5)
 
 
-def test_the_loss_is_zero_for_equal_images_and_weighs_things_above_background():
+def test_loss_weighs_objects_above_background():
     target = torch.ones(1, 3, 8, 8)
     target[..., :2, :2] = -1
     assert reconstruction_loss(target, target).item() == 0
@@ -79,7 +79,7 @@ def test_the_loss_is_zero_for_equal_images_and_weighs_things_above_background():
     assert ratio.item() == pytest.approx(5.0)
 
 
-def test_the_learning_rate_rises_stays_and_falls_to_zero():
+def test_learning_rate_warms_up_and_decays_to_zero():
     rates = [learning_rate(step, 1000, peak=2.0) for step in range(1001)]
     assert rates[0] == pytest.approx(0.02)
     assert set(rates[99:701]) == {2.0}
@@ -97,7 +97,7 @@ def test_batches_are_drawn_from_the_images_that_load():
     assert torch.equal(again, images), "the order is the seed's"
 
 
-def test_images_that_none_can_be_loaded_are_an_error():
+def test_no_loadable_image_is_an_error():
     with pytest.raises(ValueError, match="none of 1 images could be loaded"):
         image_batches(Patches(), ["nothing"], SIDE, 2, seed=0)
 

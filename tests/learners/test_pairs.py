@@ -62,7 +62,7 @@ def test_no_more_steps_are_taken_than_there_is_of_the_table(sizes, steps, batch)
     assert list(order) == list(order), "it can begin again, as a run that goes on does"
 
 
-def test_one_part_is_epochs_the_first_in_the_order_of_the_table():
+def test_the_first_epoch_keeps_the_tables_order():
     rows = list(PairOrder(known([12]), 10, 4, 3))
     assert rows[:12] == list(range(12))
     later = rows[12:24], rows[24:36]

@@ -36,7 +36,7 @@ def seen(image: Image.Image) -> list[tuple[str, str]]:
     return sorted((thing.colour, thing.shape) for thing in find_things(image))
 
 
-def test_an_edit_shows_the_image_before_and_teaches_the_one_after(embedded, chat):
+def test_edits_show_the_image_before_and_teach_the_one_after(embedded, chat):
     edits = encode_edits(embedded, 16, 128, seed=3)
     assert len(edits) == 16 and len({edit.instruction for edit in edits}) > 8
     features_Bdhw = torch.from_numpy(np.stack([edit.features for edit in edits])).float()
@@ -72,7 +72,7 @@ def follows(instruction: str, before: list, after: list) -> bool:
 
 
 @pytest.mark.parametrize("continued", [False, True])
-def test_all_but_the_image_tokenizer_learns_from_drawings_edits_and_questions(embedded, chat, monkeypatch, continued):
+def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeypatch, continued):
     for name, values in {
         "CORPORA": {128: 8},
         "DRAWINGS_PER_STEP": {128: 2},

@@ -1,4 +1,4 @@
-"""A stage that is cut off and goes on in fresh processes ends in the very weights of one that was not."""
+"""A stage that is interrupted and resumed in fresh processes ends with the same weights, bit for bit."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_the_order_of_pairs_is_recorded(runs):
     assert set(steps[2]) == {f"pair-{i}" for i in range(6, 12)}, "the new ones, until they were used as often"
 
 
-def test_checkpoints_are_few_whole_and_hold_no_frozen_weights(runs, checkpoint):
+def test_checkpoints_hold_no_frozen_weights(runs, checkpoint):
     folder = runs["whole", ("dpo", 2)][0]
     (kept,) = training_checkpoints(folder).glob("checkpoint-*")
     assert kept.name == "checkpoint-000003"
