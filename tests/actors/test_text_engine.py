@@ -8,7 +8,6 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
-from vargpt_rl.driver.rollout import Rollouts
 
 from actors.config import RolloutConfig
 from actors.pool import RolloutPool
@@ -17,11 +16,13 @@ from actors.text_engine import start_text_engine
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import BaseWorker, Worker
+from tests.helpers.driver import stage_context
 from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
-from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.evaluation import answer_questions
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.prompt import REPLY
+from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.text.layout import is_text
 
 SIDE = 224
@@ -125,7 +126,8 @@ def test_evaluation_questions_use_the_engine(text, worker, tmp_path):
     asked = []
     counting = SimpleNamespace(run=lambda *args: asked.append(args) or text.run(*args))
     alone = SimpleNamespace(run=lambda method, *args: method(worker, *args))
-    run = Run(tmp_path / "run", {})
-    theirs = Rollouts(alone, SOURCE, run, None, None).answer_questions(64, SIDE)
-    assert Rollouts(None, SOURCE, run, None, None, counting).answer_questions(64, SIDE) == theirs
+    settings = ["evaluation.questions=64", f"data.seen_side={SIDE}"]
+    theirs = answer_questions(stage_context(tmp_path / "alone", *settings, pool=alone, source=SOURCE), Policy(""))
+    engine = stage_context(tmp_path / "engine", *settings, pool=SimpleNamespace(), text=counting, source=SOURCE)
+    assert answer_questions(engine, Policy("")) == theirs
     assert len(asked) == 1 and theirs["n"] == 64

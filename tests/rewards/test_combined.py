@@ -7,23 +7,22 @@ import sys
 import time
 import venv
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import ray
 from PIL import Image
-from vargpt_rl.driver.rollout import Rollouts
 
-from actors.worker import EncodedImage, ImageScore
 from configs.load import load_config
 from rewards.combined import Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
-from tests.helpers.pools import FakePool
-from vargpt_rl.data.samples import Prompt, Sample
+from tests.helpers.driver import WorkersDouble, stage_context
+from vargpt_rl.data.rollouts import Rollouts
+from vargpt_rl.data.samples import Prompt, Sample, Winner
 from vargpt_rl.driver.inputs import gather
-from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.judging import judge_rollouts
+from vargpt_rl.driver.pairs import write_pairs
 
 PLUGIN = """
 import os
@@ -238,40 +237,32 @@ def test_a_reward_in_a_separate_environment(cluster, tmp_path):
         assert live(images(2), ["a", "b"]) == [7.0, 7.0], live.report()
 
 
-class ScoringPool(FakePool):
-    """Stands in for the workers: images are as wide as their bits say, and every image is as likely."""
-
-    version = 5
-
-    def encode(self, keys, resolution):
-        return [EncodedImage(key, b"\x40", None) for key in keys]
+class ScoringPool(WorkersDouble):
+    """Stands in for the workers: images are as wide as their bits say."""
 
     def reward(self, items, resolution, reward):
         return reward([Image.new("RGB", (bits[0], 8)) for _, bits in items], [prompt.text for prompt, _ in items])
 
-    def score(self, items, resolution):
-        return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
-
 
 def test_unscored_images_are_reported(cluster, plugin, tmp_path):
-    run = Run(tmp_path / "run", {})
-    rollouts = Rollouts(ScoringPool(), SimpleNamespace(winner_key=lambda prompt: "key"), run, None, None)
+    it = stage_context(tmp_path, pool=ScoringPool())
     prompts = [Prompt("a", "raise"), Prompt("b", "fine")]
     samples = [Sample(prompt, bytes([8]), 32, seed, {}, 1, "c") for seed, prompt in enumerate(prompts)]
+    rollouts = Rollouts(samples, {prompt.id: Winner(prompt, b"\x40", 32, "key") for prompt in prompts})
     mood = {"path": f"{plugin}:moody", "batch_size": 1, "retries": 0}
     reward = WeightedSum({"mood": mood, "width": {"path": f"{plugin}:width"}})
-    table = tmp_path / "pairs.parquet"
-    counts = rollouts.write_pairs(table, samples, reward_gated, reward, 2)
+    rewards, report = judge_rollouts(it, rollouts, reward)
+    counts = write_pairs(it, it.table(), rollouts, reward_gated, rewards, 2)
     assert (counts["built"], counts["dropped_by_reason"]) == (1, {"reward not scored": 1})
-    assert counts["rewards"]["mood"]["unscored"] == {"raised ValueError": 2}
-    assert counts["rewards"]["width"] | {"seconds": 0} == {
+    assert report["mood"]["unscored"] == {"raised ValueError": 2}
+    assert report["width"] | {"seconds": 0} == {
         "scored": 4, "mean": 36.0, "seconds": 0, "restarts": 0, "unscored": {}, "errors": {}
     }  # fmt: skip
-    assert pd.read_parquet(table).chosen_reward.item() == 68.0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert pd.read_parquet(it.table()).chosen_reward.item() == 68.0
+    lines = [json.loads(line) for line in (it.run.directory / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"]: line.get("unscored/raised ValueError") for line in lines} == {
         "reward/mood": 2,
         "reward/width": None,
     }
-    with pytest.raises(ValueError, match="none of 2 images was scored by the reward.*a bad mood"):
-        rollouts.write_pairs(table, samples[:1], reward_gated, reward, 2)
+    with pytest.raises(ValueError, match="none of 1 images was scored by the reward.*a bad mood"):
+        judge_rollouts(it, Rollouts(samples[:1], {}), reward)

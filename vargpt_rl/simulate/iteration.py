@@ -117,7 +117,7 @@ class _Simulation:
         yield from self._map("draw", items, costs.draw_s, costs.result_bytes * costs.batch)
 
     def _pairs(self) -> Generator:
-        """``vargpt_rl.driver.losers``: every policy samples an equal share, the last one in rounds."""
+        """``vargpt_rl.driver.pairs``: every policy samples an equal share, the last one in rounds."""
         costs = self.costs
         prompts = self.work.prompts
         sources = self.work.sources
