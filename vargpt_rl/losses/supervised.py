@@ -9,6 +9,7 @@ Shape legend: B rows, T positions, N drawings, L image tokens, d bits or s symbo
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,14 @@ def modality_losses(
         losses["text"], metrics["loss/text"] = text_weight * words, words.item()
         metrics["tokens/text"] = int((batch["labels"][:, 1:] != IGNORED).sum())
     if labels_NLs is not None:
+        logits_NLD = output.image_logits
+        assert logits_NLD is not None  # every drawing has them
         schedule = model.image_tokenizer.schedule_for(*image_size_of(batch["features"]))
-        image = image_loss(output.image_logits, labels_NLs, scale_weights(schedule) if reweight else None)
+        image = image_loss(logits_NLD, labels_NLs, scale_weights(schedule) if reweight else None)
         losses["image"], metrics["loss/image"] = model.image_weight * image, image.item()
         metrics["tokens/image"] = labels_NLs.shape[0] * labels_NLs.shape[1]
-        hits_NLs = symbol_hits(output.image_logits, labels_NLs).float()
-        accuracy = f"{Symbols.of(output.image_logits, labels_NLs).name}_accuracy"
+        hits_NLs = symbol_hits(logits_NLD, labels_NLs).float()
+        accuracy = f"{Symbols.of(logits_NLD, labels_NLs).name}_accuracy"
         metrics[accuracy] = hits_NLs.mean().item()
         by_scale = scale_means(hits_NLs, schedule).mean(0).tolist()
         metrics |= {f"{accuracy}/scale_{k}": hits for k, hits in enumerate(by_scale)}
@@ -123,4 +126,4 @@ def sft_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the sum of `modality_losses`, and their metrics."""
     losses, metrics = modality_losses(model, batch, noise, text_weight, reweight)
-    return sum(losses.values()), metrics
+    return cast(torch.Tensor, sum(losses.values())), metrics  # never 0: a batch has text or images

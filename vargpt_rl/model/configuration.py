@@ -3,6 +3,8 @@
 Defaults are those of the release (7B language model, 2B visual decoder, d = 32 image tokenizer).
 """
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
@@ -82,8 +84,12 @@ class VargptConfig(Qwen2VLConfig):
         "image_tokenizer_config": ImageTokenizerConfig,
     }
 
-    decoder_config: dict | PreTrainedConfig | None = None
-    image_tokenizer_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # the types after __post_init__; `strict` checks those below before it
+        decoder_config: DecoderConfig
+        image_tokenizer_config: ImageTokenizerConfig
+    else:
+        decoder_config: dict | PreTrainedConfig | None = None
+        image_tokenizer_config: dict | PreTrainedConfig | None = None
     image_gen_start_token_id: int = 151657
     image_gen_end_token_id: int = 151658
     image_gen_pad_token_id: int = 151659

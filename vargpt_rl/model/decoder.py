@@ -136,8 +136,9 @@ class SelfAttention(nn.Module):
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            if cache.self_kv[block] is not None:
-                past_k, past_v = cache.self_kv[block]
+            past = cache.self_kv[block]
+            if past is not None:
+                past_k, past_v = past
                 k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
             cache.self_kv[block] = (k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=1.0)
@@ -157,8 +158,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_NLC, context: DecoderContext, cache: ScaleCache | None, block: int) -> torch.Tensor:
         q = self.q(x_NLC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if cache is not None and cache.cross_kv[block] is not None:
-            k, v = cache.cross_kv[block]
+        known = cache.cross_kv[block] if cache is not None else None
+        if known is not None:
+            k, v = known
         else:
             bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
             kv = (self.kv(context.states_NTC) + bias).unflatten(-1, (2, self.heads, -1))

@@ -128,8 +128,8 @@ class GenerationState:
         self.states.append(states)
         return states
 
-    def context(self) -> DecoderContext:
-        """Return the decoder's context for an image that begins here, right after ``image_gen_start``."""
+    def context(self) -> DecoderContext | None:
+        """Return what the decoder sees of the prompt for an image that begins here, after ``image_gen_start``."""
         rows = torch.arange(len(self.mask_BT), device=self.mask_BT.device)
         first_N2 = torch.stack([rows, torch.full_like(rows, self.mask_BT.shape[1])], dim=1)
         return self.model.context(torch.cat(self.states, dim=1), self.mask_BT, first_N2)
@@ -200,6 +200,7 @@ def draw_scales(
         if k + 1 < len(schedule):
             inputs_BnD = tokenizer.inputs(summed, schedule[k + 1])
             words_MnC = decoder.words(inputs_BnD, slices[k + 1]).repeat(1 + guided, 1, 1)
+    assert summed is not None  # a schedule has at least one scale
     return GeneratedImages(torch.cat(labels, 1), summed)
 
 

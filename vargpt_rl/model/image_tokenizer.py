@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         levels = []
         width = channels[0]
         for level, out in enumerate(channels):
-            layers = []
+            layers: list[nn.Module] = []
             for _ in range(blocks):
                 layers.append(ResidualBlock(width, out, groups))
                 width = out
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.middle = _middle(width, groups, attention)
         levels = []
         for level in reversed(range(len(channels))):
-            layers = []
+            layers: list[nn.Module] = []
             for _ in range(blocks + 1):
                 layers.append(ResidualBlock(width, channels[level], groups))
                 width = channels[level]

@@ -43,7 +43,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         self.image_decoder = VisualDecoder(config.decoder_config, config.image_tokenizer_config.bits)
         self.post_init()
 
-    def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None) -> torch.Tensor:
         """Encode understood images: [P, H], the merged patches of all of them."""
         return torch.cat(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
@@ -84,7 +84,10 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
     def guided(cfg: float) -> bool:
         return cfg != 1
 
-    def start_drawing(self, context: DecoderContext, unconditional_M: torch.Tensor) -> tuple[Condition, DecoderContext]:
+    def start_drawing(
+        self, context: DecoderContext | None, unconditional_M: torch.Tensor
+    ) -> tuple[Condition, DecoderContext]:
+        assert context is not None  # `context` returns one
         condition = self.image_decoder.condition(unconditional_M)
         if len(unconditional_M) == len(context.mask_NT):
             return condition, context

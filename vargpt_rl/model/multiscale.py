@@ -125,6 +125,7 @@ class MultiScale(ABC):
             summed = added if summed is None else summed + added
             if k + 1 < len(schedule[:scales]):
                 inputs.append(self.inputs(summed, schedule[k + 1]))
+        assert summed is not None  # a schedule has at least one scale
         return Quantised(labels_BLs, _joined(inputs, summed), summed)
 
 

@@ -44,7 +44,7 @@ SCHEDULES: dict[float, Schedule] = _table()
 """Aspect ratio (height over width) to the release's thirteen grids at one megapixel."""
 
 
-def full_schedule(height: int, width: int) -> Schedule:
+def full_schedule(height: float, width: float) -> Schedule:
     """Return the thirteen grids of the aspect ratio nearest to ``height / width`` (any unit)."""
     ratio = height / width
     return SCHEDULES[min(SCHEDULES, key=lambda known: abs(known - ratio))]

@@ -183,6 +183,7 @@ class Unified(ABC, MixedInto):
         if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
         if drawing is not None:
+            assert input_ids is not None and attention_mask is not None  # drawings are in rows of token ids
             return self._teacher_forced(
                 input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
             )

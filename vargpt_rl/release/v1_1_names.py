@@ -137,6 +137,7 @@ def our_name(name: str, levels: int, blocks_per_level: int, blocks_per_chunk: in
         return None
     sizes = (levels, blocks_per_level, blocks_per_chunk)
     block = re.match(r"vargpt_gen\.block_chunks\.(\d+)\.module\.(\d+)\.(.*)", name)
+    ours: str | None
     if name.startswith("vae_local."):
         ours = _tokenizer_name(name, levels, blocks_per_level)
     elif block:
@@ -166,7 +167,7 @@ def from_release(
 def dropped_shapes(config: VargptConfig, blocks_per_chunk: int) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every released tensor that ``our_name`` drops."""
     width, hidden = config.decoder_config.width, config.text_config.hidden_size
-    shapes = {"vae_local.quantizer.lfq.mask": (config.image_tokenizer_config.bits,)}
+    shapes: dict[str, tuple[int, ...]] = {"vae_local.quantizer.lfq.mask": (config.image_tokenizer_config.bits,)}
     for projector, size in (("image_gen_projector", width), ("image_gen_projector_out", hidden)):
         shapes |= {f"{projector}.ln_q.{leaf}": (size,) for leaf in ("weight", "bias")}
     for layer in (0, 2):

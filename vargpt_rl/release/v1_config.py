@@ -146,7 +146,9 @@ class V1Release:
         return release.neutral(name, self.left_out()[name], dtype, self.config)
 
     def reason(self, name: str) -> str:
-        return release.reason_dropped(name)
+        reason = release.reason_dropped(name)
+        assert reason is not None, f"{name} is not left out"
+        return reason
 
     def stated(self, dtype: torch.dtype) -> dict[str, Any]:
         return to_release_config(self.config, dtype)

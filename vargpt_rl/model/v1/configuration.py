@@ -3,6 +3,8 @@
 Defaults are those of the release: Vicuna-7B and CLIP ViT-L/14 at 336 px, VAR-d30, a codebook of 4096 entries, 256 px.
 """
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
@@ -92,8 +94,12 @@ class VargptV1Config(LlavaConfig):
         "image_tokenizer_config": V1ImageTokenizerConfig,
     }
 
-    decoder_config: dict | PreTrainedConfig | None = None
-    image_tokenizer_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # the types after __post_init__; `strict` checks those below before it
+        decoder_config: V1DecoderConfig
+        image_tokenizer_config: V1ImageTokenizerConfig
+    else:
+        decoder_config: dict | PreTrainedConfig | None = None
+        image_tokenizer_config: dict | PreTrainedConfig | None = None
     image_gen_start_token_id: int = 32002
     image_gen_end_token_id: int = 32003
     image_gen_pad_token_id: int = 32004

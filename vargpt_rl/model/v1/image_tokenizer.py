@@ -108,7 +108,8 @@ class V1ImageTokenizer(nn.Module, MultiScale):
         schedule = self.schedule_for(*images_B3HW.shape[-2:])
         features = self.features(images_B3HW)
         self._revive(features.detach(), schedule)
-        summed, distance = torch.zeros_like(features), 0.0
+        summed = torch.zeros_like(features)
+        distance: torch.Tensor | float = 0.0
         for k, grid in enumerate(schedule):
             labels = self.label(features.detach(), summed.detach(), grid)
             self.idle[labels.unique().long()] = 0

@@ -14,6 +14,7 @@ n tokens of one scale, P patches of understood images, V codes.
 import torch
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from vargpt_rl.model.decoder import DecoderContext
 from vargpt_rl.model.unified import DrawnReader, Projector, Unified, text_positions
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.decoder import V1Condition, V1VisualDecoder
@@ -83,7 +84,7 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
     def guided(cfg: float) -> bool:
         return cfg != 0
 
-    def start_drawing(self, context: None, unconditional_M: torch.Tensor) -> tuple[V1Condition, None]:
+    def start_drawing(self, context: DecoderContext | None, unconditional_M: torch.Tensor) -> tuple[V1Condition, None]:
         return self.image_decoder.condition(unconditional_M), None
 
     def drawing_states(

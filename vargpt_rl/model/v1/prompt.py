@@ -43,7 +43,7 @@ class VicunaFormat(ChatTemplate):
         # The tokenizer must read words and markup as one text, split only at images.
         for is_text, found in groupby(["USER: ", *parts, " ASSISTANT:"], lambda part: isinstance(part, str)):
             pieces = list(found)
-            yield from self.content(["".join(pieces)] if is_text else pieces)
+            yield from self.content(["".join(map(str, pieces))] if is_text else pieces)
 
     def asked(self, text: str, image_grid_thw: torch.Tensor | None) -> list[Part]:
         """Make the parts of a user's turn: each image on its own line, as in LLaVA, then the words."""
