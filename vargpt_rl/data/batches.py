@@ -7,7 +7,7 @@ Shape legend: B rows, T positions, N images to draw in the batch, L image tokens
 index), d latent channels, h w latent grid.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,7 @@ class SftCollator:
         ids = [id for shown in self.chat.shown(vision.image_grid_thw) for id in self.chat.seen(shown.features)]
         return Row(EncodedText(ids, [IGNORED] * len(ids)), vision)
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         groups = self._grouped([self._row(example) for example in examples])
         if self.shows and not any(row.vision for group in groups for row in group):
             groups[-1].append(self._blank())

@@ -130,7 +130,7 @@ class FeatureCache(Container):
         """Crops of images in the cache."""
         return len(self._keys)
 
-    def __contains__(self, item: tuple[str, int]) -> bool:
+    def __contains__(self, item: tuple[str, int]) -> bool:  # type: ignore[override]  # Container has it for any object
         return self._find(*item) is not None
 
     def _find(self, content_sha256: str, crop: int) -> np.void | None:

@@ -6,10 +6,10 @@ modality, sources are sampled by weight.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -18,14 +18,30 @@ MODALITIES = ("generation", "understanding")
 _ENDED = object()
 
 
+class StatefulIterator(Protocol):
+    """An iterator that can be resumed."""
+
+    def __next__(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StatefulSamples(Protocol):
+    """Samples without end, read from the start by each iterator."""
+
+    def __iter__(self) -> StatefulIterator: ...
+
+
 @dataclass(frozen=True)
 class MixtureSource:
-    """A source of a mixture. ``data`` yields endless iterators with ``state_dict`` and ``load_state_dict``.
+    """A source of a mixture.
 
     Edits count as "generation". ``weight`` is relative to the other sources of the same modality.
     """
 
-    data: Iterable
+    data: StatefulSamples
     modality: str
     weight: float = 1.0
 

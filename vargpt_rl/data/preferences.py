@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ ORIGIN_COUNTS = {"samples", "prompts", "prompts_without_winner", "dropped_by_rea
 """Keys of the origin. A table that was made in parts also has ``parts``, the rows of each."""
 
 
-def write_table(path: Path, rows: list[dict[str, object]], origin: dict[str, object] | None = None) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]], origin: dict[str, Any] | None = None) -> None:
     """Write ``rows``, each with all of `COLUMNS`, atomically.
 
     ``origin`` counts what the pairs were made from, see `ORIGIN_COUNTS`. Raises ValueError, naming the pair or column,
@@ -144,10 +145,10 @@ def join_parts(table: Path, parts: list[Path]) -> dict[str, object]:
 
     Raises ValueError if no part has a row.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     sizes: list[int] = []
     dropped: Counter[str] = Counter()
-    origin = dict.fromkeys(("samples", "prompts", "prompts_without_winner"), 0)
+    origin: dict[str, Any] = dict.fromkeys(("samples", "prompts", "prompts_without_winner"), 0)
     for path in parts:
         with pq.ParquetFile(path) as file:
             part = file.read()

@@ -14,7 +14,7 @@ measures a little differently each time. `render` draws it in one of three style
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -328,5 +328,5 @@ def _disagreeing(scene: Scene, rng: np.random.Generator) -> tuple[Thing, ...]:
     return tuple(things)
 
 
-def _another(choices: tuple[str, ...] | dict[str, object], but: str, rng: np.random.Generator) -> str:
+def _another(choices: Iterable[str], but: str, rng: np.random.Generator) -> str:
     return str(rng.choice([choice for choice in choices if choice != but]))

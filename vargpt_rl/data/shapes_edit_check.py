@@ -83,11 +83,12 @@ class EditCheck:
 
     scene: Callable[[str], Scene]
 
-    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> list[EditVerdict]:
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[EditVerdict]:
         return [check_edit(*self.scenes(prompt), image) for image, prompt in zip(images, prompts, strict=True)]
 
     def scenes(self, prompt: Prompt) -> tuple[Scene, Scene]:
         """Return the scenes before and after."""
+        assert prompt.shown is not None  # an edit's prompt shows the image before it
         return self.scene(prompt.shown), self.scene(prompt.id)
 
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[EditVerdict]) -> dict[str, float]:

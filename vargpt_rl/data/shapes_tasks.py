@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def _first_possible(kinds: Sequence, scene: Scene, rng: np.random.Generator) -> 
 
 
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _only_once(values: Sequence[str]) -> list[str]:
@@ -116,7 +117,7 @@ def _target(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...
     return f"the {chosen.colour} {noun}" if by_colour else f"the {noun}", indices
 
 
-def _changed(scene: Scene, indices: tuple[int, ...], **change: str) -> tuple[Thing, ...]:
+def _changed(scene: Scene, indices: tuple[int, ...], **change: Any) -> tuple[Thing, ...]:
     return tuple(replace(thing, **change) if i in indices else thing for i, thing in enumerate(scene.things))
 
 

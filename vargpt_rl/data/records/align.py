@@ -18,7 +18,7 @@ from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.images import ImageRef, InRecord, OnDisk, load
 from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.schema import DRAWN, RecordConversation
-from vargpt_rl.data.records.sources import open_records
+from vargpt_rl.data.records.sources import RecordSource, open_records
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import SPLITS, Source, image_files, is_held_out
@@ -45,8 +45,11 @@ def held_out_of(stream: RecordStream, count: int, folder: Path) -> list[HeldOut]
         return Prompt(record.id, request.text, reply.text.partition(DRAWN)[0]), record.images[0]
 
     reading = ReadOptions(seed=None, block=stream.block, max_bad_fraction=stream.max_bad_fraction)
-    names = [name for name, task in stream.tasks.items() if task == "generation"]
-    opened = [open_records(name, stream.sources[name], reading, stream.quarantine, (wanted,)) for name in names]
+    opened = [
+        open_records(name, source, reading, stream.quarantine, (wanted,))
+        for name, task in stream.tasks.items()
+        if task == "generation" and isinstance(source := stream.sources[name], RecordSource)
+    ]
     in_turn = (found for turn in zip_longest(*opened) for found in turn if found is not None)
     chosen = list(islice(_by_id(in_turn), count))
     if not chosen:

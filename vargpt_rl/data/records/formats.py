@@ -236,10 +236,13 @@ def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfil
             return Fault(f"archive member of unknown kind {suffix!r}", member.name)
         elif member.size > LONGEST:
             return Fault("archive member is too long", member.name)
-        elif suffix == ".txt":
-            row["txt"] = archive.extractfile(member).read().decode(errors="backslashreplace")
         else:
-            parsed = _parsed(archive.extractfile(member).read())
+            file = archive.extractfile(member)
+            assert file is not None  # only members that are not plain files have no content
+            if suffix == ".txt":
+                row["txt"] = file.read().decode(errors="backslashreplace")
+                continue
+            parsed = _parsed(file.read())
             if isinstance(parsed, Fault):
                 return parsed
             row = parsed | row

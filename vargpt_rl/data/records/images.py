@@ -4,7 +4,6 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
@@ -19,7 +18,7 @@ class OnDisk:
     root: Path
     name: str
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         return (self.root / self.name).open("rb")
 
 
@@ -29,7 +28,7 @@ class InRecord:
 
     data: bytes
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BytesIO:
         return io.BytesIO(self.data)
 
 
@@ -41,7 +40,7 @@ class InArchive:
     offset: int
     size: int
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BytesIO:
         with self.archive.open("rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))

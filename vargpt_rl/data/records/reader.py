@@ -202,6 +202,7 @@ class RecordIterator(Iterator):
         self._block = [found[at] for at in order]
 
     def _random(self, *place: int) -> np.random.Generator:
+        assert self._reading.seed is not None  # without a seed, rows are read in order
         return np.random.default_rng([self._reading.seed, self._shard, *place])
 
     def _from(self, cursor: _Cursor) -> Iterator[tuple[_Cursor, str, Any]]:

@@ -19,7 +19,7 @@ from vargpt_rl.data.records.layouts import (
     native,
 )
 from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
-from vargpt_rl.data.records.schema import Limit
+from vargpt_rl.data.records.schema import Limit, RecordConversation
 
 LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": laion, "editing": editing}
 
@@ -84,7 +84,11 @@ def open_records(
         root = Path(source.images).resolve() if source.images else first
         if not root.is_dir():
             raise ValueError(f"images={source.images}: no such folder")
-        layout = LAYOUTS.get(source.layout) or partial(imagenet, names=class_names(Path(source.names)))
+        layout: Callable[..., RecordConversation]
+        if source.names is None:
+            layout = LAYOUTS[source.layout]
+        else:
+            layout = partial(imagenet, names=class_names(Path(source.names)))
         step = Import(layout, name, root, limit or Limit())
         return Records(file_parts(files, FORMATS[source.format]), [step, *steps], quarantine / name, reading)
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ the same batches as one that was never interrupted.
 Shape legend: H W image, d bits a token, h w latent grid.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -145,7 +145,9 @@ class MakeBatch:
     def _crop(self, image: Image.Image | Cached, rng: np.random.Generator) -> np.ndarray:
         """uint8 [H, W, 3], or float16 [d, h, w] from the cache."""
         if isinstance(image, Cached):
-            return self.cache.get(image.content, int(rng.choice(image.crops)))
+            features = self.cache.get(image.content, int(rng.choice(image.crops))) if self.cache is not None else None
+            assert features is not None  # `Encode` found the crops in the cache
+            return features
         return np.asarray(random_crop(image, self.resolution, rng))
 
 
@@ -215,7 +217,7 @@ class RecordStream:
                 continue
             if isinstance(source, Corpus):
                 shards = ranks * max(1, self.workers)
-                steps = (replace(encode, images_first=True),)
+                steps: tuple[Callable, ...] = (replace(encode, images_first=True),)
                 records = source.repeated(shards).open(name, reading, self.quarantine, steps)
             else:
                 steps = (Admit(task, self.held_out_fraction), encode)
