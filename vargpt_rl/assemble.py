@@ -46,7 +46,7 @@ from vargpt_rl.storage.sharded import (
 
 DECODER_PLACES = ((), ("state_dict",), ("trainer", "gpt_fsdp"))
 IMAGE_TOKENIZER_PLACES = ((), ("vae",), ("state_dict",), ("trainer", "vae_local"))
-PREFIXES = (("visual.", "model.", "lm_head."), "vargpt_gen.", "vae_local.")
+PREFIXES: tuple[str | tuple[str, ...], ...] = (("visual.", "model.", "lm_head."), "vargpt_gen.", "vae_local.")
 """Released name prefixes of the three parts: language, decoder, image tokenizer."""
 
 
@@ -199,7 +199,11 @@ def assemble(command: Assembly) -> None:
         kept = {name: stored for name, stored in part.items() if not reason_left_out(name)}
         check_tensors(kept, expected, where, tied(config))
 
-    model = {our_name(name, *sizes): stored for name, stored in every.items() if not reason_left_out(name)}
+    model = {
+        ours: stored
+        for name, stored in every.items()
+        if not reason_left_out(name) and (ours := our_name(name, *sizes)) is not None
+    }
     model |= random_weights(new, config, dtype, command.seed)
     with new_model_dir(Path(command.target)) as target:
         config.save_pretrained(target)

@@ -4,12 +4,14 @@ Each line is a turn; lines may be piped in. An impossible request prints one lin
 0 at the end of input, 2 if a setting is wrong.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
@@ -137,7 +139,7 @@ def chat(config: ChatConfig) -> None:
         return Conversation(model, form, config.size, config.sampling, config.replies, next(seeds))
 
     print("/help lists the commands", flush=True)
-    sys.stdin.reconfigure(errors="replace")
+    cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")  # declared as TextIO, which lacks reconfigure
     Chat(begin, out).run(typed())
 
 

@@ -97,7 +97,7 @@ def _stated_type(path: Path, known: Iterable[str], where: str | None = None) -> 
     """Read a config.json and the model type that it, or its section ``where``, states."""
     stated = read_json(path)
     found = (stated.get(where, stated) if where else stated).get("model_type")
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise ValueError(f"{path}: model_type is {found!r}, expected {' or '.join(map(repr, known))}")
     return stated, found
 

@@ -56,6 +56,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     """Read the prompts; bad lines of their file are recorded in ``quarantine.jsonl``."""
     if config.prompt is not None:
         return [config.prompt]
+    assert config.prompts is not None  # one of the two is given
     quarantine = Quarantine(Path(config.out, "quarantine.jsonl"))
     try:
         prompts = prompts_from_file(Path(config.prompts), quarantine)
@@ -85,8 +86,13 @@ def generate(config: GenerateConfig) -> None:
     except ValueError as error:
         raise ValueError(f"image={error}") from error
     wanted = plan(config, folder, read_prompts(config))
+    look = None if image is None else lambda _: image
     made = draw_missing(
-        wanted, out, lambda: load(folder, config.device, config.dtype), config.batch_size, look=lambda _: image
+        wanted,
+        out,
+        lambda: load(folder, config.device, config.dtype),
+        config.batch_size,
+        look=look,
     )
     print(f"{made} images made, {len(wanted) - made} were there already: {out.resolve()}")
 

@@ -113,7 +113,7 @@ class Conversation:
         if needed > self.room:
             raise ValueError(f"the conversation is too long: {len(self.ids)} + {needed} of {self.limit} tokens")
         self._read(turn, seen)
-        reply = [REPLY, self._draw()] if draw else self._reply()
+        reply: Reply = [REPLY, self._draw()] if draw else self._reply()
         self._read(self.chat.closing)
         return reply
 

@@ -150,7 +150,10 @@ def draw_batch(
     model: Unified, chat: ChatTemplate, lines: list[dict], look: Callable[[str], Image.Image] | None
 ) -> list[Image.Image]:
     """Draw the images of some lines, all of one size and sampling, and all or none with an ``image`` to edit."""
-    shown = chat.vision_inputs([look(line["image"]) for line in lines]) if lines[0]["image"] else None
+    shown = None
+    if lines[0]["image"]:
+        assert look is not None, f"{lines[0]['file']}: lines with an image to edit need a function that loads it"
+        shown = chat.vision_inputs([look(line["image"]) for line in lines])
     grids = shown.image_grid_thw.split(1) if shown else [None] * len(lines)
     rows = [chat.drawing_prompt(line["prompt"], REPLY, grid) for line, grid in zip(lines, grids, strict=True)]
     ids_BT = chat.pad(rows, "left").to(model.device)

@@ -6,7 +6,7 @@ embeddings in and hidden states out, scale by scale.
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers.utils import is_torchvision_available
@@ -34,6 +34,8 @@ def register() -> None:
 class TakesWeights:
     """Mixin for vLLM's workers (``worker_extension_cls``) that loads new weights."""
 
+    reload_weights: Callable[..., None]
+    """Method of vLLM's worker."""
     weights_version = 0
     """Version of the last set loaded; -1 after a failed load."""
 
