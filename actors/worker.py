@@ -240,8 +240,11 @@ class Worker(BaseWorker):
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
     @serving
-    def score(self, items: list[PromptedBits], resolution: int) -> list[ImageScore]:
-        """Log-probability of each image's own tokens given its prompt, teacher-forced, never unconditional."""
+    def score(self, items: list[PromptedBits], resolution: int, tau: float = 1.0) -> list[ImageScore]:
+        """Log-probability of each image's own tokens given its prompt, teacher-forced, never unconditional.
+
+        It is that of the logits divided by the temperature ``tau``.
+        """
         schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
         grids, seen = self._shown([prompt for prompt, _ in items])
@@ -250,7 +253,7 @@ class Worker(BaseWorker):
         labels_BLs = self._labels(items, tokens)
         drawing = replayed(labels_BLs, (resolution, resolution))
         logits = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen).image_logits
-        log_probs_BLs = symbol_log_probs(logits, labels_BLs)
+        log_probs_BLs = symbol_log_probs(logits if tau == 1 else logits / tau, labels_BLs)
         return [
             ImageScore(*score)
             for score in zip(

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actors.config import PlacementConfig, RolloutConfig
 from configs.stages import (
     DpoStage,
+    RlStage,
     SftStage,
     SupervisedStage,
     TokenizerStage,
@@ -27,6 +28,30 @@ from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, At, Learns, stages_of
+
+METHODS = ("dpo", "rft", "grpo")
+"""Alignment methods of an iteration."""
+
+
+@dataclass
+class AlignConfig:
+    """Alignment of an iteration, after its SFT."""
+
+    methods: list[str] = field(default_factory=lambda: ["dpo"])
+    """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, grpo.
+
+    dpo: on pairs of samples and winners, as in the paper. rft and grpo: online, on rewards of the policy's own images.
+    """
+
+    def __post_init__(self):
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"align.methods={self.methods}: expected some of {list(METHODS)}, each at most once")
+
+    @property
+    def online(self) -> list[str]:
+        """The methods that draw and judge their own images."""
+        return [method for method in self.methods if method != "dpo"]
 
 
 @dataclass
@@ -102,8 +127,9 @@ class TrackingConfig:
 
     def __post_init__(self):
         moment, _, metric = (self.best or "after_dpo.overall").partition(".")
-        if moment not in ("after_sft", "after_dpo") or not metric:
-            raise ValueError(f"tracking.best={self.best}: expected after_sft.METRIC or after_dpo.METRIC, or null")
+        moments = ["after_sft", *(f"after_{method}" for method in METHODS)]
+        if moment not in moments or not metric:
+            raise ValueError(f"tracking.best={self.best}: expected MOMENT.METRIC with one of {moments}, or null")
         require(self, "tracking.", table_rows=0)
         if self.wandb not in ("offline", "online", "disabled"):
             raise ValueError(f"tracking.wandb={self.wandb}: expected offline, online or disabled")
@@ -140,7 +166,9 @@ class LoopConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     dpo: DpoStage = field(default_factory=DpoStage)
+    rl: RlStage = field(default_factory=RlStage)
     edit: SupervisedStage = field(default_factory=edit_defaults)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -159,6 +187,7 @@ class LoopConfig:
         self._check_data()
         self._check_recipes()
         self._check_overlap()
+        self._check_online()
         if self.reward.path and self.evaluation.reward == self.reward:
             raise ValueError(
                 f"evaluation.reward.path={self.reward.path}: that is the training reward, expected another"
@@ -231,6 +260,25 @@ class LoopConfig:
                     getattr(self, stage.block).recipe.accumulation(self.learner.ranks)
                 except ValueError as error:
                     raise ValueError(f"{stage.block}.recipe: {error}") from error
+
+    def _check_online(self) -> None:
+        """ValueError for what online RL lacks."""
+        if not self.align.online:
+            return
+        if self.reward.path is None:
+            raise ValueError(f"align.methods={self.align.methods}: {self.align.online[0]} needs reward.path=...")
+        if self.rl.staleness and self.placement.is_colocated:
+            raise ValueError("rl.staleness=1 is for placement=split: in colocated, workers and ranks take turns")
+        try:
+            self.rl.recipe.accumulation(self.learner.ranks)
+        except ValueError as error:
+            raise ValueError(f"rl.recipe: {error}") from error
+        for resolution in self.resolutions:
+            schedule = schedule_for(resolution)
+            if self.rl.credit_scales and self.rl.credit_scales > len(schedule):
+                raise ValueError(
+                    f"rl.credit_scales={self.rl.credit_scales}: an image of {resolution} px has {len(schedule)} scales"
+                )
 
     def _check_overlap(self) -> None:
         if self.dpo.min_pairs is None:

@@ -236,7 +236,19 @@ def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeyp
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
     it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
     loop.align(it, Policy(""))
-    assert asked == [step for step in Step if control or "control" not in step]
+    online = ("grpo", "rft")
+    expected = [step for step in Step if not any(name in step for name in online)]
+    assert asked == [step for step in expected if control or "control" not in step]
+
+
+def test_methods_follow_each_other(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
+    settings = ["align.methods=[rft,grpo]", "reward.path=rewards.shapes:shapes_reward"]
+    policy, results = loop.align(stage_context(tmp_path, *settings), Policy(""))
+    assert asked[4:-1] == ["rft", "rft_swap", "after_rft", "grpo", "grpo_swap", "after_grpo"]
+    assert [path.parent.name for path in policy.weights] == ["iter-00-sft", "iter-00-rft", "iter-00-grpo"]
+    assert list(results["eval"]) == ["after_sft", "after_rft", "after_grpo"]
 
 
 def test_a_killed_stage_resumes_inside(finished):

@@ -16,6 +16,7 @@ from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.online import train_grpo, train_rft
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
@@ -37,7 +38,16 @@ def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
     policy = it.adopt(policy, Step.SFT)
     sft_swap = it.step(Step.SFT_SWAP, swap, policy, sft)
     after_sft = it.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)
+    results = {"resolution": it.resolution, "sft": {**sft, "swap": sft_swap}, "eval": {"after_sft": after_sft}}
+    for method in it.config.align.methods:
+        policy, found = METHODS[method](it, policy)
+        results |= found | {"eval": results["eval"] | found["eval"]}
+    it.step(Step.GRID, sample_grid)
+    return policy, results
 
+
+def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Align by DPO on pairs of samples and winners, as the paper does."""
     if it.config.dpo.min_pairs:
         rollout, pairs, dpo = sample_while_training(it, policy)
     else:
@@ -45,21 +55,12 @@ def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
         judged = it.step(Step.JUDGE, judge)
         pairs = it.step(Step.PAIR, pair, policy, judged)
         dpo = it.step(Step.DPO, train_dpo, policy)
-
-    after_control = run_control(it, policy) if it.config.dpo.control else None
+    control = run_control(it, policy) if it.config.dpo.control else None
     policy = it.adopt(policy, Step.DPO)
-    dpo_swap = it.step(Step.DPO_SWAP, swap, policy, dpo)
-    after_dpo = it.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
-    it.step(Step.GRID, sample_grid)
-    return policy, {
-        "resolution": it.resolution,
-        "sft": {**sft, "swap": sft_swap},
-        "rollout": rollout,
-        "pairs": pairs,
-        "dpo": {**dpo, "swap": dpo_swap},
-        "swap": dpo_swap,
-        "eval": {"after_sft": after_sft, "after_dpo": after_dpo, "sft_on_winners": after_control},
-    }
+    swapped = it.step(Step.DPO_SWAP, swap, policy, dpo)
+    after = it.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
+    results = {"rollout": rollout, "pairs": pairs, "dpo": {**dpo, "swap": swapped}, "swap": swapped}
+    return policy, results | {"eval": {"after_dpo": after, "sft_on_winners": control}}
 
 
 def run_control(it: StageContext, policy: Policy) -> dict:
@@ -68,6 +69,28 @@ def run_control(it: StageContext, policy: Policy) -> dict:
     controlled = it.adopt(policy, Step.CONTROL)
     it.step(Step.CONTROL_SWAP, swap, controlled, control)
     return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
+
+
+def run_grpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Align by GRPO on rewards of the policy's own images."""
+    grpo = it.step(Step.GRPO, train_grpo, policy)
+    policy = it.adopt(policy, Step.GRPO)
+    swapped = it.step(Step.GRPO_SWAP, swap, policy, grpo)
+    after = it.step(Step.AFTER_GRPO, evaluate, policy, Step.AFTER_GRPO)
+    return policy, {"grpo": {**grpo, "swap": swapped}, "eval": {"after_grpo": after}}
+
+
+def run_rft(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Align by rejection sampling: fine-tune on the better of the policy's own images."""
+    rft = it.step(Step.RFT, train_rft, policy)
+    policy = it.adopt(policy, Step.RFT)
+    swapped = it.step(Step.RFT_SWAP, swap, policy, rft)
+    after = it.step(Step.AFTER_RFT, evaluate, policy, Step.AFTER_RFT)
+    return policy, {"rft": {**rft, "swap": swapped}, "eval": {"after_rft": after}}
+
+
+METHODS = {"dpo": run_dpo, "rft": run_rft, "grpo": run_grpo}
+"""Alignment methods of an iteration, by the names in ``align.methods``."""
 
 
 def run_stage(it: StageContext, policy: Policy) -> tuple[Policy, dict]:

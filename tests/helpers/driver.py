@@ -54,7 +54,7 @@ class WorkersDouble:
     def find_unreadable(self, keys, side) -> list[Failure | None]:
         return [Failure(key, f"unreadable at {side}") if key == "bad" else None for key in keys]
 
-    def score(self, items, resolution) -> list[ImageScore]:
+    def score(self, items, resolution, tau=1.0) -> list[ImageScore]:
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
     def reply(self, texts, max_new_tokens) -> list[str | None]:

@@ -23,7 +23,7 @@ def sample_grid(it: StageContext) -> dict:
     """Compose the iteration's grid: the rows written so far, and the winners."""
     prompts = held_out_prompts(it, it.config.evaluation.grid)
     winners = [key for prompt in prompts if (key := it.source.winner_key(prompt))]
-    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, Step.AFTER_DPO, "winner"]
+    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, Step.AFTER_DPO, Step.AFTER_RFT, Step.AFTER_GRPO, "winner"]
     sources = {"winner": winners} if len(winners) == len(prompts) else {}
     return compose_grid(it, labels, [prompt.text for prompt in prompts], sources)
 

@@ -41,7 +41,13 @@ def closing_table(summary: dict) -> Table:
     table = Table(title="held-out prompts and pairs", title_justify="left")
     for column in ("iteration", "px", "policy", "score", "single object", "margin", "accuracy", "chosen log-prob"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
-    names = {"after_sft": "after SFT", "after_dpo": "after DPO", "sft_on_winners": "control: SFT on winners"}
+    names = {
+        "after_sft": "after SFT",
+        "after_dpo": "after DPO",
+        "after_rft": "after RFT",
+        "after_grpo": "after GRPO",
+        "sft_on_winners": "control: SFT on winners",
+    }
     for k, iteration in enumerate(summary["iterations"]):
         for key, name in names.items():
             if result := iteration["eval"].get(key):

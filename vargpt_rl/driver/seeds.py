@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     SAMPLES = 2
     HELD_OUT = 3
     SOURCES = 4
+    ONLINE = 5
 
 
 def seeds_for(count: int, *purpose: int) -> list[int]:

@@ -39,6 +39,12 @@ class Step(StrEnum):
     AFTER_CONTROL = "after_control"
     DPO_SWAP = "dpo_swap"
     AFTER_DPO = "after_dpo"
+    GRPO = "grpo"
+    GRPO_SWAP = "grpo_swap"
+    AFTER_GRPO = "after_grpo"
+    RFT = "rft"
+    RFT_SWAP = "rft_swap"
+    AFTER_RFT = "after_rft"
     GRID = "grid"
 
 
