@@ -26,7 +26,7 @@ from actors.resources import Placement
 from actors.transport import BroadcastTransfer
 from actors.weights import SwapReport, every
 from actors.worker import REPEATABLE, BaseWorker, Worker
-from actors.worker_group import State, WorkerGroup
+from actors.worker_group import AnyWorker, State, WorkerGroup
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt
 
@@ -56,7 +56,7 @@ class RolloutPool:
         *,
         progress: Progress | None = None,
         places: list[Place] | None = None,
-        kind: type[BaseWorker] = Worker,
+        kind: type[AnyWorker] = Worker,
         takes: Callable[[str], bool] = every,
         note: Note = unnoted,
     ):

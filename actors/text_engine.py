@@ -25,6 +25,8 @@ BATCH = 256
 class VllmWorker(BaseWorker):
     """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16."""
 
+    engine: VllmEngine
+
     def __init__(
         self,
         checkpoint: str,

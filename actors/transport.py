@@ -97,7 +97,7 @@ class AutoTransfer:
 class _ChunkServer:
     """Puts chunks of files into the object store and keeps the two requested last."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kept: OrderedDict[tuple[Path, int, str], ray.ObjectRef] = OrderedDict()
 
     def chunk(self, path: Path, names: list[str]) -> list[ray.ObjectRef]:
@@ -134,12 +134,15 @@ class BroadcastTransfer:
         host, port = self.address
         # A separate group: the process's default group, if any, has other members.
         store = dist.TCPStore(host, port, self.world, is_master=self.rank == 0, timeout=limit)
+        # torch's stubs derive both groups from Backend, not from ProcessGroup.
         if self.device == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
-            group: dist.ProcessGroup = dist.ProcessGroupNCCL(store, self.rank, self.world, options)
+            group: dist.ProcessGroup = dist.ProcessGroupNCCL(  # type: ignore[assignment]
+                store, self.rank, self.world, options
+            )
         else:
-            group = dist.ProcessGroupGloo(store, self.rank, self.world, limit)
+            group = dist.ProcessGroupGloo(store, self.rank, self.world, limit)  # type: ignore[assignment]
         for name, shape in self.layout.shapes.items():
             if self.rank == 0:
                 tensor = read(self.path, [name])[name].to(self.device).contiguous()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -79,19 +79,22 @@ class ImageScore:
 
 
 Parameters = ParamSpec("Parameters")
+Server = TypeVar("Server", bound="BaseWorker")
 Result = TypeVar("Result")
 
 
-def serving(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def serving(
+    method: Callable[Concatenate[Server, Parameters], Result],
+) -> Callable[Concatenate[Server, Parameters], Result]:
     """Decorate a method that needs the current weights: raise RuntimeError if stale, run without gradients."""
 
     @wraps(method)
-    def call(self: "BaseWorker", *args):
+    def call(self: Server, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if self.version < self.version_required:
             raise RuntimeError(f"stale worker: holds version {self.version}, needs {self.version_required}")
         point(f"worker/{method.__name__}")
         with torch.inference_mode():
-            return method(self, *args)
+            return method(self, *args, **kwargs)
 
     return call
 

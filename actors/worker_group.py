@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum, auto
 from math import inf
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -19,7 +19,6 @@ from actors.cluster import LOST, Note, Place
 from actors.config import RolloutConfig
 from actors.published import PublishedWeights
 from actors.resources import Placement
-from actors.worker import BaseWorker
 from vargpt_rl.data.images import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -45,6 +44,12 @@ class _Start(NamedTuple):
     since: float
 
 
+class AnyWorker(Protocol):
+    """All that a group asks of a worker to which no weights are published."""
+
+    def status(self) -> dict[str, int | str]: ...
+
+
 class WorkerGroup:
     """``plan.workers`` actors of class ``kind``, each in its one of ``places``, if given; its replacement too.
 
@@ -57,7 +62,7 @@ class WorkerGroup:
         config: RolloutConfig,
         plan: Placement,
         *,
-        kind: type[BaseWorker],
+        kind: type[AnyWorker],
         checkpoint: str,
         source: ImageSource,
         weights: PublishedWeights,
@@ -88,9 +93,12 @@ class WorkerGroup:
         """The calls that are running."""
         return list(self._running.values())
 
+    def _begun(self) -> list[Call | _Start]:
+        return [*self._running.values(), *self._starting.values()]
+
     def idle(self) -> list[ActorHandle]:
         """Workers that compute nothing."""
-        busy = {begun.worker for begun in (*self._running.values(), *self._starting.values())}
+        busy = {begun.worker for begun in self._begun()}
         return [worker for worker in self.handles if worker not in busy]
 
     def submit(self, worker: ActorHandle, job: BatchJob, batch: int, method: Callable, *args: Any) -> None:
@@ -105,7 +113,7 @@ class WorkerGroup:
         replaced here.
         """
         limit = self.config.call_timeout_s
-        ends = [begun.since + limit for begun in (*self._running.values(), *self._starting.values())]
+        ends = [begun.since + limit for begun in self._begun()]
         timeout = max(0.0, min([*ends, until]) - time.monotonic())
         ready, _ = ray.wait([*self._running, *self._starting], timeout=timeout)
         ended: list[tuple[Call, Outcome]] = []

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from actors.pool import RolloutPool
 from actors.resources import Placement
-from actors.worker import PromptedBits, Worker
+from actors.worker import Failure, PromptedBits, Worker
 from learners.jobs import DpoJob
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
@@ -68,7 +68,7 @@ class Idle:
     def __init__(self, *args, **options):
         pass
 
-    def status(self) -> dict:
+    def status(self) -> dict[str, int | str]:
         return {}
 
     def answer(self, items: list, size: int) -> list[bytes]:
@@ -161,6 +161,8 @@ def measure(session: Session, policy: Policy) -> Costs:
     micro_batch_s, step_s = train_costs(it, policy)
     swap_s, swap_byte_s, weight_bytes = swap_costs(it, policy)
     encoded = pool.run(Worker.encode, keys[:1], side)[0]
+    if isinstance(encoded, Failure):
+        raise RuntimeError(f"{encoded.key}: {encoded.reason}")
     return Costs(
         batch=batch,
         micro_batch=it.config.dpo.recipe.micro_batch,
