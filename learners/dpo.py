@@ -103,6 +103,7 @@ class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
 
     def _measure_scales(self, output: ScoredOutput, references_BK: torch.Tensor) -> None:
         """Margins (unweighted) and accuracies by scale."""
+        assert output.log_probs_BK is not None and output.accuracy_BK is not None  # a policy returns all scores
         references_Bk = references_BK[:, : output.log_probs_BK.shape[1]]
         chosen_PK, rejected_PK = (self.beta * (output.log_probs_BK - references_Bk)).chunk(2)
         chosen_hits_PK, rejected_hits_PK = output.accuracy_BK.chunk(2)

@@ -49,6 +49,7 @@ class RunningJob:
         """Wait for the end of the job; returns the main rank's result."""
         while waiting := self.look():
             ray.wait(waiting, timeout=0.5)
+        assert self.value is not None  # a job ends with a result or raises
         return self.value
 
 

@@ -14,7 +14,7 @@ Shape legend: N drawings, L image tokens, K scales, k trained scales.
 from collections import defaultdict
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from learners.config import RlConfig
 from learners.image_policy import RESHAPED_TOLERANCE
@@ -50,7 +50,7 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
         """Save a training checkpoint while waiting for a batch, unless no step was taken yet."""
         if self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control: TrainerControl = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         settings = self.settings

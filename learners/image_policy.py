@@ -4,13 +4,19 @@ Shape legend: B rows, T positions, L image tokens, s symbols a token (32 bits, o
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vargpt_rl.model.likelihood import scale_means, scale_sums, symbol_entropy, symbol_hits, symbol_log_probs
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.unified import VargptOutput, replayed
+from vargpt_rl.model.unified import Unified, VargptOutput, replayed
 from vargpt_rl.model.v1.modeling import VargptV1
+
+if TYPE_CHECKING:
+    from vargpt_rl.model.unified import Unified as MixedInto
+else:
+    MixedInto = object
 
 LOG_PROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest difference in nats accepted between the log-probabilities of an image under equal weights. These are sums
@@ -38,10 +44,10 @@ class ScoredOutput(VargptOutput):
     accuracy_BK: torch.Tensor | None = None
 
 
-class _ScoresImages:
+class _ScoresImages(MixedInto):
     """Mixin that makes a model return the log-probabilities of given image tokens."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # trainers call a policy with image tokens, never as a plain model
         self,
         input_ids,
         attention_mask,
@@ -61,7 +67,9 @@ class _ScoresImages:
         schedule = self.image_tokenizer.schedule_for(side)[:scales]
         symbols = self.config.image_tokenizer_config.symbols
         drawing = replayed(bits, (side, side), scales)
-        logits = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False).image_logits / tau
+        output = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False)
+        assert output.image_logits is not None  # a pass with a drawing returns them
+        logits = output.image_logits / tau
         log_probs_BLs = symbol_log_probs(logits, bits)
         hits_BLs = symbol_hits(logits, bits)
         log_probs_BL = log_probs_BLs.sum(-1, dtype=torch.float64)
@@ -92,4 +100,4 @@ class V1ImagePolicy(_ScoresImages, VargptV1):
     """v1 as a policy over image tokens."""
 
 
-POLICIES = {Vargpt: ImagePolicy, VargptV1: V1ImagePolicy}
+POLICIES: dict[type[Unified], type[Unified]] = {Vargpt: ImagePolicy, VargptV1: V1ImagePolicy}

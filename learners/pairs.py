@@ -33,7 +33,7 @@ class PairTable(torch.utils.data.Dataset):
         self.table = table
         self.parts = parts
         self.waited = 0.0
-        self.rows: Dataset | None = None
+        self.rows: Dataset
         self.ids: list[str] = []
         self.sizes: list[int] = []
         if table.exists():
@@ -70,8 +70,8 @@ class PairTable(torch.utils.data.Dataset):
     def _add(self, rows: Dataset) -> None:
         self.sizes.append(len(rows))
         if len(rows):
+            self.rows = concatenate_datasets([self.rows, rows]) if self.ids else rows
             self.ids += rows["pair_id"]
-            self.rows = rows if self.rows is None else concatenate_datasets([self.rows, rows])
 
 
 class PairOrder(Sampler[int]):

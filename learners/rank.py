@@ -125,7 +125,7 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob) -> dict:
+    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob | PolicyGradientJob) -> dict:
         output = job.output
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))

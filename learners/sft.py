@@ -59,6 +59,7 @@ class SftTrainer(Resumable, Trainer):
     @torch.no_grad()
     def _features(self, crops_NHW3: torch.Tensor) -> torch.Tensor:
         """Encode uint8 [N, H, W, 3] to float16 [N, d, h, w], as rollout workers do."""
+        assert self.image_tokenizer is not None  # without one no batch has crops
         images_N3HW = (
             (crops_NHW3.float() / 127.5 - 1).permute(0, 3, 1, 2).to(next(self.image_tokenizer.parameters()).dtype)
         )
@@ -86,6 +87,7 @@ class SftTrainer(Resumable, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.measured:
             now = time.perf_counter()
+            assert self.since is not None  # set by the first batch
             self.measured["data_wait"].append(self.waited / (now - self.since))
             self.waited, self.since = 0.0, now
             keys = sorted(self.measured)
