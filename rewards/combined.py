@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from omegaconf import OmegaConf
@@ -47,7 +48,7 @@ class Total(float):
         self.terms = terms
         return self
 
-    def __getnewargs__(self) -> tuple[float, dict[str, float]]:
+    def __getnewargs__(self) -> tuple[float, dict[str, float]]:  # type: ignore[override]  # __new__ takes two here
         return float(self), self.terms
 
 
@@ -94,7 +95,7 @@ class Running:
         rows = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
         return [weighted_sum(row, self.terms) for row in rows]
 
-    def report(self) -> dict[str, dict[str, object]]:
+    def report(self) -> dict[str, dict[str, Any]]:
         """Statistics so far, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
         return ray.get(self.server.report.remote())
 
@@ -112,7 +113,9 @@ def scorers(reward: Reward | Running) -> Iterator[Running]:
         terms, makes = reward.terms, reward.makes
     else:
         terms, makes = {"reward": RewardTerm("")}, {"reward": partial(_same, reward)}
-    server = RewardServer.remote(terms, {name: [ray.put(make)] for name, make in makes.items()})
+    server = RewardServer.remote(  # type: ignore[attr-defined]  # ray.remote adds it
+        terms, {name: [ray.put(make)] for name, make in makes.items()}
+    )
     try:
         yield Running(terms, server)
     finally:
@@ -131,7 +134,7 @@ def _term(name: str, fields: dict[str, object]) -> RewardTerm:
         if where.endswith(".py"):  # processes may run in other folders
             term.path = f"{Path(where).resolve()}{colon}{attribute}"
         if term.python:
-            _check_elsewhere(term)
+            _check_elsewhere(term, term.python)
         else:
             check_callable(load_plugin(term.path), term.options)
     except (OmegaConfBaseException, ImportError, ValueError) as error:
@@ -139,11 +142,11 @@ def _term(name: str, fields: dict[str, object]) -> RewardTerm:
     return term
 
 
-def _check_elsewhere(term: RewardTerm) -> None:
-    """Check the plug-in in the term's own environment, the only one where its imports work."""
-    if not Path(term.python).is_file():
-        raise ValueError(f"python={term.python}: there is no such file")
-    command = [term.python, "-c", CHECK, term.path, json.dumps(term.options)]
+def _check_elsewhere(term: RewardTerm, python: str) -> None:
+    """Check the plug-in in the environment of the interpreter ``python``, the only one where its imports work."""
+    if not Path(python).is_file():
+        raise ValueError(f"python={python}: there is no such file")
+    command = [python, "-c", CHECK, term.path, json.dumps(term.options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{term.python}: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"{python}: {done.stderr.strip().splitlines()[-1]}")

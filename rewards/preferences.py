@@ -30,8 +30,11 @@ RewardValue = float | None
 class ReferenceScore(Protocol):
     """An image's log-probability in nats: the sum over its bits, and its parts by scale."""
 
-    total: float
-    by_scale: list[float]
+    @property
+    def total(self) -> float: ...
+
+    @property
+    def by_scale(self) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def reward_gated(
     pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
     kept = []
     for pair in pairs:
+        # With rewards, external_winner drops pairs that lack one.
+        assert pair.chosen_reward is not None and pair.rejected_reward is not None
         ahead = pair.chosen_reward - pair.rejected_reward
         if ahead > margin:
             kept.append(pair)
@@ -219,10 +224,10 @@ def best_of_n(
     for sample, value in zip(samples, sample_rewards, strict=True):
         if pair_id(sample) in seen:
             dropped["duplicate pair id"] += 1
-        elif _scored(value) is None:
+        elif (reward := _scored(value)) is None:
             dropped["reward not scored"] += 1
         else:
-            groups[sample.prompt.id, sample.resolution].append((value, sample))
+            groups[sample.prompt.id, sample.resolution].append((reward, sample))
         seen.add(pair_id(sample))
     for group in groups.values():
         (most, best), (least, worst) = (extreme(group, key=itemgetter(0)) for extreme in (max, min))

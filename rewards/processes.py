@@ -78,7 +78,7 @@ class RewardStats:
         if message:
             self.errors.setdefault(reason, message)
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """The counts as JSON."""
         return {
             "scored": self.scored,
@@ -151,7 +151,9 @@ class RewardQueue:
             self.starts += 1
             self.stats.restarts = self.starts - 1
             env = {"runtime_env": {"py_executable": self.term.python}} if self.term.python else {}
-            self.process = RewardProcess.options(**env).remote(self.make[0])
+            self.process = RewardProcess.options(**env).remote(  # type: ignore[attr-defined]  # ray.remote adds it
+                self.make[0]
+            )
             try:
                 await self._answer(self.process.load.remote(), START_S)
             except RewardLost as lost:
@@ -208,6 +210,6 @@ class RewardServer:
         values = await asyncio.gather(*(queue.score(pngs[0], prompts) for queue in self.queues.values()))
         return dict(zip(self.queues, values, strict=True))
 
-    async def report(self) -> dict[str, dict[str, object]]:
+    async def report(self) -> dict[str, dict[str, Any]]:
         """Every reward's statistics so far."""
         return {name: queue.stats.report() for name, queue in self.queues.items()}

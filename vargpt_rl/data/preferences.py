@@ -140,7 +140,7 @@ def count_rows(table: Path) -> int:
     return pq.read_metadata(table).num_rows
 
 
-def join_parts(table: Path, parts: list[Path]) -> dict[str, object]:
+def join_parts(table: Path, parts: list[Path]) -> dict[str, Any]:
     """Write the table of these parts, which stay. Return its origin: the sums of theirs, and the rows of each.
 
     Raises ValueError if no part has a row.

@@ -131,10 +131,14 @@ def make_source(
         return records_source(config, stream, prompts, quarantine)
     if config.data.kind == "shapes":
         return ShapesSource(ShapesConfig())
+    captions = config.data.captions
+    images = config.data.images
+    winners = config.preference.winners
+    assert captions is not None and images is not None and winners is not None  # checked with the settings
     captioned = CaptionedConfig(
-        captions=config.data.captions,
-        images=config.data.images,
-        winners=config.preference.winners,
+        captions=captions,
+        images=images,
+        winners=winners,
         held_out_fraction=config.data.held_out_fraction,
     )
     return CaptionedSource(captioned, quarantine)
@@ -210,4 +214,5 @@ def records_source(
     sizes = [config.at_resolution(resolution).evaluation for resolution in config.resolutions]
     count = max(max(size.prompts, size.grid) for size in sizes)
     held_out = held_out_of(stream, count, config.directory / "held_out")
+    assert config.preference.winners is not None  # checked with the settings
     return RecordsSource(prompts, Path(config.preference.winners), held_out, quarantine)

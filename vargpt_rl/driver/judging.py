@@ -33,8 +33,7 @@ def judge(it: StageContext) -> dict:
     if it.inputs.reward is None:
         return {}
     rollouts = read_rollouts(it.rollouts / SAMPLES)
-    with running(it.inputs.reward) as reward:
-        values, report = score(it, rollouts.images, reward)
+    values, report = score(it, rollouts.images, it.inputs.reward)
     write_rewards(it.rollouts / REWARDS, values)
     return report
 

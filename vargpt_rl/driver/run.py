@@ -8,8 +8,9 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal, cast
 
 import pandas as pd
 import wandb
@@ -108,7 +109,7 @@ class Run:
         """Also send metrics to wandb. Its own files lie in the run directory; WANDB_DATA_DIR moves those of tables."""
         os.environ.setdefault("WANDB_DATA_DIR", str(self.directory.resolve() / "wandb"))
         self.tracker = wandb.init(
-            mode=mode,
+            mode=cast(Literal["offline", "online", "disabled"], mode),  # the settings allow no other
             project=project,
             name=self.directory.name,
             dir=self.directory,
@@ -152,7 +153,7 @@ class Run:
         """Seconds spent on this run, without the time between an interruption and the next start."""
         return time.time() - self.began
 
-    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]], labels: Labels) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, float | list[float] | None], labels: Labels) -> None:
         """Append a line to ``metrics.jsonl``; send all but lists to wandb under ``stage/``."""
         line = {"time": time.time(), **labels, "stage": stage, "step": step, **metrics}
         with (self.directory / METRICS).open("a") as file:

@@ -144,7 +144,10 @@ def _with_own_replies(it: StageContext, prompts: list[Prompt]) -> list[Prompt]:
     said = dict(zip(texts, replies, strict=True))
     template = sum(said[prompt.text] is None for prompt in plain)
     it.log("reply", it.pool.version, {"generated": len(plain) - template, "template": template})
-    return [p if p.shown is not None or said[p.text] is None else replace(p, reply=said[p.text]) for p in prompts]
+    return [
+        prompt if prompt.shown is not None or (reply := said[prompt.text]) is None else replace(prompt, reply=reply)
+        for prompt in prompts
+    ]
 
 
 def encode_winners(it: StageContext, prompts: list[Prompt]) -> dict[str, Winner]:

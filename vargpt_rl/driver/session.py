@@ -5,7 +5,7 @@
 what changes during a run is on disk (`vargpt_rl.driver.run`) or in the workers (`vargpt_rl.driver.weights`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -131,7 +131,7 @@ class StageContext:
         """Load ``policy`` into the workers; return version, bytes, seconds."""
         return self.session.weights.swap_to(policy, self.log)
 
-    def log(self, stage: str, step: int, metrics: dict[str, float | list[float]]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, float | list[float] | None]) -> None:
         """Log metrics under this iteration and resolution."""
         self.run.log(stage, step, metrics, self.labels)
 
