@@ -128,6 +128,7 @@ def training_table(training: list[TrainingMemory]) -> Table:
     table = _table("a learner rank, in GiB", ["stage", "px", "batch", "ZeRO"], right)
     for need in training:
         recipe = need.recipe
+        assert need.otherwise is not None  # the plan computes both choices
         by_choice = {recipe.gradient_checkpointing: need.activations, not recipe.gradient_checkpointing: need.otherwise}
         activations = [
             f"{by_choice[choice] / GIB:.2f}{'*' * (choice == recipe.gradient_checkpointing)}"

@@ -89,6 +89,13 @@ def stepper(model: Vargpt, chat: ChatFormat) -> Callable[[list[str], np.ndarray]
     return step
 
 
+def stored(cache: FeatureCache, digest: str) -> np.ndarray:
+    """Read the features of an image's only crop."""
+    features_dhw = cache.get(digest, 1)
+    assert features_dhw is not None  # every crop was encoded
+    return features_dhw
+
+
 def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int = ROUNDS) -> EncodeResult:
     """Encode ``images`` and train on them: ``rounds`` steps each way, after one that is not counted."""
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32)
@@ -112,7 +119,7 @@ def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int
             texts = [captions[i] for i in chosen]
 
             began = time.perf_counter()
-            read_Bdhw = np.stack([cache.get(digest, 1) for digest in names])
+            read_Bdhw = np.stack([stored(cache, digest) for digest in names])
             step(texts, read_Bdhw)
             between = time.perf_counter()
             computed_Bdhw = features_of(model.image_tokenizer, crops, micro_batch, torch.device("cpu"))

@@ -9,8 +9,8 @@ tensors is measured. Exit code 1 if an estimate is off by more than 15 %.
 import os
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.stages import STAGES, freeze
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 TOLERANCE = 0.15
 TEXT = 32
@@ -105,7 +108,7 @@ def estimate(case: Case) -> int:
     return need.total - RUNTIME
 
 
-def real_loss(case: Case, model: Callable, module: Vargpt, resolution: int) -> torch.Tensor:
+def real_loss(case: Case, model: "Vargpt | DeepSpeedEngine", module: Vargpt, resolution: int) -> torch.Tensor:
     """Compute the learner's loss of ``model``, which is ``module`` or DeepSpeed's engine around it."""
     inputs = batch(module, case.rows, case.rows, resolution, text=TEXT)
     stage = STAGES[case.stage]
@@ -147,7 +150,7 @@ def measure_torch(case: Case) -> int:
 class LiveTensors(TorchDispatchMode):
     """Adds up the storages of live CPU tensors: ``live`` bytes now, ``peak`` bytes at most."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0

@@ -133,7 +133,8 @@ def bench(settings: TransferSettings) -> int:
                     sizes = f"{needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free"
                     console.print(f"skipped: {gigabytes:g} GB to {number} receivers needs {sizes}")
                     continue
-                receivers = [Receiver.remote(layout) for _ in range(number)]
+                start = Receiver.remote  # type: ignore[attr-defined]  # ray.remote adds it
+                receivers = [start(layout) for _ in range(number)]
                 ray.get([receiver.first.remote() for receiver in receivers])
                 for kind in ("shared file", "object store", "broadcast"):
                     copied = plain_copy(layout.bytes)

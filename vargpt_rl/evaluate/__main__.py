@@ -7,7 +7,9 @@ keys scores the result. Exit codes: 0 done, 1 failed, 2 a setting or an input is
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Protocol
 
 from vargpt_rl.common.command import run_command
 from vargpt_rl.evaluate.dpg import DpgBench
@@ -16,7 +18,7 @@ from vargpt_rl.evaluate.fid import FrechetDistance
 from vargpt_rl.evaluate.geneval import GenEval
 from vargpt_rl.evaluate.geneval2 import GenEval2
 from vargpt_rl.evaluate.questions import QuestionFile
-from vargpt_rl.evaluate.report import Scores, write_report
+from vargpt_rl.evaluate.report import Column, Scores, write_report
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.scorers import clip_score, hps
 from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
@@ -24,7 +26,23 @@ from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.evaluate.understanding import Understanding
 from vargpt_rl.inference.images import make_folder
 
-BENCHMARKS = {
+
+class Measurement(Protocol):
+    """A benchmark with its inputs, read and checked."""
+
+    @property
+    def columns(self) -> list[Column]: ...
+
+    def make(self, model: EvaluatedModel) -> None:
+        """Generate what is scored: this process's part of it."""
+        ...
+
+    def score(self, model: EvaluatedModel) -> Scores:
+        """Score what every process has generated."""
+        ...
+
+
+BENCHMARKS: dict[Benchmark, Callable[[EvaluateConfig], Measurement]] = {
     Benchmark.shapes: Shapes,
     Benchmark.geneval: GenEval,
     Benchmark.geneval2: GenEval2,

@@ -40,6 +40,7 @@ class DpgBench:
         if height != width:
             raise ValueError(f"aspect={config.aspect}: benchmark=dpg needs square images, expected 1:1")
         self.config = config
+        assert config.prompts is not None  # `EvaluateConfig` requires it for this benchmark
         self.folder = Path(config.prompts)
         self.prompts, self.bad = self._read()
         self.requests = [

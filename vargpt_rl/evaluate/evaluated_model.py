@@ -28,11 +28,11 @@ Look = Callable[[str], Image.Image]
 
 
 class ImageRequest(NamedTuple):
-    """An image to generate. Its seed follows from ``index`` and ``number``; ``image`` names an image to edit."""
+    """An image to generate. Its seed follows from ``item`` and ``number``; ``image`` names an image to edit."""
 
     file: str
     prompt: str
-    index: int
+    item: int
     number: int = 0
     image: str | None = None
 

@@ -46,6 +46,7 @@ class FrechetDistance:
         if len(self.prompts) < 2:
             raise ValueError(f"prompts={config.prompts}: expected 2 prompts or more, got {len(self.prompts)}")
         self.requests = image_of_each(self.prompts)
+        assert config.weights is not None and config.reference is not None  # `EvaluateConfig` requires both for fid
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.network = load_network(config.weights, self.device)
         self.reference = None if config.num_shards > 1 else self._reference(Path(config.reference))
@@ -67,6 +68,7 @@ class FrechetDistance:
         model.draw(self.requests)
 
     def score(self, model: EvaluatedModel) -> Scores:
+        assert self.reference is not None  # only shards lack it, and they score nothing
         drawn = self.statistics(model.paths(self.requests), model.name)
         counts = {"images": len(self.requests), "bad_prompts": self.bad}
         notes = [f"FID of {len(self.requests)} images: with fewer than about {FEW:,} it is biased upwards."]

@@ -37,6 +37,7 @@ class QuestionFile:
 
     def __init__(self, config: EvaluateConfig):
         self.config = config
+        assert config.images is not None  # `EvaluateConfig` requires it for this benchmark
         self.folder = Path(config.images)
         if not self.folder.is_dir():
             raise ValueError(f"images={config.images}: expected a folder of images")

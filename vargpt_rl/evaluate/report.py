@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,7 @@ class Scores:
     """Standard errors of the metrics that have one."""
     counts: dict[str, int] = field(default_factory=dict)
     """Numbers of images, questions and so on that the metrics are computed from."""
-    details: dict[str, object] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     """Further results, for the JSON file only."""
     notes: list[str] = field(default_factory=list)
     """Remarks below the table."""

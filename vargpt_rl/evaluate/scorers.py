@@ -25,6 +25,7 @@ BATCH = 16  # images that are scored at once
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[str], int]:
     """Read the first ``limit`` prompts and count bad lines. ValueError for too many bad lines or no prompt."""
+    assert config.prompts is not None  # `EvaluateConfig` requires it for this benchmark
     quarantine = quarantine_of(config)
     before = quarantine.lost
     try:

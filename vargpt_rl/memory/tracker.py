@@ -200,7 +200,7 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 def _signature(values) -> tuple:
     """Return all that the result of a call without data depends on."""
-    parts = []
+    parts: list[object] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             parts.append((value.shape, value.stride(), value.dtype, value.device))

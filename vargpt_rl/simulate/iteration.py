@@ -5,7 +5,7 @@ writes a part of the preference table, it does nothing else. As in ``learners.pa
 steps that matches the share of finished parts. If processes share CPU cores, each computation holds one.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass
 from math import ceil
@@ -69,7 +69,7 @@ class _Simulation:
         self.env = simpy.Environment()
         self.driver = simpy.Resource(self.env)
         self.cores = simpy.Resource(self.env, machine.cores) if machine.cores else None
-        self.busy: Counter[str] = Counter()
+        self.busy: dict[str, float] = defaultdict(float)
         self.served: Counter[str] = Counter()
         self.rounds = max(1, ceil(work.prompts / (work.min_pairs or work.prompts)))
         self.parts = [self.env.event() for _ in range(self.rounds)]
