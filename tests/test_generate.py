@@ -7,6 +7,7 @@ from PIL import Image
 
 from vargpt_rl import generate
 from vargpt_rl.generate import main
+from vargpt_rl.inference import images
 from vargpt_rl.inference.images import ASPECTS, RECORDS, image_size
 from vargpt_rl.model.scales import SCHEDULES, schedule_for
 
@@ -71,7 +72,8 @@ def test_names_of_files_do_not_come_from_prompts(command, tmp_path):
 
 def test_an_interrupted_run_goes_on(command, prompts, tmp_path, monkeypatch, capsys):
     assert command(f"prompts={prompts}", "batch_size=1", out="whole") == 0
-    draw_batch, calls = generate.draw_batch, []
+    draw_batch = images.draw_batch
+    calls = []
 
     def fail_the_second_time(*arguments):
         calls.append(arguments)
@@ -79,7 +81,7 @@ def test_an_interrupted_run_goes_on(command, prompts, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(generate, "draw_batch", fail_the_second_time)
+    monkeypatch.setattr(images, "draw_batch", fail_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         command(f"prompts={prompts}", "batch_size=1")
     assert len(records(tmp_path / "out")) == len(files(tmp_path / "out")) == 1
