@@ -75,6 +75,7 @@ def _train_online(it: StageContext, policy: Policy, step: Step, ratio: bool) -> 
     totals: Counter[str] = Counter()
     means: list[float] = []
     with running(it.inputs.reward) as reward:
+        assert reward is not None, "the settings require a reward for online methods"
         for number in range(math.ceil(settings.recipe.steps / settings.updates)):
             path = batch_path(batches, number)
             if path.exists():  # drawn before an interruption
