@@ -68,7 +68,7 @@ def test_a_reservation_holds_all_processes(cluster, kind):
 
 def test_reserve_fails_in_time_without_room(cluster):
     decided = plan([{"CPU": 8.0}], RolloutConfig(workers=2), ranks=2)
-    with pytest.raises(RuntimeError, match=r"no room for .*'CPU': 2.0.* on nodes of .*'CPU': 4.0.* in 1 s"):
+    with pytest.raises(RuntimeError, match=r"no room for .*'CPU': 2.0.* on nodes with .*'CPU': 4.0.* within 1 s"):
         reserve(decided, 1)
 
 
