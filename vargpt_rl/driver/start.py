@@ -1,7 +1,5 @@
 """Start of a run: settings and inputs checked, workers and learner ranks placed and started."""
 
-import logging
-
 import ray
 from omegaconf import OmegaConf
 
@@ -19,8 +17,6 @@ from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(arguments: list[str]) -> tuple[LoopConfig, Inputs, Run]:

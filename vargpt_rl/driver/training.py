@@ -1,6 +1,5 @@
 """Training: the learner jobs of each stage, from the policy so far, and the swap of their weights into the workers."""
 
-import logging
 import shutil
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,6 @@ from vargpt_rl.model.scales import token_count
 from vargpt_rl.stages import STAGES, Learns, Stage
 from vargpt_rl.storage.checkpoint import Policy
 
-logger = logging.getLogger(__name__)
 Dataset = list[Record] | RecordStream
 
 
