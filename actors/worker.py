@@ -210,10 +210,13 @@ class Worker(BaseWorker):
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
         size = (resolution, resolution)
-        labels_BLs = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen).labels_BLs
+        drawn = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen)
+        settings = asdict(sampling)
         return [
-            Sample(prompt, bits, resolution, seed, asdict(sampling), self.version, checkpoint)
-            for (prompt, seed), bits in zip(jobs, self._packed(labels_BLs), strict=True)
+            Sample(prompt, bits, resolution, seed, settings, self.version, checkpoint, log_probs)
+            for (prompt, seed), bits, log_probs in zip(
+                jobs, self._packed(drawn.labels_BLs), drawn.log_probs_BK.tolist(), strict=True
+            )
         ]
 
     @serving

@@ -113,6 +113,11 @@ def test_score_is_the_teacher_forced_log_prob(shared, drawn, schedule):
         assert all(0 <= hits <= 1 for hits in score.hits_by_scale)
 
 
+def test_samples_carry_the_log_probs_they_are_scored_with(shared, samples, drawn):
+    for sample, score in zip(samples, shared.score(drawn, SIDE, SAMPLING.tau), strict=True):
+        assert sample.log_probs == pytest.approx(score.by_scale, abs=1e-4)  # rounding of sums over up to 2,048 bits
+
+
 def test_score_alone_equals_score_in_a_batch(shared, drawn):
     together = shared.score(drawn, SIDE)
     alone = [shared.score([item], SIDE)[0] for item in drawn]

@@ -88,7 +88,7 @@ def test_a_batch_carries_what_the_learner_needs(tmp_path, rewards, kl, reference
     rows = read_policy_batch(tmp_path / "batch.parquet")
     assert [row["advantage"] for row in rows] == batch.advantages
     assert {row["learner_step"] for row in rows} == {2} and {row["tau"] for row in rows} == {0.5}
-    assert rows[0]["old_by_scale"] == [-1.0] and rows[0]["reference_by_scale"] == reference
+    assert rows[0]["old_by_scale"] == [-2.0] and rows[0]["reference_by_scale"] == reference
     assert json.loads(rows[0]["sampling"]) == {}
 
 

@@ -45,7 +45,7 @@ class WorkersDouble:
         return self.probed
 
     def generate_images(self, jobs, resolution, sampling, name) -> list[Sample]:
-        return [Sample(p, seed.to_bytes(8), resolution, seed, {}, self.version, name) for p, seed in jobs]
+        return [Sample(p, seed.to_bytes(8), resolution, seed, {}, self.version, name, [-2.0]) for p, seed in jobs]
 
     def encode(self, keys, resolution) -> list[EncodedImage | Failure]:
         features = np.zeros((4, 2, 2), np.float16)

@@ -19,6 +19,7 @@ from vargpt_rl.data.shapes import sample_scene
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
 from vargpt_rl.model.generate import GeneratedImages, SamplingConfig, draw_bits, generate_images
 from vargpt_rl.model.hub import EMBEDDED
+from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.model.scales import STRIDE, schedule_for
@@ -46,6 +47,7 @@ def redraw(
     summed_Bdhw = torch.zeros(len(seeds), depth, *schedule[-1])
     inputs = [torch.zeros(len(seeds), 0, depth)]
     bits = []
+    log_probs = []
     for k, grid in enumerate(schedule):
         inputs_BLd = torch.cat(inputs, dim=1)
         pads_BL = input_ids_BT.new_full((len(seeds), 1 + inputs_BLd.shape[1]), model.config.image_gen_pad_token_id)
@@ -55,10 +57,11 @@ def redraw(
         drawing = Drawing(inputs_BLd, (grid[0] * STRIDE, grid[1] * STRIDE))
         logits = model(ids, mask, drawing=drawing, text_logits=False).image_logits[:, -grid[0] * grid[1] :]
         bits.append(draw_bits(logits / sampling.tau, sampling, generators))
+        log_probs.append(image_log_probs(bit_log_probs(logits / sampling.tau, bits[-1])))
         summed_Bdhw = summed_Bdhw + resize(to_map(to_codes(bits[-1]), grid), schedule[-1])
         if k + 1 < len(schedule):
             inputs.append(to_tokens(resize(summed_Bdhw, schedule[k + 1])))
-    return GeneratedImages(torch.cat(bits, 1), summed_Bdhw)
+    return GeneratedImages(torch.cat(bits, 1), summed_Bdhw, torch.stack(log_probs, 1))
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class Sample:
     sampling: dict[str, float] = field(hash=False)
     version: int
     checkpoint: str
+    log_probs: list[float] = field(default_factory=list, hash=False)
+    """Log-probability by scale that the policy gave the image when it drew it, in nats: of the logits divided by tau,
+    without guidance. Not kept in tables."""
 
 
 @dataclass(frozen=True)

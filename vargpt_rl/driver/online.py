@@ -197,12 +197,11 @@ def _draw_groups(
 def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, scored: bool) -> list[dict]:
     """Return the drawings as rows of a batch, with log-probabilities under the sampler, and the reference if needed."""
     tau = it.config.sampling.tau
-    items = [(sample.prompt, sample.bits) for sample in batch.samples]
-    size = it.config.rl.recipe.micro_batch
-    old = it.pool.run(Worker.score, items, it.resolution, tau, batch_size=size) if scored else None
     reference = None
     if it.config.rl.kl:
         it.swap_to(policy)
+        items = [(sample.prompt, sample.bits) for sample in batch.samples]
+        size = it.config.rl.recipe.micro_batch
         reference = it.pool.run(Worker.score, items, it.resolution, tau, batch_size=size)
     return [
         {
@@ -218,7 +217,7 @@ def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, sco
             "learner_step": learned,
             "reward": batch.rewards[i],
             "advantage": batch.advantages[i],
-            "old_by_scale": old[i].by_scale if old else None,
+            "old_by_scale": sample.log_probs if scored else None,
             "reference_by_scale": reference[i].by_scale if reference else None,
         }
         for i, sample in enumerate(batch.samples)

@@ -9,7 +9,8 @@ own seed, so it does not depend on the rest of the batch; caches are kept in a s
 may contain any number of generated images.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
-scale, L image tokens, d bits or s symbols per token, D logits per token, C decoder width, H language-model width.
+scale, K scales, L image tokens, d bits or s symbols per token, D logits per token, C decoder width, H language-model
+width.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 from transformers import DynamicCache
 
 from vargpt_rl.model.decoder import DecoderContext, ScaleCache
+from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
 from vargpt_rl.model.multiscale import Symbols
 from vargpt_rl.model.scales import scale_slices
 from vargpt_rl.model.unified import Unified
@@ -54,6 +56,8 @@ class GeneratedImages(NamedTuple):
     """Integers."""
     summed_Bdhw: torch.Tensor
     """Sum of the codes, which decodes to the images."""
+    log_probs_BK: torch.Tensor
+    """Log-probability of each scale's labels in nats, float64: of the logits divided by tau, without guidance."""
 
 
 def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
@@ -188,20 +192,23 @@ def draw_scales(
     decoder_cache = ScaleCache(model.config.decoder_config.depth)
     words_MnC = condition.start_N1C
     labels: list[torch.Tensor] = []
+    log_probs: list[torch.Tensor] = []
     summed = None
     for k, at in enumerate(slices):
         y_MnC = model.projector_out(model.drawing_states(reading, model.projector_in(words_MnC), generators))
         logits = decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at) / sampling.tau
+        unguided_BnD = logits[:batch]
         if guided:
             logits = model.guide(logits, sampling.cfg, k / max(len(schedule) - 1, 1))
         labels.append(draw_labels(logits, symbols, sampling, generators))
+        log_probs.append(image_log_probs(symbol_log_probs(unguided_BnD, labels[-1])))
         added = tokenizer.addend(labels[-1], schedule, k, words_MnC.dtype)
         summed = added if summed is None else summed + added
         if k + 1 < len(schedule):
             inputs_BnD = tokenizer.inputs(summed, schedule[k + 1])
             words_MnC = decoder.words(inputs_BnD, slices[k + 1]).repeat(1 + guided, 1, 1)
     assert summed is not None  # a schedule has at least one scale
-    return GeneratedImages(torch.cat(labels, 1), summed)
+    return GeneratedImages(torch.cat(labels, 1), summed, torch.stack(log_probs, 1))
 
 
 @torch.inference_mode()
