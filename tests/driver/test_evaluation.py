@@ -50,7 +50,7 @@ def scored(tmp_path, monkeypatch):
         it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
         if not exact:
             it.inputs.source.image_check = lambda: None
-        return score_images(it, samples)
+        return score_images(it, samples)[0]
 
     return score
 
@@ -64,11 +64,12 @@ def test_the_exact_check_scores_with_the_judge_beside_it(scored):
 
 
 def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):
-    judged = {"overall": 0.5, "overall_stderr": pytest.approx(0.5), "n": 2, "unscored": 1}
-    assert scored(SAMPLES, training_reward, judge, exact=False) == judged
-    assert scored(SAMPLES, None, judge, exact=False) == judged
-    alone = {"overall": 1.0, "overall_stderr": 0.0, "n": 3, "unscored": 0}
-    assert scored(SAMPLES, training_reward, exact=False) == alone
+    judged = scored(SAMPLES, training_reward, judge, exact=False)
+    assert (judged["overall"], judged["n"], judged["unscored"]) == (0.5, 2, 1)
+    assert (judged["judge"], judged["reward"], judged["reward_n"]) == (0.5, 1.0, 3), "the training reward is beside it"
+    assert scored(SAMPLES, None, judge, exact=False)["overall"] == 0.5
+    alone = scored(SAMPLES, training_reward, exact=False)
+    assert (alone["overall"], alone["overall_stderr"], alone["n"], alone["unscored"]) == (1.0, 0.0, 3, 0)
     assert scored(SAMPLES, exact=False) == {"n": 3}
 
 

@@ -193,11 +193,16 @@ class ShapesCheck:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[ImageVerdict]:
         return [check(image, prompt.text) for image, prompt in zip(images, prompts, strict=True)]
 
+    def values(self, verdicts: Sequence[ImageVerdict]) -> list[float]:
+        """Return 1 for each correct image, else 0."""
+        return [float(verdict.correct) for verdict in verdicts]
+
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[ImageVerdict]) -> dict[str, float]:
         """Share of correct images over all ("overall", with its standard error) and by task."""
         by_task = defaultdict(list)
-        for prompt, verdict in zip(prompts, verdicts, strict=True):
-            by_task[shapes.parse(prompt.text).task].append(float(verdict.correct))
-        overall, error = mean_and_error([float(verdict.correct) for verdict in verdicts])
+        values = self.values(verdicts)
+        for prompt, value in zip(prompts, values, strict=True):
+            by_task[shapes.parse(prompt.text).task].append(value)
+        overall, error = mean_and_error(values)
         tasks = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
         return {"overall": overall, "overall_stderr": error, "n": len(verdicts), **tasks}

@@ -40,6 +40,9 @@ class ImageCheck(Protocol):
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Any]:
         """Judge each image against its prompt: a `Verdict` each."""
 
+    def values(self, verdicts: Sequence[Any]) -> list[float]:
+        """Return each verdict as a number, 1 for right; their mean is "overall" of `scores`."""
+
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[Any]) -> dict[str, float]:
         """Return held-out measures, among them "overall", its standard error "overall_stderr", and the count "n"."""
 

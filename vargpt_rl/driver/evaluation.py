@@ -18,9 +18,13 @@ from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_
 from vargpt_rl.driver.sampling import encode_winners, generate
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
+from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores, write_scores
 from vargpt_rl.stages import STAGES, Measure
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import keep_best
+
+BASELINES = {Step.AFTER_SFT: "sft", Step.CONTROL: "control"}
+"""Moments that later ones are compared with, image by image, and their names in results."""
 
 
 def draw_before(it: StageContext, policy: Policy) -> dict:
@@ -36,7 +40,11 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
-    result = score_images(it, samples)
+    result, images = score_images(it, samples)
+    write_scores(it.scores(moment), images)
+    for baseline, name in BASELINES.items():
+        if moment != baseline and (gain := paired_gain(images, read_scores(it.scores(baseline)))):
+            result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     if moment == Step.AFTER_SFT:
         rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
         size = it.config.rollout.batch_size
@@ -99,7 +107,7 @@ def draw(it: StageContext, policy: Policy) -> dict:
         return {}
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    return score_images(it, generate(it, prompts, held_out_seeds(it, len(prompts)), it.name))
+    return score_images(it, generate(it, prompts, held_out_seeds(it, len(prompts)), it.name))[0]
 
 
 def answer_questions(it: StageContext, policy: Policy) -> dict[str, float]:
@@ -164,31 +172,49 @@ def preference_metrics(it: StageContext) -> dict[str, float]:
     )
 
 
-def score_images(it: StageContext, samples: list[Sample]) -> dict:
-    """Score held-out images: by the source's exact check, with the judge's mean beside it.
+def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[ScoredImage]]:
+    """Score held-out images by everything that can: the source's exact check, the judge and the training reward.
 
-    Without an exact check, by the mean of the judge, or of the training reward if there is no judge.
+    "overall" is the exact check's mean if there is one, else the judge's, else the reward's. Returns the means, and the
+    scores of each image.
     """
     items: list[PromptedBits] = [(sample.prompt, sample.bits) for sample in samples]
-    judge = it.inputs.judge
-    if check := it.source.image_check():
-        scores = _checked(it, items, check)
-        if judge:
-            scores["judge"], scores["judge_stderr"], scores["judge_n"] = _mean_reward(it, items, judge)
-        return scores
-    reward = judge or it.inputs.reward
-    if reward is None:
-        return {"n": len(samples)}
-    mean, error, count = _mean_reward(it, items, reward)
-    return {"overall": mean, "overall_stderr": error, "n": count, "unscored": len(samples) - count}
+    check = it.source.image_check()
+    means: dict = {"n": len(samples)}
+    verdicts = it.pool.run(Worker.check, items, it.resolution, check) if check else []
+    found: dict[str, list[float | None]] = {}
+    for name, plugin in (("judge", it.inputs.judge), ("reward", it.inputs.reward)):
+        if plugin:
+            found[name] = score(it, items, plugin)[0]
+            means |= _means(name, found[name])
+    if check:
+        means |= check.scores([prompt for prompt, _ in items], verdicts)
+        found["score"] = list(check.values(verdicts))
+    elif found:
+        found["score"] = next(iter(found.values()))
+        values = [value for value in found["score"] if value is not None]
+        means["overall"], means["overall_stderr"] = mean_and_error(values)
+        means |= {"n": len(values), "unscored": len(samples) - len(values)}
+    nothing: list[float | None] = [None] * len(samples)
+    columns = {name: found.get(name, nothing) for name in ("score", "judge", "reward")}
+    return means, [
+        ScoredImage(
+            prompt_id=sample.prompt.id,
+            prompt=sample.prompt.text,
+            seed=sample.seed,
+            **{name: values[i] for name, values in columns.items()},
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def _means(name: str, values: list[float | None]) -> dict[str, float]:
+    """Return mean, standard error and number of the images that were scored."""
+    scored = [value for value in values if value is not None]
+    mean, error = mean_and_error(scored)
+    return {name: mean, f"{name}_stderr": error, f"{name}_n": len(scored)}
 
 
 def _checked(it: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:
     """Return the scores of an exact check, which runs in the workers."""
     return check.scores([prompt for prompt, _ in items], it.pool.run(Worker.check, items, it.resolution, check))
-
-
-def _mean_reward(it: StageContext, items: list[PromptedBits], reward) -> tuple[float, float, int]:
-    """Return the mean of a reward over the images that it scores, its standard error, and their number."""
-    values = [value for value in score(it, items, reward)[0] if value is not None]
-    return *mean_and_error(values), len(values)

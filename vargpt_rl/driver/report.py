@@ -18,6 +18,11 @@ def _measure(result: dict | None) -> str:
     return "-"
 
 
+def _gain(result: dict, key: str) -> str:
+    """Format a paired difference with its standard error."""
+    return f"{result[key]:+.3f} ± {result[f'{key}_stderr']:.3f}" if key in result else "-"
+
+
 def stage_table(stages: dict[str, dict]) -> Table:
     """Return the results of the stages before and after the iterations."""
     table = Table(title="stages", title_justify="left")
@@ -39,7 +44,7 @@ def stage_table(stages: dict[str, dict]) -> Table:
 def closing_table(summary: dict) -> Table:
     """Return the results of each stage of each iteration on held-out prompts and pairs."""
     table = Table(title="held-out prompts and pairs", title_justify="left")
-    for column in ("iteration", "px", "policy", "score", "single object", "margin", "accuracy", "chosen log-prob"):
+    for column in ("iteration", "px", "policy", "score", "over SFT", "over control", "reward", "margin", "accuracy"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     names = {
         "after_sft": "after SFT",
@@ -56,10 +61,11 @@ def closing_table(summary: dict) -> Table:
                     str(iteration["resolution"]),
                     name,
                     _measure(result),
-                    _number(result, "single_object", ".3f"),
-                    _number(result, "margin", "+.3f"),
+                    _gain(result, "gain_over_sft"),
+                    _gain(result, "gain_over_control"),
+                    _number(result, "reward", ".3f"),
+                    _number(result, "margin", "+.2f"),
                     _number(result, "accuracy", ".3f"),
-                    _number(result, "chosen_logp_change", "+.1f"),
                 )
         table.add_section()
     return table

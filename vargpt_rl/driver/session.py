@@ -157,6 +157,10 @@ class StageContext:
         """Return the path of this iteration's preference table; ``split`` "held-out" is for evaluation alone."""
         return self.run.directory / "preferences" / ("-".join(filter(None, [self.name, split])) + ".parquet")
 
+    def scores(self, moment: str) -> Path:
+        """Return the path of the held-out images' scores at a moment of this iteration."""
+        return self.run.directory / "evaluations" / f"{self.name}-{moment}.jsonl"
+
     @property
     def rollouts(self) -> Path:
         """The folder of this iteration's samples, until its pairs are built."""
