@@ -22,6 +22,7 @@ from configs.stages import (
     understanding_defaults,
 )
 from learners.config import LearnerConfig
+from learners.methods import ONLINE
 from vargpt_rl.common.settings import require
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.generate import SamplingConfig
@@ -29,7 +30,7 @@ from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, At, Learns, stages_of
 
-METHODS = ("dpo", "rft", "grpo")
+METHODS = ("dpo", *ONLINE)
 """Alignment methods of an iteration."""
 
 
@@ -51,7 +52,7 @@ class AlignConfig:
     @property
     def online(self) -> list[str]:
         """The methods that draw and judge their own images."""
-        return [method for method in self.methods if method != "dpo"]
+        return [method for method in self.methods if method in ONLINE]
 
 
 @dataclass

@@ -18,23 +18,24 @@ from transformers import Trainer, TrainerControl
 
 from learners.config import RlConfig
 from learners.image_policy import RESHAPED_TOLERANCE
+from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
 from learners.resume import Resumable
 from learners.training import ExactInputs
 from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
-from vargpt_rl.losses.policy_gradient import clipped_policy_loss, kl_k3, likelihood_loss
+from vargpt_rl.losses.policy_gradient import kl_k3
 
 
 class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
-    """Train a policy (`learners.image_policy`) on its images: GRPO with ``ratio``, else weighted likelihood."""
+    """Train a policy (`learners.image_policy`) on its images: by an online method."""
 
     survivors = ("first_update_max_abs_log_ratio",)
 
-    def __init__(self, settings: RlConfig, batches: PolicyBatches, ratio: bool, **kwargs):
+    def __init__(self, settings: RlConfig, batches: PolicyBatches, method: OnlineMethod, **kwargs):
         super().__init__(**kwargs)
         self.settings = settings
         self.batches = batches
-        self.ratio = ratio
+        self.method = method
         self.first_update_max_abs_log_ratio = 0.0
         self.measured: dict[str, list[torch.Tensor]] = defaultdict(list)
         batches.on_save_request = self._save_now
@@ -70,26 +71,32 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
         )
         terms = tokens * symbols
         log_prob_N = output.log_probs.sum(1) / terms
-        advantage_N, weight_N = inputs["advantage"], inputs["weight"]
+        weight_N = inputs["weight"]
         metrics = {
             "log_prob": log_prob_N.detach(),
             "entropy": output.entropy.sum(1) / terms,
             "staleness": self.state.global_step - inputs["learner_step"],
         }
-        if self.ratio:
-            old_N = weighted_sum(_required(inputs, "old_by_scale"), credit_K)
-            self._assert_first_update(weighted_sum(output.log_probs_BK, credit_K) - old_N, inputs["learner_step"], tau)
-            loss_N, found = clipped_policy_loss(log_prob_N, old_N / terms, advantage_N, settings.clip)
-            metrics |= found
-        else:
-            loss_N = likelihood_loss(log_prob_N, advantage_N)
+        wanted = self.method.takes | ({"reference"} if settings.kl else set())
+        given_N = {name: weighted_sum(_required(inputs, f"{name}_by_scale"), credit_K) for name in wanted}
+        if "sampler" in given_N:
+            difference_N = weighted_sum(output.log_probs_BK, credit_K) - given_N["sampler"]
+            self._assert_first_update(difference_N, inputs["learner_step"], tau)
+        images = ScoredImages(
+            log_prob=log_prob_N,
+            advantage=inputs["advantage"],
+            **{name: values_N / terms for name, values_N in given_N.items()},
+        )
+        loss_N, found = self.method.loss(images, settings)
+        metrics |= found
         if settings.kl:
-            kl_N = kl_k3(log_prob_N, weighted_sum(_required(inputs, "reference_by_scale"), credit_K) / terms)
+            assert images.reference is not None  # wanted above
+            kl_N = kl_k3(log_prob_N, images.reference)
             loss_N = loss_N + settings.kl * kl_N
             metrics["kl"] = kl_N.detach()
         for name, values_N in metrics.items():
             self.measured[name].append((values_N * weight_N).mean())
-        if self.ratio:
+        if "ratio" in metrics:
             self.measured["ratio/max"].append((metrics["ratio"] * (weight_N > 0)).max())
         return (loss_N * weight_N).mean()
 

@@ -100,8 +100,8 @@ class PolicyGradientJob:
     seed: int
     probe: Probe
     """Image whose log-probability under the trained weights is returned."""
-    ratio: bool = True
-    """GRPO's clipped ratio; without it the loss is the likelihood of the drawings, weighted by their advantages."""
+    method: str = "grpo"
+    """Row of `learners.methods.ONLINE`."""
     resume: Path | None = None
     """Training checkpoint to resume from; set by the learner group."""
 

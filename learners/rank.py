@@ -25,6 +25,7 @@ from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import POLICIES
 from learners.image_tokenizer import image_batches, train_image_tokenizer
 from learners.jobs import DpoJob, Job, PolicyGradientJob, SftJob, TokenizerJob, save_request, training_checkpoints
+from learners.methods import ONLINE
 from learners.pairs import PairTable
 from learners.policy_batches import PolicyBatches
 from learners.resume import SaveEvery
@@ -252,7 +253,7 @@ class Rank:
             device=arguments.device,
         )
         batches.save_request = save_request(job.output)
-        trainer = PolicyGradientTrainer(job.rl, batches, job.ratio, model=model, args=arguments)
+        trainer = PolicyGradientTrainer(job.rl, batches, ONLINE[job.method], model=model, args=arguments)
         last_updates = range(job.rl.updates, job.recipe.steps + 1, job.rl.updates)
         trainer.add_callback(SaveAt(trainer, trained, job.output, last_updates))
         result = self._run(trainer, chat, trained, job)

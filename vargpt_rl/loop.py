@@ -6,17 +6,19 @@ setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or S
 
 import os
 import sys
+from functools import partial
 
 import ray
 from ray.exceptions import RayError
 
 from actors.cluster import connect
+from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
-from vargpt_rl.driver.online import train_grpo, train_rft
+from vargpt_rl.driver.online import train_online
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
@@ -71,25 +73,16 @@ def run_control(it: StageContext, policy: Policy) -> dict:
     return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
 
 
-def run_grpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
-    """Align by GRPO on rewards of the policy's own images."""
-    grpo = it.step(Step.GRPO, train_grpo, policy)
-    policy = it.adopt(policy, Step.GRPO)
-    swapped = it.step(Step.GRPO_SWAP, swap, policy, grpo)
-    after = it.step(Step.AFTER_GRPO, evaluate, policy, Step.AFTER_GRPO)
-    return policy, {"grpo": {**grpo, "swap": swapped}, "eval": {"after_grpo": after}}
+def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
+    """Align by an online method, on rewards of the policy's own images."""
+    trained = it.step(method, train_online, policy, method)
+    policy = it.adopt(policy, method)
+    swapped = it.step(f"{method}_swap", swap, policy, trained)
+    after = it.step(f"after_{method}", evaluate, policy, f"after_{method}")
+    return policy, {method: {**trained, "swap": swapped}, "eval": {f"after_{method}": after}}
 
 
-def run_rft(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
-    """Align by rejection sampling: fine-tune on the better of the policy's own images."""
-    rft = it.step(Step.RFT, train_rft, policy)
-    policy = it.adopt(policy, Step.RFT)
-    swapped = it.step(Step.RFT_SWAP, swap, policy, rft)
-    after = it.step(Step.AFTER_RFT, evaluate, policy, Step.AFTER_RFT)
-    return policy, {"rft": {**rft, "swap": swapped}, "eval": {"after_rft": after}}
-
-
-METHODS = {"dpo": run_dpo, "rft": run_rft, "grpo": run_grpo}
+METHODS = {"dpo": run_dpo} | {name: partial(run_online, method=name) for name in ONLINE}
 """Alignment methods of an iteration, by the names in ``align.methods``."""
 
 

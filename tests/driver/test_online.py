@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from learners.methods import ONLINE
 from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.policy_batches import read_policy_batch, write_policy_batch
 from vargpt_rl.driver import online
@@ -42,11 +43,12 @@ def rewards(monkeypatch):
 
 MIXED = [1.0, 0.0, 0.0, 1.0]
 EQUAL = [1.0] * 4
+GRPO = ONLINE["grpo"]
 
 
 def test_advantages_are_relative_to_the_group(it, rewards):
     rewards(MIXED)
-    batch = draw_batch(it, None, 0, group_goal=3, ratio=True)
+    batch = draw_batch(it, None, 0, GRPO)
     assert batch.advantages == [1.0, -1.0, -1.0, 1.0] * 3 and batch.rewards == MIXED * 3
     assert batch.counts == Counter({"drawn": 3, "used": 3, "equal": 0, "unscored images": 0})
     assert len({sample.seed for sample in batch.samples}) == 12, "a seed of its own for each image"
@@ -54,13 +56,13 @@ def test_advantages_are_relative_to_the_group(it, rewards):
 
 def test_rejection_sampling_keeps_the_better_images(it, rewards):
     rewards(MIXED)
-    batch = draw_batch(it, None, 0, group_goal=3, ratio=False)
+    batch = draw_batch(it, None, 0, ONLINE["rft"])
     assert batch.rewards == [1.0] * 6 and batch.advantages == [1.0] * 6
 
 
 def test_groups_of_equal_reward_are_counted_and_replaced(it, rewards):
     rewards(EQUAL, MIXED, EQUAL, MIXED, EQUAL, MIXED)
-    batch = draw_batch(it, None, 0, group_goal=3, ratio=True)
+    batch = draw_batch(it, None, 0, GRPO)
     assert (batch.counts["used"], batch.counts["equal"], batch.counts["drawn"]) == (3, 3, 6)
     prompts = [prompt.text for _, jobs in it.pool.calls for prompt, _ in jobs]
     assert len(batch.all_rewards) == 24 == len(prompts)
@@ -68,7 +70,7 @@ def test_groups_of_equal_reward_are_counted_and_replaced(it, rewards):
 
 def test_images_without_a_reward_are_left_out(it, rewards):
     rewards([1.0, None, 0.0, None])
-    batch = draw_batch(it, None, 0, group_goal=3, ratio=True)
+    batch = draw_batch(it, None, 0, GRPO)
     assert batch.rewards == [1.0, 0.0] * 3 and batch.counts["unscored images"] == 6
 
 
@@ -76,19 +78,19 @@ def test_images_without_a_reward_are_left_out(it, rewards):
 def test_a_reward_that_tells_nothing_apart_stops_the_run(it, rewards, values):
     rewards(values)
     with pytest.raises(ValueError, match=r"reward\.path=.*: all rewards are equal in each of 9 groups"):
-        draw_batch(it, None, 0, group_goal=3, ratio=True)
+        draw_batch(it, None, 0, GRPO)
 
 
 @pytest.mark.parametrize(("kl", "reference"), [(0.0, None), (0.1, [-1.0])])
 def test_a_batch_carries_what_the_learner_needs(tmp_path, rewards, kl, reference):
     it = stage_context(tmp_path, *SETTINGS, f"rl.kl={kl}", pool=WorkersDouble())
     rewards(MIXED)
-    batch = draw_batch(it, None, 0, group_goal=3, ratio=True)
-    write_policy_batch(tmp_path / "batch.parquet", online._rows(it, Policy(""), batch, learned=2, scored=True))
+    batch = draw_batch(it, None, 0, GRPO)
+    write_policy_batch(tmp_path / "batch.parquet", online._rows(it, Policy(""), batch, 2, GRPO))
     rows = read_policy_batch(tmp_path / "batch.parquet")
     assert [row["advantage"] for row in rows] == batch.advantages
     assert {row["learner_step"] for row in rows} == {2} and {row["tau"] for row in rows} == {0.5}
-    assert rows[0]["old_by_scale"] == [-2.0] and rows[0]["reference_by_scale"] == reference
+    assert rows[0]["sampler_by_scale"] == [-2.0] and rows[0]["reference_by_scale"] == reference
     assert json.loads(rows[0]["sampling"]) == {}
 
 

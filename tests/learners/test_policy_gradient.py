@@ -17,6 +17,7 @@ from learners.config import LearnerConfig, Recipe, RlConfig
 from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import ImagePolicy
 from learners.jobs import PolicyGradientJob, save_request, training_checkpoints
+from learners.methods import ONLINE
 from learners.policy_batches import PolicyBatches
 from learners.rank import Rank
 from tests.helpers.tiny import BITS
@@ -58,7 +59,7 @@ def drawings(model: ImagePolicy, chat: ChatFormat, step: int, count: int = BATCH
             "learner_step": step,
             "reward": float(i % 2),
             "advantage": 1.0 if i % 2 else -1.0,
-            "old_by_scale": None,
+            "sampler_by_scale": None,
             "reference_by_scale": None,
         }
         for i in range(count)
@@ -70,7 +71,7 @@ def drawings(model: ImagePolicy, chat: ChatFormat, step: int, count: int = BATCH
         with torch.no_grad():
             scores = model.eval()(**inputs, tau=TAU).log_probs_BK
         for row, score in zip(part, scores.tolist(), strict=True):
-            row |= {"old_by_scale": score, "reference_by_scale": score}
+            row |= {"sampler_by_scale": score, "reference_by_scale": score}
     return rows
 
 
@@ -81,10 +82,10 @@ def policy(checkpoint):
 
 @pytest.fixture
 def trainer(policy, tmp_path):
-    def build(ratio: bool = True, **settings) -> PolicyGradientTrainer:
+    def build(method: str = "grpo", **settings) -> PolicyGradientTrainer:
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
         batches = PolicyBatches(tmp_path, steps=1, updates=1, batch=BATCH, micro_batch=MICRO, collate=None)
-        built = PolicyGradientTrainer(RlConfig(**settings), batches, ratio, model=policy, args=arguments)
+        built = PolicyGradientTrainer(RlConfig(**settings), batches, ONLINE[method], model=policy, args=arguments)
         built.model.train()
         return built
 
@@ -119,7 +120,7 @@ def test_the_first_update_has_ratio_1_and_the_policy_gradient(trainer, policy, c
 
 def test_wrong_log_probabilities_stop_the_first_update(trainer, policy, chat):
     rows = drawings(policy, chat, 0)
-    shifted = [row | {"old_by_scale": [value + 1.0 for value in row["old_by_scale"]]} for row in rows]
+    shifted = [row | {"sampler_by_scale": [value + 1.0 for value in row["sampler_by_scale"]]} for row in rows]
     built = trainer(credit_alpha=0.0)
     with pytest.raises(RuntimeError, match="step 0: log-probabilities of drawings .* differ by 3 nats"):
         built.compute_loss(built.model, collated(chat, shifted))
@@ -147,10 +148,10 @@ def test_kl_needs_a_reference_and_vanishes_at_it(trainer, policy, chat):
 
 def test_without_a_ratio_the_loss_is_the_weighted_likelihood(trainer, policy, chat):
     rows = [row | {"advantage": 1.0} for row in drawings(policy, chat, 0)]
-    by_scale = torch.tensor([row["old_by_scale"] for row in rows])
+    by_scale = torch.tensor([row["sampler_by_scale"] for row in rows])
     expected = -weighted_sum(by_scale, scale_credit(SCHEDULE, 0.6)).mean().item() / (TOKENS * BITS)
-    built = trainer(ratio=False)
-    loss = built.compute_loss(built.model, collated(chat, [row | {"old_by_scale": None} for row in rows]))
+    built = trainer("rft")
+    loss = built.compute_loss(built.model, collated(chat, [row | {"sampler_by_scale": None} for row in rows]))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 

@@ -185,7 +185,7 @@ class PolicyBatchCollator:
         batch = _drawn_rows(self.chat, rows, [row["bits"] for row in rows], self.scales)
         batch["learner_step"] = torch.tensor([row["learner_step"] for row in rows])
         batch["tau"] = torch.tensor(rows[0]["tau"], dtype=torch.float64)
-        for name in ("advantage", "weight", "old_by_scale", "reference_by_scale"):
+        for name in ("advantage", "weight", "sampler_by_scale", "reference_by_scale"):
             values = [row[name] for row in rows]
             if None not in values:
                 batch[name] = torch.tensor(values, dtype=torch.float64)

@@ -26,11 +26,11 @@ COLUMNS = pa.schema(
         pa.field("learner_step", pa.int64(), nullable=False),  # optimizer steps of this job behind these weights
         pa.field("reward", pa.float64()),
         pa.field("advantage", pa.float64(), nullable=False),
-        pa.field("old_by_scale", pa.list_(pa.float64())),  # log-probability by scale under the sampler's weights, nats
+        pa.field("sampler_by_scale", pa.list_(pa.float64())),  # log-probability by scale under the sampler, nats
         pa.field("reference_by_scale", pa.list_(pa.float64())),  # the same under the reference
     ]
 )
-"""Columns of a batch. ``old_by_scale`` may be null if the loss takes no ratio, ``reference_by_scale`` without KL."""
+"""Columns of a batch. Log-probabilities that the method does not take are null."""
 
 STOP = "stop"
 """Name of the file that ends training once all files before it are used up."""

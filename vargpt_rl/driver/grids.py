@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from actors.worker import PromptedBits, Worker
+from configs.schema import METHODS
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts
 from vargpt_rl.driver.session import StageContext, Step
@@ -23,7 +24,8 @@ def sample_grid(it: StageContext) -> dict:
     """Compose the iteration's grid: the rows written so far, and the winners."""
     prompts = held_out_prompts(it, it.config.evaluation.grid)
     winners = [key for prompt in prompts if (key := it.source.winner_key(prompt))]
-    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, Step.AFTER_DPO, Step.AFTER_RFT, Step.AFTER_GRPO, "winner"]
+    aligned = [f"after_{method}" for method in METHODS]
+    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, *aligned, "winner"]
     sources = {"winner": winners} if len(winners) == len(prompts) else {}
     return compose_grid(it, labels, [prompt.text for prompt in prompts], sources)
 

@@ -1,9 +1,8 @@
 """Online RL on image tokens: draw a group of images of each prompt, judge them, learn from them, swap, repeat.
 
-The learner stays up: it takes a batch per file that appears in a folder, and saves its weights after each. GRPO
-(arXiv 2402.03300) learns from rewards relative to their group; rejection-sampling fine-tuning from the better images
-alone. Groups of equal reward say nothing; they are counted and replaced by other prompts' (DAPO, arXiv 2503.14476).
-Losses: `vargpt_rl.losses.policy_gradient`.
+The learner stays up: it takes a batch per file that appears in a folder, and saves its weights after each. What a
+method learns from a group, and its loss: `learners.methods`. Groups of equal reward say nothing; they are counted and
+replaced by other prompts' (DAPO, arXiv 2503.14476).
 """
 
 import json
@@ -20,15 +19,15 @@ import ray
 from actors.worker import Worker
 from learners.group import RunningJob
 from learners.jobs import PolicyGradientJob
+from learners.methods import ONLINE, OnlineMethod
 from rewards.combined import Running
 from vargpt_rl.data.policy_batches import batch_path, write_policy_batch
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.judging import running, score
 from vargpt_rl.driver.sampling import generate
 from vargpt_rl.driver.seeds import Purpose, seeds_for
-from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.driver.session import StageContext
 from vargpt_rl.driver.training import follow, random_probe
-from vargpt_rl.losses.policy_gradient import group_advantages
 from vargpt_rl.storage.checkpoint import Policy
 
 LOOK_S = 0.5
@@ -40,38 +39,29 @@ class DrawnBatch:
     """Drawings of one update, with what became of their groups."""
 
     samples: list[Sample] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     all_rewards: list[float] = field(default_factory=list)
     """Rewards of all drawings, those of equal groups included."""
 
 
-def train_grpo(it: StageContext, policy: Policy) -> dict:
-    """Train GRPO from ``policy``."""
-    return _train_online(it, policy, Step.GRPO, ratio=True)
-
-
-def train_rft(it: StageContext, policy: Policy) -> dict:
-    """Train on the better images of each group alone: rejection-sampling fine-tuning from ``policy``."""
-    return _train_online(it, policy, Step.RFT, ratio=False)
-
-
-def _train_online(it: StageContext, policy: Policy, step: Step, ratio: bool) -> dict:
+def train_online(it: StageContext, policy: Policy, method: str) -> dict:
+    """Train an online method from ``policy``."""
     settings = it.config.rl
-    batches = it.run.directory.resolve() / "rollouts" / f"{it.name}-{step}"
+    batches = it.run.directory.resolve() / "rollouts" / f"{it.name}-{method}"
     job = PolicyGradientJob(
         start=policy,
         batches=batches,
         recipe=settings.recipe,
         rl=settings,
-        output=it.checkpoint(step),
+        output=it.checkpoint(method),
         seed=it.config.seed + it.index,
         probe=random_probe(it),
-        ratio=ratio,
+        method=method,
     )
     batches.mkdir(parents=True, exist_ok=True)
-    training = it.session.learners.start(job, follow(it, step, settings.recipe, it.config.learner.ranks))
+    training = it.session.learners.start(job, follow(it, method, settings.recipe, it.config.learner.ranks))
     totals: Counter[str] = Counter()
     means: list[float] = []
     with running(it.inputs.reward) as reward:
@@ -80,7 +70,7 @@ def _train_online(it: StageContext, policy: Policy, step: Step, ratio: bool) -> 
             path = batch_path(batches, number)
             if path.exists():  # drawn before an interruption
                 continue
-            found = _write_batch(it, policy, training, reward, step, number, path)
+            found = _write_batch(it, policy, training, reward, method, number, path)
             totals.update(found["counts"])
             means.append(found["reward"])
     result = training.result()
@@ -91,21 +81,19 @@ def _train_online(it: StageContext, policy: Policy, step: Step, ratio: bool) -> 
 
 
 def _write_batch(
-    it: StageContext, policy: Policy, training: RunningJob, reward: Running, step: Step, number: int, path: Path
+    it: StageContext, policy: Policy, training: RunningJob, reward: Running, method: str, number: int, path: Path
 ) -> dict:
     """Draw, judge and write one batch with the learner's weights; return its mean reward and counts."""
     settings = it.config.rl
     learned = max(0, number - settings.staleness) * settings.updates
     began = time.perf_counter()
-    current = _wait_for(it, training, policy, step, learned)
+    current = _wait_for(it, training, policy, it.checkpoint(method), learned)
     waited = time.perf_counter()
     swapped = it.swap_to(current)
     drew = time.perf_counter()
-    batch = draw_batch(it, reward, number, group_goal=settings.prompts, ratio=step == Step.GRPO)
+    batch = draw_batch(it, reward, number, ONLINE[method])
     judged = time.perf_counter()
-    rows = _rows(it, policy, batch, learned, scored=step == Step.GRPO)
-    if it.config.rl.kl:
-        it.swap_to(current)
+    rows = _rows(it, policy, batch, learned, ONLINE[method])
     write_policy_batch(path, rows)
     mean = float(np.mean(batch.all_rewards))
     metrics = {
@@ -119,38 +107,38 @@ def _write_batch(
         "time/score": time.perf_counter() - judged,
         **{f"groups/{name}": count for name, count in batch.counts.items()},
     }
-    it.log(f"{step}/rollout", number + 1, metrics)
+    it.log(f"{method}/rollout", number + 1, metrics)
     return {"reward": mean, "counts": batch.counts}
 
 
-def _wait_for(it: StageContext, training: RunningJob, policy: Policy, step: Step, learned: int) -> Policy:
+def _wait_for(it: StageContext, training: RunningJob, policy: Policy, output: Path, learned: int) -> Policy:
     """Return the policy after ``learned`` optimizer steps, once the learner has saved it; drop older weights."""
     if not learned:
         return policy
-    weights = it.checkpoint(step) / f"step-{learned:06d}"
+    weights = output / f"step-{learned:06d}"
     while not weights.exists():
         waiting = training.look()
         if not waiting and not weights.exists():
             raise RuntimeError(f"the learner ended before step {learned}: {weights} is missing")
         ray.wait(waiting, timeout=LOOK_S)
-    for old in sorted(it.checkpoint(step).glob("step-*"))[:-2]:
+    for old in sorted(output.glob("step-*"))[:-2]:
         shutil.rmtree(old)
     return policy.plus(weights)
 
 
-def draw_batch(it: StageContext, reward: Running, number: int, group_goal: int, ratio: bool) -> DrawnBatch:
-    """Draw groups until ``group_goal`` of them have different rewards, in at most ``1 + rl.refills`` rounds.
+def draw_batch(it: StageContext, reward: Running, number: int, method: OnlineMethod) -> DrawnBatch:
+    """Draw groups until ``rl.prompts`` of them have different rewards, in at most ``1 + rl.refills`` rounds.
 
     ValueError if no group at all has: the reward says nothing about this policy's images.
     """
     settings = it.config.rl
     batch = DrawnBatch()
     for refill in range(1 + settings.refills):
-        missing = group_goal - batch.counts["used"]
+        missing = settings.prompts - batch.counts["used"]
         if missing <= 0:
             break
         seed = seeds_for(1, it.config.seed, it.index, Purpose.ONLINE, number, refill)[0]
-        _draw_groups(it, reward, batch, _prompts(it, missing, seed), seed, ratio)
+        _draw_groups(it, reward, batch, _prompts(it, missing, seed), seed, method)
     if not batch.samples:
         seen = sorted(set(batch.all_rewards))[:3]
         raise ValueError(
@@ -169,9 +157,9 @@ def _prompts(it: StageContext, count: int, seed: int) -> list[Prompt]:
 
 
 def _draw_groups(
-    it: StageContext, reward: Running, batch: DrawnBatch, prompts: list[Prompt], seed: int, ratio: bool
+    it: StageContext, reward: Running, batch: DrawnBatch, prompts: list[Prompt], seed: int, method: OnlineMethod
 ) -> None:
-    """Draw a group of images of each prompt and add those of groups with different rewards to ``batch``."""
+    """Draw a group of images of each prompt and add those that ``method`` learns from to ``batch``."""
     size = it.config.rl.group
     repeated = [prompt for prompt in prompts for _ in range(size)]
     samples = generate(it, repeated, seeds_for(len(repeated), seed), f"{it.name}-online")
@@ -181,24 +169,21 @@ def _draw_groups(
         group = values[at : at + size]
         batch.counts["drawn"] += 1
         batch.counts["unscored images"] += sum(value is None for value in group)
-        advantages = group_advantages(group, it.config.rl.normalise)
-        if advantages is None:
+        chosen = method.choose(group, it.config.rl)
+        if chosen is None:
             batch.counts["equal"] += 1
             continue
         batch.counts["used"] += 1
-        for sample, value, advantage in zip(samples[at : at + size], group, advantages, strict=True):
-            if value is None or advantage is None or not (ratio or advantage > 0):
-                continue
-            batch.samples.append(sample)
-            batch.rewards.append(float(value))
-            batch.advantages.append(advantage if ratio else 1.0)
+        batch.samples += [samples[at + i] for i in chosen]
+        batch.rewards += [group[i] for i in chosen]
+        batch.advantages += chosen.values()
 
 
-def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, scored: bool) -> list[dict]:
-    """Return the drawings as rows of a batch, with log-probabilities under the sampler, and the reference if needed."""
+def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, method: OnlineMethod) -> list[dict]:
+    """Return the drawings as rows of a batch, with the log-probabilities that the learner takes."""
     tau = it.config.sampling.tau
     reference = None
-    if it.config.rl.kl:
+    if it.config.rl.kl or "reference" in method.takes:
         it.swap_to(policy)
         items = [(sample.prompt, sample.bits) for sample in batch.samples]
         size = it.config.rl.recipe.micro_batch
@@ -217,7 +202,7 @@ def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, sco
             "learner_step": learned,
             "reward": batch.rewards[i],
             "advantage": batch.advantages[i],
-            "old_by_scale": sample.log_probs if scored else None,
+            "sampler_by_scale": sample.log_probs if "sampler" in method.takes else None,
             "reference_by_scale": reference[i].by_scale if reference else None,
         }
         for i, sample in enumerate(batch.samples)

@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.stages import STAGES
 
@@ -49,8 +50,7 @@ def closing_table(summary: dict) -> Table:
     names = {
         "after_sft": "after SFT",
         "after_dpo": "after DPO",
-        "after_rft": "after RFT",
-        "after_grpo": "after GRPO",
+        **{f"after_{name}": f"after {method.title}" for name, method in ONLINE.items()},
         "sft_on_winners": "control: SFT on winners",
     }
     for k, iteration in enumerate(summary["iterations"]):

@@ -24,7 +24,10 @@ from vargpt_rl.storage.checkpoint import Policy
 
 
 class Step(StrEnum):
-    """Steps of an iteration, in order: their names in ``state.json``, in folders and in the summary."""
+    """Steps of an iteration, in order: their names in ``state.json``, in folders and in the summary.
+
+    An online method M (`learners.methods`) adds M, M_swap and after_M before the grid.
+    """
 
     BEFORE = "before"
     SFT = "sft"
@@ -39,12 +42,6 @@ class Step(StrEnum):
     AFTER_CONTROL = "after_control"
     DPO_SWAP = "dpo_swap"
     AFTER_DPO = "after_dpo"
-    GRPO = "grpo"
-    GRPO_SWAP = "grpo_swap"
-    AFTER_GRPO = "after_grpo"
-    RFT = "rft"
-    RFT_SWAP = "rft_swap"
-    AFTER_RFT = "after_rft"
     GRID = "grid"
 
 
