@@ -1,0 +1,277 @@
+"""Compare alignment methods: ``python -m vargpt_rl.bench.alignment [seeds=3 updates=12 variants=[dpo,grpo] ...]``.
+
+For each seed, SFT trains once at one resolution; every variant then aligns a copy of that run, from the same weights,
+on the same prompts and with the same seeds for held-out images. The first variant, DPO on external winners, also trains
+the control: SFT on those winners.
+
+Prints a Markdown table: the held-out score of each policy, and its paired gains over SFT and over the control.
+Repeating the command resumes it. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vargpt_rl.common.command import CommandFailed, run_command
+from vargpt_rl.driver.run import STATE, SUMMARY
+from vargpt_rl.driver.session import Step
+from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores
+from vargpt_rl.storage.files import atomic_dir
+
+ITERATION = "iter-00"
+SHARED = (
+    f"checkpoints/{ITERATION}-sft",
+    f"preferences/{ITERATION}-held-out.parquet",
+    f"evaluations/{ITERATION}-{Step.AFTER_SFT}.jsonl",
+)
+"""Files that the steps after SFT's evaluation need from earlier steps."""
+
+BASE = "dpo"
+"""The variant that trains SFT and the control, which the others share."""
+
+ONLINE = ["reward.path=rewards.shapes:shapes_reward", "dpo.control=false"]
+VARIANTS: dict[str, list[str]] = {
+    BASE: ["align.methods=[dpo]"],
+    "dpo_alpha": ["align.methods=[dpo]", "dpo.credit_alpha=0.6", "dpo.control=false"],
+    "dpo_best_of_n": [
+        *ONLINE,
+        "align.methods=[dpo]",
+        "preference.builder=rewards.preferences:best_of_n",
+        "preference.samples=4",
+    ],
+    "rft": [*ONLINE, "align.methods=[rft]"],
+    "grpo": [*ONLINE, "align.methods=[grpo]"],
+    "grpo_alpha_0": [*ONLINE, "align.methods=[grpo]", "rl.credit_alpha=0"],
+    "grpo_alpha_1": [*ONLINE, "align.methods=[grpo]", "rl.credit_alpha=1"],
+    "grpo_to_8x8": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=5"],
+    "grpo_to_4x4": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3"],
+}
+"""Settings of each variant. Online methods use alpha 0.6 and all scales unless they say otherwise."""
+
+
+@dataclass
+class AlignmentStudy:
+    """Settings of the study."""
+
+    seeds: int = 3
+    """Number of seeds; each trains SFT once and every variant from it."""
+    runs: str = "runs/alignment-study"
+    """Folder of the runs."""
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    """Variants to run, by name."""
+    checkpoint: str = "tiny"
+    """Model that SFT starts from."""
+    resolution: int = 256
+    """Pixels a side."""
+    sft_steps: int = 70
+    """Optimizer steps of SFT, of 16 images each."""
+    dpo_steps: int = 40
+    """Optimizer steps of DPO and of the control, of 8 pairs each."""
+    pairs: int = 160
+    """Pairs of DPO, one sample of each prompt; their winners are the control's images."""
+    updates: int = 12
+    """Updates of online methods."""
+    prompts: int = 8
+    """Prompts of an update."""
+    group: int = 8
+    """Images drawn of each prompt."""
+    lr: float = 2e-4
+    """Learning rate of online methods."""
+    held_out: int = 240
+    """Held-out images at each moment."""
+    ranks: int = 1
+    """Learner ranks; there are as many rollout workers."""
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds}: expected 1 or more")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"variants={self.variants}: unknown {unknown}, expected some of {list(VARIANTS)}")
+
+
+def overrides(study: AlignmentStudy, seed: int, variant: str) -> list[str]:
+    """The loop's settings for a variant."""
+    return [
+        f"runs={study.runs}",
+        f"name=seed-{seed}-{variant}",
+        f"seed={seed}",
+        f"checkpoint={study.checkpoint}",
+        "stages=[align]",
+        f"resolutions=[{study.resolution}]",
+        "iterations=1",
+        f"sft.recipe.steps={study.sft_steps}",
+        "sft.recipe.batch=16",
+        "sft.recipe.micro_batch=4",
+        f"preference.count={study.pairs}",
+        f"dpo.recipe.steps={study.dpo_steps}",
+        "dpo.recipe.batch=8",
+        "dpo.recipe.micro_batch=2",
+        "dpo.recipe.lr=1e-5",
+        f"rl.recipe.steps={study.updates}",
+        f"rl.recipe.batch={study.prompts * study.group}",
+        f"rl.recipe.lr={study.lr}",
+        f"rl.prompts={study.prompts}",
+        f"rl.group={study.group}",
+        f"learner.ranks={study.ranks}",
+        f"rollout.workers={study.ranks}",
+        f"evaluation.prompts={study.held_out}",
+        "tracking.wandb=disabled",
+        "tracking.best=null",
+        "~at",
+        *VARIANTS[variant],
+    ]
+
+
+def fork(source: Path, target: Path) -> None:
+    """Copy ``source`` as it was after SFT to a new run directory, whose settings may differ."""
+    if target.exists():
+        return
+    state = json.loads((source / STATE).read_text())
+    steps = list(state["steps"])
+    last = steps.index(f"{ITERATION}/{Step.AFTER_SFT}")
+    state["steps"] = {step: state["steps"][step] for step in steps[: last + 1]}
+    with atomic_dir(target) as unfinished:
+        for name in SHARED:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+            copy(source / name, unfinished / name)
+        (unfinished / STATE).write_text(json.dumps(state, indent=1))
+
+
+def loop(arguments: list[str], log: Path) -> None:
+    """Run the loop, its output in ``log``. Raises CommandFailed with its last lines if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        code = subprocess.run([sys.executable, "-m", "vargpt_rl.loop", *arguments], stdout=output, stderr=output)
+    if code.returncode:
+        last = "\n".join(log.read_text().splitlines()[-5:])
+        raise CommandFailed(f"exit code {code.returncode} of the loop with {' '.join(arguments)}; {log} ends:\n{last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One policy of one seed."""
+
+    images: list[ScoredImage]
+    questions: float | None
+    """Share of held-out questions answered right."""
+    seconds: float | None
+    """Time of the method's training, drawing included; None for SFT."""
+    diversity: float | None
+
+
+def outcomes(directory: Path) -> dict[str, Outcome]:
+    """Return the policies of a finished run by moment."""
+    summary = json.loads((directory / SUMMARY).read_text())
+    iteration = summary["iterations"][0]
+    understanding = {moment: result.get("accuracy") for moment, result in summary["understanding"].items()}
+    found = {}
+    for path in sorted((directory / "evaluations").glob(f"{ITERATION}-*.jsonl")):
+        moment = path.stem.removeprefix(f"{ITERATION}-")
+        method = moment.removeprefix("after_")
+        after = understanding["before" if method == "sft" else "after"]
+        found[moment] = Outcome(
+            images=read_scores(path),
+            questions=None if moment == Step.CONTROL else after,
+            seconds=iteration.get(method, {}).get("seconds"),
+            diversity=iteration["eval"].get(moment, {}).get("diversity"),
+        )
+    return found
+
+
+def run(study: AlignmentStudy) -> list[dict[str, Outcome]]:
+    """Run the study; return the policies of each seed by name: SFT, the control, and each variant."""
+    folder, results = Path(study.runs), []
+    for seed in range(study.seeds):
+        policies: dict[str, Outcome] = {}
+        for variant in dict.fromkeys([BASE, *study.variants]):
+            directory = folder / f"seed-{seed}-{variant}"
+            if variant != BASE:
+                fork(folder / f"seed-{seed}-{BASE}", directory)
+            if not (directory / SUMMARY).exists():
+                print(f"seed {seed}: {variant}", file=sys.stderr, flush=True)
+                loop(overrides(study, seed, variant), folder / f"seed-{seed}-{variant}.log")
+            found = outcomes(directory)
+            if variant == BASE:
+                policies |= {"SFT": found[Step.AFTER_SFT], "control": found[Step.CONTROL]}
+            last = [moment for moment in found if moment not in (Step.AFTER_SFT, Step.CONTROL)]
+            policies[variant] = found[last[-1]]
+        results.append(policies)
+    return results
+
+
+def table(results: list[Mapping[str, Outcome]]) -> str:
+    """Format a Markdown row per policy.
+
+    ``±`` of the score is the standard deviation over seeds. Gains are paired image by image; their first error is the
+    standard error over the images of all seeds, the second (in brackets) over the seeds' mean gains.
+    """
+    lines = [
+        "| policy | held-out score | over SFT | over control | by seed | diversity | questions | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in results[0]:
+        policies = [result[name] for result in results]
+        scores = [_mean([image.score for image in policy.images]) for policy in policies]
+        cells = [
+            name,
+            _spread(scores),
+            "-" if name == "SFT" else _gain(results, name, "SFT"),
+            "-" if name in ("SFT", "control") else _gain(results, name, "control"),
+            ", ".join("-" if score is None else f"{score:.3f}" for score in scores),
+            _spread([policy.diversity for policy in policies]),
+            _spread([policy.questions for policy in policies]),
+            _spread([policy.seconds for policy in policies], digits=0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _gain(results: list[Mapping[str, Outcome]], name: str, baseline: str) -> str:
+    """Format the paired gain of a policy over another."""
+    pooled: list[ScoredImage] = []
+    base: list[ScoredImage] = []
+    by_seed = []
+    for seed, result in enumerate(results):
+        gain = paired_gain(result[name].images, result[baseline].images)
+        by_seed += [gain[0]] if gain else []
+        pooled += [_of_seed(image, seed) for image in result[name].images]
+        base += [_of_seed(image, seed) for image in result[baseline].images]
+    total = paired_gain(pooled, base)
+    if total is None:
+        return "-"
+    over_seeds = f" ({np.std(by_seed, ddof=1) / np.sqrt(len(by_seed)):.3f})" if len(by_seed) > 1 else ""
+    return f"{total[0]:+.3f} ± {total[1]:.3f}{over_seeds}"
+
+
+def _of_seed(image: ScoredImage, seed: int) -> ScoredImage:
+    """Return the image under an id that no other seed has."""
+    return ScoredImage(prompt_id=f"{seed}/{image.prompt_id}", prompt=image.prompt, seed=image.seed, score=image.score)
+
+
+def _spread(values: list[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.{digits}f}{deviation}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study and print its table; return its exit code."""
+    return run_command(AlignmentStudy, lambda study: print(table(run(study))), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
