@@ -34,7 +34,7 @@ from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import load_model, markup_for
-from vargpt_rl.model.generate import SamplingConfig, generate_images, to_uint8
+from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
 from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
@@ -327,8 +327,7 @@ class Worker(BaseWorker):
         schedule = self.image_tokenizer.schedule_for(resolution)
         labels_BLs = self._labels(items, token_count(schedule))
         summed_Bdhw = self.image_tokenizer.replay(labels_BLs, schedule, self.model.dtype).summed_Bdhw
-        images_BHW3 = to_uint8(self.image_tokenizer.decode(summed_Bdhw)).cpu().numpy()
-        return [Image.fromarray(image) for image in images_BHW3]
+        return to_images(self.model, summed_Bdhw)
 
 
 REPEATABLE = {

@@ -119,6 +119,15 @@ def test_latent_sums_become_images(model):
         assert np.array_equal(np.asarray(image), pixels)
 
 
+def test_images_decode_alike_in_any_batch(model):
+    summed = torch.randn(3, BITS, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        batch = model.image_tokenizer.decode(summed)
+        assert torch.equal(batch[1:2], model.image_tokenizer.decode(summed[1:2]))
+        plain = model.image_tokenizer.decoder(summed).clamp(-1, 1)
+    torch.testing.assert_close(batch, plain, atol=1e-5, rtol=0)
+
+
 def test_what_cannot_be_drawn_is_refused(model, chat):
     prompt = chat.drawing_prompt("a star", "")
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):

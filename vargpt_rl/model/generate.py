@@ -219,6 +219,5 @@ def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def to_images(model: Unified, summed_Bdhw: torch.Tensor) -> list[Image.Image]:
-    """Decode latent sums to images, one by one, so that rounding does not depend on the batch."""
-    decoded = (model.image_tokenizer.decode(summed_1dhw) for summed_1dhw in summed_Bdhw.split(1))
-    return [Image.fromarray(to_uint8(image_13HW)[0].cpu().numpy()) for image_13HW in decoded]
+    """Decode latent sums to images."""
+    return [Image.fromarray(image) for image in to_uint8(model.image_tokenizer.decode(summed_Bdhw)).cpu().numpy()]

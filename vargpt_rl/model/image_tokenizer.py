@@ -73,6 +73,16 @@ class Attention(nn.Module):
         return x_BChw + self.proj(seen.transpose(1, 2).view_as(x_BChw))
 
 
+def one_by_one(module: Callable[[torch.Tensor], torch.Tensor], batch_Bchw: torch.Tensor) -> torch.Tensor:
+    """Apply a convolutional module to each item of a batch by itself, with channels innermost in memory.
+
+    An item's result does not depend on its batch, and on CPUs this is faster: the activations of one image stay in
+    the caches.
+    """
+    items = batch_Bchw.split(1)
+    return torch.cat([module(item_1chw.contiguous(memory_format=torch.channels_last)) for item_1chw in items])
+
+
 def _middle(width: int, groups: int, attention: bool) -> nn.Sequential:
     between = [Attention(width, groups)] if attention else []
     return nn.Sequential(ResidualBlock(width, width, groups), *between, ResidualBlock(width, width, groups))
@@ -158,7 +168,7 @@ class ImageTokenizer(nn.Module, Bits):
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
         """Decode summed codes to images float [B, 3, H, W] in [-1, 1]."""
-        return self.decoder(summed_Bdhw).clamp(-1, 1)
+        return one_by_one(self.decoder, summed_Bdhw).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
         """Return the scalar ``criterion`` of reconstructed images, before the clamp, and their originals."""

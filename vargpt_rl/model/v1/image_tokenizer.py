@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vargpt_rl.model.image_tokenizer import Criterion, Decoder, Encoder
+from vargpt_rl.model.image_tokenizer import Criterion, Decoder, Encoder, one_by_one
 from vargpt_rl.model.multiscale import MultiScale, Quantised, to_map, to_tokens
 from vargpt_rl.model.scales import Schedule
 from vargpt_rl.model.v1.configuration import V1ImageTokenizerConfig
@@ -96,7 +96,7 @@ class V1ImageTokenizer(nn.Module, MultiScale):
 
     def decode(self, summed_Bdhw: torch.Tensor) -> torch.Tensor:
         """Decode summed codes to images float [B, 3, H, W] in [-1, 1]."""
-        return self.decoder(self.from_latent(summed_Bdhw)).clamp(-1, 1)
+        return one_by_one(self.decoder, self.from_latent(summed_Bdhw)).clamp(-1, 1)
 
     def training_loss(self, images_B3HW: torch.Tensor, criterion: Criterion) -> torch.Tensor:
         """Return ``criterion`` of reconstructed and original images, plus the codebook and commitment losses.
