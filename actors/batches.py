@@ -1,10 +1,10 @@
 """Scheduling of one job: its items in batches, which of them wait, are done or are late."""
 
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from math import inf
-from statistics import median
 from typing import Any, NamedTuple
 
 from ray.actor import ActorHandle
@@ -37,18 +37,15 @@ class BatchJob:
         self.late_after = inf
         """Seconds after which a batch is late: infinite until one is done, 0 once the job has ended."""
         self.repeated = 0
+        self.items_done = 0
         self._repeatable = repeatable
         self._waiting = deque(range(len(self.batches)))
         self._results: dict[int, list] = {}
-        self._seconds: list[float] = []
+        self._seconds: list[float] = []  # ascending
 
     @property
     def is_done(self) -> bool:
         return len(self._results) == len(self.batches)
-
-    @property
-    def items_done(self) -> int:
-        return sum(map(len, self._results.values()))
 
     def results(self) -> list[Any]:
         """One result an item, in the order of the items."""
@@ -70,9 +67,12 @@ class BatchJob:
     def finish(self, call: Call, results: list) -> None:
         """Store the results of a batch."""
         self._results[call.batch] = results
-        self._seconds.append(time.monotonic() - call.since)
+        self.items_done += len(results)
+        insort(self._seconds, time.monotonic() - call.since)
         if self._repeatable:
-            self.late_after = max(LATE_S, LATE * median(self._seconds))
+            middle = len(self._seconds) // 2
+            median = (self._seconds[middle] + self._seconds[~middle]) / 2
+            self.late_after = max(LATE_S, LATE * median)
 
     def put_back(self, call: Call, calls: Iterable[Call]) -> None:
         """Hand the batch of a lost call out again, first of all, unless it is done or in one of ``calls`` too."""

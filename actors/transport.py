@@ -3,7 +3,8 @@
 A worker is handed a transfer and takes the tensors out of it, one chunk at a time. No process holds more than two
 chunks besides the model (a tensor larger than a chunk is a chunk of its own).
 
-- ``SharedFileTransfer``: the worker reads the file, mapped into its memory. For workers that see the run directory.
+- ``SharedFileTransfer``: the worker maps the file into its memory. For workers that see the run directory. On the
+  learner's node the pages are those that the learner wrote: shared memory, without a copy in between.
 - ``ObjectStoreTransfer``: a process beside the file puts chunks into Ray's object store, where workers on a node share
   them without a copy. Workers in step with each other share a chunk's only copy.
 - ``BroadcastTransfer``: one worker reads the file and broadcasts it, over NCCL from GPU to GPU, over gloo otherwise.
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
-from actors.weights import WeightLayout, Weights, read
+from actors.weights import WeightLayout, Weights, stream
 
 CHUNK = 256 * 2**20
 """Most bytes of a chunk."""
@@ -54,8 +55,8 @@ class SharedFileTransfer:
     path: Path
 
     def chunks(self) -> Iterator[Weights]:
-        for name in self.layout.shapes:
-            yield read(self.path, [name])
+        for name, tensor in stream(self.path, self.layout.shapes):
+            yield {name: tensor}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class _ChunkServer:
         """The ref of a chunk, in a list: Ray would resolve a bare one."""
         key = path, path.stat().st_ino, names[0]  # a file that is replaced has another inode
         if key not in self.kept:
-            self.kept[key] = ray.put({name: _to_numpy(tensor) for name, tensor in read(path, names).items()})
+            self.kept[key] = ray.put({name: _to_numpy(tensor) for name, tensor in stream(path, names)})
         self.kept.move_to_end(key)
         while len(self.kept) > 2:
             self.kept.popitem(last=False)
@@ -143,14 +144,16 @@ class BroadcastTransfer:
             )
         else:
             group = dist.ProcessGroupGloo(store, self.rank, self.world, limit)  # type: ignore[assignment]
-        for name, shape in self.layout.shapes.items():
-            if self.rank == 0:
-                tensor = read(self.path, [name])[name].to(self.device).contiguous()
-            else:
-                tensor = torch.empty(shape, dtype=self.layout.dtypes[name], device=self.device)
+        for name, read in stream(self.path, self.layout.shapes) if self.rank == 0 else self._empty():
+            tensor = read.to(self.device).contiguous()
             group.broadcast([tensor.view(-1).view(torch.uint8)], dist.BroadcastOptions()).wait()
             yield {name: tensor}
         group.barrier().wait()  # rank 0 holds the store: it must not leave before the others are done
+
+    def _empty(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a tensor to receive into for each name."""
+        for name, shape in self.layout.shapes.items():
+            yield name, torch.empty(shape, dtype=self.layout.dtypes[name], device=self.device)
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Weight sets, on disk as a safetensors file and in a live model.
 
 A set is checked against the model before anything is copied, read and applied in place one chunk at a time, and
-verified by a checksum of the model's own tensors. ``actors.transport`` moves the chunks.
+verified by a checksum of the model's own tensors. ``actors.transport`` moves the chunks. A checkpoint is not hashed
+again to publish it: its marker has the hashes.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,25 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from vargpt_rl.storage.checkpoint import MARKER, recorded_hashes
+from vargpt_rl.storage.hashes import file_hashes, set_checksum, tensor_hash
+
 Weights = dict[str, torch.Tensor]
 """Tensors by name."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes by their names in safetensors' headers."""
 
 
 @dataclass(frozen=True)
@@ -79,50 +96,37 @@ def layout_of(path: Path, wanted: Wanted = every) -> WeightLayout:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a dict)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        dtypes = {name: (part[:0] if shapes[name] else file.get_tensor(name)).dtype for name, part in slices.items()}
+        dtypes = {name: DTYPES[part.get_dtype()] for name, part in slices.items()}
     return WeightLayout(shapes, dtypes)
 
 
-def read(path: Path, names: Iterable[str]) -> Weights:
-    """Read tensors of a safetensors file."""
+def stream(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors of a safetensors file by name, mapped into memory: reading them copies nothing."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in names}
-
-
-def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        for name in names:
+            yield name, file.get_tensor(name)
 
 
 def checksum_of_set(tensors: Weights) -> str:
     """``checksum`` of tensors in memory."""
-    return _digest((name, tensors[name]) for name in sorted(tensors))
+    return set_checksum({name: tensor_hash(name, tensor) for name, tensor in tensors.items()})
 
 
 def checksum(path: Path, wanted: Wanted = every) -> str:
-    """Hexadecimal blake2b of a file's wanted tensors in the order of their names: name, dtype, shape and bytes.
+    """Checksum of a file's wanted tensors: names, dtypes, shapes and bytes, in any order.
 
-    Only one tensor at a time is in memory.
+    That of a checkpoint is the one it was written with. A file without a marker is hashed now.
     """
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(filter(wanted, file.keys())):
-                yield name, file.get_tensor(name)
-
-    return _digest(tensors())
+    hashes = recorded_hashes(path) if path.with_name(MARKER).exists() else file_hashes(path)
+    return set_checksum({name: found for name, found in hashes.items() if wanted(name)})
 
 
-def checksum_of(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
-    """``checksum`` of the model's own tensors of these names, cast to the dtypes of the set.
+def checksum_of(own: Weights, dtypes: Mapping[str, torch.dtype]) -> str:
+    """``checksum`` of a model's own tensors of these names, cast to the dtypes of the set.
 
     A model of a wider dtype holds the set exactly, so casting back loses nothing.
     """
-    own = model.state_dict()
-    return _digest((name, own[name].to("cpu", dtypes[name])) for name in sorted(dtypes))
+    return set_checksum({name: tensor_hash(name, own[name].to(dtype)) for name, dtype in dtypes.items()})
 
 
 def check_fits(model: torch.nn.Module, layout: WeightLayout) -> None:
@@ -145,8 +149,7 @@ def check_fits(model: torch.nn.Module, layout: WeightLayout) -> None:
 
 
 @torch.no_grad()
-def apply(model: torch.nn.Module, tensors: Weights) -> None:
-    """Copy tensors that fit into the model, in place."""
-    own = model.state_dict()
+def apply(own: Weights, tensors: Weights) -> None:
+    """Copy tensors that fit into a model's own (its ``state_dict``), in place."""
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

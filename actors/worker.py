@@ -149,7 +149,9 @@ class BaseWorker(ABC):
         self.version = -1
         found = self.load_weights(version, transfer)
         if found != expected_checksum:
-            raise RuntimeError(f"version {version} has checksum {found}, expected {expected_checksum}")
+            raise RuntimeError(
+                f"weights {version} have checksum {found}, expected {expected_checksum}: file or transfer is corrupt"
+            )
         self.version, self.checksum = version, found
         seconds = time.perf_counter() - start
         return {"version": version, "checksum": found, "bytes": transfer.layout.bytes, "seconds": seconds}
@@ -192,10 +194,11 @@ class Worker(BaseWorker):
 
     def load_weights(self, version: int, transfer: WeightTransfer) -> str:
         """Copy into the model's own tensors and return their checksum."""
+        own = self.model.state_dict()
         for chunk in transfer.chunks():
-            apply(self.model, chunk)
+            apply(own, chunk)
             point("worker/swap")
-        return checksum_of(self.model, transfer.layout.dtypes)
+        return checksum_of(own, transfer.layout.dtypes)
 
     @serving
     def generate_images(

@@ -7,9 +7,9 @@ alone, not on timing. The order is recorded all the same.
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
-from heapq import heapify, heapreplace
 from pathlib import Path
 
 import torch
@@ -100,19 +100,26 @@ class PairOrder(Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed + uses + part * 7919)
             return (torch.randperm(size, generator=generator).argsort() / size).tolist()
 
-        queue: list[tuple[int, float, int, int, int]] = []  # uses, place among equals, row, part, row within the part
+        # By uses, descending: place among equals, row, part, row within the part. Those of the level in use are sorted.
+        levels: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
+        uses = 0
         parts = 0
         for step in range(1, self.steps + 1):
             sizes = self.table.first(max(parts, -(-step * self.table.parts // self.steps)))
-            for part in range(parts, len(sizes)):
-                rows = enumerate(range(sum(sizes[:part]), sum(sizes[: part + 1])))
-                queue += [(0, row, row, part, at) for at, row in rows]
-            parts = len(sizes)
-            heapify(queue)
+            if len(sizes) > parts:
+                for part in range(parts, len(sizes)):
+                    first = sum(sizes[:part])
+                    levels[0] += [(first + at, first + at, part, at) for at in range(sizes[part])]
+                parts = len(sizes)
+                uses = 0
+                levels[0].sort(reverse=True)
             batch = []
             for _ in range(self.batch):
-                uses, _, row, part, at = queue[0]
-                heapreplace(queue, (uses + 1, places(part, uses + 1)[at], row, part, at))
+                while not levels[uses]:
+                    uses += 1
+                    levels[uses].sort(reverse=True)
+                _, row, part, at = levels[uses].pop()
+                levels[uses + 1].append((places(part, uses + 1)[at], row, part, at))
                 batch.append(row)
             self._note(step, batch)
             yield from batch

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from actors.weights import WeightLayout, apply, check_fits, checksum, checksum_of, layout_of, read
+from actors.weights import DTYPES, WeightLayout, apply, check_fits, checksum, checksum_of, layout_of, stream
+from vargpt_rl.storage.checkpoint import WEIGHTS, save_checkpoint
 
 
 def model(dtype=torch.float32) -> torch.nn.Module:
@@ -28,11 +29,11 @@ def path(request, tmp_path):
 def test_a_loaded_set_has_its_checksum(path, wide):
     layout = layout_of(path)
     taker = model(wide or layout.dtypes["1.bias"])
-    assert checksum_of(taker, layout.dtypes) != checksum(path)
+    assert checksum_of(taker.state_dict(), layout.dtypes) != checksum(path)
     at = taker[0].weight.data_ptr()
     check_fits(taker, layout)
-    apply(taker, read(path, layout.shapes))
-    assert checksum_of(taker, layout.dtypes) == checksum(path)
+    apply(taker.state_dict(), dict(stream(path, layout.shapes)))
+    assert checksum_of(taker.state_dict(), layout.dtypes) == checksum(path)
     assert taker[0].weight.data_ptr() == at, "copied in place"
     assert layout.shapes == {"0.weight": (4, 3), "1.bias": (2,)}
     assert layout.bytes == 14 * layout.dtypes["1.bias"].itemsize
@@ -78,7 +79,24 @@ def test_chunks_keep_order_and_limit(sizes, limit):
         assert sum(map(layout.size, [*one, following[0]])) > limit, "no chunk is closed early"
 
 
+def test_a_checkpoint_is_not_hashed_to_publish_it(tmp_path, monkeypatch):
+    tensors = {"0.weight": torch.randn(4, 3), "1.bias": torch.randn(2)}
+    saved = save_checkpoint(tmp_path / "final", tensors) / WEIGHTS
+    save_file(tensors, tmp_path / "unmarked.safetensors")
+    expected = checksum(tmp_path / "unmarked.safetensors"), checksum(tmp_path / "unmarked.safetensors", "1.bias".__eq__)
+    monkeypatch.setattr("actors.weights.file_hashes", None)
+    assert (checksum(saved), checksum(saved, "1.bias".__eq__)) == expected
+    with pytest.raises(TypeError):
+        checksum(tmp_path / "unmarked.safetensors")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes_have_their_names_in_the_header(tmp_path, name):
+    save_file({"a": torch.zeros(3, 1, dtype=DTYPES[name])}, tmp_path / "a.safetensors")
+    assert layout_of(tmp_path / "a.safetensors") == WeightLayout({"a": (3, 1)}, {"a": DTYPES[name]})
+
+
 def test_read_returns_requested_tensors(path):
-    (bias,) = read(path, ["1.bias"]).values()
+    (bias,) = dict(stream(path, ["1.bias"])).values()
     assert torch.equal(bias, load_file(path)["1.bias"])
     assert np.prod(layout_of(path).shapes["0.weight"]) == 12

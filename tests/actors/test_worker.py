@@ -22,6 +22,7 @@ from vargpt_rl.model.likelihood import symbol_log_probs
 from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Drawing
+from vargpt_rl.storage.checkpoint import WEIGHTS, save_checkpoint
 
 SIDE = 64
 HEAD = "image_decoder.head.weight"
@@ -258,6 +259,18 @@ def test_a_damaged_set_makes_the_worker_stale(worker, drawn, head):
         worker.score(drawn, SIDE)
     worker.receive(1, *head)
     worker.score(drawn, SIDE)
+
+
+def test_a_file_changed_after_it_was_written_is_refused(worker, drawn, tmp_path):
+    head = worker.model.get_parameter(HEAD).detach()
+    path = save_checkpoint(tmp_path / "final", {HEAD: head + 1}) / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RuntimeError, match="weights 1 have checksum .* file or transfer is corrupt"):
+        worker.receive(1, checksum(path), SharedFileTransfer(layout_of(path), path))
+    with pytest.raises(RuntimeError, match="stale"):
+        worker.score(drawn, SIDE)
 
 
 def test_a_broken_transfer_makes_the_worker_stale(worker, drawn, head):

@@ -62,6 +62,25 @@ def test_no_more_steps_are_taken_than_there_is_of_the_table(sizes, steps, batch)
     assert list(order) == list(order), "it can begin again, as a run that goes on does"
 
 
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.integers(1, 20), st.integers(1, 5))
+def test_the_least_used_pair_comes_next(sizes, steps, batch):
+    """Compare with the definition: of the pairs that have arrived, the least used; new ones in the table's order."""
+    uses = Counter()
+    for step, rows in enumerate(batches(PairOrder(known(sizes), steps, batch, 0)), 1):
+        arrived = known(sizes).first(-(-step * len(sizes) // steps))
+        for pair in rows:
+            least = min(uses[i] for i in range(sum(arrived)))
+            assert uses[pair] == least
+            assert least or pair == min(i for i in range(sum(arrived)) if not uses[i])
+            uses[pair] += 1
+
+
+def test_the_order_of_a_seed_is_pinned():
+    rows = list(PairOrder(known([3, 0, 4]), 7, 3, 5))
+    assert rows == [0, 1, 2, 2, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 3, 4, 6, 5, 6]
+
+
 def test_the_first_epoch_keeps_the_tables_order():
     rows = list(PairOrder(known([12]), 10, 4, 3))
     assert rows[:12] == list(range(12))

@@ -5,13 +5,21 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.faults import ask
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.storage import checkpoint
-from vargpt_rl.storage.checkpoint import MARKER, WEIGHTS, check_checkpoint, load_weights_into, save_checkpoint
+from vargpt_rl.storage.checkpoint import (
+    MARKER,
+    WEIGHTS,
+    check_checkpoint,
+    load_weights_into,
+    recorded_hashes,
+    save_checkpoint,
+)
 from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.hashes import file_hashes
 
 
 def model() -> torch.nn.Module:
@@ -42,7 +50,7 @@ def test_views_are_saved_by_their_content(tmp_path):
     assert torch.equal(load_file(check_checkpoint(directory))["a"], transposed)
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_atomically"])
+@pytest.mark.parametrize("step", ["save_file", "tensor_hash"])
 def test_a_save_that_dies_leaves_the_old_checkpoint(saved, tensors, monkeypatch, step):
     whole = getattr(checkpoint, step)
 
@@ -62,11 +70,11 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(saved, tensors, monkeypatch,
     assert load_file(check_checkpoint(saved))["0.weight"].unique().tolist() == [3.0]
 
 
-@pytest.mark.parametrize("moment", ["unmarked", "COMPLETE", "written", "removed", "there"])
+@pytest.mark.parametrize("moment", ["unmarked", "written", "removed", "there"])
 def test_a_save_that_is_killed_at_any_step_leaves_one_whole_checkpoint_or_none(tmp_path, tensors, monkeypatch, moment):
     old = save_checkpoint(tmp_path / "stage/final", tensors)
     new = {name: tensor * 3 for name, tensor in tensors.items()}
-    file = ask(tmp_path / "faults", "COMPLETE/written" if moment == "COMPLETE" else f"stage/final/{moment}")
+    file = ask(tmp_path / "faults", f"stage/final/{moment}")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "faults"))
     if (child := os.fork()) == 0:
         save_checkpoint(old, new)
@@ -113,6 +121,22 @@ def test_changed_bytes_are_noticed_and_named(saved, damage):
         check_checkpoint(saved)
     with pytest.raises(ValueError, match=f"checkpoint {saved}"):
         load_weights_into(model(), [saved])
+
+
+def test_a_changed_tensor_is_named(saved, tensors):
+    save_file(tensors | {"1.bias": torch.zeros(2)}, saved / WEIGHTS)
+    with pytest.raises(ValueError, match="the hashes of 1 tensors differ from COMPLETE, among them that of 1.bias"):
+        check_checkpoint(saved)
+
+
+def test_a_marker_without_tensor_hashes_is_refused(saved):
+    (saved / MARKER).write_text('{"bytes": 9, "blake2b": "00"}')
+    with pytest.raises(ValueError, match="expected hashes of tensors in COMPLETE, got bytes, blake2b"):
+        check_checkpoint(saved)
+
+
+def test_recorded_hashes_are_those_of_the_file(saved):
+    assert recorded_hashes(saved / WEIGHTS) == file_hashes(saved / WEIGHTS)
 
 
 def test_weight_sets_are_copied_in_place_and_in_order(tmp_path, saved):

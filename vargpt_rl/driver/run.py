@@ -32,7 +32,7 @@ FREE = tuple(
     )
 )
 """Settings that may change when a run is resumed: they say where and how it runs, not what comes out."""
-LAYOUT = 2
+LAYOUT = 3
 """Version of the run directory's steps and files. Directories of other versions are refused."""
 NEW = {"layout": LAYOUT, "steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
 

@@ -190,12 +190,17 @@ def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
 
 
 def random_probe(it: StageContext) -> Probe:
+    """Return the probe of a stage: the same at every swap."""
+    return probe_of(it.inputs.model, it.resolution, it.config.seed)
+
+
+def probe_of(model: str, resolution: int, seed: int) -> Probe:
     """Return an image of random tokens: as good as any to compare weights by."""
-    tokenizer = load_config(it.inputs.model).image_tokenizer_config
-    tokens = token_count(tokenizer.schedule_for(it.resolution))
+    tokenizer = load_config(model).image_tokenizer_config
+    tokens = token_count(tokenizer.schedule_for(resolution))
     depth, values = tokenizer.symbols
-    labels = np.random.default_rng(it.config.seed).integers(0, values, (tokens, depth))
-    return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), it.resolution)
+    labels = np.random.default_rng(seed).integers(0, values, (tokens, depth))
+    return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), resolution)
 
 
 def follow(it: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:

@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import safe_open
-
 from actors.pool import RolloutPool
 from actors.weights import SwapReport
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.driver.run import Run
-from vargpt_rl.storage.checkpoint import WEIGHTS, Policy, check_checkpoint
+from vargpt_rl.storage.checkpoint import WEIGHTS, Policy, recorded_hashes
 
 Log = Callable[[str, int, dict], None]
 """Takes the stage's name, the step and its metrics."""
@@ -21,11 +19,13 @@ PROBE_TOLERANCE = 1e-3
 
 
 def _owners(weights: Sequence[Path]) -> dict[str, Path]:
-    """Return the weight set that each tensor comes from: the last that has it. ValueError for a damaged set."""
+    """Return the weight set that each tensor comes from: the last that has it. ValueError for an incomplete set.
+
+    Only markers are read. Damaged weights are found by the workers, which hash what they have loaded.
+    """
     owners: dict[str, Path] = {}
     for directory in weights:
-        with safe_open(check_checkpoint(directory), framework="np") as file:
-            owners |= dict.fromkeys(file.keys(), directory)
+        owners |= dict.fromkeys(recorded_hashes(directory / WEIGHTS), directory)
     return owners
 
 

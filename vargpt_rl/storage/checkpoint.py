@@ -1,7 +1,7 @@
 """Weight sets on disk: the tensors that one stage trained. Applied in order, they turn the start model into a policy.
 
-A checkpoint is a directory with ``weights.safetensors`` and ``COMPLETE`` (JSON: size and blake2b hash of the weights).
-A directory without that marker is never read.
+A checkpoint is a directory with ``weights.safetensors`` and ``COMPLETE`` (JSON: the file's size, each tensor's hash).
+A directory without that marker is never read. Tensors are hashed once, when they are written.
 """
 
 import json
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.storage.files import atomic_dir, check_free_space, digest, write_atomically
+from vargpt_rl.storage.files import atomic_dir, check_free_space
+from vargpt_rl.storage.hashes import file_hashes, tensor_hash
 
 WEIGHTS = "weights.safetensors"
 MARKER = "COMPLETE"
@@ -40,14 +41,33 @@ def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
     with atomic_dir(directory) as folder:
         check_free_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
         weights = folder / WEIGHTS
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+            save_file(contiguous, weights)
         except SafetensorError as error:
             raise OSError(f"{weights}: {error}") from error
         point(f"{directory.parent.name}/{directory.name}/unmarked")
-        marker = {"bytes": weights.stat().st_size, "blake2b": digest(weights)}
-        write_atomically(folder / MARKER, json.dumps(marker).encode())
+        hashes = {name: tensor_hash(name, tensor) for name, tensor in contiguous.items()}
+        # Not synced by itself: the folder is, before it gets its name.
+        (folder / MARKER).write_text(json.dumps({"bytes": weights.stat().st_size, "xxh3_128": hashes}))
     return directory
+
+
+def recorded_hashes(weights: Path) -> dict[str, str]:
+    """Return the hash of each tensor as it was when the weights file was written; only the marker is read.
+
+    Raises ValueError naming the directory if it is incomplete or the file has another size.
+    """
+    directory = weights.parent
+    marker = directory / MARKER
+    if not marker.exists() or not weights.exists():
+        raise ValueError(f"checkpoint {directory}: incomplete, expected {WEIGHTS} and {MARKER}")
+    recorded = json.loads(marker.read_text())
+    if "xxh3_128" not in recorded:
+        raise ValueError(f"checkpoint {directory}: expected hashes of tensors in {MARKER}, got {', '.join(recorded)}")
+    if weights.stat().st_size != recorded["bytes"]:
+        raise ValueError(f"checkpoint {directory}: {WEIGHTS} is corrupt (its size differs from {MARKER})")
+    return recorded["xxh3_128"]
 
 
 def check_checkpoint(directory: Path) -> Path:
@@ -55,13 +75,18 @@ def check_checkpoint(directory: Path) -> Path:
 
     Raises ValueError naming the directory if it is incomplete or the weights have changed since they were written.
     """
-    marker = directory / MARKER
     weights = directory / WEIGHTS
-    if not marker.exists() or not weights.exists():
-        raise ValueError(f"checkpoint {directory}: incomplete, expected {WEIGHTS} and {MARKER}")
-    expected = json.loads(marker.read_text())
-    if weights.stat().st_size != expected["bytes"] or digest(weights) != expected["blake2b"]:
-        raise ValueError(f"checkpoint {directory}: {WEIGHTS} is corrupt (its size or blake2b differs from {MARKER})")
+    recorded = recorded_hashes(weights)
+    try:
+        found = file_hashes(weights)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {directory}: {WEIGHTS} is corrupt ({error})") from error
+    if found != recorded:
+        names = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+        raise ValueError(
+            f"checkpoint {directory}: {WEIGHTS} is corrupt (the hashes of {len(names)} tensors differ from {MARKER}, "
+            f"among them that of {names[0]})"
+        )
     return weights
 
 
