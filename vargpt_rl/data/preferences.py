@@ -77,12 +77,20 @@ def write_table(path: Path, rows: list[dict[str, Any]], origin: dict[str, Any] |
     repeated = [name for name, count in Counter(row["pair_id"] for row in rows).items() if count > 1]
     if repeated:
         raise ValueError(f"{path}: {len(repeated)} pair ids occur more than once, among them {repeated[0]!r}")
-    for row in rows:
-        for name in REFERENCES:
-            if not np.isfinite(row[name]).all():
-                raise ValueError(f"{path}: pair {row['pair_id']!r}: {name} is {row[name]}, expected finite numbers")
+    for name in REFERENCES:
+        _check_finite(path, name, rows)
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def _check_finite(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """ValueError, naming the first pair, if a reference log-probability, or one of its parts, is not finite."""
+    values = [row[name] for row in rows]
+    flat = np.concatenate([np.empty(0), *values]) if name.endswith("_by_scale") else np.array(values, float)
+    if np.isfinite(flat).all():
+        return
+    bad = next(row for row in rows if not np.isfinite(row[name]).all())
+    raise ValueError(f"{path}: pair {bad['pair_id']!r}: {name} is {bad[name]}, expected finite numbers")
 
 
 def arrow_column(path: Path, field: pa.Field, rows: list[dict[str, object]]) -> pa.Array:
