@@ -19,6 +19,7 @@ from tests.helpers.faults import ask
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
+from vargpt_rl.driver.loop import align, execute
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
 from vargpt_rl.model.modeling import Vargpt
@@ -215,7 +216,7 @@ def test_stages_run_in_order_each_from_the_last_policy(stages, tmp_path, monkeyp
     monkeypatch.setattr(StageContext, "step", record)
     monkeypatch.setattr(loop, "export_model", lambda model, weights, target: exported.append(weights))
     settings = [f"stages=[{','.join(stages)}]", "resolutions=[32,48]", "iterations=2", "dpo.control=false"]
-    summary = loop.execute(stage_context(tmp_path, *settings).session)
+    summary = execute(stage_context(tmp_path, *settings).session)
     keys = [key for s in stages for key in (TRAINED if s == ALIGN else [s])]
     assert [path.parent.name for path in exported[0]] == keys
     assert list(summary["stages"]) == [stage for stage in stages if stage != ALIGN]
@@ -235,7 +236,7 @@ def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeyp
     asked = []
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
     it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
-    loop.align(it, Policy(""))
+    align(it, Policy(""))
     assert asked == [step for step in Step if control or "control" not in step]
 
 
@@ -243,7 +244,7 @@ def test_methods_follow_each_other(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
     settings = ["align.methods=[rft,grpo]", "reward.path=rewards.shapes:shapes_reward"]
-    policy, results = loop.align(stage_context(tmp_path, *settings), Policy(""))
+    policy, results = align(stage_context(tmp_path, *settings), Policy(""))
     assert asked[4:-1] == ["rft", "rft_swap", "after_rft", "grpo", "grpo_swap", "after_grpo"]
     assert [path.parent.name for path in policy.weights] == ["iter-00-sft", "iter-00-rft", "iter-00-grpo"]
     assert list(results["eval"]) == ["after_sft", "after_rft", "after_grpo"]

@@ -21,9 +21,9 @@ from actors.worker import Worker
 from learners.group import LearnerGroup
 from learners.rank import Rank
 from tests.helpers.faults import ask
-from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
+from vargpt_rl.driver import loop
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.start import prepare, resume
 from vargpt_rl.driver.weights import WeightSync
