@@ -24,6 +24,7 @@ from actors.pool import RolloutPool
 from actors.resources import Placement
 from actors.worker import Failure, PromptedBits, Worker
 from learners.jobs import DpoJob
+from vargpt_rl.bench import scale
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.data.samples import Sample
@@ -41,6 +42,8 @@ BATCHES = 4
 """Batches that are timed."""
 IDLE_BATCHES = 200
 """Batches that idle workers answer."""
+PAIRS = 10_000
+"""Pairs of the table that is timed: with few, plots and imports would count as the cost of a pair."""
 PAYLOAD = 2**16
 """Bytes per item that idle workers return."""
 
@@ -120,6 +123,12 @@ def train_costs(it: StageContext, policy: Policy) -> tuple[float, float]:
     return micro_batch_s, max(0.0, seconds[0] - micro_batch_s)
 
 
+def pair_cost(folder: Path) -> float:
+    """CPU seconds of the driver for a pair: to build it, write it to the table and describe it, among many others."""
+    found = scale.measure(PAIRS, folder)
+    return sum(found[part] for part in ("build", "write table", "describe")) / PAIRS
+
+
 def swap_costs(it: StageContext, policy: Policy) -> tuple[float, float, int]:
     """Seconds of a swap that brings next to nothing, of a byte more, and the bytes of the SFT weights."""
     pool = it.pool
@@ -155,9 +164,7 @@ def measure(session: Session, policy: Policy) -> Costs:
     encode_s = timed(time.perf_counter, pool.run, Worker.encode, keys, side) / BATCHES
     pool.run(Worker.score, items[:2], side)
     score_s = timed(time.perf_counter, pool.run, Worker.score, items, side) / BATCHES
-    count = len(plan_samples(it, policy).prompts)
-    pairs_s = timed(time.process_time, make_pairs, it, policy)
-    batches = 2 * count / batch + 2 * count / (2 * it.config.dpo.recipe.micro_batch)
+    make_pairs(it, policy)
     micro_batch_s, step_s = train_costs(it, policy)
     swap_s, swap_byte_s, weight_bytes = swap_costs(it, policy)
     encoded = pool.run(Worker.encode, keys[:1], side)[0]
@@ -173,7 +180,7 @@ def measure(session: Session, policy: Policy) -> Costs:
         step_s=step_s,
         dispatch_s=dispatch_s,
         byte_s=byte_s,
-        pair_s=max(0.0, pairs_s - batches * dispatch_s) / count,
+        pair_s=pair_cost(it.run.directory),
         swap_s=swap_s,
         swap_byte_s=swap_byte_s,
         result_bytes=len(samples[0].bits),
