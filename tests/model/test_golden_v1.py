@@ -230,7 +230,8 @@ def test_text_and_image_losses_add_up_as_published(model, config, schedule, forw
     """Published: every text token is a target, prompts and padding too, whose positions count on; equal weights."""
     data, labels = forward_data, forward_data["idx"][..., None]
     count_on = torch.arange(data["input_ids"].shape[1]).expand_as(data["input_ids"])
-    monkeypatch.setattr(model, "positions", lambda *args: count_on)
+    # With the mask, unlike here, padding does not see the padding before it.
+    monkeypatch.setattr(model, "layout", lambda ids, mask, *rest: (mask, count_on))
     with torch.no_grad():
         drawing = replayed(labels, (16 * schedule[-1][0],) * 2)(model)
         drawing = drawing._replace(unconditional_N=torch.zeros(len(labels), dtype=torch.bool))

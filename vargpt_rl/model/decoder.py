@@ -8,7 +8,8 @@ computed; its query and key weights are kept so that released checkpoints conver
 Shape legend: N images, L image tokens, T prompt positions, C width, h heads, e head width, d bits a token.
 """
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vargpt_rl.model.configuration import DecoderConfig
-from vargpt_rl.model.scales import Schedule, grid_positions, scale_index
+from vargpt_rl.model.scales import Schedule, grid_positions, scale_index, scales_within
 
 MAX_LOG_SCALE = 4.605170185988092  # ln 100: cosine attention is never sharper than this
 
@@ -30,19 +31,42 @@ class Condition(NamedTuple):
     head_N2C: torch.Tensor  # scale and shift of the head's norm
 
 
-class DecoderContext(NamedTuple):
+@dataclass(frozen=True)
+class DecoderContext:
     """The prompt's states for cross attention; ``mask_NT`` is False at padding."""
 
     states_NTC: torch.Tensor
     mask_NT: torch.Tensor
 
+    @cached_property
+    def attention_mask(self) -> torch.Tensor | None:
+        """The mask over keys, bool [N, 1, 1, T]; None if there is no padding, because attention is faster without."""
+        return None if self.mask_NT.all() else self.mask_NT[:, None, None]
+
 
 class ScaleCache:
-    """Keys and values of every block for the scales drawn so far; one per generated batch of images."""
+    """Keys and values of every block for the scales drawn so far; one per generated batch of images.
 
-    def __init__(self, depth: int):
+    Those of self attention are allocated once, for all ``tokens`` of the image; each scale is written into its place.
+    """
+
+    def __init__(self, depth: int, tokens: int):
+        self.tokens = tokens
         self.self_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
         self.cross_kv: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * depth
+
+    def write(
+        self, block: int, k_Nhne: torch.Tensor, v_Nhne: torch.Tensor, at: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a block's keys and values of the tokens ``at``; return those of all tokens, [N, h, L, e] each."""
+        known = self.self_kv[block]
+        if known is None:
+            shape = (*k_Nhne.shape[:2], self.tokens, k_Nhne.shape[3])
+            known = self.self_kv[block] = k_Nhne.new_empty(shape), v_Nhne.new_empty(shape)
+        keys_NhLe, values_NhLe = known
+        keys_NhLe[:, :, at] = k_Nhne
+        values_NhLe[:, :, at] = v_Nhne
+        return known
 
 
 class RMSNorm(nn.Module):
@@ -114,6 +138,21 @@ def _rotate(x_NhLe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_NhLe.dtype)
 
 
+def attend_by_scale(
+    q_Nhne: torch.Tensor, k_NhLe: torch.Tensor, v_NhLe: torch.Tensor, scales: list[slice]
+) -> torch.Tensor:
+    """Block-causal attention, [N, n, h * e]: each scale's queries see the keys up to the end of their scale.
+
+    ``q_Nhne`` holds the tokens of ``scales``; the others hold all tokens from the first on. One call per scale computes
+    no hidden scores and needs no mask, so it runs in a flash kernel on GPUs.
+    """
+    outputs = []
+    for at, query in zip(scales, q_Nhne.split([at.stop - at.start for at in scales], dim=2), strict=True):
+        seen = F.scaled_dot_product_attention(query, k_NhLe[:, :, : at.stop], v_NhLe[:, :, : at.stop], scale=1.0)
+        outputs.append(seen.transpose(1, 2).flatten(2))
+    return torch.cat(outputs, dim=1)
+
+
 class SelfAttention(nn.Module):
     """Cosine attention: unit-length queries and keys, a learned temperature per head, no key bias; rotary optional."""
 
@@ -126,7 +165,7 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log())
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_NLC, rope, mask_LL, cache: ScaleCache | None, block: int) -> torch.Tensor:
+    def forward(self, x_NLC, rope, scales: list[slice], cache: ScaleCache | None, block: int) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = (self.qkv(x_NLC) + bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -136,13 +175,8 @@ class SelfAttention(nn.Module):
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            past = cache.self_kv[block]
-            if past is not None:
-                past_k, past_v = past
-                k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-            cache.self_kv[block] = (k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=1.0)
-        return self.proj(out.transpose(1, 2).flatten(2))
+            k, v = cache.write(block, k, v, slice(scales[0].start, scales[-1].stop))
+        return self.proj(attend_by_scale(q, k, v, scales))
 
 
 class CrossAttention(nn.Module):
@@ -167,7 +201,7 @@ class CrossAttention(nn.Module):
             k, v = kv.permute(2, 0, 3, 1, 4)
             if cache is not None:
                 cache.cross_kv[block] = (k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_NT[:, None, None])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.attention_mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -181,11 +215,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def causal_mask(scale_L: torch.Tensor) -> torch.Tensor:
-    """Return the block-causal mask, bool [L, L]: a token sees its own scale and the coarser ones."""
-    return scale_L[:, None] >= scale_L[None, :]
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
@@ -220,10 +249,10 @@ class DecoderBlock(GradientCheckpointingLayer):
         self.cross_attention = CrossAttention(c, config.heads)
         self.feed_forward = FeedForward(c, config.mlp_ratio * c)
 
-    def forward(self, x_NLC, modulation_N16C, context, rope, mask_LL, drop_path, cache=None) -> torch.Tensor:
+    def forward(self, x_NLC, modulation_N16C, context, rope, scales, drop_path, cache=None) -> torch.Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.modulation_offset + modulation_N16C).unbind(2)
         norm = modulated_norm(x_NLC, scale1, shift1, self.eps)
-        branch = self.self_attention(norm, rope, mask_LL, cache, self.index)
+        branch = self.self_attention(norm, rope, scales, cache, self.index)
         x_NLC = x_NLC + drop_branch(gate1 * branch, drop_path)
         x_NLC = x_NLC + self.cross_attention(self.cross_norm(x_NLC), context, cache, self.index)
         branch = self.feed_forward(modulated_norm(x_NLC, scale2, shift2, self.eps))
@@ -260,15 +289,15 @@ class VisualDecoder(nn.Module):
         """Return logits [N, L, 2d]; channel 2b says "bit b is 0", channel 2b + 1 says "bit b is 1".
 
         ``y_NLC`` holds the ``tokens`` of the schedule. Teacher forced, these are the tokens of all scales, or of the
-        first ones, and a block-causal mask hides finer scales. With a ``cache``, they are the tokens of one scale and
+        first ones, and no scale attends to finer ones. With a ``cache``, they are the tokens of one scale and
         attend to the cached ones too.
         """
         scale_L = scale_index(schedule, y_NLC.device)[tokens]
         rope = _rope_table(schedule, self.config.width // self.config.heads, y_NLC.device)
         cos, sin = (table_Le[tokens] for table_Le in rope)
-        mask_LL = causal_mask(scale_L) if cache is None else None
+        scales = scales_within(schedule, tokens)
         x = y_NLC + self.level_embedding(scale_L)
         for block, rate in zip(self.blocks, drop_path_rates(drop_path, len(self.blocks)), strict=True):
-            x = block(x, condition.modulation_N16C, context, (cos, sin), mask_LL, rate, cache)
+            x = block(x, condition.modulation_N16C, context, (cos, sin), scales, rate, cache)
         scale_N1C, shift_N1C = condition.head_N2C.split(1, dim=1)
         return self.head(modulated_norm(x, scale_N1C, shift_N1C, self.config.norm_eps))

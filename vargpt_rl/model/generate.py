@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from vargpt_rl.model.decoder import DecoderContext, ScaleCache
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
 from vargpt_rl.model.multiscale import Symbols
-from vargpt_rl.model.scales import scale_slices
+from vargpt_rl.model.scales import scale_slices, token_count
 from vargpt_rl.model.unified import Unified
 
 
@@ -189,7 +189,7 @@ def draw_scales(
     condition, context = model.start_drawing(reading.context(), unconditional_M | model.draws_unconditionally)
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    decoder_cache = ScaleCache(model.config.decoder_config.depth)
+    decoder_cache = ScaleCache(model.config.decoder_config.depth, token_count(schedule))
     words_MnC = condition.start_N1C
     labels: list[torch.Tensor] = []
     log_probs: list[torch.Tensor] = []

@@ -89,6 +89,12 @@ def scale_slices(schedule: Schedule) -> list[slice]:
     return slices
 
 
+def scales_within(schedule: Schedule, tokens: slice) -> list[slice]:
+    """Return the slices of the scales that ``tokens``, a slice of the L image tokens, consists of."""
+    start, stop, _ = tokens.indices(token_count(schedule))
+    return [at for at in scale_slices(schedule) if start <= at.start and at.stop <= stop]
+
+
 def scale_index(schedule: Schedule, device: torch.device | None = None) -> torch.Tensor:
     """Return the scale of each image token: int64 [L]."""
     sizes = torch.tensor([h * w for h, w in schedule], device=device)

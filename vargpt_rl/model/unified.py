@@ -241,15 +241,20 @@ class Unified(ABC, MixedInto):
         words = self.lm_head(hidden_BTH) if text_logits else None
         return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs)
 
+    def enable_input_require_grads(self) -> None:
+        """Do nothing. Recomputation here needs no inputs with gradients, and a frozen language model no graph."""
+
     def layout(self, input_ids_BT, attention_mask_BT, image_grid_thw, blocks_BT) -> tuple:
         """Return attention mask and positions for the language model.
 
-        For packed rows transformers expects no mask, and positions that restart with each block. Pads are a block of
-        their own.
+        Rows without padding at their beginning get a mask of ones: no real token comes after a pad, and with such a
+        mask transformers uses causal attention, a flash kernel on GPUs, instead of a mask [B, 1, T, T]. For packed rows
+        transformers expects no mask, and positions that restart with each block. Pads are a block of their own.
         """
         positions = self.positions(input_ids_BT, attention_mask_BT, image_grid_thw)
         if blocks_BT is None:
-            return attention_mask_BT, positions
+            begins_padded = not attention_mask_BT[:, 0].all()
+            return attention_mask_BT if begins_padded else torch.ones_like(attention_mask_BT), positions
         place_BT = torch.arange(blocks_BT.shape[1], device=blocks_BT.device).expand_as(blocks_BT)
         begins_BT = blocks_BT.diff(dim=1, prepend=torch.full_like(blocks_BT[:, :1], -1)) != 0
         first_BT = (place_BT * begins_BT).cummax(1).values

@@ -19,12 +19,11 @@ from vargpt_rl.model.decoder import (
     FeedForward,
     ScaleCache,
     SelfAttention,
-    causal_mask,
     drop_branch,
     drop_path_rates,
     modulated_norm,
 )
-from vargpt_rl.model.scales import STRIDE, Schedule, scale_index, token_count
+from vargpt_rl.model.scales import STRIDE, Schedule, scale_index, scales_within, token_count
 from vargpt_rl.model.v1.configuration import V1DecoderConfig, V1ImageTokenizerConfig
 
 
@@ -64,11 +63,11 @@ class V1DecoderBlock(GradientCheckpointingLayer):
         self.self_attention = SelfAttention(c, config.heads)
         self.feed_forward = FeedForward(c, config.mlp_ratio * c)
 
-    def forward(self, x_NLC, active_NC, mask_LL, drop_path, cache: ScaleCache | None = None) -> torch.Tensor:
+    def forward(self, x_NLC, active_NC, scales, drop_path, cache: ScaleCache | None = None) -> torch.Tensor:
         modulation_N16C = self.modulation(active_NC).unflatten(1, (1, 6, -1))
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_N16C.unbind(2)
         norm = modulated_norm(x_NLC, scale1, shift1, self.eps)
-        branch = self.self_attention(norm, None, mask_LL, cache, self.index)
+        branch = self.self_attention(norm, None, scales, cache, self.index)
         x_NLC = x_NLC + drop_branch(gate1 * branch, drop_path)
         branch = self.feed_forward(modulated_norm(x_NLC, scale2, shift2, self.eps))
         return x_NLC + drop_branch(gate2 * branch, drop_path)
@@ -110,14 +109,14 @@ class V1VisualDecoder(nn.Module):
         """Return logits [N, L, V].
 
         ``y_NLC`` holds the ``tokens`` of the schedule. Teacher forced, these are the tokens of all scales, or of the
-        first ones, and a block-causal mask hides finer scales. With a ``cache``, they are the tokens of one scale and
+        first ones, and no scale attends to finer ones. With a ``cache``, they are the tokens of one scale and
         attend to the cached ones too. ``context`` is not used.
         """
-        mask_LL = causal_mask(scale_index(schedule, y_NLC.device)[tokens]) if cache is None else None
+        scales = scales_within(schedule, tokens)
         depth = len(self.blocks)
         rates = drop_path_rates(drop_path * depth / 24, depth)  # VAR: ``drop_path`` is that of a 24-block decoder
         x = y_NLC
         for block, rate in zip(self.blocks, rates, strict=True):
-            x = block(x, condition.active_NC, mask_LL, rate, cache)
+            x = block(x, condition.active_NC, scales, rate, cache)
         scale_N1C, shift_N1C = self.head_modulation(condition.active_NC)[:, None].chunk(2, -1)
         return self.head(modulated_norm(x, scale_N1C, shift_N1C, self.config.norm_eps))
