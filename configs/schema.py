@@ -250,11 +250,16 @@ class LoopConfig:
                 raise ValueError(f"{key} is not set: {why}")
 
     def _check_recipes(self) -> None:
-        """ValueError for a batch that the ranks cannot share, and for parts that SFT cannot freeze."""
-        try:
-            STAGES["sft"].without(self.sft.frozen)
-        except ValueError as error:
-            raise ValueError(f"sft.frozen={self.sft.frozen}: {error}") from error
+        """ValueError for a batch that the ranks cannot share, and for parts that a stage cannot freeze."""
+        for key, name, frozen in (
+            ("sft", "sft", self.sft.frozen),
+            ("dpo", "dpo", self.dpo.frozen),
+            ("rl", "dpo", self.rl.frozen),
+        ):
+            try:
+                STAGES[name].without(frozen)
+            except ValueError as error:
+                raise ValueError(f"{key}.frozen={frozen}: {error}") from error
         for stage in STAGES.values():
             if stage.at is not At.NOWHERE and stage.learns is not Learns.IMAGES:
                 try:

@@ -67,7 +67,7 @@ class SftStage:
     shares: list[float] = field(default_factory=list)
     """Share of the samples that each of ``checkpoints`` draws, the final model the rest; empty for equal shares."""
     frozen: list[str] = field(default_factory=list)
-    """Parts (projector_in, projector_out, image_decoder) that stay as they are, for ablations."""
+    """Parts that stay as they are, for ablations: as `DpoConfig.frozen`."""
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=100, batch=32, micro_batch=16, lr=1e-4))
 
     def __post_init__(self):

@@ -27,8 +27,15 @@ class Recipe:
     """Gradients are clipped to this total norm."""
     zero: int = 2
     """DeepSpeed ZeRO stage."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    gradient_checkpointing: int = 0
+    """Recompute activations in the backward pass to save memory: of no block (0), every block (1), or every n-th (n).
+
+    Every second block needs about half of the memory between none and all, for half of the time.
+    """
+
+    def __post_init__(self):
+        if self.gradient_checkpointing < 0:
+            raise ValueError(f"gradient_checkpointing={self.gradient_checkpointing}: expected 0 or more")
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per step on each rank. ValueError unless the batch divides evenly."""
@@ -70,6 +77,9 @@ class DpoConfig:
     """
     credit_scales: int | None = None
     """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
+    frozen: list[str] = field(default_factory=list)
+    """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
+    language model reads of images (projector_in among it), so that it needs no backward pass."""
 
     def __post_init__(self):
         require(self, "dpo.", credit_alpha=0, credit_scales=1)
@@ -97,6 +107,9 @@ class RlConfig:
     """Optimizer steps on each batch of drawings."""
     normalise: bool = True
     """Divide advantages by the standard deviation of the group's rewards."""
+    frozen: list[str] = field(default_factory=list)
+    """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
+    language model reads of images (projector_in among it), so that it needs no backward pass."""
 
     def __post_init__(self):
         require(self, "rl.", kl=0, credit_alpha=0, credit_scales=1, updates=1)

@@ -199,7 +199,7 @@ class Rank:
         """
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
-        trained = freeze(model, STAGES["dpo"])
+        trained = freeze(model, STAGES["dpo"].without(job.dpo.frozen))
         chat = markup_for(job.start.model, model.config)
         arguments = DPOConfig(
             **self._common(job.recipe, job.seed, job.output),
@@ -238,7 +238,7 @@ class Rank:
         """
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
-        trained = freeze(model, STAGES["dpo"])
+        trained = freeze(model, STAGES["dpo"].without(job.rl.frozen))
         chat = markup_for(job.start.model, model.config)
         arguments = TrainingArguments(**self._common(job.recipe, job.seed, job.output), ignore_data_skip=True)
         batches = PolicyBatches(

@@ -1,11 +1,15 @@
 """Parameters that each stage trains."""
 
+import copy
+
 import pytest
 import torch
 
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses.supervised import Noise
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.unified import replayed
 from vargpt_rl.stages import NO_NOISE, STAGES, UNREACHED, Learns, Stage, freeze, frozen_parts
 
 IMAGE = ("image_decoder.", "projector_in.", "projector_out.")
@@ -63,6 +67,32 @@ def test_parts_of_a_stage_can_be_frozen_too(model):
         STAGES["sft"].without(["lm_head"])
     with pytest.raises(ValueError, match="leaves nothing to train in stage pretrain"):
         STAGES["pretrain"].without(["projector_in", "projector_out"])
+
+
+@pytest.mark.parametrize("family", ["", "v1_"])
+def test_frozen_language_inputs_need_no_graph_in_the_language_model(family, request):
+    model = copy.deepcopy(request.getfixturevalue(f"{family}model"))
+    chat = request.getfixturevalue(f"{family}chat")
+    size = (64, 64)
+    schedule = model.image_tokenizer.schedule_for(*size)
+    depth = model.config.image_tokenizer_config.symbols.depth
+    labels = torch.zeros(1, token_count(schedule), depth, dtype=torch.uint8)
+    ids = torch.tensor([chat.drawn("a star", "", token_count(schedule)).ids])
+    states = []
+    model.model.language_model.register_forward_hook(lambda *_, **__: states.append(_[-1].last_hidden_state))
+    model.train().gradient_checkpointing_enable()  # transformers would ask for a gradient of the embeddings
+    for parts in ([], ["language_inputs"]):
+        trained = freeze(model, STAGES["dpo"].without(parts))
+        model(ids, drawing=replayed(labels, size), text_logits=False).image_logits.sum().backward()
+        with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert with_gradient <= set(trained)
+        model.zero_grad()
+    assert [state.requires_grad for state in states] == [True, False]
+    assert any(name.startswith("image_decoder.blocks.") for name in trained)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        STAGES["dpo"].without(["language_inputs", "projector_out", "image_decoder"])
+    with pytest.raises(ValueError, match="cannot be frozen in stage edit"):
+        STAGES["edit"].without(["language_inputs"])
 
 
 def test_freezing_again_lets_go_of_what_was_frozen(model):

@@ -129,11 +129,9 @@ def training_table(training: list[TrainingMemory]) -> Table:
     for need in training:
         recipe = need.recipe
         assert need.otherwise is not None  # the plan computes both choices
-        by_choice = {recipe.gradient_checkpointing: need.activations, not recipe.gradient_checkpointing: need.otherwise}
-        activations = [
-            f"{by_choice[choice] / GIB:.2f}{'*' * (choice == recipe.gradient_checkpointing)}"
-            for choice in (False, True)
-        ]
+        checkpointed = recipe.gradient_checkpointing > 0
+        by_choice = {checkpointed: need.activations, not checkpointed: need.otherwise}
+        activations = [f"{by_choice[choice] / GIB:.2f}{'*' * (choice == checkpointed)}" for choice in (False, True)]
         row = [need.stage, str(need.resolution), str(recipe.micro_batch), str(recipe.zero)]
         table.add_row(*row, *_cells(need, names), *activations, *_cells(need, ["total"]))
     return table

@@ -18,6 +18,21 @@ LANGUAGE = ("model.language_model.", "lm_head.")
 # Of v1.1 and v1, whose vision towers have different names.
 VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
 VISION_PROJECTOR = ("model.visual.merger.", "model.multi_modal_projector.")
+LANGUAGE_INPUTS = "language_inputs"
+"""Name by which a user freezes all that the language model reads of images, so that it needs no backward pass."""
+_LANGUAGE_INPUTS = (
+    "projector_in.",
+    "image_decoder.word_embedding.",
+    # v1.1's condition without its modulation
+    "image_decoder.condition.start_embedding",
+    "image_decoder.condition.start_position",
+    "image_decoder.condition.unconditional",
+    "image_decoder.condition.norm.",
+    "image_decoder.condition.pool.",
+    # v1
+    "image_decoder.class_embedding.",
+    "image_decoder.places.",
+)
 UNREACHED = "image_decoder.condition.pool.query"
 """Kept for released checkpoints only: the pool has a single key, so no loss of any stage depends on its query."""
 NO_NOISE = Noise(flip=0.0, condition_drop=0.0, drop_path=0.0)
@@ -66,6 +81,8 @@ class Stage:
     name: str
     trains: tuple[str | tuple[str, ...], ...]
     """Prefixes of the names of parameters that train; a nested tuple holds those of one part in each family."""
+    frozen: tuple[str, ...] = ()
+    """Prefixes among these of parameters that do not train."""
     learns: Learns
     text_weight: float = 0.0
     """Weight of the text loss beside the image loss; 0 leaves the text head out."""
@@ -89,15 +106,21 @@ class Stage:
         return list(dict.fromkeys(chosen[self.at]))
 
     def without(self, parts: Sequence[str]) -> "Stage":
-        """Return the stage with ``parts`` frozen too. ValueError if it does not train one, or if none is left."""
+        """Return the stage with ``parts`` frozen too. ValueError if it does not train one, or if none is left.
+
+        `LANGUAGE_INPUTS` is a part of stages that do not train the language model.
+        """
         own = {trained: _names(trained) for trained in self.trains}
         known = [name for names in own.values() for name in names]
+        if not set(LANGUAGE) & set(self.trains):
+            known.append(LANGUAGE_INPUTS)
         if unknown := [part for part in parts if part not in known]:
             raise ValueError(f"{unknown} cannot be frozen in stage {self.name}: expected some of {known}")
-        left = tuple(trained for trained, names in own.items() if not set(names) & set(parts))
+        frozen = _LANGUAGE_INPUTS if LANGUAGE_INPUTS in parts else self.frozen
+        left = tuple(trained for trained, names in own.items() if not set(names) & set(parts) and trained not in frozen)
         if not left:
             raise ValueError(f"freezing {list(parts)} leaves nothing to train in stage {self.name}")
-        return replace(self, trains=left)
+        return replace(self, trains=left, frozen=frozen)
 
 
 def _names(trained: str | tuple[str, ...]) -> list[str]:
@@ -182,7 +205,7 @@ def freeze(model: nn.Module, stage: Stage) -> list[str]:
             raise ValueError(f"stage {stage.name}: no parameter's name starts with {prefix!r}")
     trained = []
     for name, parameter in model.named_parameters():
-        reached = not name.startswith((UNREACHED, *getattr(model, "unreached", ())))
+        reached = not name.startswith((UNREACHED, *stage.frozen, *getattr(model, "unreached", ())))
         parameter.requires_grad_(reached and any(name.startswith(prefix) for prefix in stage.trains))
         if parameter.requires_grad:
             trained.append(name)

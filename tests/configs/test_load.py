@@ -127,6 +127,8 @@ def test_what_is_wrong_with_records_is_named(overrides, named):
         ("edit.recipe.batch=7", "edit.recipe"),
         ("sft.frozen=[lm_head]", "sft.frozen=['lm_head']"),
         ("sft.frozen=[projector_in,projector_out,image_decoder]", "leaves nothing"),
+        ("dpo.frozen=[vision]", "dpo.frozen=['vision']"),
+        ("rl.frozen=[vision]", "rl.frozen=['vision']"),
         ("resolutions=[100,256]", "100"),
         ("sampling.tau=0", "sampling.tau"),
         ("rollout.workers=0", "rollout.workers"),

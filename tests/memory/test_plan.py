@@ -107,7 +107,7 @@ def edits(model: Vargpt) -> torch.Tensor:
     return sft_loss(model, batch(model, 2, 2, 32, seen_side=56, edits=True), stage.noise, stage.text_weight)[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 1])
 @pytest.mark.parametrize(
     ("stage", "loss"), [("sft", sft(2)), ("dpo", dpo(2)), ("understanding", questions), ("edit", edits)]
 )
@@ -148,11 +148,12 @@ def test_meta_model_keeps_what_the_real_model_keeps(config, model):
 
 def test_activations_depend_on_rows_resolution_checkpointing(config):
     small, stage = meta_model(config, torch.float32), STAGES["sft"]
-    base = activations(small, stage, sft(2), False)
-    assert activations(small, stage, sft(4), False) == pytest.approx(2 * base, 0.1)
-    assert activations(small, stage, sft(2, 64), False) > 1.1 * base
-    assert activations(small, stage, sft(2), True) < 0.6 * base
-    assert activations(meta_model(config, torch.bfloat16), stage, sft(2), False) < 0.9 * base
+    base = activations(small, stage, sft(2), 0)
+    assert activations(small, stage, sft(4), 0) == pytest.approx(2 * base, 0.1)
+    assert activations(small, stage, sft(2, 64), 0) > 1.1 * base
+    assert activations(small, stage, sft(2), 1) < 0.6 * base
+    assert activations(small, stage, sft(2), 1) < activations(small, stage, sft(2), 2) < base
+    assert activations(meta_model(config, torch.bfloat16), stage, sft(2), 0) < 0.9 * base
 
 
 def test_caches_cover_all_blocks_and_both_branches(config):
@@ -166,8 +167,8 @@ def test_caches_cover_all_blocks_and_both_branches(config):
 
 def test_edits_count_the_images_shown(config):
     small, stage = meta_model(config, torch.float32), STAGES["edit"]
-    plain = activations(small, stage, lambda model: sft_loss(model, batch(model, 2, 2, 32), stage.noise, 1.0)[0], False)
-    assert activations(small, stage, edits, False) > plain
+    plain = activations(small, stage, lambda model: sft_loss(model, batch(model, 2, 2, 32), stage.noise, 1.0)[0], 0)
+    assert activations(small, stage, edits, 0) > plain
     inputs = batch(small.model, 2, 2, 32, seen_side=56, edits=True)
     assert (inputs["input_ids"] == config.image_token_id).sum() == 2 * 4 and len(inputs["image_grid_thw"]) == 2
     prompt = (inputs["input_ids"] != config.image_gen_pad_token_id).int().argmin(1)
@@ -189,6 +190,16 @@ def test_plan_covers_every_stage_and_adds_up(config):
         assert need.total == RUNTIME + need.weights + need.gradients + need.optimizer + need.buffers + need.activations
         assert need.otherwise < need.activations
         assert f"{need.total / GIB:.1f} GiB (weights" in str(need)
+
+
+def test_plan_counts_less_for_frozen_language_inputs(config):
+    activations = {}
+    for frozen in ("", "language_inputs"):
+        settings = load_config([*SETTINGS, ALL, f"dpo.frozen=[{frozen}]"])
+        plan = memory.plan(settings, config, on_gpu=True)
+        activations[frozen] = [need.activations for need in plan.training if need.stage == "dpo"]
+    pairs = zip(activations["language_inputs"], activations[""], strict=True)
+    assert all(less < 0.9 * whole for less, whole in pairs)
 
 
 def test_bound_is_no_less_than_plan(config):
@@ -220,7 +231,7 @@ def test_rejects_runs_that_do_not_fit_with_the_sum(config):
         check_fits(settings, config, Devices(0, 0, 4 * GIB))
     message = str(error.value)
     assert "3 rollout workers of 1." in message and "2 learner ranks of 1." in message and "runtime 1.0" in message
-    assert "which has 4.0 GiB" in message and "gradient_checkpointing=true" in message and "\n" not in message
+    assert "which has 4.0 GiB" in message and "gradient_checkpointing=1" in message and "\n" not in message
 
 
 def test_processes_share_a_gpu_by_their_shares(config):

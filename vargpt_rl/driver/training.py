@@ -77,7 +77,10 @@ def train_control(it: StageContext, policy: Policy) -> dict:
     keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts]
     records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
     stage = STAGES["sft_on_winners"]
-    return train_supervised(it, policy, stage, records, it.config.dpo.recipe, step=Step.CONTROL)
+    settings = it.config.dpo
+    return train_supervised(
+        it, policy, stage, records, settings.recipe, step=Step.CONTROL, frozen=tuple(settings.frozen)
+    )
 
 
 def train_supervised(

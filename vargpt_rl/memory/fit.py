@@ -60,7 +60,7 @@ class Load:
         found = {
             "a lower rollout.batch_size": self.workers > 0,
             f"a lower {key}.micro_batch": self.ranks > 0 and recipe.micro_batch > 1,
-            f"{key}.gradient_checkpointing=true": self.ranks > 0 and not recipe.gradient_checkpointing,
+            f"{key}.gradient_checkpointing=1": self.ranks > 0 and recipe.gradient_checkpointing != 1,
             f"{key}.zero=3": self.ranks > 0 and recipe.zero < 3,
             "more learner.ranks": self.ranks == 1,
         }

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from configs.schema import LoopConfig
+from configs.stages import DpoStage, SftStage
 from learners.config import Recipe
 from vargpt_rl.losses.supervised import Noise, sft_loss
 from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, preference_loss
@@ -133,6 +134,8 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
             for stage in stages:
                 block = getattr(settings, stage.block)
                 rows = block.recipe.micro_batch * (2 if stage.learns is Learns.PAIRS else 1)
+                if isinstance(block, SftStage | DpoStage):
+                    stage = stage.without(block.frozen)
                 share = block.drawing_share if stage.learns is Learns.QUESTIONS else 1
                 yield _Case(stage, resolution, settings, rows, round(share * rows), stage.learns is Learns.EDITS)
 
@@ -154,7 +157,7 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
     training = []
     for case in cases:
         kept = case.recipe.gradient_checkpointing
-        other = activations(small, case.stage, case.loss, not kept) if compare else None
+        other = activations(small, case.stage, case.loss, int(not kept)) if compare else None
         training.append(case.need(whole, on_gpu, activations(small, case.stage, case.loss, kept), other))
     settings = {case.resolution: case.settings for case in cases}
     edited = {case.resolution: case.settings.data.seen_side for case in cases if case.edits}
@@ -184,7 +187,7 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
         images=images,
         edits=edits,
     )
-    kept = activations(small, widest.stage, widest.loss, False)
+    kept = activations(small, widest.stage, widest.loss, 0)
     rows = max(case.settings.rollout.batch_size for case in cases)
     sampling = max(
         (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)

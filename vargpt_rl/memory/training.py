@@ -44,7 +44,7 @@ class TrainingMemory:
     """Held during the optimizer's step, instead of buffers and activations."""
     activations: int
     otherwise: int | None = None
-    """Activations with the opposite choice of gradient checkpointing, if requested."""
+    """Activations without gradient checkpointing or, if the stage has none, with that of every block, if requested."""
 
     @property
     def total(self) -> int:
@@ -103,11 +103,21 @@ def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
     return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
 
 
-def activations(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: bool) -> int:
-    """Count the peak bytes of a loss and its backward pass, without the model and its finished gradients."""
+def activations(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: int) -> int:
+    """Count the peak bytes of a loss and its backward pass, without the model and its finished gradients.
+
+    With every n-th block recomputed (``checkpointing`` n), the peak lies between that of none and that of all.
+    """
+    if checkpointing < 2:
+        return _peak(meta, stage, loss, bool(checkpointing))
+    none, every = (_peak(meta, stage, loss, recompute) for recompute in (False, True))
+    return none - (none - every) // checkpointing
+
+
+def _peak(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], recompute: bool) -> int:
     model = meta.model.train()
     freeze(model, stage)
-    if checkpointing:
+    if recompute:
         model.gradient_checkpointing_enable()
     else:
         model.gradient_checkpointing_disable()
