@@ -208,12 +208,33 @@ class Worker(BaseWorker):
 
         ``checkpoint`` is a name for the current weights, kept in the samples.
         """
+        return self._generate(jobs, resolution, sampling, checkpoint)
+
+    @serving
+    def complete_images(
+        self, jobs: list[tuple[Sample, int]], scales: int, resolution: int, sampling: SamplingConfig, checkpoint: str
+    ) -> list[Sample]:
+        """Sample for each (image, seed) another image that shares its first ``scales`` scales, and its prompt."""
+        schedule = self.image_tokenizer.schedule_for(resolution)
+        labels_BLs = self._labels([(image.prompt, image.bits) for image, _ in jobs], token_count(schedule))
+        prompts = [(image.prompt, seed) for image, seed in jobs]
+        given_BLs = labels_BLs[:, : token_count(schedule[:scales])]
+        return self._generate(prompts, resolution, sampling, checkpoint, given_BLs)
+
+    def _generate(
+        self,
+        jobs: list[tuple[Prompt, int]],
+        resolution: int,
+        sampling: SamplingConfig,
+        checkpoint: str,
+        given_BLs: torch.Tensor | None = None,
+    ) -> list[Sample]:
         grids, seen = self._shown([prompt for prompt, _ in jobs])
         rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
         ids_BT, mask_BT = self._rows(rows, "left")
         seeds = [seed for _, seed in jobs]
         size = (resolution, resolution)
-        drawn = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen)
+        drawn = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen, given_BLs=given_BLs)
         settings = asdict(sampling)
         return [
             Sample(prompt, bits, resolution, seed, settings, self.version, checkpoint, log_probs)
@@ -275,12 +296,15 @@ class Worker(BaseWorker):
 
     @serving
     def reward(self, items: list[PromptedBits], resolution: int, rewards: Rewards) -> list[float | None]:
-        """The reward of each image; NaN counts as None. ValueError unless there is one value per image."""
+        """The reward of each image; one that is not finite counts as None.
+
+        ValueError unless there is one value per image.
+        """
         values = rewards(self._decode(items, resolution), [prompt.text for prompt, _ in items])
         if len(values) != len(items):
             raise ValueError(f"the reward returned {len(values)} values for {len(items)} images")
         values = [value if value is None or isinstance(value, float) else float(value) for value in values]
-        return [None if value is None or math.isnan(value) else value for value in values]
+        return [None if value is None or not math.isfinite(value) else value for value in values]
 
     @serving
     def check(self, items: list[PromptedBits], resolution: int, check: Check) -> list:
@@ -335,6 +359,7 @@ class Worker(BaseWorker):
 
 REPEATABLE = {
     Worker.generate_images,
+    Worker.complete_images,
     Worker.encode,
     Worker.score,
     Worker.answer,

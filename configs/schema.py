@@ -39,9 +39,9 @@ class AlignConfig:
     """Alignment of an iteration, after its SFT."""
 
     methods: list[str] = field(default_factory=lambda: ["dpo"])
-    """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, grpo.
+    """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, online_dpo, grpo.
 
-    dpo: on pairs of samples and winners, as in the paper. rft and grpo: online, on rewards of the policy's own images.
+    dpo: on pairs of samples and winners, as in the paper. The others: online, on rewards of the policy's own images.
     """
 
     def __post_init__(self):
@@ -101,6 +101,8 @@ class EvaluationConfig:
     """Held-out questions."""
     edits: int = 60
     """Held-out edits."""
+    diversity: int = 8
+    """Held-out prompts of which four images each are drawn, to measure how far they differ; 0 measures nothing."""
     grid: int = 8
     """Columns of the sample grid."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -279,8 +281,21 @@ class LoopConfig:
             self.rl.recipe.accumulation(self.learner.ranks)
         except ValueError as error:
             raise ValueError(f"rl.recipe: {error}") from error
+        for method in self.align.online:
+            compared = ONLINE[method].compared(self.rl, self.rl.group)
+            if compared and self.rl.recipe.micro_batch % compared:
+                raise ValueError(
+                    f"rl.recipe.micro_batch={self.rl.recipe.micro_batch}: {method} compares {compared} images of a "
+                    f"group with each other (rl.pairs={self.rl.pairs}), expected a multiple of that"
+                )
         for resolution in self.resolutions:
             schedule = schedule_for(resolution)
+            trained = min(self.rl.credit_scales or len(schedule), len(schedule))
+            if self.rl.completions > 1 and self.rl.prefix_scales >= trained:
+                raise ValueError(
+                    f"rl.prefix_scales={self.rl.prefix_scales}: expected fewer than the {trained} trained scales of an "
+                    f"image of {resolution} px"
+                )
             if self.rl.credit_scales and self.rl.credit_scales > len(schedule):
                 raise ValueError(
                     f"rl.credit_scales={self.rl.credit_scales}: an image of {resolution} px has {len(schedule)} scales"

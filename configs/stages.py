@@ -92,8 +92,35 @@ class SftStage:
 
 
 @dataclass
+class GuardConfig:
+    """Guards of online methods. A loss or gradient that is not finite always stops them.
+
+    If training is stopped for a divergence, the weights before it are kept; with ``validate_every`` the best ones.
+    """
+
+    max_ratio: float = 2.0
+    """Stop if the ratio of policy and sampler of any image exceeds this. It is a mean over bits, hence near 1."""
+    max_kl: float = 0.1
+    """Stop if the KL divergence from the reference exceeds this many nats a symbol (only with ``rl.kl``)."""
+    min_entropy: float = 0.1
+    """Stop if the policy's entropy falls below this share of that at the first step."""
+    min_diversity: float = 0.5
+    """Warn if the diversity of a prompt's images falls below this share of the first update's."""
+    validate_every: int | None = None
+    """Batches between two validations on held-out prompts other than the evaluation's; null makes none.
+
+    The score is that of the evaluation. The weights with the highest one are the method's result.
+    """
+    prompts: int = 60
+    """Held-out prompts of a validation."""
+
+    def __post_init__(self):
+        require(self, "rl.guard.", max_ratio=1, max_kl=0, min_entropy=0, min_diversity=0, validate_every=1, prompts=1)
+
+
+@dataclass
 class RlStage(RlConfig):
-    """Online RL: GRPO, or rejection-sampling fine-tuning on the better images of each group.
+    """Online methods: GRPO, DPO on own images, or rejection-sampling fine-tuning on the better images of each group.
 
     16 prompts x 8 images an update at lr 1e-4 took the embedded model's held-out score at 256 px from 0.52 to 0.76 in
     20 updates; a larger rate is known to break other models within 80 (StyleVAR).
@@ -107,6 +134,7 @@ class RlStage(RlConfig):
     """Times that groups of equal reward are replaced by other prompts' before an update makes do with fewer."""
     staleness: int = 0
     """1 draws the next batch while the learner trains on this one, with weights one update old; 0 waits."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
             steps=10, batch=128, micro_batch=8, lr=1e-4, schedule="constant", warmup_ratio=0.0
@@ -122,6 +150,13 @@ class RlStage(RlConfig):
             raise ValueError(
                 f"rl.recipe.batch={self.recipe.batch}: expected at least rl.prompts x rl.group = "
                 f"{self.prompts * self.group}, the images of an update"
+            )
+        if self.recipe.steps % self.updates:
+            raise ValueError(f"rl.recipe.steps={self.recipe.steps}: expected a multiple of rl.updates={self.updates}")
+        if self.completions > 1 and (self.group % self.completions or self.group == self.completions):
+            raise ValueError(
+                f"rl.group={self.group}: expected a multiple of rl.completions={self.completions}, and more than one "
+                f"prefix"
             )
 
 

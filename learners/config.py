@@ -93,16 +93,29 @@ class DpoConfig:
 
 @dataclass
 class RlConfig:
-    """Policy gradients on a model's own drawings."""
+    """Online methods, on a model's own drawings."""
 
     clip: float = 0.2
     """Ratios of policy and sampler are clipped to 1 - clip .. 1 + clip; no effect on the first update of a batch."""
     kl: float = 0.0
     """Weight of the KL divergence from the reference (k3 estimator); 0 needs no reference."""
+    beta: float = 0.1
+    """online_dpo: factor of the log-ratios of policy and reference, which are sums over the image."""
+    pairs: str = "best_worst"
+    """online_dpo: "best_worst" is one pair a group; "all" is every pair of different reward."""
     credit_alpha: float = 0.6
     """Weigh each token of a scale of h x w by (h w)^-alpha, normalised to mean 1; see `DpoConfig.credit_alpha`."""
     credit_scales: int | None = None
     """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
+    completions: int = 1
+    """grpo: images drawn of each coarse prefix, whose value is then trained apart; 1 trains images as a whole.
+
+    2 is the best of 1, 2 and 4 in NextFlow-RL (arXiv 2601.02256).
+    """
+    prefix_scales: int = 3
+    """grpo: coarse scales of a prefix with several completions. 3 is up to 4 x 4."""
+    value_eta: float = 1.0
+    """grpo: a prefix's value is eta log mean exp(reward / eta) of its completions."""
     updates: int = 1
     """Optimizer steps on each batch of drawings."""
     normalise: bool = True
@@ -112,9 +125,14 @@ class RlConfig:
     language model reads of images (projector_in among it), so that it needs no backward pass."""
 
     def __post_init__(self):
-        require(self, "rl.", kl=0, credit_alpha=0, credit_scales=1, updates=1)
+        require(self, "rl.", kl=0, credit_alpha=0, credit_scales=1, completions=1, prefix_scales=1, updates=1)
         if not 0 < self.clip < 1:
             raise ValueError(f"rl.clip={self.clip}: expected a number between 0 and 1")
+        for name in ("beta", "value_eta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rl.{name}={getattr(self, name)}: expected a number above 0")
+        if self.pairs not in ("best_worst", "all"):
+            raise ValueError(f"rl.pairs={self.pairs}: expected best_worst or all")
 
 
 @dataclass

@@ -81,6 +81,7 @@ class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
             return output
 
         loss = super()._compute_loss(scored, inputs, return_outputs)
+        outputs[0].log_probs_BK = outputs[0].log_probs_BK.detach()
         self._assert_step0(weighted_sum(outputs[0].log_probs_BK, credit_K), references_B, loss)
         self._measure_scales(outputs[0], references_BK)
         return loss

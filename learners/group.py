@@ -45,10 +45,16 @@ class RunningJob:
             self.value = self.value or end.value
             return []
 
+    def wait(self, timeout_s: float) -> bool:
+        """Follow the job's log after at most ``timeout_s``; False once the job is done."""
+        if waiting := self.look():
+            ray.wait(waiting, timeout=timeout_s)
+        return bool(self.look())
+
     def result(self) -> dict:
         """Wait for the end of the job; returns the main rank's result."""
-        while waiting := self.look():
-            ray.wait(waiting, timeout=0.5)
+        while self.wait(0.5):
+            pass
         assert self.value is not None  # a job ends with a result or raises
         return self.value
 
@@ -147,7 +153,7 @@ class LearnerGroup:
     def _attempt(self, job: Job, on_log: OnLog) -> JobSteps:
         """One attempt. If a rank was lost, raises that error even if its peers failed first."""
         alone = isinstance(job, TokenizerJob)
-        log = _LogFollower(job.output / "log.jsonl", on_log)
+        log = LogFollower(job.output / "log.jsonl", on_log)
         self.save_request = None if alone else save_request(job.output)
         if self.save_request:
             self.save_request.unlink(missing_ok=True)
@@ -186,7 +192,7 @@ def _error(reference: ray.ObjectRef) -> Exception | None:
     return None
 
 
-class _LogFollower:
+class LogFollower:
     """Reads the JSON lines that another process appends to a file."""
 
     def __init__(self, path: Path, on_log: OnLog):

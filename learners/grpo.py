@@ -1,4 +1,4 @@
-"""Policy gradients on image tokens: GRPO and rejection-sampling fine-tuning, on batches that arrive while it trains.
+"""Online methods on image tokens (`learners.methods`): training on batches of drawings that arrive while it trains.
 
 The driver draws a batch with the current weights, turns rewards into advantages and writes the batch to a file; this
 trainer takes one or more steps on it, saves the trained weights for the workers, and waits for the next one. Model and
@@ -8,7 +8,7 @@ A drawing that the current weights drew must have a ratio of 1: the trainer reco
 worker gave it, and stops training if they differ by more than rounding. This catches wrong weights, bits or sampling
 settings before they poison the policy.
 
-Shape legend: N drawings, L image tokens, K scales, k trained scales.
+Shape legend: N drawings, L image tokens, K scales, k trained scales, P parts of a drawing (runs of scales).
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
 from learners.resume import Resumable
 from learners.training import ExactInputs
-from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
+from vargpt_rl.losses.credit import part_means, scale_credit, weighted_sum
 from vargpt_rl.losses.policy_gradient import kl_k3
 
 
@@ -57,61 +57,64 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
         settings = self.settings
         schedule = self.model.image_tokenizer.schedule_for(int(inputs["resolution"]))
         credit_K = scale_credit(schedule, settings.credit_alpha, settings.credit_scales)
-        credit_L = token_credit(schedule, settings.credit_alpha, settings.credit_scales)
         tokens, symbols = inputs["bits"].shape[1:]
+        mean_PK, share_P = part_means(schedule, credit_K, symbols, self.method.split(settings))
+        mean_PK, share_P = mean_PK.to(self.args.device), share_P.to(self.args.device)
         tau = inputs["tau"].item()
         output = model(
             inputs["input_ids"],
             inputs["attention_mask"],
             inputs["bits"],
             inputs["resolution"],
-            credit_L=credit_L[:tokens].to(self.args.device),
             scales=settings.credit_scales,
             tau=tau,
         )
-        terms = tokens * symbols
-        log_prob_N = output.log_probs.sum(1) / terms
-        weight_N = inputs["weight"]
-        metrics = {
-            "log_prob": log_prob_N.detach(),
-            "entropy": output.entropy.sum(1) / terms,
-            "staleness": self.state.global_step - inputs["learner_step"],
-        }
+        step = self.state.global_step
         wanted = self.method.takes | ({"reference"} if settings.kl else set())
-        given_N = {name: weighted_sum(_required(inputs, f"{name}_by_scale"), credit_K) for name in wanted}
-        if "sampler" in given_N:
-            difference_N = weighted_sum(output.log_probs_BK, credit_K) - given_N["sampler"]
-            self._assert_first_update(difference_N, inputs["learner_step"], tau)
+        given_NK = {name: _required(inputs, f"{name}_by_scale") for name in wanted}
+        # The sampler of a drawing may have the current weights; before the first update, the reference has.
+        current_N = {"sampler": inputs["learner_step"] == step, "reference": inputs["learner_step"] * 0 == step}
+        own_N = weighted_sum(output.log_probs_BK.detach(), credit_K)
+        for name, by_scale_NK in given_NK.items():
+            difference_N = own_N - weighted_sum(by_scale_NK, credit_K)
+            self._assert_equal(difference_N[current_N[name]], name, tau)
         images = ScoredImages(
-            log_prob=log_prob_N,
+            log_prob=_means(output.log_probs_BK, mean_PK),
             advantage=inputs["advantage"],
-            **{name: values_N / terms for name, values_N in given_N.items()},
+            reward=inputs["reward"],
+            group=inputs["group"],
+            terms=tokens * symbols,
+            **{name: _means(by_scale_NK, mean_PK) for name, by_scale_NK in given_NK.items()},
         )
-        loss_N, found = self.method.loss(images, settings)
-        metrics |= found
+        loss_NP, found = self.method.loss(images, settings)
         if settings.kl:
             assert images.reference is not None  # wanted above
-            kl_N = kl_k3(log_prob_N, images.reference)
-            loss_N = loss_N + settings.kl * kl_N
-            metrics["kl"] = kl_N.detach()
+            kl_NP = kl_k3(images.log_prob, images.reference)
+            loss_NP = loss_NP + settings.kl * kl_NP
+            found["kl"] = kl_NP.detach()
+        found["log_prob"] = images.log_prob.detach()
+        metrics = {name: (values_NP * share_P).sum(1) for name, values_NP in found.items()} | {
+            "entropy": output.entropy.sum(1) / (tokens * symbols),
+            "staleness": step - inputs["learner_step"],
+        }
+        weight_N = inputs["weight"]
         for name, values_N in metrics.items():
             self.measured[name].append((values_N * weight_N).mean())
-        if "ratio" in metrics:
-            self.measured["ratio/max"].append((metrics["ratio"] * (weight_N > 0)).max())
-        return (loss_N * weight_N).mean()
+        if "ratio" in found:
+            self.measured["ratio/max"].append((found["ratio"] * (weight_N > 0)[:, None]).max())
+        return ((loss_NP * share_P).sum(1) * weight_N).mean()
 
-    def _assert_first_update(self, difference_N: torch.Tensor, learner_step_N: torch.Tensor, tau: float) -> None:
-        """RuntimeError unless drawings of the current weights have the log-probabilities, in nats, they came with."""
-        current_N = learner_step_N == self.state.global_step
-        if not self.model.training or not current_N.any():
+    def _assert_equal(self, difference_N: torch.Tensor, name: str, tau: float) -> None:
+        """RuntimeError unless log-probabilities that must equal the policy's do so, up to rounding, in nats."""
+        if not self.model.training or not len(difference_N):
             return
-        worst = difference_N[current_N].abs().max().item()
+        worst = difference_N.abs().max().item()
         tolerance = RESHAPED_TOLERANCE[self.model.dtype] / min(tau, 1.0)
         if not worst <= tolerance:
             raise RuntimeError(
-                f"policy gradient, step {self.state.global_step}: log-probabilities of drawings of the current weights "
-                f"differ by {worst:.3g} nats from those they came with, expected at most {tolerance:g} (a ratio of 1); "
-                f"they were scored with other weights, other bits, another temperature or another dtype"
+                f"policy gradient, step {self.state.global_step}: log-probabilities of the {name}, which has the "
+                f"current weights, differ by {worst:.3g} nats from the policy's, expected at most {tolerance:g} (a "
+                f"ratio of 1); they were scored with other weights, other bits, another temperature or another dtype"
             )
         self.first_update_max_abs_log_ratio = max(self.first_update_max_abs_log_ratio, worst)
 
@@ -121,6 +124,11 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
             logs[name] = (found.max() if name.endswith("/max") else found.mean()).item()
         self.measured.clear()
         super().log(logs, start_time)
+
+
+def _means(log_probs_NK: torch.Tensor, mean_PK: torch.Tensor) -> torch.Tensor:
+    """Return [N, P] means of sums by scale, from which the finer scales may be missing."""
+    return log_probs_NK.double() @ mean_PK[:, : log_probs_NK.shape[1]].T
 
 
 def _required(inputs: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -33,7 +33,7 @@ class ScoredOutput(VargptOutput):
     """Scores at positions 1..T-1, as TRL's loss reads them (zero away from image tokens), and by scale.
 
     ``log_probs`` float64 [B, T-1]; ``entropy``, ``mean_logits``, ``is_top1`` (every symbol right) likewise;
-    ``log_probs_BK`` float64 and ``accuracy_BK`` fp32 by scale, without gradients.
+    ``log_probs_BK`` float64, unweighted, and ``accuracy_BK`` fp32 by scale. Only log-probabilities have gradients.
     """
 
     log_probs: torch.Tensor | None = None
@@ -87,7 +87,7 @@ class _ScoresImages(MixedInto):
             entropy=spread(symbol_entropy(logits.detach(), symbols).sum(-1)),
             mean_logits=spread(logits.detach().float().mean(-1)),
             is_top1=spread(hits_BLs.all(-1)),
-            log_probs_BK=scale_sums(log_probs_BLs.detach(), schedule),
+            log_probs_BK=scale_sums(log_probs_BLs, schedule),
             accuracy_BK=scale_means(hits_BLs.float(), schedule),
         )
 

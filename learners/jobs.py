@@ -81,12 +81,12 @@ class TokenizerJob:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientJob:
-    """Policy gradients on batches of drawings that the driver writes while the job runs.
+    """An online method on batches of drawings that the driver writes while the job runs.
 
     Batch n makes the optimizer steps n * updates + 1 to (n + 1) * updates. After the last of these the trained weights
-    are saved as ``output/step-NNNNNN``, and then the step is logged. The job ends after ``recipe.steps`` steps, or when
-    the folder has a file ``stop`` and all batches are used. Batches must stay until a later training checkpoint exists,
-    since a resumed job repeats the steps after its checkpoint.
+    are saved as ``output/step-NNNNNN``, and then the step is logged; ``step-000000`` is the start. The job ends after
+    ``recipe.steps`` steps, or when the folder has a file ``stop`` and all batches are used. Batches must stay until a
+    later training checkpoint exists, since a resumed job repeats the steps after its checkpoint.
     """
 
     kind: ClassVar[str] = "policy_gradient"

@@ -81,7 +81,7 @@ class PolicyBatches:
         if len(rows) > self.batch:
             raise ValueError(f"{path}: {len(rows)} drawings, expected at most recipe.batch={self.batch}")
         weighted = [row | {"weight": self.batch / len(rows)} for row in rows]
-        return weighted + [rows[0] | {"weight": 0.0}] * (self.batch - len(rows))
+        return weighted + [rows[0] | {"weight": 0.0, "group": -1}] * (self.batch - len(rows))
 
     def _wait(self, path: Path) -> bool:
         """Wait for a batch, serving requests to save a checkpoint; False if training is to stop instead."""

@@ -254,7 +254,7 @@ class Rank:
         )
         batches.save_request = save_request(job.output)
         trainer = PolicyGradientTrainer(job.rl, batches, ONLINE[job.method], model=model, args=arguments)
-        last_updates = range(job.rl.updates, job.recipe.steps + 1, job.rl.updates)
+        last_updates = range(0, job.recipe.steps + 1, job.rl.updates)
         trainer.add_callback(SaveAt(trainer, trained, job.output, last_updates))
         result = self._run(trainer, chat, trained, job)
         worst = torch.tensor([trainer.first_update_max_abs_log_ratio], dtype=torch.float64, device=arguments.device)

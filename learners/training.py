@@ -93,6 +93,9 @@ class SaveAt(TrainerCallback):
         self.folder = folder
         self.steps = steps
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)  # step 0 too, if it is asked for
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
             save_trained(self.trainer, self.names, self.folder / f"step-{state.global_step:06d}")

@@ -131,7 +131,7 @@ SHARP = "reward.path=rewards.technical:sharpness"
 def test_scoring_by_the_training_reward_is_warned_about(overrides, told, tmp_path, caplog):
     found = gather(load_config([f"runs={tmp_path}", *overrides]))
     assert (found.judge is not None) == any("evaluation" in override for override in overrides)
-    assert ("scored by the same reward that makes the pairs" in caplog.text) == told
+    assert ("scored by the same reward that trains" in caplog.text) == told
 
 
 def test_a_judge_that_does_not_exist_is_named(tmp_path):

@@ -47,6 +47,9 @@ class WorkersDouble:
     def generate_images(self, jobs, resolution, sampling, name) -> list[Sample]:
         return [Sample(p, seed.to_bytes(8), resolution, seed, {}, self.version, name, [-2.0]) for p, seed in jobs]
 
+    def complete_images(self, jobs, scales, resolution, sampling, name) -> list[Sample]:
+        return self.generate_images([(image.prompt, seed) for image, seed in jobs], resolution, sampling, name)
+
     def encode(self, keys, resolution) -> list[EncodedImage | Failure]:
         features = np.zeros((4, 2, 2), np.float16)
         return [Failure(key, "broken") if key == "bad" else EncodedImage(key, b"\xff", features) for key in keys]
@@ -66,7 +69,8 @@ def stage_context(
     folder: Path, *overrides: str, pool: Any = None, text: Any = None, source: Any = None, **inputs: Any
 ) -> StageContext:
     """Return iteration 0 of a new run in ``folder``, with settings over those of a small loop at 32 px."""
-    config = load_config([f"runs={folder}", "name=run", "resolutions=[32]", "iterations=1", *overrides])
+    small = ["resolutions=[32]", "iterations=1", "evaluation.diversity=0"]
+    config = load_config([f"runs={folder}", "name=run", *small, *overrides])
     run = Run(folder / "run", {})
     pool = pool or WorkersDouble()
     given = Inputs(

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -18,12 +20,13 @@ from actors.pool import RolloutPool
 from actors.published import PublishedWeights
 from actors.weights import every
 from actors.worker import Worker
-from learners.group import LearnerGroup
+from learners.group import LearnerGroup, LogFollower
+from learners.jobs import PolicyGradientJob
 from learners.rank import Rank
 from tests.helpers.faults import ask
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
-from vargpt_rl.driver import loop
+from vargpt_rl.driver import judging, loop
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.start import prepare, resume
 from vargpt_rl.driver.weights import WeightSync
@@ -53,12 +56,50 @@ class OwnPool(RolloutPool):
         return [result for batch in batches for result in method(self.workers.worker, batch, *args)]
 
 
+class OwnJob:
+    """A job in a thread of this process, for one that follows the driver's batches."""
+
+    def __init__(self, work, log: LogFollower):
+        self.working = ThreadPoolExecutor(1).submit(work)
+        self.log = log
+
+    def look(self) -> None:
+        self.log.poll()
+
+    def wait(self, timeout_s: float) -> bool:
+        wait([self.working], min(timeout_s, 0.05))
+        self.look()
+        return not self.working.done()
+
+    def result(self) -> dict:
+        found = self.working.result()
+        self.look()
+        return found
+
+
+@contextmanager
+def own_scorers(reward):
+    """Rewards in this process."""
+
+    def live(images, prompts):
+        return reward(images, prompts)
+
+    live.report = dict
+    yield live
+
+
 class OwnRank(LearnerGroup):
     """The group's interface to a rank in this process."""
 
     def __init__(self, config, note):
         self.rank, self.note = Rank(0, config, threads=1, use_gpu=False), note
         self.rank.join(ray.util.get_node_ip_address(), free_port())
+
+    def start(self, job, on_log):
+        if isinstance(job, PolicyGradientJob):
+            log = LogFollower(job.output / "log.jsonl", on_log)
+            return OwnJob(lambda: self.rank.run(self._resumed(job)), log)
+        return super().start(job, on_log)
 
     def _steps(self, job, on_log):
         yield from ()  # never waits
@@ -68,6 +109,7 @@ class OwnRank(LearnerGroup):
 def start(arguments: list[str]) -> None:
     """Run the loop as ``loop.start`` does, without a cluster."""
     torch.set_num_threads(1)
+    judging.scorers = own_scorers
     config, inputs, run = prepare(arguments)
     resume(run)
     pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1))

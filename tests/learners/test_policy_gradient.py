@@ -57,8 +57,9 @@ def drawings(model: ImagePolicy, chat: ChatFormat, step: int, count: int = BATCH
             "tau": TAU,
             "version": step,
             "learner_step": step,
+            "group": i // 2,
             "reward": float(i % 2),
-            "advantage": 1.0 if i % 2 else -1.0,
+            "advantage": [1.0 if i % 2 else -1.0],
             "sampler_by_scale": None,
             "reference_by_scale": None,
         }
@@ -113,7 +114,7 @@ def test_the_first_update_has_ratio_1_and_the_policy_gradient(trainer, policy, c
     credit_L = token_credit(SCHEDULE, alpha, scales)[: token_count(SCHEDULE[:scales])]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "bits", "resolution")}
     sums_N = policy(**inputs, tau=TAU, credit_L=credit_L, scales=scales).log_probs.sum(1)
-    (-(sums_N * batch["advantage"]).mean() / (len(credit_L) * BITS)).backward()
+    (-(sums_N * batch["advantage"][:, 0]).mean() / (len(credit_L) * BITS)).backward()
     torch.testing.assert_close(found, policy.image_decoder.head.weight.grad)
     assert found.abs().max() > 0
 
@@ -122,7 +123,7 @@ def test_wrong_log_probabilities_stop_the_first_update(trainer, policy, chat):
     rows = drawings(policy, chat, 0)
     shifted = [row | {"sampler_by_scale": [value + 1.0 for value in row["sampler_by_scale"]]} for row in rows]
     built = trainer(credit_alpha=0.0)
-    with pytest.raises(RuntimeError, match="step 0: log-probabilities of drawings .* differ by 3 nats"):
+    with pytest.raises(RuntimeError, match="step 0: log-probabilities of the sampler, .* differ by 3 nats"):
         built.compute_loss(built.model, collated(chat, shifted))
     stale = [row | {"learner_step": -1} for row in shifted]
     built.compute_loss(built.model, collated(chat, stale))
@@ -137,6 +138,7 @@ def test_kl_needs_a_reference_and_vanishes_at_it(trainer, policy, chat):
     rows = drawings(policy, chat, 0)
     built = trainer(kl=0.5)
     built.compute_loss(built.model, collated(chat, rows))
+    built.state.global_step = 1
     assert built.measured["kl"][0].item() == pytest.approx(0.0, abs=1e-9)
     apart = [row | {"reference_by_scale": [value - 9.0 for value in row["reference_by_scale"]]} for row in rows]
     loss = built.compute_loss(built.model, collated(chat, apart))
@@ -147,12 +149,49 @@ def test_kl_needs_a_reference_and_vanishes_at_it(trainer, policy, chat):
 
 
 def test_without_a_ratio_the_loss_is_the_weighted_likelihood(trainer, policy, chat):
-    rows = [row | {"advantage": 1.0} for row in drawings(policy, chat, 0)]
+    rows = [row | {"advantage": [1.0]} for row in drawings(policy, chat, 0)]
     by_scale = torch.tensor([row["sampler_by_scale"] for row in rows])
     expected = -weighted_sum(by_scale, scale_credit(SCHEDULE, 0.6)).mean().item() / (TOKENS * BITS)
     built = trainer("rft")
     loss = built.compute_loss(built.model, collated(chat, [row | {"sampler_by_scale": None} for row in rows]))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_online_dpo_starts_at_ln_2_and_prefers_the_better_image(trainer, policy, chat):
+    rows = drawings(policy, chat, 0)
+    built = trainer("online_dpo", beta=0.1, credit_scales=2)
+    batch = collated(chat, [row | {"sampler_by_scale": None} for row in rows], 2)
+    loss = built.compute_loss(built.model, batch)
+    assert loss.item() == pytest.approx(np.log(2), abs=1e-4) and built.first_update_max_abs_log_ratio > 0
+    loss.backward()
+    found = policy.image_decoder.head.weight.grad.clone()
+
+    policy.zero_grad()
+    credit_L = token_credit(SCHEDULE, 0.6, 2)[: token_count(SCHEDULE[:2])]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "bits", "resolution")}
+    sums_N = policy(**inputs, tau=TAU, credit_L=credit_L, scales=2).log_probs.sum(1)
+    margin = sums_N[1::2] - sums_N[::2]  # odd rows are the better
+    (-0.05 * margin).mean().backward()  # the slope of -log sigmoid is -1/2 at 0
+    torch.testing.assert_close(found, policy.image_decoder.head.weight.grad, atol=1e-6, rtol=1e-3)
+    apart = [row | {"reference_by_scale": [value - 1 for value in row["reference_by_scale"]]} for row in rows]
+    with pytest.raises(RuntimeError, match="log-probabilities of the reference"):
+        built.compute_loss(built.model, collated(chat, apart, 2))
+
+
+def test_prefix_and_rest_are_trained_apart(trainer, policy, chat):
+    rows = [row | {"advantage": [row["advantage"][0], 0.0]} for row in drawings(policy, chat, 0)]
+    built = trainer(completions=2, prefix_scales=2, credit_alpha=0.0)
+    loss = built.compute_loss(built.model, collated(chat, rows))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    loss.backward()
+    found = policy.image_decoder.head.weight.grad.clone()
+
+    policy.zero_grad()
+    coarse = trainer(credit_alpha=0.0, credit_scales=2)
+    rows = [row | {"advantage": row["advantage"][:1]} for row in rows]
+    share = token_count(SCHEDULE[:2]) / TOKENS
+    (share * coarse.compute_loss(coarse.model, collated(chat, rows, 2))).backward()
+    torch.testing.assert_close(found, policy.image_decoder.head.weight.grad, atol=1e-6, rtol=1e-3)
 
 
 def loader(folder: Path, chat, **settings) -> PolicyBatches:

@@ -73,6 +73,19 @@ def test_top_k_1_leaves_nothing_to_the_seed(model, chat, guidance):
     assert torch.equal(bits[0], bits[1])
 
 
+def test_images_are_completed_from_their_first_scales(model, chat):
+    sampling = SamplingConfig(cfg=1.0, tau=1.0)
+    rows = [chat.drawing_prompt("a red circle", "Here:")] * 2
+    first = sample(model, chat, rows, [5, 6], sampling)
+    schedule = model.image_tokenizer.schedule_for(*SIZE)
+    at = token_count(schedule[:2])
+    ids, mask = chat.pad(rows, "left"), chat.pad([[1] * len(row) for row in rows], "left", value=0)
+    given_BLs = first.labels_BLs[:, :at]
+    other = generate_images(model, ids, mask, [7, 8], SIZE, sampling, given_BLs=given_BLs)
+    assert torch.equal(other.labels_BLs[:, :at], given_BLs) and not torch.equal(other.labels_BLs, first.labels_BLs)
+    torch.testing.assert_close(other.log_probs_BK[:, :2], first.log_probs_BK[:, :2])
+
+
 def test_prompts_longer_than_the_unconditional_rows_work_with_guidance(model, chat):
     rows = [chat.drawing_prompt(text, "") for text in ("a large green triangle left of a yellow star. " * 20, "?")]
     unconditional = model.config.decoder_config.max_unconditional

@@ -7,6 +7,7 @@ Shape legend: B rows, T positions, N images to draw in the batch, L image tokens
 index), d latent channels, h w latent grid.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -185,6 +186,9 @@ class PolicyBatchCollator:
         batch = _drawn_rows(self.chat, rows, [row["bits"] for row in rows], self.scales)
         batch["learner_step"] = torch.tensor([row["learner_step"] for row in rows])
         batch["tau"] = torch.tensor(rows[0]["tau"], dtype=torch.float64)
+        batch["group"] = torch.tensor([row["group"] for row in rows])
+        rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
+        batch["reward"] = torch.tensor(rewards, dtype=torch.float64)
         for name in ("advantage", "weight", "sampler_by_scale", "reference_by_scale"):
             values = [row[name] for row in rows]
             if None not in values:

@@ -24,8 +24,9 @@ COLUMNS = pa.schema(
         pa.field("tau", pa.float64(), nullable=False),  # temperature of the sampler and of the log-probabilities
         pa.field("version", pa.int64()),  # version of the weights that the worker drew with
         pa.field("learner_step", pa.int64(), nullable=False),  # optimizer steps of this job behind these weights
+        pa.field("group", pa.int32(), nullable=False),  # the same number for images drawn and judged together
         pa.field("reward", pa.float64()),
-        pa.field("advantage", pa.float64(), nullable=False),
+        pa.field("advantage", pa.list_(pa.float64()), nullable=False),  # of the image, or of its prefix and the rest
         pa.field("sampler_by_scale", pa.list_(pa.float64())),  # log-probability by scale under the sampler, nats
         pa.field("reference_by_scale", pa.list_(pa.float64())),  # the same under the reference
     ]

@@ -12,16 +12,21 @@ from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
 from vargpt_rl.driver.grids import write_row
+from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
 from vargpt_rl.driver.pairs import write_pairs
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
 from vargpt_rl.driver.sampling import encode_winners, generate
+from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores, write_scores
 from vargpt_rl.stages import STAGES, Measure
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import keep_best
+
+SEEDS = 4
+"""Images of each prompt whose diversity is measured."""
 
 BASELINES = {Step.AFTER_SFT: "sft", Step.CONTROL: "control"}
 """Moments that later ones are compared with, image by image, and their names in results."""
@@ -45,6 +50,7 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     for baseline, name in BASELINES.items():
         if moment != baseline and (gain := paired_gain(images, read_scores(it.scores(baseline)))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
+    result |= diversity_over_seeds(it)
     if moment == Step.AFTER_SFT:
         rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
         size = it.config.rollout.batch_size
@@ -56,6 +62,30 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     _keep_best(it, policy, moment, result)
     it.log(f"evaluate/{moment}", it.index, {k: v for k, v in result.items() if v is not None})
     return result
+
+
+def diversity_over_seeds(it: StageContext) -> dict[str, float]:
+    """Measure how far images of one held-out prompt differ (`vargpt_rl.driver.groups.measure_diversity`)."""
+    prompts = held_out_prompts(it, it.config.evaluation.diversity)
+    if not prompts:
+        return {}
+    seed = seeds_for(1, it.config.seed, Purpose.DIVERSITY)[0]
+    samples = draw_groups(it, prompts, SEEDS, seed)
+    bits = [sample.bits for sample in samples]
+    return measure_diversity(it, [bits[at : at + SEEDS] for at in range(0, len(bits), SEEDS)])
+
+
+def validate(it: StageContext, stage: str, step: int) -> float:
+    """Score the weights in the workers on held-out prompts other than the evaluation's, as far as there are any."""
+    used = {prompt.text for prompt in held_out_prompts(it, it.config.evaluation.prompts)}
+    count = it.config.rl.guard.prompts
+    seed = seeds_for(1, it.config.seed, Purpose.VALIDATION)[0]
+    prompts = it.source.prompts("held_out", len(used) + count, seed)
+    prompts = ([prompt for prompt in prompts if prompt.text not in used] or prompts)[:count]
+    samples = generate(it, prompts, seeds_for(len(prompts), seed), f"{it.name}-validate")
+    result = score_images(it, samples)[0]
+    it.log(stage, step, result)
+    return result["overall"]
 
 
 def evaluate_stage(it: StageContext, policy: Policy) -> dict:

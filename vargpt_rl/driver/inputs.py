@@ -117,8 +117,7 @@ def gather(config: LoopConfig) -> Inputs:
     inputs.check_quarantine()
     if is_judged_by_its_reward(config):
         logger.warning(
-            "held-out images are scored by the same reward that makes the pairs; evaluation.reward.path=... names "
-            "another"
+            "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
         )
     return inputs
 
@@ -145,9 +144,10 @@ def make_source(
 
 
 def is_judged_by_its_reward(config: LoopConfig) -> bool:
-    """Return whether the held-out score also chooses the pairs, and so is no independent measure."""
+    """Return whether the held-out score also trains, through pairs or online, and so is no independent measure."""
     score = SHAPES_CHECK if config.data.kind == "shapes" else config.reward.path
-    chooses = config.preference.builder != PreferenceConfig.builder  # the default takes all
+    # The default builder takes all pairs.
+    chooses = config.preference.builder != PreferenceConfig.builder or bool(config.align.online)
     return bool(chooses and config.reward.path == score and score and not config.evaluation.reward.path)
 
 

@@ -11,7 +11,7 @@ from vargpt_rl.common.command import report_error
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
-from vargpt_rl.driver.online import train_online
+from vargpt_rl.driver.online import forget_batches, train_online
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
@@ -69,6 +69,7 @@ def run_control(it: StageContext, policy: Policy) -> dict:
 def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
     """Align by an online method, on rewards of the policy's own images."""
     trained = it.step(method, train_online, policy, method)
+    forget_batches(it, method)
     policy = it.adopt(policy, method)
     swapped = it.step(f"{method}_swap", swap, policy, trained)
     after = it.step(f"after_{method}", evaluate, policy, f"after_{method}")

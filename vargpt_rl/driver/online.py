@@ -1,209 +1,242 @@
 """Online RL on image tokens: draw a group of images of each prompt, judge them, learn from them, swap, repeat.
 
 The learner stays up: it takes a batch per file that appears in a folder, and saves its weights after each. What a
-method learns from a group, and its loss: `learners.methods`. Groups of equal reward say nothing; they are counted and
-replaced by other prompts' (DAPO, arXiv 2503.14476).
+method learns from a group, and its loss: `learners.methods`. Drawing and judging: `vargpt_rl.driver.groups`. What stops
+training, or takes it back: `vargpt_rl.driver.guard`.
 """
 
 import json
 import math
 import shutil
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 
-from actors.worker import Worker
+from actors.worker import ImageScore, PromptedBits, Worker
+from learners.config import Recipe
 from learners.group import RunningJob
 from learners.jobs import PolicyGradientJob
-from learners.methods import ONLINE, OnlineMethod
-from rewards.combined import Running
+from learners.methods import ONLINE
 from vargpt_rl.data.policy_batches import batch_path, write_policy_batch
-from vargpt_rl.data.samples import Prompt, Sample
-from vargpt_rl.driver.judging import running, score
-from vargpt_rl.driver.sampling import generate
-from vargpt_rl.driver.seeds import Purpose, seeds_for
+from vargpt_rl.driver.evaluation import validate
+from vargpt_rl.driver.groups import (
+    DrawnBatch,
+    Judges,
+    NothingToLearnError,
+    draw_batch,
+    judges,
+    measure_diversity,
+    rows_of,
+)
+from vargpt_rl.driver.guard import Guard
 from vargpt_rl.driver.session import StageContext
 from vargpt_rl.driver.training import follow, random_probe
 from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.files import write_atomically
 
 LOOK_S = 0.5
 """Longest wait, in seconds, between two looks at the learner."""
 
 
-@dataclass
-class DrawnBatch:
-    """Drawings of one update, with what became of their groups."""
+@dataclass(frozen=True)
+class OnlineRun:
+    """An online method under way, from ``start``, which is also the reference."""
 
-    samples: list[Sample] = field(default_factory=list)
-    rewards: list[float | None] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    all_rewards: list[float] = field(default_factory=list)
-    """Rewards of all drawings, those of equal groups included."""
+    it: StageContext
+    method: str
+    start: Policy
+    guard: Guard
+    training: RunningJob
+
+    @property
+    def output(self) -> Path:
+        """The folder of the weights that the learner saves."""
+        return self.it.checkpoint(self.method)
+
+
+def batches_of(it: StageContext, method: str) -> Path:
+    """Return the folder of a method's batches. Kept until its result is recorded, since a resumed job repeats steps."""
+    return it.run.directory.resolve() / "rollouts" / f"{it.name}-{method}"
+
+
+def forget_batches(it: StageContext, method: str) -> None:
+    """Delete the batches of a method that is recorded."""
+    shutil.rmtree(batches_of(it, method), ignore_errors=True)
 
 
 def train_online(it: StageContext, policy: Policy, method: str) -> dict:
-    """Train an online method from ``policy``."""
+    """Train an online method from ``policy``; return the learner's result with the first and last figures."""
     settings = it.config.rl
-    batches = it.run.directory.resolve() / "rollouts" / f"{it.name}-{method}"
+    recipe = recipe_for(it, method)
+    folder = batches_of(it, method)
+    folder.mkdir(parents=True, exist_ok=True)
     job = PolicyGradientJob(
         start=policy,
-        batches=batches,
-        recipe=settings.recipe,
+        batches=folder,
+        recipe=recipe,
         rl=settings,
         output=it.checkpoint(method),
         seed=it.config.seed + it.index,
         probe=random_probe(it),
         method=method,
     )
-    batches.mkdir(parents=True, exist_ok=True)
-    training = it.session.learners.start(job, follow(it, method, settings.recipe, it.config.learner.ranks))
-    totals: Counter[str] = Counter()
-    means: list[float] = []
-    with running(it.inputs.reward) as reward:
-        assert reward is not None, "the settings require a reward for online methods"
-        for number in range(math.ceil(settings.recipe.steps / settings.updates)):
-            path = batch_path(batches, number)
-            if path.exists():  # drawn before an interruption
-                continue
-            found = _write_batch(it, policy, training, reward, method, number, path)
-            totals.update(found["counts"])
-            means.append(found["reward"])
+    guard = Guard(settings.guard, folder, job.output, it.run.note)
+    training = it.session.learners.start(job, _watched(guard, follow(it, method, recipe, it.config.learner.ranks)))
+    run = OnlineRun(it, method, policy, guard, training)
+    with judges(it) as live:
+        for number in range(math.ceil(recipe.steps / settings.updates)):
+            if not batch_path(folder, number).exists():  # else drawn before an interruption
+                _write_batch(run, live, number)
+            if guard.stopped is not None:
+                break
     result = training.result()
-    shutil.rmtree(batches)
-    if means:
-        result |= {"reward_first": means[0], "reward_last": means[-1]}
-    return result | {"groups": dict(totals)}
+    return _finish(run, result) | _summarise(folder, result)
 
 
-def _write_batch(
-    it: StageContext, policy: Policy, training: RunningJob, reward: Running, method: str, number: int, path: Path
-) -> dict:
-    """Draw, judge and write one batch with the learner's weights; return its mean reward and counts."""
+def recipe_for(it: StageContext, method: str) -> Recipe:
+    """Return the recipe with a batch just large enough for the images that the method learns from."""
+    settings = it.config.rl
+    unit = settings.recipe.micro_batch * it.config.learner.ranks
+    rows = settings.prompts * (ONLINE[method].compared(settings, settings.group) or settings.group)
+    return replace(settings.recipe, batch=min(settings.recipe.batch, math.ceil(rows / unit) * unit))
+
+
+def _watched(guard: Guard, show: Callable[[dict], None]) -> Callable[[dict], None]:
+    """Return a callback that lets ``guard`` see the learner's log lines before ``show`` does."""
+
+    def on_log(line: dict) -> None:
+        guard.watch(line)
+        show(line)
+
+    return on_log
+
+
+def _write_batch(run: OnlineRun, live: Judges, number: int) -> None:
+    """Draw, judge and write one batch with the learner's weights, unless the guard stops the method before."""
+    it = run.it
     settings = it.config.rl
     learned = max(0, number - settings.staleness) * settings.updates
-    began = time.perf_counter()
-    current = _wait_for(it, training, policy, it.checkpoint(method), learned)
-    waited = time.perf_counter()
+    times = Timer()
+    current = _wait_for(run, learned)
+    times.take("wait")
+    if current is None or run.guard.stopped is not None:
+        return
     swapped = it.swap_to(current)
-    drew = time.perf_counter()
-    batch = draw_batch(it, reward, number, ONLINE[method])
-    judged = time.perf_counter()
-    rows = _rows(it, policy, batch, learned, ONLINE[method])
-    write_policy_batch(path, rows)
-    mean = float(np.mean(batch.all_rewards))
-    metrics = {
-        "reward": mean,
-        "reward_std": float(np.std(batch.all_rewards)),
-        "version": swapped["version"],
-        "staleness": number * settings.updates - learned,
-        "time/wait": waited - began,
-        "time/swap": drew - waited,
-        "time/draw_and_judge": judged - drew,
-        "time/score": time.perf_counter() - judged,
-        **{f"groups/{name}": count for name, count in batch.counts.items()},
-    }
-    it.log(f"{method}/rollout", number + 1, metrics)
-    return {"reward": mean, "counts": batch.counts}
+    times.take("swap")
+    if run.guard.is_due(number) and learned not in run.guard.scores:
+        run.guard.see_score(learned, validate(it, f"{run.method}/validate", learned))
+    times.take("validate")
+    try:
+        batch = draw_batch(it, live, number, ONLINE[run.method])
+    except NothingToLearnError as error:
+        if number == 0:
+            raise
+        run.guard.stop(str(error))
+        return
+    times.begin()
+    rows = rows_of(it, batch, ONLINE[run.method], learned, partial(_score_with, it, run.start))
+    times.take("score")
+    figures = _figures(it, batch) | {"version": swapped["version"], "staleness": number * settings.updates - learned}
+    run.guard.see_diversity(figures["diversity"])
+    run.training.look()
+    if run.guard.stopped is not None:  # the line of the last step was not there yet when its weights were
+        return
+    seconds = times.seconds | batch.seconds
+    write_atomically(_figures_path(run.guard.folder, number), json.dumps(figures | {"seconds": seconds}).encode())
+    write_policy_batch(batch_path(run.guard.folder, number), rows)
+    it.log(f"{run.method}/rollout", number + 1, figures | {f"time/{name}": value for name, value in seconds.items()})
 
 
-def _wait_for(it: StageContext, training: RunningJob, policy: Policy, output: Path, learned: int) -> Policy:
-    """Return the policy after ``learned`` optimizer steps, once the learner has saved it; drop older weights."""
-    if not learned:
-        return policy
-    weights = output / f"step-{learned:06d}"
-    while not weights.exists():
-        waiting = training.look()
-        if not waiting and not weights.exists():
-            raise RuntimeError(f"the learner ended before step {learned}: {weights} is missing")
-        ray.wait(waiting, timeout=LOOK_S)
-    for old in sorted(output.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-    return policy.plus(weights)
+class Timer:
+    """Wall time by part, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the next part."""
+        self.began = time.perf_counter()
+
+    def take(self, part: str) -> None:
+        """Add the time since the last part to this one."""
+        self.seconds[part] += time.perf_counter() - self.began
+        self.begin()
 
 
-def draw_batch(it: StageContext, reward: Running, number: int, method: OnlineMethod) -> DrawnBatch:
-    """Draw groups until ``rl.prompts`` of them have different rewards, in at most ``1 + rl.refills`` rounds.
+def _wait_for(run: OnlineRun, learned: int) -> Policy | None:
+    """Return the policy after ``learned`` optimizer steps, once the learner has saved and logged it.
 
-    ValueError if no group at all has: the reward says nothing about this policy's images.
+    None if the learner was stopped before. Older weights are dropped.
     """
-    settings = it.config.rl
-    batch = DrawnBatch()
-    for refill in range(1 + settings.refills):
-        missing = settings.prompts - batch.counts["used"]
-        if missing <= 0:
-            break
-        seed = seeds_for(1, it.config.seed, it.index, Purpose.ONLINE, number, refill)[0]
-        _draw_groups(it, reward, batch, _prompts(it, missing, seed), seed, method)
-    if not batch.samples:
-        seen = sorted(set(batch.all_rewards))[:3]
-        raise ValueError(
-            f"reward.path={it.config.reward.path}: all rewards are equal in each of {batch.counts['drawn']} groups of "
-            f"{settings.group} images (such as {seen}): expected rewards that tell images of a prompt apart"
-        )
-    return batch
+    if not learned:
+        return run.start
+    weights = run.output / f"step-{learned:06d}"
+    while run.training.wait(LOOK_S) and not weights.exists():
+        pass
+    if not weights.exists():
+        if run.guard.stopped is not None:
+            return None
+        raise RuntimeError(f"the learner ended before step {learned}: {weights} is missing")
+    run.guard.drop_weights()
+    return run.start.plus(weights)
 
 
-def _prompts(it: StageContext, count: int, seed: int) -> list[Prompt]:
-    """Return prompts of the file, or of the source, at random."""
-    if it.inputs.prompts is None:
-        return it.source.prompts("train", count, seed)
-    order = np.random.default_rng(seed).permutation(len(it.inputs.prompts))
-    return [it.inputs.prompts[i] for i in order[:count]]
+def _score_with(it: StageContext, policy: Policy, items: list[PromptedBits]) -> list[ImageScore]:
+    """Score images by ``policy``, which is then in the workers."""
+    it.swap_to(policy)
+    size = it.config.rl.recipe.micro_batch
+    return it.pool.run(Worker.score, items, it.resolution, it.config.sampling.tau, batch_size=size)
 
 
-def _draw_groups(
-    it: StageContext, reward: Running, batch: DrawnBatch, prompts: list[Prompt], seed: int, method: OnlineMethod
-) -> None:
-    """Draw a group of images of each prompt and add those that ``method`` learns from to ``batch``."""
-    size = it.config.rl.group
-    repeated = [prompt for prompt in prompts for _ in range(size)]
-    samples = generate(it, repeated, seeds_for(len(repeated), seed), f"{it.name}-online")
-    values, _ = score(it, [(sample.prompt, sample.bits) for sample in samples], reward)
-    batch.all_rewards += [value for value in values if value is not None]
-    for at in range(0, len(samples), size):
-        group = values[at : at + size]
-        batch.counts["drawn"] += 1
-        batch.counts["unscored images"] += sum(value is None for value in group)
-        chosen = method.choose(group, it.config.rl)
-        if chosen is None:
-            batch.counts["equal"] += 1
-            continue
-        batch.counts["used"] += 1
-        batch.samples += [samples[at + i] for i in chosen]
-        batch.rewards += [group[i] for i in chosen]
-        batch.advantages += chosen.values()
+def _figures(it: StageContext, batch: DrawnBatch) -> dict[str, float]:
+    """Return what is known of a batch's images: reward, second judge, diversity, groups."""
+    found = {"reward": float(np.mean(batch.all_rewards)), "reward_std": float(np.std(batch.all_rewards))}
+    if batch.judged:
+        found["judge"] = float(np.mean(batch.judged))
+    found |= measure_diversity(it, batch.drawn)
+    return found | {f"groups/{name}": count for name, count in batch.counts.items()}
 
 
-def _rows(it: StageContext, policy: Policy, batch: DrawnBatch, learned: int, method: OnlineMethod) -> list[dict]:
-    """Return the drawings as rows of a batch, with the log-probabilities that the learner takes."""
-    tau = it.config.sampling.tau
-    reference = None
-    if it.config.rl.kl or "reference" in method.takes:
-        it.swap_to(policy)
-        items = [(sample.prompt, sample.bits) for sample in batch.samples]
-        size = it.config.rl.recipe.micro_batch
-        reference = it.pool.run(Worker.score, items, it.resolution, tau, batch_size=size)
-    return [
-        {
-            "prompt_id": sample.prompt.id,
-            "prompt": sample.prompt.text,
-            "reply": sample.prompt.reply,
-            "resolution": sample.resolution,
-            "bits": sample.bits,
-            "seed": sample.seed,
-            "sampling": json.dumps(sample.sampling, sort_keys=True),
-            "tau": tau,
-            "version": sample.version,
-            "learner_step": learned,
-            "reward": batch.rewards[i],
-            "advantage": batch.advantages[i],
-            "sampler_by_scale": sample.log_probs if "sampler" in method.takes else None,
-            "reference_by_scale": reference[i].by_scale if reference else None,
-        }
-        for i, sample in enumerate(batch.samples)
-    ]
+def _figures_path(folder: Path, number: int) -> Path:
+    return folder / f"figures-{number:05d}.json"
+
+
+def _finish(run: OnlineRun, result: dict) -> dict:
+    """Validate the last weights and go back to the best; return the learner's result with what became of it."""
+    it = run.it
+    guard = run.guard
+    last = result["steps"]
+    if guard.limits.validate_every is not None and guard.diverged is None and last not in guard.scores:
+        it.swap_to(run.start.plus(run.output / f"step-{last:06d}"))  # ``final`` may yet be replaced
+        guard.see_score(last, validate(it, f"{run.method}/validate", last))
+    kept = guard.keep_wanted(last)
+    found: dict = {"kept_step": kept}
+    if guard.scores:
+        found["validated"] = {str(step): score for step, score in sorted(guard.scores.items())}
+    if guard.stopped is not None:
+        found["stopped"] = guard.stopped
+    # The learner scored the probe with its last weights.
+    return {name: value for name, value in result.items() if name != "probe" or kept == last} | found
+
+
+def _summarise(folder: Path, result: dict) -> dict:
+    """Return first and last figures of a method's batches, counts of groups, and seconds per update by part."""
+    figures = [json.loads(path.read_text()) for path in sorted(folder.glob("figures-*.json"))]
+    found: dict = {}
+    for name in ("reward", "judge", "diversity", "diversity/prompts"):
+        if name in figures[0]:
+            found |= {f"{name}_first": figures[0][name], f"{name}_last": figures[-1][name]}
+    groups: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float, learn=result["seconds"] - result["waited"])
+    for each in figures:
+        groups.update({name.removeprefix("groups/"): n for name, n in each.items() if name.startswith("groups/")})
+        for name, value in each["seconds"].items():
+            seconds[name] += value
+    per_update = {name: value / len(figures) for name, value in seconds.items()}
+    return found | {"groups": dict(groups), "seconds_per_update": per_update}

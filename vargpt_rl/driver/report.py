@@ -6,6 +6,9 @@ from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.stages import STAGES
 
+PARTS = ("draw", "judge", "learn", "swap")
+"""Parts of an update of an online method whose time is shown."""
+
 
 def _number(result: dict | None, key: str, form: str) -> str:
     return format(result[key], form) if result and key in result else "-"
@@ -71,6 +74,35 @@ def closing_table(summary: dict) -> Table:
     return table
 
 
+def method_table(iterations: list[dict]) -> Table:
+    """Return what the online methods did: held-out score, first and last figures, seconds of an update by part."""
+    table = Table(title="online methods", title_justify="left")
+    columns = ("iteration", "px", "method", "score", "control", "reward", "judge", "diversity")
+    for column in (*columns, *(f"{part} s" for part in PARTS)):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for k, iteration in enumerate(iterations):
+        for name in [name for name in ONLINE if name in iteration]:
+            result = iteration[name]
+            seconds = result["seconds_per_update"]
+            table.add_row(
+                str(k),
+                str(iteration["resolution"]),
+                ONLINE[name].title,
+                _measure(iteration["eval"].get(f"after_{name}")),
+                _measure(iteration["eval"].get("sft_on_winners")),
+                *(_change(result, figure) for figure in ("reward", "judge", "diversity")),
+                *(_number(seconds, part, ".1f") for part in PARTS),
+            )
+    return table
+
+
+def _change(result: dict, figure: str) -> str:
+    """Format the first and last value of a figure."""
+    if f"{figure}_first" not in result:
+        return "-"
+    return f"{result[f'{figure}_first']:.3f} -> {result[f'{figure}_last']:.3f}"
+
+
 def show(summary: dict, directory: object) -> None:
     """Print the closing tables and the folder of the run."""
     console = wide_console()
@@ -78,6 +110,8 @@ def show(summary: dict, directory: object) -> None:
         console.print(stage_table(summary["stages"]))
     if summary["iterations"]:
         console.print(closing_table(summary))
+    if any(name in iteration for name in ONLINE for iteration in summary["iterations"]):
+        console.print(method_table(summary["iterations"]))
     for moment, result in summary["understanding"].items():
         if result:
             accuracy, error = result["accuracy"], result["accuracy_stderr"]

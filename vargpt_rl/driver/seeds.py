@@ -14,6 +14,8 @@ class Purpose(IntEnum):
     HELD_OUT = 3
     SOURCES = 4
     ONLINE = 5
+    VALIDATION = 6
+    DIVERSITY = 7
 
 
 def seeds_for(count: int, *purpose: int) -> list[int]:

@@ -7,7 +7,7 @@ alpha 0.6 the best of 0.6 to 1.2, and also trains a prefix of coarse scales alon
 Weights are normalised to mean 1 over the trained tokens. The sum of log-probabilities then keeps its size whatever
 alpha is, and with it the meaning of DPO's beta; alpha 0 weighs every trained token by exactly 1, the papers' plain sum.
 
-Shape legend: N images, L image tokens, K scales of the schedule, k trained scales.
+Shape legend: N images, L image tokens, K scales of the schedule, k trained scales, P parts (runs of scales).
 """
 
 import torch
@@ -49,3 +49,19 @@ def weighted_sum(values_NK: torch.Tensor, weights_K: torch.Tensor) -> torch.Tens
     """
     scales = values_NK.shape[1]
     return (values_NK.double() * weights_K[:scales].to(values_NK.device)).sum(1)
+
+
+def part_means(schedule: Schedule, credit_K: torch.Tensor, symbols: int, split: int | None) -> tuple[torch.Tensor, ...]:
+    """float64 [P, K] and [P]: weights that turn sums by scale into each part's mean, and each part's share of credit.
+
+    The parts are the first ``split`` scales and the others; with None, a single part of all. ``symbols`` counts those
+    of a token.
+    """
+    areas_K = torch.tensor([h * w for h, w in schedule], dtype=torch.float64)
+    part_PK = torch.ones(1, len(schedule), dtype=torch.float64)
+    if split is not None:
+        coarse_K = (torch.arange(len(schedule)) < split).double()
+        part_PK = torch.stack([coarse_K, 1 - coarse_K])
+    weight_PK = part_PK * credit_K
+    credit_P = (weight_PK * areas_K).sum(1)
+    return weight_PK / (symbols * credit_P[:, None]), credit_P / credit_P.sum()

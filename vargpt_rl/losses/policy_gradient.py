@@ -10,13 +10,15 @@ probability 1 in the sampler and at least top_p here. With top_p 0.97 and tau 0.
 bits at 128 px, which make 2 % of the log-probability and 3 % of its gradient. Guidance is left out, as in NextFlow-RL
 (arXiv 2601.02256). Policy and sampler are scored the same way, so neither moves the ratio before the first update.
 
-Shape legend: N drawings, G drawings of a prompt, K scales.
+Shape legend: N drawings, G drawings of a prompt, K scales, P parts of a drawing (its coarse prefix, and the rest).
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 EQUAL = 1e-6
 """Rewards of a group that differ by no more than this count as equal."""
@@ -39,10 +41,45 @@ def group_advantages(rewards_G: Sequence[float | None], normalise: bool = True) 
     return [None if reward is None else (reward - mean) / spread for reward in rewards_G]
 
 
+def middle_return(rewards: Sequence[float], eta: float) -> float:
+    """Value of a prefix from the rewards of its completions: eta log mean exp(reward / eta).
+
+    The middle return of NextFlow-RL (arXiv 2601.02256): the mean for large eta, the largest reward for small eta.
+    """
+    top = max(rewards)
+    return top + eta * math.log(math.fsum(math.exp((reward - top) / eta) for reward in rewards) / len(rewards))
+
+
+def part_advantages(
+    rewards_G: Sequence[float | None], completions: int, eta: float, normalise: bool = True
+) -> list[tuple[float, float] | None] | None:
+    """Advantages of the coarse prefix and of the rest of one prompt's drawings.
+
+    Every ``completions`` drawings in a row share their prefix, of value V (`middle_return`). The prefix's advantage is
+    V relative to the values of the group's prefixes, as in `group_advantages`; the advantage of the rest is the reward
+    minus V, divided by the standard deviation of the group's rewards. None as in `group_advantages`.
+    """
+    if group_advantages(rewards_G) is None:
+        return None
+    groups = [rewards_G[at : at + completions] for at in range(0, len(rewards_G), completions)]
+    scored = [[reward for reward in group if reward is not None] for group in groups]
+    values = [middle_return(rewards, eta) if rewards else None for rewards in scored]
+    coarse = group_advantages(values, normalise) or [0.0] * len(values)
+    spread = statistics.pstdev(reward for rewards in scored for reward in rewards) if normalise else 1.0
+    found: list[tuple[float, float] | None] = []
+    for group, value, advantage in zip(groups, values, coarse, strict=True):
+        for reward in group:
+            if reward is None or value is None or advantage is None:
+                found.append(None)
+            else:
+                found.append((advantage, (reward - value) / spread))
+    return found
+
+
 def clipped_policy_loss(
     log_prob_N: torch.Tensor, old_log_prob_N: torch.Tensor, advantage_N: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate loss of each drawing [N] (PPO, arXiv 1707.06347, eq. 7), and metrics [N].
+    """Clipped surrogate loss (PPO, arXiv 1707.06347, eq. 7) and metrics of each drawing [N], or of its parts [N, P].
 
     ``old_log_prob_N`` is the sampler's. Metrics: ``ratio``, and ``clipped``, 1 where the gradient is cut off.
     """
@@ -65,3 +102,24 @@ def kl_k3(log_prob_N: torch.Tensor, reference_log_prob_N: torch.Tensor) -> torch
     """
     log_ratio_N = reference_log_prob_N - log_prob_N
     return log_ratio_N.exp() - 1 - log_ratio_N
+
+
+def preference_loss(
+    log_ratio_N: torch.Tensor, reward_N: torch.Tensor, group_N: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """DPO's loss over all pairs of different reward within each group, and metrics ``margin`` and ``accuracy``: [N].
+
+    -log sigmoid(beta (d_i - d_j)) for rewards r_i > r_j (arXiv 2305.18290, eq. 7), where d is the log-ratio of policy
+    and reference in nats. It is averaged over a group's pairs; the mean over drawings is the mean over groups of equal
+    size. Drawings with a reward of NaN are in no pair.
+    """
+    same_NN = group_N[:, None] == group_N
+    better_NN = same_NN & (reward_N[:, None] > reward_N + EQUAL)
+    pairs_N = (same_NN * better_NN.sum(1)).sum(1).clamp(min=1)
+    weight_NN = better_NN * (same_NN.sum(1) / pairs_N)[:, None]
+    margin_NN = beta * (log_ratio_N[:, None] - log_ratio_N)
+    metrics = {
+        "margin": (margin_NN.detach() * weight_NN).sum(1),
+        "accuracy": ((margin_NN.detach() > 0) * weight_NN).sum(1),
+    }
+    return -(F.logsigmoid(margin_NN) * weight_NN).sum(1), metrics

@@ -149,8 +149,11 @@ def generate_images(
     sampling: SamplingConfig,
     pixel_values: torch.Tensor | None = None,
     image_grid_thw: torch.Tensor | None = None,
+    given_BLs: torch.Tensor | None = None,
 ) -> GeneratedImages:
     """Generate one image of ``size`` (height, width) pixels for each prompt.
+
+    ``given_BLs`` are the labels of the first scales, which are then not drawn: images are completed from there.
 
     Prompts are int64 [B, T], left-padded, and end with ``image_gen_start``; raises ValueError otherwise, or if there is
     not one seed per sample.
@@ -162,19 +165,27 @@ def generate_images(
     model.image_tokenizer.schedule_for(*size)  # reject a bad size before reading the prompts
     reading = GenerationState(model, len(seeds))
     reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
-    return draw_next(reading, seeds, size, sampling)
+    return draw_next(reading, seeds, size, sampling, given_BLs)
 
 
 @torch.inference_mode()
 def draw_next(
-    reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
+    reading: GenerationState,
+    seeds: list[int],
+    size: tuple[int, int],
+    sampling: SamplingConfig,
+    given_BLs: torch.Tensor | None = None,
 ) -> GeneratedImages:
     """Draw one image per row after ``image_gen_start``, which was read last. Its L tokens are read in the process."""
-    return draw_scales(reading, seeds, size, sampling)
+    return draw_scales(reading, seeds, size, sampling, given_BLs)
 
 
 def draw_scales(
-    reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
+    reading: GenerationState,
+    seeds: list[int],
+    size: tuple[int, int],
+    sampling: SamplingConfig,
+    given_BLs: torch.Tensor | None = None,
 ) -> GeneratedImages:
     """Do the work of `draw_next`, which differs in its inference mode only."""
     model = reading.model
@@ -200,7 +211,10 @@ def draw_scales(
         unguided_BnD = logits[:batch]
         if guided:
             logits = model.guide(logits, sampling.cfg, k / max(len(schedule) - 1, 1))
-        labels.append(draw_labels(logits, symbols, sampling, generators))
+        if given_BLs is not None and at.stop <= given_BLs.shape[1]:
+            labels.append(given_BLs[:, at])
+        else:
+            labels.append(draw_labels(logits, symbols, sampling, generators))
         log_probs.append(image_log_probs(symbol_log_probs(unguided_BnD, labels[-1])))
         added = tokenizer.addend(labels[-1], schedule, k, words_MnC.dtype)
         summed = added if summed is None else summed + added

@@ -1,0 +1,211 @@
+"""Groups of images of one prompt, drawn and judged: what online methods learn from.
+
+Groups whose rewards tell nothing apart are counted and replaced by other prompts' (DAPO, arXiv 2503.14476). If a second
+judge is known, it scores the same images: training does not see it, and a reward that rises without it is hacked.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.worker import ImageScore, PromptedBits, Worker
+from learners.config import RlConfig
+from learners.methods import OnlineMethod
+from rewards.combined import Running
+from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.data.sources import ImageCheck
+from vargpt_rl.driver.inputs import SHAPES_CHECK
+from vargpt_rl.driver.judging import running, score
+from vargpt_rl.driver.sampling import generate
+from vargpt_rl.driver.seeds import Purpose, seeds_for
+from vargpt_rl.driver.session import StageContext
+from vargpt_rl.evaluate.diversity import diversity
+from vargpt_rl.model.families import load_config
+
+
+class NothingToLearnError(ValueError):
+    """No group has images of different reward."""
+
+
+@dataclass
+class DrawnBatch:
+    """Images of one update that are learned from, with what became of all that were drawn."""
+
+    samples: list[Sample] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
+    advantages: list[tuple[float, ...]] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    """Number of each image's group in this batch."""
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    drawn: list[list[bytes]] = field(default_factory=list)
+    """Packed tokens of every group that was drawn."""
+    all_rewards: list[float] = field(default_factory=list)
+    """Rewards of all images, those of equal groups included."""
+    judged: list[float] = field(default_factory=list)
+    """The second judge's scores of all images."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The reward that trains, and the second judge of the same images, if there is one."""
+
+    reward: Running
+    judge: Running | ImageCheck | None
+
+
+@contextmanager
+def judges(it: StageContext) -> Iterator[Judges]:
+    """Start the reward's processes and those of the second judge: ``evaluation.reward``, else the source's check."""
+    with ExitStack() as stack:
+        reward = stack.enter_context(running(it.inputs.reward))
+        judge = stack.enter_context(running(it.inputs.judge))
+        assert reward is not None, "the settings require a reward for online methods"
+        check = it.source.image_check() if it.config.reward.path != SHAPES_CHECK else None  # it says the same
+        yield Judges(reward, judge or check)
+
+
+def draw_batch(it: StageContext, judges: Judges, number: int, method: OnlineMethod) -> DrawnBatch:
+    """Draw groups until ``rl.prompts`` of them have different rewards, in at most ``1 + rl.refills`` rounds.
+
+    NothingToLearnError if no group at all has: the reward says nothing about this policy's images.
+    """
+    settings = it.config.rl
+    batch = DrawnBatch()
+    for refill in range(1 + settings.refills):
+        missing = settings.prompts - batch.counts["used"]
+        if missing <= 0:
+            break
+        seed = seeds_for(1, it.config.seed, it.index, Purpose.ONLINE, number, refill)[0]
+        _add_groups(it, judges, batch, _prompts(it, missing, seed), seed, method)
+    if not batch.samples:
+        seen = sorted(set(batch.all_rewards))[:3]
+        raise NothingToLearnError(
+            f"reward.path={it.config.reward.path}: no group of {settings.group} images has different rewards: of "
+            f"{batch.counts['drawn']} groups, {batch.counts['equal']} have equal ones (such as {seen}) and "
+            f"{batch.counts['unscored']} fewer than two; expected rewards that tell images of a prompt apart"
+        )
+    return batch
+
+
+def _prompts(it: StageContext, count: int, seed: int) -> list[Prompt]:
+    """Return prompts of the file, or of the source, at random."""
+    if it.inputs.prompts is None:
+        return it.source.prompts("train", count, seed)
+    order = np.random.default_rng(seed).permutation(len(it.inputs.prompts))
+    return [it.inputs.prompts[i] for i in order[:count]]
+
+
+def _add_groups(
+    it: StageContext, judges: Judges, batch: DrawnBatch, prompts: list[Prompt], seed: int, method: OnlineMethod
+) -> None:
+    """Draw a group of images of each prompt and add those that ``method`` learns from to ``batch``."""
+    began = time.perf_counter()
+    samples = draw_groups(it, prompts, it.config.rl.group, seed, method.completions(it.config.rl))
+    drew = time.perf_counter()
+    items = [(sample.prompt, sample.bits) for sample in samples]
+    rewards = score(it, items, judges.reward)[0]
+    batch.all_rewards += [reward for reward in rewards if reward is not None]
+    batch.judged += [value for value in second_opinion(it, items, judges.judge) if value is not None]
+    batch.seconds["draw"] += drew - began
+    batch.seconds["judge"] += time.perf_counter() - drew
+    size = it.config.rl.group
+    for at in range(0, len(samples), size):
+        _add_group(batch, samples[at : at + size], rewards[at : at + size], method, it.config.rl)
+
+
+def _add_group(
+    batch: DrawnBatch,
+    samples: list[Sample],
+    rewards: list[float | None],
+    method: OnlineMethod,
+    settings: RlConfig,
+) -> None:
+    """Add the images of a group that ``method`` learns from, and count the group."""
+    batch.drawn.append([sample.bits for sample in samples])
+    number = batch.counts["drawn"]
+    batch.counts["drawn"] += 1
+    batch.counts["unscored images"] += rewards.count(None)
+    chosen = method.choose(rewards, settings)
+    if chosen is None:
+        batch.counts["equal" if len(rewards) - rewards.count(None) > 1 else "unscored"] += 1
+        return
+    batch.counts["used"] += 1
+    batch.samples += [samples[i] for i in chosen]
+    batch.rewards += [rewards[i] for i in chosen]
+    batch.advantages += chosen.values()
+    batch.groups += [number] * len(chosen)
+
+
+def draw_groups(it: StageContext, prompts: list[Prompt], group: int, seed: int, completions: int = 1) -> list[Sample]:
+    """Draw ``group`` images of each prompt; every ``completions`` in a row share their coarse prefix."""
+    name = f"{it.name}-online"
+    repeated = [prompt for prompt in prompts for _ in range(group // completions)]
+    seeds = seeds_for(len(prompts) * group, seed)
+    firsts = generate(it, repeated, seeds[: len(repeated)], name)
+    if completions == 1:
+        return firsts
+    more = completions - 1
+    jobs = list(zip([first for first in firsts for _ in range(more)], seeds[len(repeated) :], strict=True))
+    scales = it.config.rl.prefix_scales
+    others = it.pool.run(Worker.complete_images, jobs, scales, it.resolution, it.config.sampling, name)
+    return [image for i, first in enumerate(firsts) for image in (first, *others[i * more : (i + 1) * more])]
+
+
+def second_opinion(
+    it: StageContext, items: list[PromptedBits], judge: Running | ImageCheck | None
+) -> list[float] | list[float | None]:
+    """Return the second judge's score of each image; nothing without one."""
+    if judge is None:
+        return []
+    if isinstance(judge, Running):
+        return score(it, items, judge)[0]
+    return judge.values(it.pool.run(Worker.check, items, it.resolution, judge))
+
+
+def measure_diversity(it: StageContext, groups: list[list[bytes]]) -> dict[str, float]:
+    """Return the `diversity` of groups of images of one prompt each, at this resolution."""
+    schedule = load_config(it.inputs.model).image_tokenizer_config.schedule_for(it.resolution)
+    return diversity(groups, schedule)
+
+
+def rows_of(
+    it: StageContext,
+    batch: DrawnBatch,
+    method: OnlineMethod,
+    learned: int,
+    reference: Callable[[list[PromptedBits]], list[ImageScore]],
+) -> list[dict]:
+    """Return the images as rows of a batch, with the log-probabilities that the learner takes.
+
+    ``learned`` counts the optimizer steps behind the weights that drew; ``reference`` scores images.
+    """
+    by_scale: list[list[float] | None] = [None] * len(batch.samples)
+    if it.config.rl.kl or "reference" in method.takes:
+        scores = reference([(sample.prompt, sample.bits) for sample in batch.samples])
+        by_scale = [image.by_scale for image in scores]
+    return [
+        {
+            "prompt_id": sample.prompt.id,
+            "prompt": sample.prompt.text,
+            "reply": sample.prompt.reply,
+            "resolution": sample.resolution,
+            "bits": sample.bits,
+            "seed": sample.seed,
+            "sampling": json.dumps(sample.sampling, sort_keys=True),
+            "tau": it.config.sampling.tau,
+            "version": sample.version,
+            "learner_step": learned,
+            "group": batch.groups[i],
+            "reward": batch.rewards[i],
+            "advantage": list(batch.advantages[i]),
+            "sampler_by_scale": sample.log_probs if "sampler" in method.takes else None,
+            "reference_by_scale": by_scale[i],
+        }
+        for i, sample in enumerate(batch.samples)
+    ]
