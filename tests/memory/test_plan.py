@@ -279,3 +279,16 @@ def test_streamed_records_need_long_rows_and_a_tokenizer(config):
     whole = memory.bound(settings, config, False)
     for name, need in long.items():
         assert next(n for n in whole.training if n.stage == name).total >= need.total
+
+
+def test_online_methods_are_planned_with_the_scales_they_train(config):
+    online = ["stages=[align]", "align.methods=[grpo]", "reward.path=rewards.shapes:shapes_reward", *SETTINGS]
+
+    def planned(*settings: str) -> dict[tuple[str, int], int]:
+        found = memory.plan(load_config([*online, *settings]), config, on_gpu=False)
+        return {(each.stage, each.resolution): each.activations for each in found.training}
+
+    whole, coarse = planned(), planned("rl.credit_scales=1")
+    assert list(whole) == [("sft", 32), ("rl", 32), ("sft", 48), ("rl", 48)], "no dpo"
+    assert all(coarse["rl", side] < whole["rl", side] for side in (32, 48))
+    assert coarse["sft", 32] == whole["sft", 32]

@@ -23,15 +23,17 @@ def batch(
     seen_side: int = 0,
     text: int = TEXT_TOKENS,
     edits: bool = False,
+    scales: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Build what a collator makes of ``images`` rows that generate an image and, for the rest, questions about one.
 
-    With ``edits``, the rows that generate show an image too. Every row has padding.
+    With ``edits``, the rows that generate show an image too; with ``scales``, they have that many coarse scales alone.
+    Every row has padding.
     """
     config = model.config
     questions = rows - images
     schedule = config.image_tokenizer_config.schedule_for(resolution)
-    tokens = token_count(schedule)
+    tokens = token_count(schedule[:scales])
     count = rows if edits else questions
     shown, seen = model.blank_images(count, seen_side) if count else ({}, 0)
     prompt = text + edits * seen
@@ -51,13 +53,13 @@ def batch(
     return found | shown
 
 
-def log_probs(model: Unified, inputs: dict, resolution: int) -> torch.Tensor:
-    """Compute the teacher-forced log-probability of each row's image, float64 [B]."""
+def log_probs(model: Unified, inputs: dict, resolution: int, scales: int | None = None) -> torch.Tensor:
+    """Compute the teacher-forced log-probability of each row's image, or of its coarse scales alone, float64 [B]."""
     tokenizer = model.config.image_tokenizer_config
     ids = inputs["input_ids"]
-    tokens = token_count(tokenizer.schedule_for(resolution))
+    tokens = token_count(tokenizer.schedule_for(resolution)[:scales])
     labels = torch.zeros(len(ids), tokens, tokenizer.symbols.depth, dtype=torch.uint8)
-    drawing = replayed(labels, (resolution, resolution))
+    drawing = replayed(labels, (resolution, resolution), scales)
     logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False).image_logits
     return image_log_probs(symbol_log_probs(logits, labels))
 
@@ -66,3 +68,8 @@ def preference_loss(model: Unified, inputs: dict, resolution: int) -> torch.Tens
     """DPO's loss on rows [chosen, rejected]; the reference log-probabilities take no memory."""
     chosen, rejected = log_probs(model, inputs, resolution).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean()
+
+
+def policy_loss(model: Unified, inputs: dict, resolution: int, scales: int | None) -> torch.Tensor:
+    """Policy gradient on the first ``scales`` scales; the other log-probabilities take no memory."""
+    return -log_probs(model, inputs, resolution, scales).exp().mean()

@@ -15,7 +15,7 @@ from configs.schema import LoopConfig
 from configs.stages import DpoStage, SftStage
 from learners.config import Recipe
 from vargpt_rl.losses.supervised import Noise, sft_loss
-from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, preference_loss
+from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, policy_loss, preference_loss
 from vargpt_rl.memory.rollout import RolloutMemory, rollout
 from vargpt_rl.memory.tracker import META, meta_model
 from vargpt_rl.memory.training import TrainingMemory, activations, parameter_sizes, states
@@ -26,7 +26,7 @@ from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.release.tiny_v1 import fresh_v1_config
-from vargpt_rl.stages import Learns, Stage, stages_of
+from vargpt_rl.stages import ALIGN, STAGES, Learns, Stage, stages_of
 
 RELEASE = "release"
 RELEASE_V1 = "release_v1"
@@ -41,6 +41,10 @@ SIZES: dict[str, Callable[[int], PreTrainedConfig]] = {
 def model_config(checkpoint: str, resolution: int = 256) -> PreTrainedConfig:
     """Load a model directory's configuration, or take that of ``SIZES`` for a run that starts at ``resolution``."""
     return SIZES[checkpoint](resolution) if checkpoint in SIZES else load_config(checkpoint)
+
+
+RL = replace(STAGES["dpo"], name="rl")
+"""Online methods: they train the parts that DPO trains."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class _Case:
     """Rows that generate an image."""
     edits: bool = False
     """True if these rows edit an image."""
+    scales: int | None = None
+    """Coarse scales that are trained, if not all."""
 
     @property
     def recipe(self) -> Recipe:
@@ -73,7 +79,7 @@ class _Case:
     def encodes(self) -> bool:
         """Tell whether the rank computes the images' features itself."""
         data = self.settings.data
-        return data.kind == "records" and not data.encoded and self.images > 0 and self.stage.name != "dpo"
+        return data.kind == "records" and not data.encoded and self.images > 0 and self.stage.name not in ("dpo", "rl")
 
     def inputs(self, model: Unified) -> dict[str, torch.Tensor]:
         """Build a micro-batch. A streamed question may take ``data.max_tokens``, to which all rows are padded."""
@@ -84,7 +90,16 @@ class _Case:
             seen, schedule = model.blank_images(1, side)[1], model.image_tokenizer.schedule_for(self.resolution)
             longest = max(seen, token_count(schedule) if self.images else 0)
             text = max(text, data.max_tokens - longest)
-        inputs = batch(model, self.rows, self.images, self.resolution, seen_side=side, text=text, edits=self.edits)
+        inputs = batch(
+            model,
+            self.rows,
+            self.images,
+            self.resolution,
+            seen_side=side,
+            text=text,
+            edits=self.edits,
+            scales=self.scales,
+        )
         if self.encodes:
             pixels = torch.zeros(self.images, 3, self.resolution, self.resolution, device=META, dtype=model.dtype)
             with torch.no_grad():
@@ -93,6 +108,8 @@ class _Case:
 
     def loss(self, model: Unified) -> torch.Tensor:
         inputs = self.inputs(model)
+        if self.stage.name == "rl":
+            return policy_loss(model, inputs, self.resolution, self.scales)
         if self.stage.learns is Learns.PAIRS:
             return preference_loss(model, inputs, self.resolution)
         return sft_loss(model, inputs, self.stage.noise, self.stage.text_weight)[0]
@@ -128,7 +145,8 @@ def _dtype(config: LoopConfig) -> torch.dtype:
 def _cases(config: LoopConfig) -> Iterator[_Case]:
     """Yield all that DeepSpeed trains. SFT covers DPO's control, which trains the same on no more rows."""
     for name in config.stages:
-        stages = [stage for stage in stages_of([name]) if stage.learns not in (Learns.IMAGES, Learns.WINNERS)]
+        unplanned = {Learns.IMAGES, Learns.WINNERS} | ({Learns.PAIRS} if "dpo" not in config.align.methods else set())
+        stages = [stage for stage in stages_of([name]) if stage.learns not in unplanned]
         for resolution in stages[0].resolutions(config.resolutions) if stages else []:
             settings = config.at_resolution(resolution)
             for stage in stages:
@@ -138,6 +156,9 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
                     stage = stage.without(block.frozen)
                 share = block.drawing_share if stage.learns is Learns.QUESTIONS else 1
                 yield _Case(stage, resolution, settings, rows, round(share * rows), stage.learns is Learns.EDITS)
+            if name == ALIGN and config.align.online:  # all online methods train the same on as many rows
+                rows = settings.rl.recipe.micro_batch
+                yield _Case(RL, resolution, settings, rows, rows, scales=settings.rl.credit_scales)
 
 
 def trains(config: LoopConfig) -> bool:
