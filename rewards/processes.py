@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rewards import Reward
 from rewards.images import from_png
+from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.settings import require
 
 START_S = 900.0
@@ -111,6 +112,7 @@ class RewardProcess:
 
     def score(self, pngs: list[bytes], prompts: list[str], first: int) -> list[float | None]:
         """Score ``prompts`` with the images from index ``first`` on."""
+        point("reward/score")
         images = [from_png(png) for png in pngs[first : first + len(prompts)]]
         return [None if value is None else float(value) for value in self.reward(images, prompts)]
 

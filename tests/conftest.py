@@ -40,6 +40,8 @@ MARKS = {
     "loop": [
         "driver/test_faults.py",
         "driver/test_interrupted.py",
+        "driver/test_online_faults.py",
+        "driver/test_online_interrupted.py",
         "test_loop.py",
         "test_loop_v1.py",
     ],
