@@ -36,8 +36,10 @@ METHODS = ("dpo", *ONLINE)
 
 @dataclass
 class AlignConfig:
-    """Alignment of an iteration, after its SFT."""
+    """Alignment of an iteration."""
 
+    sft: bool = True
+    """Begin with SFT. Without it, online methods start from the policy as it is; DPO samples from SFT's checkpoints."""
     methods: list[str] = field(default_factory=lambda: ["dpo"])
     """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, online_dpo, grpo.
 
@@ -48,6 +50,11 @@ class AlignConfig:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"align.methods={self.methods}: expected some of {list(METHODS)}, each at most once")
+
+        if "dpo" in self.methods and not self.sft:
+            raise ValueError(
+                "align.sft=false with align.methods containing dpo: its samples are from SFT's checkpoints"
+            )
 
     @property
     def online(self) -> list[str]:
@@ -219,7 +226,7 @@ class LoopConfig:
 
     def _check_data(self) -> None:
         """ValueError for what the stages need and the kind of data lacks."""
-        winners = {"preference.winners": self.preference.winners}
+        winners = {"preference.winners": self.preference.winners} if "dpo" in self.align.methods else {}
         if self.data.kind == "captioned":
             needed = {"data.captions": self.data.captions, "data.images": self.data.images} | winners
             self._check_set(needed, f"data=captioned needs {', '.join(needed)}")
@@ -316,6 +323,7 @@ class LoopConfig:
         """Return the settings in force at a resolution. ValueError for an unknown key or a bad value under ``at``."""
         settings = OmegaConf.structured(self)
         settings.at = {}
+        settings.resolutions = [resolution]
         try:
             return OmegaConf.to_object(OmegaConf.merge(settings, self.at.get(str(resolution), {})))
         except (OmegaConfBaseException, ValueError) as error:

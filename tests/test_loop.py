@@ -19,9 +19,9 @@ from tests.helpers.faults import ask
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
-from vargpt_rl.driver.loop import align, execute
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
+from vargpt_rl.loop import align, execute
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY
 from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, UNREACHED, freeze
@@ -36,6 +36,7 @@ pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.reci
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=offline
+align.methods=[dpo] reward.path=null
 rollout.reply=generate rollout.reply_tokens=4 rollout.text_engine=transformers learner.save_every=1 name=test
 """
 

@@ -7,6 +7,8 @@ setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or S
 import os
 import sys
 
+from vargpt_rl.common.usage import print_usage_if_asked
+
 USAGE = """\
 usage: python -m vargpt_rl.loop [key=value ...]
 
@@ -16,29 +18,195 @@ examples:
   python -m vargpt_rl.loop                                       the demo: every stage of the embedded model
   python -m vargpt_rl.loop name=first iterations=1 'resolutions=[128]'
                                                                  a shorter run, in runs/first
-  python -m vargpt_rl.loop 'align.methods=[dpo,grpo]' reward.path=rewards.shapes:shapes_reward
-                                                                 GRPO after DPO, with a reward
+  python -m vargpt_rl.loop 'align.methods=[dpo]' reward.path=null  the paper's recipe: DPO on winners alone
   python -m vargpt_rl.loop checkpoint=FOLDER experiment=NAME     your model, with settings of configs/experiment/
 
 Keys, their defaults and explanations: configs/schema.py. Results: runs/NAME/summary.json and runs/NAME/model.
 Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal (the same command resumes).
 """
 
+if __name__ == "__main__":
+    print_usage_if_asked(USAGE)  # before the seconds that the imports below take
+
+from functools import partial
+
+import ray
+from ray.exceptions import RayError
+
+from actors.cluster import connect
+from learners.methods import ONLINE
+from vargpt_rl.common.command import report_error
+from vargpt_rl.common.logs import configure_logging
+from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
+from vargpt_rl.driver.grids import edit_grid, sample_grid
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.online import forget_batches, train_online
+from vargpt_rl.driver.pairs import pair, sample_while_training
+from vargpt_rl.driver.report import show
+from vargpt_rl.driver.sampling import sample
+from vargpt_rl.driver.session import Session, StageContext, Step
+from vargpt_rl.driver.start import open_session, place, plain, prepare, resume
+from vargpt_rl.driver.training import swap, train_control, train_dpo, train_sft, train_stage
+from vargpt_rl.stages import ALIGN, STAGES, Learns
+from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.export import export_model, read_best
+
+SAVE_S = 180.0
+"""Seconds to let the current step finish and save after a signal. Slurm allows 300; the rest is for shutdown."""
+
+
+def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Run one iteration from ``policy``; return the aligned policy and the results."""
+    it.step(Step.BEFORE, draw_before, policy)
+    results: dict = {"resolution": it.resolution}
+    if it.config.align.sft:
+        sft = it.step(Step.SFT, train_sft, policy)
+        policy = it.adopt(policy, Step.SFT)
+        results["sft"] = {**sft, "swap": it.step(Step.SFT_SWAP, swap, policy, sft)}
+    results["eval"] = {"after_sft": it.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)}
+    for method in it.config.align.methods:
+        policy, found = METHODS[method](it, policy)
+        results |= found | {"eval": results["eval"] | found["eval"]}
+    it.step(Step.GRID, sample_grid)
+    return policy, results
+
+
+def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Align by DPO on pairs of samples and winners, as the paper does."""
+    if it.config.dpo.min_pairs:
+        rollout, pairs, dpo = sample_while_training(it, policy)
+    else:
+        rollout = it.step(Step.SAMPLE, sample, policy)
+        judged = it.step(Step.JUDGE, judge)
+        pairs = it.step(Step.PAIR, pair, policy, judged)
+        dpo = it.step(Step.DPO, train_dpo, policy)
+    control = run_control(it, policy) if it.config.dpo.control else None
+    policy = it.adopt(policy, Step.DPO)
+    swapped = it.step(Step.DPO_SWAP, swap, policy, dpo)
+    after = it.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
+    results = {"rollout": rollout, "pairs": pairs, "dpo": {**dpo, "swap": swapped}, "swap": swapped}
+    return policy, results | {"eval": {"after_dpo": after, "sft_on_winners": control}}
+
+
+def run_control(it: StageContext, policy: Policy) -> dict:
+    """Train SFT on the winners of the pairs instead of DPO, and evaluate it; the policy is not changed."""
+    control = it.step(Step.CONTROL, train_control, policy)
+    controlled = it.adopt(policy, Step.CONTROL)
+    it.step(Step.CONTROL_SWAP, swap, controlled, control)
+    return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
+
+
+def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
+    """Align by an online method, on rewards of the policy's own images."""
+    trained = it.step(method, train_online, policy, method)
+    forget_batches(it, method)
+    policy = it.adopt(policy, method)
+    swapped = it.step(f"{method}_swap", swap, policy, trained)
+    after = it.step(f"after_{method}", evaluate, policy, f"after_{method}")
+    return policy, {method: {**trained, "swap": swapped}, "eval": {f"after_{method}": after}}
+
+
+METHODS = {"dpo": run_dpo} | {name: partial(run_online, method=name) for name in ONLINE}
+"""Alignment methods of an iteration, by the names in ``align.methods``."""
+
+
+def run_stage(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Run a stage outside the iterations from ``policy``; return the trained policy and the results."""
+    edits = STAGES[it.name].learns is Learns.EDITS
+    before = {"before": it.step("before", edit_images, policy, "before")} if edits else {}
+    trained = it.step("", train_stage, policy)
+    policy = it.adopt(policy)
+    swapped = it.step("swap", swap, policy, trained)
+    measured = it.step("eval", evaluate_stage, policy)
+    if edits:
+        it.step("grid", edit_grid)
+    return policy, {"resolution": it.resolution, **trained, "swap": swapped, **before, "eval": measured}
+
+
+def execute(session: Session) -> dict:
+    """Run all stages in order and export the model; return the summary."""
+    config = session.config
+    policy = Policy(session.inputs.model)
+    stages: dict[str, dict] = {}
+    iterations: list[dict] = []
+    understanding: dict[str, dict] = {}
+    for name in config.stages:
+        if name != ALIGN:
+            resolution = STAGES[name].resolutions(config.resolutions)[0]
+            policy, stages[name] = run_stage(session.stage(name, resolution), policy)
+            continue
+        asked = session.stage("understands", config.resolutions[0])
+        known = stages.get("understanding", {}).get("eval")  # the same questions and weights
+        understanding["before"] = known or asked.step("before", answer_questions, policy)
+        for k in range(config.iterations):
+            policy, results = align(session.iteration(k), policy)
+            iterations.append(results)
+        understanding["after"] = asked.step("after", answer_questions, policy)
+    export_model(policy.model, policy.weights, session.run.directory / "model")
+    best = read_best(session.run.directory / "best")
+    return {
+        "status": "complete",
+        "seconds": session.run.seconds,
+        "stages": stages,
+        "iterations": iterations,
+        "understanding": understanding,
+        "best": best and {"path": "best", **best},
+        "quarantined": dict(session.inputs.quarantine.counts),
+        "restarts": session.run.state["restarts"],
+        "events": session.run.state["events"],
+    }
+
+
+def start(arguments: list[str]) -> int:
+    """Run the loop; return the exit code. SystemExit if a signal ends it, see ``actors.cluster.stop``."""
+    try:
+        config, inputs, run = prepare(arguments)
+    except ValueError as error:
+        report_error(error)
+        return 2
+    if run.summary is not None:
+        print("this run is complete; another name=... starts a new one")
+        show(run.summary, run.directory)
+        return 0
+    resume(run)
+    try:
+        connect()
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        report_error(f"no Ray cluster: {error}")
+        return 1
+    try:
+        placement = place(config, inputs)
+    except ValueError as error:
+        report_error(error)
+        return 2
+    run.track(config.tracking.wandb, config.tracking.project, plain(config))
+    failed = True
+    session = None
+    try:
+        session = open_session(config, inputs, run, placement)
+        summary = execute(session)
+        run.finish(summary)
+        show(summary, run.directory)
+        failed = False
+    except SystemExit:
+        if session is not None:
+            session.learners.checkpoint(SAVE_S)
+        raise
+    finally:
+        run.save()
+        run.close(failed)
+        ray.shutdown()
+    return 0
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the loop; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return 0
-    # Seconds of imports, which the usage does not need.
-    from vargpt_rl.common.logs import configure_logging
-    from vargpt_rl.driver.loop import start
-
+    print_usage_if_asked(USAGE, arguments)
     configure_logging()
     try:
         return start(arguments)
-    except SystemExit:  # raised by ``actors.cluster.stop``; within a call of Ray its status is lost
+    except SystemExit:  # raised by ``stop``; within a call of Ray its status is lost
         return os.EX_TEMPFAIL
 
 

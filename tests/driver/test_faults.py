@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
-stages=[align] iterations=1 resolutions=[32] learner.ranks=1 learner.save_every=1 rollout.workers=1 rollout.batch_size=4
+stages=[align] align.methods=[dpo] reward.path=null
+iterations=1 resolutions=[32] learner.ranks=1 learner.save_every=1 rollout.workers=1 rollout.batch_size=4
 sft.records=8 sft.recipe.steps=3 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled

@@ -69,7 +69,7 @@ def stage_context(
     folder: Path, *overrides: str, pool: Any = None, text: Any = None, source: Any = None, **inputs: Any
 ) -> StageContext:
     """Return iteration 0 of a new run in ``folder``, with settings over those of a small loop at 32 px."""
-    small = ["resolutions=[32]", "iterations=1", "evaluation.diversity=0"]
+    small = ["resolutions=[32]", "iterations=1", "evaluation.diversity=0", "align.methods=[dpo]", "reward.path=null"]
     config = load_config([f"runs={folder}", "name=run", *small, *overrides])
     run = Run(folder / "run", {})
     pool = pool or WorkersDouble()

@@ -24,9 +24,10 @@ from learners.group import LearnerGroup, LogFollower
 from learners.jobs import PolicyGradientJob
 from learners.rank import Rank
 from tests.helpers.faults import ask
+from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
-from vargpt_rl.driver import judging, loop
+from vargpt_rl.driver import judging
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.start import prepare, resume
 from vargpt_rl.driver.weights import WeightSync

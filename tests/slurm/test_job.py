@@ -22,7 +22,8 @@ from tests.slurm.conftest import Slurm, wait_for
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
-iterations=1 resolutions=[32] stages=[pretrain,align] rollout.workers=2 learner.ranks=2 placement=colocated
+iterations=1 resolutions=[32] stages=[pretrain,align] align.methods=[dpo] reward.path=null
+rollout.workers=2 learner.ranks=2 placement=colocated
 pretrain.records=4 pretrain.recipe.steps=1 pretrain.recipe.batch=4 pretrain.recipe.micro_batch=2
 sft.records=8 sft.checkpoints=[] sft.recipe.steps=2 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=2 dpo.recipe.batch=4 dpo.recipe.micro_batch=2 dpo.control=false

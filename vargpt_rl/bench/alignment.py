@@ -1,4 +1,4 @@
-"""Compare alignment methods: ``python -m vargpt_rl.bench.alignment [seeds=3 updates=12 variants=[dpo,grpo] ...]``.
+"""Compare alignment methods: ``python -m vargpt_rl.bench.alignment [seeds=3 updates=10 variants=[dpo,grpo] ...]``.
 
 For each seed, SFT trains once at one resolution; every variant then aligns a copy of that run, from the same weights,
 on the same prompts and with the same seeds for held-out images. The first variant, DPO on external winners, also trains
@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ BASE = "dpo"
 """The variant that trains SFT and the control, which the others share."""
 
 ONLINE = ["reward.path=rewards.shapes:shapes_reward", "dpo.control=false"]
+COARSE = "rl.credit_scales=5"
 VARIANTS: dict[str, list[str]] = {
     BASE: ["align.methods=[dpo]"],
     "dpo_alpha": ["align.methods=[dpo]", "dpo.credit_alpha=0.6", "dpo.control=false"],
@@ -45,14 +46,15 @@ VARIANTS: dict[str, list[str]] = {
         "preference.builder=rewards.preferences:best_of_n",
         "preference.samples=4",
     ],
-    "rft": [*ONLINE, "align.methods=[rft]"],
-    "grpo": [*ONLINE, "align.methods=[grpo]"],
-    "grpo_alpha_0": [*ONLINE, "align.methods=[grpo]", "rl.credit_alpha=0"],
-    "grpo_alpha_1": [*ONLINE, "align.methods=[grpo]", "rl.credit_alpha=1"],
-    "grpo_to_8x8": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=5"],
+    "online_dpo": [*ONLINE, "align.methods=[online_dpo]", COARSE],
+    "rft": [*ONLINE, "align.methods=[rft]", COARSE],
+    "grpo": [*ONLINE, "align.methods=[grpo]", COARSE],
+    "grpo_alpha_0": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.credit_alpha=0"],
+    "grpo_alpha_1": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.credit_alpha=1"],
     "grpo_to_4x4": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3"],
+    "grpo_all_scales": [*ONLINE, "align.methods=[grpo]"],
 }
-"""Settings of each variant. Online methods use alpha 0.6 and all scales unless they say otherwise."""
+"""Settings of each variant. Online methods use alpha 0.6 and the scales up to 8 x 8 unless they say otherwise."""
 
 
 @dataclass
@@ -71,11 +73,11 @@ class AlignmentStudy:
     """Pixels a side."""
     sft_steps: int = 70
     """Optimizer steps of SFT, of 16 images each."""
-    dpo_steps: int = 40
+    dpo_steps: int = 24
     """Optimizer steps of DPO and of the control, of 8 pairs each."""
     pairs: int = 160
     """Pairs of DPO, one sample of each prompt; their winners are the control's images."""
-    updates: int = 12
+    updates: int = 10
     """Updates of online methods."""
     prompts: int = 8
     """Prompts of an update."""
@@ -105,6 +107,7 @@ def overrides(study: AlignmentStudy, seed: int, variant: str) -> list[str]:
         "stages=[align]",
         f"resolutions=[{study.resolution}]",
         "iterations=1",
+        f"sft.records={16 * study.sft_steps}",
         f"sft.recipe.steps={study.sft_steps}",
         "sft.recipe.batch=16",
         "sft.recipe.micro_batch=4",
@@ -206,7 +209,7 @@ def run(study: AlignmentStudy) -> list[dict[str, Outcome]]:
     return results
 
 
-def table(results: list[Mapping[str, Outcome]]) -> str:
+def table(results: Sequence[Mapping[str, Outcome]]) -> str:
     """Format a Markdown row per policy.
 
     ``±`` of the score is the standard deviation over seeds. Gains are paired image by image; their first error is the
@@ -238,7 +241,7 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _gain(results: list[Mapping[str, Outcome]], name: str, baseline: str) -> str:
+def _gain(results: Sequence[Mapping[str, Outcome]], name: str, baseline: str) -> str:
     """Format the paired gain of a policy over another."""
     pooled: list[ScoredImage] = []
     base: list[ScoredImage] = []

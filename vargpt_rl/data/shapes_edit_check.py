@@ -91,12 +91,16 @@ class EditCheck:
         assert prompt.shown is not None  # an edit's prompt shows the image before it
         return self.scene(prompt.shown), self.scene(prompt.id)
 
+    def values(self, verdicts: Sequence[EditVerdict]) -> list[float]:
+        """Return 1 for each correct edit, else 0."""
+        return [float(verdict.correct) for verdict in verdicts]
+
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[EditVerdict]) -> dict[str, float]:
         """Return shares of correct edits: "overall", with its standard error, by kind, and of "done" and "kept"."""
         by_kind = defaultdict(list)
         for prompt, verdict in zip(prompts, verdicts, strict=True):
             by_kind[kind_of(*self.scenes(prompt))].append(float(verdict.correct))
-        overall, error = mean_and_error([float(verdict.correct) for verdict in verdicts])
+        overall, error = mean_and_error(self.values(verdicts))
         shares = {kind: mean_and_error(values)[0] for kind, values in sorted(by_kind.items())}
         return {
             "overall": overall,

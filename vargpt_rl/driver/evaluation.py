@@ -41,7 +41,7 @@ def draw_before(it: StageContext, policy: Policy) -> dict:
 
 
 def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
-    """Generate held-out prompts and score the images and the preferences; after SFT also fix the held-out pairs."""
+    """Generate held-out prompts and score the images; with DPO also preferences, on pairs fixed after SFT."""
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
@@ -51,13 +51,8 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
         if moment != baseline and (gain := paired_gain(images, read_scores(it.scores(baseline)))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     result |= diversity_over_seeds(it)
-    if moment == Step.AFTER_SFT:
-        rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
-        size = it.config.rollout.batch_size
-        table = it.table("held-out")
-        result["pairs"] = write_pairs(it, table, rollouts, external_winner, NO_REWARDS, size)["built"]
-    else:
-        result |= preference_metrics(it)
+    if "dpo" in it.config.align.methods:
+        result |= fix_held_out_pairs(it, samples) if moment == Step.AFTER_SFT else preference_metrics(it)
     write_row(it, moment, samples[: it.config.evaluation.grid])
     _keep_best(it, policy, moment, result)
     it.log(f"evaluate/{moment}", it.index, {k: v for k, v in result.items() if v is not None})
@@ -86,6 +81,14 @@ def validate(it: StageContext, stage: str, step: int) -> float:
     result = score_images(it, samples)[0]
     it.log(stage, step, result)
     return result["overall"]
+
+
+def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:
+    """Pair the held-out images with their winners, with the log-probabilities of the weights in the workers."""
+    rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
+    size = it.config.rollout.batch_size
+    report = write_pairs(it, it.table("held-out"), rollouts, external_winner, NO_REWARDS, size)
+    return {"pairs": report["built"]}
 
 
 def evaluate_stage(it: StageContext, policy: Policy) -> dict:

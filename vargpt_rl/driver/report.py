@@ -47,14 +47,14 @@ def stage_table(stages: dict[str, dict]) -> Table:
 
 def closing_table(summary: dict) -> Table:
     """Return the results of each stage of each iteration on held-out prompts and pairs."""
-    table = Table(title="held-out prompts and pairs", title_justify="left")
-    for column in ("iteration", "px", "policy", "score", "over SFT", "over control", "reward", "margin", "accuracy"):
+    table = Table(title="held-out prompts and pairs (control: SFT on the winners)", title_justify="left")
+    for column in ("#", "px", "policy", "score", "over SFT", "over control", "margin", "accuracy"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     names = {
         "after_sft": "after SFT",
+        "sft_on_winners": "control",
         "after_dpo": "after DPO",
         **{f"after_{name}": f"after {method.title}" for name, method in ONLINE.items()},
-        "sft_on_winners": "control: SFT on winners",
     }
     for k, iteration in enumerate(summary["iterations"]):
         for key, name in names.items():
@@ -66,8 +66,7 @@ def closing_table(summary: dict) -> Table:
                     _measure(result),
                     _gain(result, "gain_over_sft"),
                     _gain(result, "gain_over_control"),
-                    _number(result, "reward", ".3f"),
-                    _number(result, "margin", "+.2f"),
+                    _number(result, "margin", "+.1f"),
                     _number(result, "accuracy", ".3f"),
                 )
         table.add_section()
@@ -75,9 +74,9 @@ def closing_table(summary: dict) -> Table:
 
 
 def method_table(iterations: list[dict]) -> Table:
-    """Return what the online methods did: held-out score, first and last figures, seconds of an update by part."""
+    """Return what the online methods did: first and last figures, seconds of an update by part."""
     table = Table(title="online methods", title_justify="left")
-    columns = ("iteration", "px", "method", "score", "control", "reward", "judge", "diversity")
+    columns = ("#", "px", "method", "reward", "judge", "diversity")
     for column in (*columns, *(f"{part} s" for part in PARTS)):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for k, iteration in enumerate(iterations):
@@ -88,8 +87,6 @@ def method_table(iterations: list[dict]) -> Table:
                 str(k),
                 str(iteration["resolution"]),
                 ONLINE[name].title,
-                _measure(iteration["eval"].get(f"after_{name}")),
-                _measure(iteration["eval"].get("sft_on_winners")),
                 *(_change(result, figure) for figure in ("reward", "judge", "diversity")),
                 *(_number(seconds, part, ".1f") for part in PARTS),
             )
