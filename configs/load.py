@@ -1,13 +1,31 @@
-"""From the command line to a checked configuration. Every fault is a ValueError of one line that names the key."""
+"""From the command line to a checked configuration. Every fault is a ValueError of one line that names the key.
 
+Values of text keys are taken as written: only numbers, lists and dictionaries are read by Hydra's grammar. A leading
+``+`` is allowed and means nothing: a key is known or it is not.
+"""
+
+import difflib
+import re
+from dataclasses import is_dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, get_origin
+
+from antlr4.error.Errors import RecognitionException
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import LoopConfig
 from vargpt_rl.common.secret_check import check_secrets
+from vargpt_rl.common.settings import as_written, bare, build, check_keys, check_ranges, kind_at, unquoted
+from vargpt_rl.data.records.sources import RecordSource
+
+REFERENCE = re.compile(r"\$\{[^{}]+\}")
+"""A reference to another key or a resolver, ``${oc.env:HOME}``."""
 
 
 def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> LoopConfig:
@@ -15,18 +33,121 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
 
     ``assumed`` are values for keys that an experiment leaves empty, where they are not given. Secrets are refused.
     """
-    for override in overrides:  # before Hydra repeats one in an error
-        key, _, value = override.lstrip("+~").partition("=")
-        check_secrets(value, key)
+    groups: list[str] = []
+    values: list[tuple[str, dict[str, Any]]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.lstrip("+")
+        check_secrets(text, key.lstrip("~"))  # before an error repeats one
+        if key.startswith("~") and not equals:
+            values.append((override, _emptied(key[1:], override)))
+            continue
+        if not equals or text == "???":  # OmegaConf's word for no value
+            raise ValueError(f"{override}: expected key=value")
+        if key in _groups():
+            groups.append(f"{key}={_choice(key, text)}")
+        else:
+            values.append((override, _nested(key, text, override)))
+    composed = _compose(groups)
+    for override, nested in values:
+        try:
+            if override.startswith("~"):
+                OmegaConf.update(composed, override[1:], nested, merge=False)
+            else:
+                composed.merge_with(nested)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{override}: {str(error).splitlines()[0]}") from error
+    for key, value in (assumed or {}).items():
+        composed[key] = composed[key] or value
+    try:
+        check_secrets(OmegaConf.to_container(composed, resolve=True, enum_to_str=True), "")
+        config = build(LoopConfig, composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    config.check_resolutions()
+    return config
+
+
+def _compose(groups: list[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=LoopConfig)
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            composed = compose("loop", overrides=overrides)
-        for key, value in (assumed or {}).items():
-            composed[key] = composed[key] or value
-        check_secrets(OmegaConf.to_container(composed, resolve=True, enum_to_str=True), "")
-        return OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = str(error).partition("Config search path")[0]
-        parts = " ".join(message.split()), " ".join(str(error.__cause__ or "").split())
-        raise ValueError(". ".join(filter(None, parts))) from error
+            composed = compose("loop", overrides=groups)
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    OmegaConf.set_struct(composed, False)  # of dictionaries; a dataclass refuses other keys by itself
+    return composed
+
+
+@cache
+def _groups() -> dict[str, list[str]]:
+    """Return the groups of YAML files, each with its choices."""
+    folders = [path for path in files("configs").iterdir() if path.is_dir() and not path.name.startswith("_")]
+    choices = {
+        folder.name: sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+        for folder in folders
+    }
+    return {name: found for name, found in choices.items() if found}
+
+
+def _choice(group: str, text: str) -> str:
+    choices = _groups()[group]
+    if text not in (*choices, "null"):
+        near = difflib.get_close_matches(text, choices, n=1)
+        raise ValueError(
+            f"{group}={text}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}")
+        )
+    return text
+
+
+def _nested(key: str, text: str, override: str) -> dict[str, Any]:
+    """Return the value of a dotted key in nested dictionaries. ValueError if there is no such key."""
+    names = key.split(".")
+    try:
+        kind = _kind_at(names)
+        nested: Any = _value(kind, text)
+        check_keys(kind, nested)
+        if not is_dataclass(bare(kind)):
+            check_ranges(kind, nested, key)  # again in `build`, but at once and by the whole key
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(f"{key}=") else f"{override}: {told}") from error
+    for name in reversed(names):
+        nested = {name: nested}
+    return nested
+
+
+def _emptied(key: str, override: str) -> dict[str, Any]:
+    """Return what ``~key`` leaves of a dictionary. ValueError for any other key."""
+    if get_origin(bare(_kind_at(key.split(".")))) is not dict:
+        raise ValueError(f"{override}: expected a dictionary after ~, such as ~at")
+    return {}
+
+
+def _kind_at(names: list[str]) -> Any:
+    """Return the type of a dotted key, below ``at`` and ``data.sources`` too, which are free dictionaries."""
+    if names[0] == "at" and len(names) > 2:
+        return kind_at(LoopConfig, names[2:])
+    if names[:2] == ["data", "sources"] and len(names) > 3:
+        return kind_at(RecordSource, names[3:])
+    return kind_at(LoopConfig, names)
+
+
+def _value(kind: Any, text: str) -> Any:
+    """Return the value that an argument means. ValueError if it is not of Hydra's grammar and no text is expected."""
+    written = as_written(kind, text)
+    if written is not None:
+        if "${" in text and not REFERENCE.search(text):
+            raise ValueError("expected ${KEY}, a reference to another key, but it is not closed")
+        return unquoted(written) if isinstance(written, str) else written  # Hydra's users are used to quotes
+    text = unquoted(text) if bare(kind) in (bool, float, int) else text
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+        if not parsed.is_sweep_override():
+            return parsed.value()
+    except (HydraException, RecognitionException):
+        if text.lstrip().startswith(("[", "{")):
+            raise ValueError("cannot be read: expected [a,b] or {key:value}, with quotes around odd words") from None
+    if bare(kind) is not Any:
+        raise ValueError("cannot be read: expected a single value")
+    return text

@@ -3,12 +3,10 @@
 Defaults are the embedded demo: the tiny model on the shapes world, sized for two CPU cores.
 """
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Annotated, Any
 
 from actors.config import PlacementConfig, RolloutConfig
 from configs.stages import (
@@ -23,12 +21,12 @@ from configs.stages import (
 )
 from learners.config import LearnerConfig
 from learners.methods import ONLINE
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Between, Count, CountOrNone, FolderName, MultipleOf, OneOf, merge, parse
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
-from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, At, Learns, stages_of
+from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, Learns, stages_of
 
 METHODS = ("dpo", *ONLINE)
 """Alignment methods of an iteration."""
@@ -40,17 +38,15 @@ class AlignConfig:
 
     sft: bool = True
     """Begin with SFT. Without it, online methods start from the policy as it is; DPO samples from SFT's checkpoints."""
-    methods: list[str] = field(default_factory=lambda: ["dpo"])
+    methods: list[Annotated[str, OneOf(*METHODS)]] = field(default_factory=lambda: ["dpo"])
     """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, online_dpo, grpo.
 
     dpo: on pairs of samples and winners, as in the paper. The others: online, on rewards of the policy's own images.
     """
 
     def __post_init__(self):
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
+        if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"align.methods={self.methods}: expected some of {list(METHODS)}, each at most once")
-
         if "dpo" in self.methods and not self.sft:
             raise ValueError(
                 "align.sft=false with align.methods containing dpo: its samples are from SFT's checkpoints"
@@ -78,9 +74,9 @@ class PreferenceConfig:
     """
     prompts: str | None = None
     """File of prompts, instead of the data source's own."""
-    count: int = 256
+    count: Count = 256
     """Prompts per iteration."""
-    samples: int = 1
+    samples: Count = 1
     """Samples of each prompt."""
 
 
@@ -102,15 +98,15 @@ class RewardConfig:
 class EvaluationConfig:
     """Sizes of the evaluation after each stage."""
 
-    prompts: int = 120
+    prompts: Count = 120
     """Held-out prompts."""
-    questions: int = 120
+    questions: CountOrNone = 120
     """Held-out questions."""
-    edits: int = 60
+    edits: CountOrNone = 60
     """Held-out edits."""
-    diversity: int = 8
+    diversity: CountOrNone = 8
     """Held-out prompts of which four images each are drawn, to measure how far they differ; 0 measures nothing."""
-    grid: int = 8
+    grid: Count = 8
     """Columns of the sample grid."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """Judge of held-out images, which has no part in training.
@@ -123,11 +119,11 @@ class EvaluationConfig:
 class TrackingConfig:
     """Tracking by wandb. All metrics are always in ``metrics.jsonl`` too."""
 
-    wandb: str = "offline"
+    wandb: Annotated[str, OneOf("offline", "online", "disabled")] = "offline"
     """offline, online or disabled."""
     project: str = "vargpt_rl"
     """wandb's project."""
-    table_rows: int = 16
+    table_rows: CountOrNone = 16
     """Pairs shown in wandb."""
     best: str | None = "after_dpo.overall"
     """Moment and metric of the evaluation by which the best policy is kept in ``best/``; null keeps none.
@@ -140,31 +136,30 @@ class TrackingConfig:
         moments = ["after_sft", *(f"after_{method}" for method in METHODS)]
         if moment not in moments or not metric:
             raise ValueError(f"tracking.best={self.best}: expected MOMENT.METRIC with one of {moments}, or null")
-        require(self, "tracking.", table_rows=0)
-        if self.wandb not in ("offline", "online", "disabled"):
-            raise ValueError(f"tracking.wandb={self.wandb}: expected offline, online or disabled")
 
 
 @dataclass
 class LoopConfig:
     """A whole run. Iteration k aligns at ``resolutions[min(k, last)]``."""
 
-    name: str | None = None
+    name: Annotated[str, FolderName()] | None = None
     """Name of the run; null names it after its data and resolutions."""
     runs: str = "runs"
     """Folder of all runs."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     """Seed of everything random."""
     checkpoint: str = TINY
     """Starting model: "tiny", "tiny_v1", a model directory or a hub name."""
-    stages: list[str] = field(default_factory=lambda: ["pretrain", "understanding", "align"])
+    stages: list[Annotated[str, OneOf(*RUN_STAGES)]] = field(
+        default_factory=lambda: ["pretrain", "understanding", "align"]
+    )
     """Stages of the run, in order (see ``vargpt_rl.stages``).
 
     Editing is left out by default: at 256 px it would take the demo beyond ten minutes on two cores.
     """
-    iterations: int = 2
+    iterations: Count = 2
     """Iterations of the ``align`` stage."""
-    resolutions: list[int] = field(default_factory=lambda: [128, 256])
+    resolutions: list[Annotated[int, MultipleOf(STRIDE)]] = field(default_factory=lambda: [128, 256])
     """Pixels a side, one for each iteration; further iterations repeat the last."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)
@@ -193,7 +188,7 @@ class LoopConfig:
         if not self.checkpoint:
             raise ValueError("checkpoint is not set: expected checkpoint=DIR or org/name")
         self._check_stages()
-        self._check_resolutions()
+        self._check_iterations()
         self._check_data()
         self._check_recipes()
         self._check_overlap()
@@ -202,27 +197,29 @@ class LoopConfig:
             raise ValueError(
                 f"evaluation.reward.path={self.reward.path}: that is the training reward, expected another"
             )
+
+    def check_resolutions(self) -> None:
+        """ValueError for a bad setting under ``at``, and for what does not fit the images of a resolution."""
         for resolution in self.at:
             if not resolution.isdecimal():
                 raise ValueError(f"at.{resolution}: expected a resolution in pixels")
-            self.at_resolution(int(resolution))
+            if int(resolution) not in self.resolutions:  # no stage runs with it: keys and ranges alone
+                merge(LoopConfig, self.at[resolution], f"at.{resolution}", replace(self, at={}))
+        for pixels in self.resolutions:
+            self.at_resolution(pixels)._check_schedule(pixels)
 
     def _check_stages(self) -> None:
-        unknown = [stage for stage in self.stages if stage not in RUN_STAGES]
-        if unknown or not self.stages:
-            raise ValueError(f"stages={self.stages}: unknown {unknown}, expected some of {list(RUN_STAGES)}")
-        if self.stages != sorted(self.stages, key=RUN_STAGES.index):
-            raise ValueError(f"stages={self.stages}: expected in the order {list(RUN_STAGES)}")
+        if not self.stages:
+            raise ValueError(f"stages=[]: expected some of {list(RUN_STAGES)}")
+        if self.stages != sorted(set(self.stages), key=RUN_STAGES.index):
+            raise ValueError(f"stages={self.stages}: expected in the order {list(RUN_STAGES)}, each at most once")
 
-    def _check_resolutions(self) -> None:
+    def _check_iterations(self) -> None:
         if not self.resolutions or self.iterations < len(self.resolutions):
             raise ValueError(
                 f"iterations={self.iterations} with resolutions={self.resolutions}: expected at least as many "
                 f"iterations as resolutions (further ones repeat the last)"
             )
-        for resolution in self.resolutions:
-            if resolution <= 0 or resolution % STRIDE:
-                raise ValueError(f"resolutions={self.resolutions}: {resolution} is not a positive multiple of {STRIDE}")
 
     def _check_data(self) -> None:
         """ValueError for what the stages need and the kind of data lacks."""
@@ -259,7 +256,7 @@ class LoopConfig:
                 raise ValueError(f"{key} is not set: {why}")
 
     def _check_recipes(self) -> None:
-        """ValueError for a batch that the ranks cannot share, and for parts that a stage cannot freeze."""
+        """ValueError for a batch that the ranks of a stage cannot share, and for parts that a stage cannot freeze."""
         for key, name, frozen in (
             ("sft", "sft", self.sft.frozen),
             ("dpo", "dpo", self.dpo.frozen),
@@ -269,25 +266,64 @@ class LoopConfig:
                 STAGES[name].without(frozen)
             except ValueError as error:
                 raise ValueError(f"{key}.frozen={frozen}: {error}") from error
-        for stage in STAGES.values():
-            if stage.at is not At.NOWHERE and stage.learns is not Learns.IMAGES:
-                try:
-                    getattr(self, stage.block).recipe.accumulation(self.learner.ranks)
-                except ValueError as error:
-                    raise ValueError(f"{stage.block}.recipe: {error}") from error
+        for stage in stages_of(self.stages):
+            if stage.learns is Learns.IMAGES or (stage.block == "dpo" and not self.runs_dpo):
+                continue
+            self._check_batch(stage.block)
+            if stage.learns is Learns.QUESTIONS and self.data.kind != "records":
+                self._check_drawing_share(stage.block)
+
+    def _check_batch(self, block: str) -> None:
+        try:
+            getattr(self, block).recipe.accumulation(self.learner.ranks)
+        except ValueError as error:
+            raise ValueError(f"{block}.recipe: {error}") from error
+
+    def _check_drawing_share(self, block: str) -> None:
+        settings: SupervisedStage = getattr(self, block)
+        size = settings.recipe.micro_batch
+        drawings = round(settings.drawing_share * size)
+        if settings.questions and 0 < settings.drawing_share < 1 and drawings in (0, size):
+            raise ValueError(
+                f"{block}.drawing_share={settings.drawing_share}: that is {drawings} of {block}.recipe.micro_batch="
+                f"{size}, expected a share of both drawings and questions"
+            )
+
+    @property
+    def runs_dpo(self) -> bool:
+        """Whether the run trains on preference pairs."""
+        return ALIGN in self.stages and "dpo" in self.align.methods
+
+    @property
+    def runs_rl(self) -> bool:
+        """Whether the run trains on rewards of the policy's own images."""
+        return ALIGN in self.stages and bool(self.align.online)
 
     def _check_online(self) -> None:
         """ValueError for what online RL lacks."""
-        if not self.align.online:
+        if not self.runs_rl:
             return
         if self.reward.path is None:
             raise ValueError(f"align.methods={self.align.methods}: {self.align.online[0]} needs reward.path=...")
         if self.rl.staleness and self.placement.is_colocated:
             raise ValueError("rl.staleness=1 is for placement=split: in colocated, workers and ranks take turns")
-        try:
-            self.rl.recipe.accumulation(self.learner.ranks)
-        except ValueError as error:
-            raise ValueError(f"rl.recipe: {error}") from error
+        self._check_batch("rl")
+        images = self.rl.prompts * self.rl.group
+        if self.rl.recipe.batch < images:
+            raise ValueError(
+                f"rl.recipe.batch={self.rl.recipe.batch}: expected at least rl.prompts x rl.group = {images}, the "
+                "images of an update"
+            )
+        if self.rl.recipe.steps % self.rl.updates:
+            raise ValueError(
+                f"rl.recipe.steps={self.rl.recipe.steps}: expected a multiple of rl.updates={self.rl.updates}"
+            )
+        completions = self.rl.completions
+        if completions > 1 and (self.rl.group % completions or self.rl.group == completions):
+            raise ValueError(
+                f"rl.group={self.rl.group}: expected a multiple of rl.completions={completions}, and more than one "
+                f"prefix"
+            )
         for method in self.align.online:
             compared = ONLINE[method].compared(self.rl, self.rl.group)
             if compared and self.rl.recipe.micro_batch % compared:
@@ -295,21 +331,26 @@ class LoopConfig:
                     f"rl.recipe.micro_batch={self.rl.recipe.micro_batch}: {method} compares {compared} images of a "
                     f"group with each other (rl.pairs={self.rl.pairs}), expected a multiple of that"
                 )
-        for resolution in self.resolutions:
-            schedule = schedule_for(resolution)
-            trained = min(self.rl.credit_scales or len(schedule), len(schedule))
-            if self.rl.completions > 1 and self.rl.prefix_scales >= trained:
+
+    def _check_schedule(self, resolution: int) -> None:
+        """ValueError for a prefix of scales longer than the schedule of a resolution."""
+        scales = len(schedule_for(resolution))
+        trained = {"dpo": self.dpo.credit_scales} if self.runs_dpo else {}
+        trained |= {"rl": self.rl.credit_scales} if self.runs_rl else {}
+        for block, prefix in trained.items():
+            if prefix is not None and prefix > scales:
                 raise ValueError(
-                    f"rl.prefix_scales={self.rl.prefix_scales}: expected fewer than the {trained} trained scales of an "
-                    f"image of {resolution} px"
+                    f"{block}.credit_scales={prefix}: expected 1 to {scales}, the scales of an image of {resolution} px"
                 )
-            if self.rl.credit_scales and self.rl.credit_scales > len(schedule):
-                raise ValueError(
-                    f"rl.credit_scales={self.rl.credit_scales}: an image of {resolution} px has {len(schedule)} scales"
-                )
+        left = min(self.rl.credit_scales or scales, scales)
+        if self.runs_rl and self.rl.completions > 1 and self.rl.prefix_scales >= left:
+            raise ValueError(
+                f"rl.prefix_scales={self.rl.prefix_scales}: expected fewer than the {left} trained scales of an image "
+                f"of {resolution} px"
+            )
 
     def _check_overlap(self) -> None:
-        if self.dpo.min_pairs is None:
+        if self.dpo.min_pairs is None or not self.runs_dpo:
             return
         if self.dpo.min_pairs < self.dpo.recipe.batch:
             raise ValueError(
@@ -321,18 +362,13 @@ class LoopConfig:
 
     def at_resolution(self, resolution: int) -> "LoopConfig":
         """Return the settings in force at a resolution. ValueError for an unknown key or a bad value under ``at``."""
-        settings = OmegaConf.structured(self)
-        settings.at = {}
-        settings.resolutions = [resolution]
-        try:
-            return OmegaConf.to_object(OmegaConf.merge(settings, self.at.get(str(resolution), {})))
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"at.{resolution}: {str(error).splitlines()[0]}") from error
+        base = copy.copy(self)  # not made anew: the run's own values need not fit one resolution
+        base.at = {}
+        base.resolutions = [resolution]
+        return parse(LoopConfig, self.at.get(str(resolution), {}), f"at.{resolution}", base)
 
     @property
     def directory(self) -> Path:
         """The run directory."""
         name = self.name or "-".join([self.data.kind, *map(str, self.resolutions)])
-        if Path(name).name != name:
-            raise ValueError(f"name={name}: expected a plain name, the folder is runs={self.runs}")
         return Path(self.runs) / name

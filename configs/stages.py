@@ -2,22 +2,23 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from learners.config import DpoConfig, Recipe, RlConfig
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Share, at_least
 
 
 @dataclass
 class TokenizerStage:
     """Image-tokenizer training, for images that the starting checkpoint's tokenizer does not know."""
 
-    steps: int = 400
+    steps: Count = 400
     """Optimizer steps."""
-    batch: int = 8
+    batch: Count = 8
     """Images per step."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate."""
-    images: int = 600
+    images: Count = 600
     """Training images of the data source, to which their winners are added."""
 
 
@@ -25,11 +26,11 @@ class TokenizerStage:
 class SupervisedStage:
     """A supervised stage outside the iterations. With data=records, the recipe alone says how much is read."""
 
-    records: int = 256
+    records: Count = 256
     """Training images of the data source."""
-    questions: int = 0
+    questions: CountOrNone = 0
     """Questions about images, for a stage that learns from them."""
-    drawing_share: float = 1.0
+    drawing_share: Share = 1.0
     """Share of drawings in each micro-batch; the rest are questions."""
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -57,26 +58,24 @@ def edit_defaults() -> SupervisedStage:
 class SftStage:
     """The visual decoder and both projectors train, on drawings, at the iteration's resolution."""
 
-    records: int = 2048
+    records: Count = 2048
     """Training images of the data source."""
-    checkpoints: list[float] = field(default_factory=lambda: [0.5])
+    checkpoints: list[Annotated[float, Between(0, 1, includes_low=False)]] = field(default_factory=lambda: [0.5])
     """Fractions of the stage after which weights are kept as samplers of rejected images, beside the final ones.
 
     The paper says only "different SFT checkpoints and the fully SFT-trained model".
     """
-    shares: list[float] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
     """Share of the samples that each of ``checkpoints`` draws, the final model the rest; empty for equal shares."""
     frozen: list[str] = field(default_factory=list)
     """Parts that stay as they are, for ablations: as `DpoConfig.frozen`."""
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=40, batch=32, micro_batch=16, lr=1e-4))
 
     def __post_init__(self):
-        if not all(0 < fraction <= 1 for fraction in self.checkpoints):
-            raise ValueError(f"sft.checkpoints={self.checkpoints}: expected fractions above 0 and up to 1")
         if self.shares and len(self.shares) != len(self.checkpoints):
             raise ValueError(f"sft.shares={self.shares}: expected one for each of sft.checkpoints={self.checkpoints}")
-        if not all(share >= 0 for share in self.shares) or sum(self.shares) > 1 + 1e-9:
-            raise ValueError(f"sft.shares={self.shares}: expected 0 or more each and at most 1 in all")
+        if sum(self.shares) > 1 + 1e-9:
+            raise ValueError(f"sft.shares={self.shares}: expected at most 1 in all")
 
     def samplers(self) -> dict[int, float]:
         """Return the steps whose weights sample rejected images, the last included, each with its share."""
@@ -98,24 +97,21 @@ class GuardConfig:
     If training is stopped for a divergence, the weights before it are kept; with ``validate_every`` the best ones.
     """
 
-    max_ratio: float = 2.0
+    max_ratio: Annotated[float, at_least(1)] = 2.0
     """Stop if the ratio of policy and sampler of any image exceeds this. It is a mean over bits, hence near 1."""
-    max_kl: float = 0.1
+    max_kl: NotNegative = 0.1
     """Stop if the KL divergence from the reference exceeds this many nats a symbol (only with ``rl.kl``)."""
-    min_entropy: float = 0.1
+    min_entropy: NotNegative = 0.1
     """Stop if the policy's entropy falls below this share of that at the first step."""
-    min_diversity: float = 0.5
+    min_diversity: NotNegative = 0.5
     """Warn if the diversity of a prompt's images falls below this share of the first update's."""
-    validate_every: int | None = None
+    validate_every: Count | None = None
     """Batches between two validations on held-out prompts other than the evaluation's; null makes none.
 
     The score is that of the evaluation. The weights with the highest one are the method's result.
     """
-    prompts: int = 60
+    prompts: Count = 60
     """Held-out prompts of a validation."""
-
-    def __post_init__(self):
-        require(self, "rl.guard.", max_ratio=1, max_kl=0, min_entropy=0, min_diversity=0, validate_every=1, prompts=1)
 
 
 @dataclass
@@ -125,36 +121,18 @@ class RlStage(RlConfig):
     The defaults are the demo's. Large models need a smaller rate: 5e-5 broke StyleVAR within 80 updates, 1e-5 did not.
     """
 
-    prompts: int = 8
+    prompts: Count = 8
     """Groups of an update: prompts whose images have different rewards."""
-    group: int = 8
+    group: Annotated[int, at_least(2)] = 8
     """Images drawn of each prompt."""
-    refills: int = 2
+    refills: CountOrNone = 2
     """Times that groups of equal reward are replaced by other prompts' before an update makes do with fewer."""
-    staleness: int = 0
+    staleness: Annotated[int, OneOf(0, 1)] = 0
     """1 draws the next batch while the learner trains on this one, with weights one update old; 0 waits."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     recipe: Recipe = field(
         default_factory=lambda: Recipe(steps=4, batch=64, micro_batch=8, lr=2e-4, schedule="constant", warmup_ratio=0.0)
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "rl.", prompts=1, group=2, refills=0)
-        if self.staleness not in (0, 1):
-            raise ValueError(f"rl.staleness={self.staleness}: expected 0 or 1")
-        if self.recipe.batch < self.prompts * self.group:
-            raise ValueError(
-                f"rl.recipe.batch={self.recipe.batch}: expected at least rl.prompts x rl.group = "
-                f"{self.prompts * self.group}, the images of an update"
-            )
-        if self.recipe.steps % self.updates:
-            raise ValueError(f"rl.recipe.steps={self.recipe.steps}: expected a multiple of rl.updates={self.updates}")
-        if self.completions > 1 and (self.group % self.completions or self.group == self.completions):
-            raise ValueError(
-                f"rl.group={self.group}: expected a multiple of rl.completions={self.completions}, and more than one "
-                f"prefix"
-            )
 
 
 @dataclass
@@ -167,7 +145,7 @@ class DpoStage(DpoConfig):
 
     control: bool = True
     """Also train SFT on the winners, for as many steps, to compare."""
-    min_pairs: int | None = None
+    min_pairs: Count | None = None
     """Start DPO with this many pairs while the workers make the rest, in rounds of as many prompts.
 
     null waits for all pairs. Only if workers and ranks do not share GPUs.

@@ -1,48 +1,74 @@
 """Settings of the learners. No heavy imports, so that a bad setting fails at once."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Share
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Scheduler types of ``transformers`` that need no further arguments."""
+LOSS_TYPES = (
+    "sigmoid",
+    "sft",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+)
+"""Loss types of TRL's DPO."""
 
 
 @dataclass
 class Recipe:
     """Length and speed of a training stage. Global batch = micro_batch x accumulation x ranks."""
 
-    steps: int = 100
+    steps: Count = 100
     """Optimizer steps."""
-    batch: int = 32
+    batch: Count = 32
     """Examples (or pairs) per step, over all ranks."""
-    micro_batch: int = 8
+    micro_batch: Count = 8
     """Examples (or pairs) per forward pass of one rank."""
-    lr: float = 5e-5
+    lr: Positive = 5e-5
     """Peak learning rate of AdamW."""
-    schedule: str = "cosine"
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
     """Learning-rate schedule after warmup: a ``transformers`` scheduler type."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Share = 0.1
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this total norm."""
-    zero: int = 2
+    zero: Annotated[int, OneOf(0, 1, 2, 3)] = 2
     """DeepSpeed ZeRO stage."""
-    gradient_checkpointing: int = 0
+    gradient_checkpointing: CountOrNone = 0
     """Recompute activations in the backward pass to save memory: of no block (0), every block (1), or every n-th (n).
 
     Every second block needs about half of the memory between none and all, for half of the time.
     """
 
-    def __post_init__(self):
-        if self.gradient_checkpointing < 0:
-            raise ValueError(f"gradient_checkpointing={self.gradient_checkpointing}: expected 0 or more")
-
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per step on each rank. ValueError unless the batch divides evenly."""
-        if self.steps < 1 or self.batch % (self.micro_batch * ranks):
+        if self.batch % (self.micro_batch * ranks):
             raise ValueError(
-                f"batch={self.batch} with micro_batch={self.micro_batch} on {ranks} ranks and steps={self.steps}: "
-                f"expected steps of 1 or more and a batch divisible by {self.micro_batch * ranks}"
+                f"batch={self.batch} with micro_batch={self.micro_batch} on {ranks} ranks: "
+                f"expected a batch divisible by {self.micro_batch * ranks}"
             )
         return self.batch // (self.micro_batch * ranks)
 
@@ -56,37 +82,34 @@ class Recipe:
 class DpoConfig:
     """The preference loss."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Strength of the KL constraint. 0.1 is DPO's usual value; the VARGPT papers give none."""
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_type: list[Annotated[str, OneOf(*LOSS_TYPES)]] = field(default_factory=lambda: ["sigmoid"])
     """TRL's loss types; several are added."""
-    loss_weights: list[float] | None = None
+    loss_weights: list[NotNegative] | None = None
     """Weight of each loss; null weighs all by 1."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Between(0, 0.5, includes_high=False)] = 0.0
     """Assumed share of wrong labels, for the losses that use it."""
-    logp_norm: str = "sum"
+    logp_norm: Annotated[str, OneOf("sum", "per_token", "per_bit")] = "sum"
     """Normalisation of an image's log-probability: "sum", "per_token" or "per_bit".
 
     The papers sum over all bits. A sum has 4.8 times as many terms at 512 px as at 256, so the same beta is 4.8 times
     hotter there; "per_token" and "per_bit" divide by L or L x d and need a beta larger by that factor.
     """
-    credit_alpha: float = 0.0
+    credit_alpha: NotNegative = 0.0
     """Weigh each token of a scale of h x w by (h w)^-alpha, normalised to mean 1; 0 weighs all alike, as the papers do.
 
     0.6 is the best value of NextFlow-RL (arXiv 2601.02256).
     """
-    credit_scales: int | None = None
+    credit_scales: Count | None = None
     """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
     frozen: list[str] = field(default_factory=list)
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
 
     def __post_init__(self):
-        require(self, "dpo.", credit_alpha=0, credit_scales=1)
-        if self.beta <= 0:
-            raise ValueError(f"dpo.beta={self.beta}: expected a number above 0")
-        if self.logp_norm not in ("sum", "per_token", "per_bit"):
-            raise ValueError(f"dpo.logp_norm={self.logp_norm}: expected sum, per_token or per_bit")
+        if not self.loss_type:
+            raise ValueError("dpo.loss_type=[]: expected one or more")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"dpo.loss_weights={self.loss_weights}: expected one weight for each of {self.loss_type}")
 
@@ -95,28 +118,28 @@ class DpoConfig:
 class RlConfig:
     """Online methods, on a model's own drawings."""
 
-    clip: float = 0.2
+    clip: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.2
     """Ratios of policy and sampler are clipped to 1 - clip .. 1 + clip; no effect on the first update of a batch."""
-    kl: float = 0.0
+    kl: NotNegative = 0.0
     """Weight of the KL divergence from the reference (k3 estimator); 0 needs no reference."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """online_dpo: factor of the log-ratios of policy and reference, which are sums over the image."""
-    pairs: str = "best_worst"
+    pairs: Annotated[str, OneOf("best_worst", "all")] = "best_worst"
     """online_dpo: "best_worst" is one pair a group; "all" is every pair of different reward."""
-    credit_alpha: float = 0.6
+    credit_alpha: NotNegative = 0.6
     """Weigh each token of a scale of h x w by (h w)^-alpha, normalised to mean 1; see `DpoConfig.credit_alpha`."""
-    credit_scales: int | None = None
+    credit_scales: Count | None = None
     """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
-    completions: int = 1
+    completions: Count = 1
     """grpo: images drawn of each coarse prefix, whose value is then trained apart; 1 trains images as a whole.
 
     2 is the best of 1, 2 and 4 in NextFlow-RL (arXiv 2601.02256).
     """
-    prefix_scales: int = 3
+    prefix_scales: Count = 3
     """grpo: coarse scales of a prefix with several completions. 3 is up to 4 x 4."""
-    value_eta: float = 1.0
+    value_eta: Positive = 1.0
     """grpo: a prefix's value is eta log mean exp(reward / eta) of its completions."""
-    updates: int = 1
+    updates: Count = 1
     """Optimizer steps on each batch of drawings."""
     normalise: bool = True
     """Divide advantages by the standard deviation of the group's rewards."""
@@ -124,40 +147,29 @@ class RlConfig:
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
 
-    def __post_init__(self):
-        require(self, "rl.", kl=0, credit_alpha=0, credit_scales=1, completions=1, prefix_scales=1, updates=1)
-        if not 0 < self.clip < 1:
-            raise ValueError(f"rl.clip={self.clip}: expected a number between 0 and 1")
-        for name in ("beta", "value_eta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rl.{name}={getattr(self, name)}: expected a number above 0")
-        if self.pairs not in ("best_worst", "all"):
-            raise ValueError(f"rl.pairs={self.pairs}: expected best_worst or all")
-
 
 @dataclass
 class LearnerConfig:
     """The learner processes, their training checkpoints, and recovery from lost ranks."""
 
-    ranks: int = 2
+    ranks: Count = 2
     """Processes that share each batch."""
-    gpus_per_rank: float = 1.0
+    gpus_per_rank: Positive = 1.0
     """GPUs reserved per rank, if the cluster has any."""
     bf16: bool = False
     """Train in bfloat16 instead of float32."""
-    start_timeout_s: float = 300.0
+    start_timeout_s: Positive = 300.0
     """Longest wait for the ranks' resources and for their start."""
-    save_every: int | None = 200
+    save_every: Count | None = 200
     """Steps between training checkpoints; null saves one only when a signal stops the run."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Number of newest training checkpoints kept while a stage runs."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Keep the checkpoint of every ``keep_every``-th step for good; null keeps none."""
-    max_restarts: int = 3
+    max_restarts: CountOrNone = 3
     """Number of times per start of the run that lost ranks are restarted from the last training checkpoint."""
 
     def __post_init__(self):
-        require(self, "learner.", save_every=1, keep_last=1, max_restarts=0)
         if self.keep_every is not None and (not self.save_every or self.keep_every % self.save_every):
             raise ValueError(
                 f"learner.keep_every={self.keep_every}: expected null or a multiple of save_every={self.save_every}"

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from rewards import Reward
 from rewards.images import to_png
 from rewards.processes import RewardServer, RewardTerm
 from vargpt_rl.common.plugins import check_callable, load_plugin, make_plugin
+from vargpt_rl.common.settings import parse
 
 CHECK = """
 import json, sys
@@ -128,8 +127,8 @@ def _same(reward: Reward) -> Reward:
 
 def _term(name: str, fields: dict[str, object]) -> RewardTerm:
     """Check and build a term. ValueError for an unknown or bad key, or a missing or unsuitable plug-in."""
+    term = parse(RewardTerm, fields, f"reward.options.terms.{name}")
     try:
-        term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardTerm), fields))
         where, colon, attribute = term.path.rpartition(":")
         if where.endswith(".py"):  # processes may run in other folders
             term.path = f"{Path(where).resolve()}{colon}{attribute}"
@@ -137,7 +136,7 @@ def _term(name: str, fields: dict[str, object]) -> RewardTerm:
             _check_elsewhere(term, term.python)
         else:
             check_callable(load_plugin(term.path), term.options)
-    except (OmegaConfBaseException, ImportError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"reward.options.terms.{name}: {str(error).splitlines()[0]}") from error
     return term
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from rewards import Reward
 from rewards.images import from_png
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone, Positive
 
 START_S = 900.0
 """Seconds in which a reward's process must start and load its model."""
@@ -40,12 +40,12 @@ class RewardTerm:
     required: bool = True
     """True leaves an image that this reward does not score without a score; False lets the others decide."""
 
-    timeout_s: float = 120.0
+    timeout_s: Positive = 120.0
     """Seconds for one batch."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
 
-    retries: int = 1
+    retries: CountOrNone = 1
     """Further attempts at a failed batch."""
 
     python: str | None = None
@@ -55,11 +55,8 @@ class RewardTerm:
     """Arguments for a class's constructor."""
 
     def __post_init__(self):
-        if not math.isfinite(self.weight) or self.weight == 0:
+        if self.weight == 0:
             raise ValueError(f"weight={self.weight}: expected a number other than 0")
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: expected more than 0")
-        require(self, batch_size=1, retries=0)
 
 
 @dataclass

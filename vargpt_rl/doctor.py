@@ -24,7 +24,7 @@ from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.memory.fit import Devices, refusal
 from vargpt_rl.memory.inputs import TEXT_TOKENS
 from vargpt_rl.memory.plan import RELEASE, SIZES, MemoryPlan, model_config, plan
@@ -49,15 +49,10 @@ class DoctorSettings:
 
     stage: str | None = None
     """Show this stage only; null shows all."""
-    gpus: int | None = None
+    gpus: Count | None = None
     """Number of GPUs to plan for; null takes those found."""
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: Positive | None = None
     """Memory of each GPU; null takes that of the GPUs found."""
-
-    def __post_init__(self):
-        require(self, gpus=1)
-        if self.gpu_memory_gib is not None and self.gpu_memory_gib <= 0:
-            raise ValueError(f"gpu_memory_gib={self.gpu_memory_gib}: expected a number above 0")
 
 
 def found_gpus() -> list[tuple[str, int]]:

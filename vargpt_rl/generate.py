@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import prompts_from_file
@@ -38,9 +38,9 @@ class GenerateConfig(DrawingSettings):
     """A file of prompts: .txt, or .jsonl with key "prompt"."""
     image: str | None = None
     """An image file for the prompts to edit."""
-    images: int = 1
+    images: Count = 1
     """Images per prompt."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images drawn at once."""
 
     def __post_init__(self):
@@ -49,7 +49,6 @@ class GenerateConfig(DrawingSettings):
             raise ValueError("expected either prompt=... or prompts=FILE")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt= is empty")
-        require(self, images=1, batch_size=1)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

@@ -22,7 +22,7 @@ from actors.resources import plan
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import CommandFailed, load_command, run_program
 from vargpt_rl.common.secret_check import check_shell
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone, NotNegative
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.start import prepare
 from vargpt_rl.memory.fit import Devices, check_fits
@@ -43,9 +43,9 @@ PLAIN = re.compile(r"[\w.,:+/@%=\[\]-]+")
 class SlurmJob:
     """Resources to request from Slurm and settings of the site; null leaves a resource to Slurm's default."""
 
-    nodes: int = 1
-    gpus_per_node: int = 0
-    cpus_per_node: int | None = None
+    nodes: Count = 1
+    gpus_per_node: CountOrNone = 0
+    cpus_per_node: Count | None = None
     memory: str | None = None
     """Memory per node, in Slurm's notation (``500G``)."""
     time: str | None = None
@@ -61,11 +61,10 @@ class SlurmJob:
     """Interpreter on the nodes, or in the container; null is this one, or the container's ``python``."""
     container: str | None = None
     """Command prefix that runs a command in a container (``apptainer exec --nv image.sif``)."""
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: NotNegative | None = None
     """Memory of each GPU, to check that the run fits before submitting it; null skips the check."""
 
     def __post_init__(self):
-        require(self, nodes=1, gpus_per_node=0, cpus_per_node=1, gpu_memory_gib=0)
         for key in ("memory", "time", "partition", "account", "qos"):
             value = getattr(self, key)
             if value is not None and not PLAIN.fullmatch(value):

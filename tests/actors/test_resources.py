@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from actors.config import PlacementConfig, RolloutConfig
 from actors.resources import plan
+from vargpt_rl.common.settings import check_ranges
 
 COLOCATED = PlacementConfig("colocated")
 
@@ -97,18 +98,6 @@ def test_plan_fits_cluster_and_bundles(nodes, workers, ranks, share, colocated):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: RolloutConfig(workers=0), "rollout.workers=0"),
-        (lambda: RolloutConfig(batch_size=0), "rollout.batch_size=0"),
-        (lambda: RolloutConfig(gpus_per_worker=2), "rollout.gpus_per_worker=2"),
-        (lambda: RolloutConfig(gpus_per_worker=0), "rollout.gpus_per_worker=0"),
-        (lambda: RolloutConfig(reply="sing"), "rollout.reply=sing: expected one of template, generate"),
-        (lambda: RolloutConfig(reply_tokens=0), "rollout.reply_tokens=0"),
-        (
-            lambda: RolloutConfig(text_engine="sglang"),
-            "rollout.text_engine=sglang: expected one of auto, vllm, transformers",
-        ),
-        (lambda: PlacementConfig("both"), "placement.kind=both"),
-        (lambda: PlacementConfig(strategy="STRICT"), "placement.strategy=STRICT"),
         (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5), "learner.gpus_per_rank=0.5"),
         (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5, placement=COLOCATED), "at most 1"),
     ],
@@ -116,6 +105,25 @@ def test_plan_fits_cluster_and_bundles(nodes, workers, ranks, share, colocated):
 def test_bad_settings_are_rejected(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (RolloutConfig(workers=0), "workers=0"),
+        (RolloutConfig(batch_size=0), "batch_size=0"),
+        (RolloutConfig(gpus_per_worker=2), "gpus_per_worker=2: expected above 0 and at most 1"),
+        (RolloutConfig(gpus_per_worker=0), "gpus_per_worker=0"),
+        (RolloutConfig(reply="sing"), "reply=sing: expected one of template, generate"),
+        (RolloutConfig(reply_tokens=0), "reply_tokens=0"),
+        (RolloutConfig(text_engine="sglang"), "text_engine=sglang: expected one of auto, vllm, transformers"),
+        (PlacementConfig("both"), "kind=both"),
+        (PlacementConfig(strategy="STRICT"), "strategy=STRICT"),
+    ],
+)
+def test_values_outside_their_range_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        check_ranges(type(settings), settings)
 
 
 def test_generated_replies_use_vllm_if_installed(monkeypatch):

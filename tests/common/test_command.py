@@ -81,7 +81,7 @@ def test_named_groups_are_dotted_and_lists_are_in_brackets():
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("piles.a.hight=2", "expected key=value, where the key is one of files, height"),
+        ("piles.a.hight=2", "there is no key piles.a.hight, did you mean piles.a.height?"),
         ("piles.a.height=high", "could not be converted to Integer"),
         ("piles.a.height.of=2", "there is no key 'of' below"),
         ("piles..height=2", "there is no key '' below"),

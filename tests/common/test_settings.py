@@ -1,14 +1,117 @@
-"""Checks shared by the settings of all commands."""
+"""Ranges in the types of settings, the nearest key, and values as they are written."""
 
-from types import SimpleNamespace
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import (
+    Between,
+    Count,
+    FolderName,
+    MultipleOf,
+    OneOf,
+    Positive,
+    as_written,
+    check_ranges,
+    expectations,
+    kind_at,
+    parse,
+    split_list,
+)
 
 
-def test_fields_below_their_minimum_are_named():
-    settings = SimpleNamespace(workers=0, block=1, limit=None)
-    require(settings, workers=0, block=1, limit=1)
-    with pytest.raises(ValueError, match=r"^data\.workers=0: expected 1 or more$"):
-        require(settings, "data.", block=1, workers=1)
+@dataclass
+class Oven:
+    degrees: Annotated[int, Between(50, 250)] = 180
+    minutes: Positive | None = None
+    mode: Annotated[str, OneOf("fan", "grill")] = "fan"
+    volume: float = 1.0
+
+
+@dataclass
+class Kitchen:
+    oven: Oven = field(default_factory=Oven)
+    spares: dict[str, Oven] = field(default_factory=dict)
+    plates: list[Annotated[int, MultipleOf(2)]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"oven": {"degrees": 20}}, "at: oven.degrees=20: expected 50 to 250"),
+        ({"oven": {"minutes": 0}}, "at: oven.minutes=0.0: expected a number above 0"),
+        ({"oven": {"minutes": math.nan}}, "at: oven.minutes=nan: expected a number above 0"),
+        ({"oven": {"minutes": math.inf}}, "at: oven.minutes=inf: expected a number above 0"),
+        ({"oven": {"volume": -math.inf}}, "at: oven.volume=-inf: expected a finite number"),
+        ({"extra": {"free": math.inf}}, "at: extra.free=inf: expected a finite number"),
+        ({"oven": {"mode": "fam"}}, "at: oven.mode=fam: expected one of fan, grill"),
+        ({"spares": {"old": {"degrees": 300}}}, "at: spares.old.degrees=300: expected 50 to 250"),
+        ({"plates": [2, 3]}, "at: plates=[2, 3]: 3: expected a positive multiple of 2"),
+        ({"oven": {"degres": 1}}, "at: there is no key oven.degres, did you mean oven.degrees?"),
+        ({"degrees": 1}, "at: there is no key degrees, did you mean oven.degrees?"),
+        ({"sink": 1}, "at: there is no key sink, expected one of oven, spares, plates, notes, extra"),
+        ({"oven": {"degrees": {"top": 1}}}, "at: there is no key 'top' below oven.degrees"),
+        ({"oven": {"degrees": "hot"}}, "at: Value 'hot' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_bad_values_are_named_with_their_range(values, message):
+    with pytest.raises(ValueError) as error:
+        parse(Kitchen, values, "at")
+    assert str(error.value) == message
+
+
+def test_right_values_make_the_object():
+    found = parse(Kitchen, {"oven": {"minutes": 3}, "plates": [2], "extra": {"free": 3}}, "at")
+    assert (found.oven.minutes, found.plates, found.extra) == (3.0, [2], {"free": 3})
+    assert parse(Kitchen, {"oven": {"degrees": 200}}, "at", found).oven == Oven(degrees=200, minutes=3.0)
+    check_ranges(Oven, Oven(minutes=None))
+
+
+@given(st.floats(), st.floats(), st.booleans(), st.booleans(), st.floats())
+def test_ranges_hold_what_they_say(low, high, closed, ended, value):
+    inside = (value >= low if closed else value > low) and (value <= high if ended else value < high)
+    assert (value in Between(low, high, closed, ended)) == inside
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", "a\nb", " a", "a\0", "x" * 201, "李" * 67]
+)
+def test_paths_are_no_folder_names(name):
+    assert name not in FolderName()
+
+
+@pytest.mark.parametrize("name", ["a", "2024_01", ".a", "a b", "a=b", "李明", "it's", "a..b", "x" * 200])
+def test_words_are_folder_names(name):
+    assert name in FolderName()
+
+
+def test_ranges_of_a_field_can_be_read():
+    assert [str(expected) for expected in expectations(kind_at(Kitchen, ["oven", "minutes"]))] == ["a number above 0"]
+    assert [str(expected) for expected in expectations(kind_at(Kitchen, ["oven", "volume"]))] == []
+    assert [str(expected) for expected in expectations(Count)] == ["1 or more"]
+
+
+@given(st.text())
+def test_texts_are_taken_as_written(text):
+    assert as_written(str, text) == text
+    assert as_written(str | None, text) == (None if text == "null" else text)
+    assert as_written(int, text) is None
+
+
+@given(
+    st.lists(
+        st.text(
+            st.characters(blacklist_characters=",'\" \t\n\r\x0b\x0c", blacklist_categories=("Zs", "Cc", "Zl", "Zp")),
+            min_size=1,
+        )
+    )
+)
+def test_lists_are_split_at_commas(items):
+    assert split_list(f"[{','.join(items)}]") == items
+    assert split_list("[" + ", ".join(f"'{item},'" for item in items) + "]") == [f"{item}," for item in items]

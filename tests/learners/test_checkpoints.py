@@ -69,10 +69,8 @@ def test_pruning_keeps_the_newest_and_every_nth_step(folder, last, every, left):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"keep_last": 0}, "learner.keep_last=0"),
         ({"keep_every": 300}, "learner.keep_every=300: expected null or a multiple of save_every=200"),
         ({"keep_every": 300, "save_every": None}, "learner.keep_every=300"),
-        ({"max_restarts": -1}, "learner.max_restarts=-1"),
     ],
 )
 def test_impossible_learner_settings_are_refused(settings, named):

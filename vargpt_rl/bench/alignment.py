@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vargpt_rl.common.command import CommandFailed, run_command
+from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.driver.run import STATE, SUMMARY
 from vargpt_rl.driver.session import Step
 from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores
@@ -61,7 +62,7 @@ VARIANTS: dict[str, list[str]] = {
 class AlignmentStudy:
     """Settings of the study."""
 
-    seeds: int = 3
+    seeds: Count = 3
     """Number of seeds; each trains SFT once and every variant from it."""
     runs: str = "runs/alignment-study"
     """Folder of the runs."""
@@ -69,30 +70,28 @@ class AlignmentStudy:
     """Variants to run, by name."""
     checkpoint: str = "tiny"
     """Model that SFT starts from."""
-    resolution: int = 256
+    resolution: Count = 256
     """Pixels a side."""
-    sft_steps: int = 70
+    sft_steps: Count = 70
     """Optimizer steps of SFT, of 16 images each."""
-    dpo_steps: int = 24
+    dpo_steps: Count = 24
     """Optimizer steps of DPO and of the control, of 8 pairs each."""
-    pairs: int = 160
+    pairs: Count = 160
     """Pairs of DPO, one sample of each prompt; their winners are the control's images."""
-    updates: int = 10
+    updates: Count = 10
     """Updates of online methods."""
-    prompts: int = 8
+    prompts: Count = 8
     """Prompts of an update."""
-    group: int = 8
+    group: Count = 8
     """Images drawn of each prompt."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate of online methods."""
-    held_out: int = 240
+    held_out: Count = 240
     """Held-out images at each moment."""
-    ranks: int = 1
+    ranks: Count = 1
     """Learner ranks; there are as many rollout workers."""
 
     def __post_init__(self):
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds}: expected 1 or more")
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"variants={self.variants}: unknown {unknown}, expected some of {list(VARIANTS)}")
 

@@ -18,7 +18,7 @@ from rewards.combined import WeightedSum, scorers
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.data.shapes import render, sample_scene
 
 HEALTHY = {"checker": {"path": "rewards.shapes:shapes_reward"}, "sharpness": {"path": "rewards.technical:sharpness"}}
@@ -28,15 +28,12 @@ HEALTHY = {"checker": {"path": "rewards.shapes:shapes_reward"}, "sharpness": {"p
 class RewardBenchSettings:
     """Settings of the benchmark."""
 
-    images: int = 2048
-    side: int = 128
+    images: Count = 2048
+    side: Count = 128
     """Side of an image in pixels."""
-    batch: int = 64
-    timeout_s: float = 1.0
+    batch: Count = 64
+    timeout_s: Positive = 1.0
     """The hanging reward's deadline for a batch, in seconds."""
-
-    def __post_init__(self):
-        require(self, images=1, side=1, batch=1)
 
 
 def measure(settings: RewardBenchSettings, terms: dict[str, dict]) -> tuple[float, dict[str, dict]]:

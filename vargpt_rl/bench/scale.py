@@ -24,6 +24,7 @@ from rewards.preferences import PreferencePair, check_books, external_winner
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.settings import Count
 from vargpt_rl.data.pair_statistics import describe
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.samples import Prompt, Sample, Winner
@@ -44,12 +45,12 @@ Result = TypeVar("Result")
 class ScaleSettings:
     """Numbers of pairs to measure."""
 
-    pairs: list[int] = field(default_factory=lambda: [1_000, 10_000, 180_000])
+    pairs: list[Count] = field(default_factory=lambda: [1_000, 10_000, 180_000])
     """Numbers of pairs; 180,000 are the paper's at 256 px."""
 
     def __post_init__(self):
-        if not self.pairs or min(self.pairs) < 1:
-            raise ValueError(f"pairs={self.pairs}: expected integers of 1 or more")
+        if not self.pairs:
+            raise ValueError("pairs=[]: expected one or more")
 
 
 def plan(count: int) -> tuple[list[int], np.ndarray]:

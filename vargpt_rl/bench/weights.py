@@ -37,6 +37,7 @@ from vargpt_rl.bench.harness import results_table, timed
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.network import free_port
+from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.driver.training import probe_of
 from vargpt_rl.model.families import load_model
@@ -57,18 +58,16 @@ ROOM = 3 * CHUNK
 class TransferSettings:
     """Cases to measure: each size with each number of receivers."""
 
-    sizes: list[float] = field(default_factory=lambda: [0.2, 1.0, 4.0])
+    sizes: list[Positive] = field(default_factory=lambda: [0.2, 1.0, 4.0])
     """Sizes of a weight set in GB."""
-    receivers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    receivers: list[Count] = field(default_factory=lambda: [1, 2, 4])
     """Numbers of receivers."""
     folder: str | None = None
     """Folder for the files, with room for the largest; null is the system's temporary folder."""
 
     def __post_init__(self):
-        if not self.sizes or min(self.sizes) <= 0:
-            raise ValueError(f"sizes={self.sizes}: expected numbers above 0")
-        if not self.receivers or min(self.receivers) < 1:
-            raise ValueError(f"receivers={self.receivers}: expected integers of 1 or more")
+        if not self.sizes or not self.receivers:
+            raise ValueError(f"sizes={self.sizes} receivers={self.receivers}: expected one or more of each")
 
 
 def _own_memory() -> int:

@@ -10,14 +10,14 @@ error in training must keep its traceback; it adds 75 (EX_TEMPFAIL), stopped by 
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.common.secret_check import check_secrets
+from vargpt_rl.common.settings import bare, build, field_types, kind_at, split_list
 
 Command = TypeVar("Command")
 
@@ -26,27 +26,9 @@ class CommandFailed(RuntimeError):
     """The arguments were right, but the program could not do its work: exit code 1."""
 
 
-def _type_of(kind: Any, names: list[str]) -> Any:
-    """Return the type of a dotted key. Raises ValueError if there is no such key."""
-    for name in names:
-        if is_dataclass(kind):
-            keys = [field.name for field in fields(kind)]
-            if name not in keys:
-                raise ValueError(f"expected key=value, where the key is one of {', '.join(keys)}")
-            kind = get_type_hints(kind)[name]
-        elif get_origin(kind) is dict and name:
-            kind = get_args(kind)[1]
-        else:
-            raise ValueError(f"there is no key {name!r} below {kind}")
-    return kind
-
-
 def _value(kind: Any, text: str) -> str | list[str]:
     text = text.replace("${", r"\${")  # literal: not a reference to another key
-    if get_origin(kind) is not list:
-        return text
-    inside = text[1:-1] if text.startswith("[") and text.endswith("]") else None
-    return [text] if inside is None else [item.strip() for item in inside.split(",") if item.strip()]
+    return split_list(text) if get_origin(bare(kind)) is list else text
 
 
 def load_command(kind: type[Command], arguments: list[str]) -> Command:
@@ -56,9 +38,11 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         check_secrets(value, key)  # before an error message could repeat one
-        names = key.split(".") if equals else [""]
+        names = key.split(".")
         try:
-            nested: Any = _value(_type_of(kind, names), value)
+            if not equals:
+                raise ValueError(f"expected key=value, where the key is one of {', '.join(field_types(kind))}")
+            nested: Any = _value(kind_at(kind, names), value)
             for name in reversed(names):
                 nested = {name: nested}
             settings = OmegaConf.merge(settings, nested)
@@ -70,7 +54,7 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
     missing = sorted(OmegaConf.missing_keys(settings))
     if missing:
         raise ValueError(f"{missing[0]} is not given: expected {missing[0]}=value")
-    return OmegaConf.to_object(settings)
+    return build(kind, settings)
 
 
 def report_error(error: Exception | str) -> None:

@@ -1,12 +1,9 @@
 """Settings of the training data."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Between, Count, CountOrNone, OneOf, Share, at_least, parse
 from vargpt_rl.data.records.sources import RecordSource
 
 
@@ -14,29 +11,29 @@ from vargpt_rl.data.records.sources import RecordSource
 class DataConfig:
     """Settings of the training data: images, captions and conversations."""
 
-    kind: str = "shapes"
+    kind: Annotated[str, OneOf("shapes", "captioned", "records")] = "shapes"
     """shapes (drawn on demand), captioned (a folder of images) or records (streams of conversations)."""
     captions: str | None = None
     """Captioned: JSON lines file of captions."""
     images: str | None = None
     """Captioned: folder of the captions' images."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Captioned and records: fraction of the records that may be unusable."""
-    held_out_fraction: float = 0.1
+    held_out_fraction: Annotated[float, Between(0, 1, includes_high=False)] = 0.1
     """Captioned and records: fraction that is held out for evaluation, chosen by a hash of the ids (for records: only
     those with an image to draw)."""
-    seen_side: int = 224
+    seen_side: Annotated[int, at_least(28)] = 224
     """Pixels a side at which images of shapes and captions are shown to the understanding path."""
     sources: dict[str, Any] = field(default_factory=dict)
     """Records: sources by name, with the keys of `vargpt_rl.data.records.sources.RecordSource`. All records of a source
     have the task of the first: images to draw (edits count as such) or understanding."""
-    block: int = 1000
+    block: Count = 1000
     """Records: rows that are shuffled together in each worker."""
-    workers: int = 2
+    workers: CountOrNone = 2
     """Records: data-loader processes of each rank."""
-    max_tokens: int = 4096
+    max_tokens: Count = 4096
     """Records: longer rows are quarantined."""
-    seen_pixels: int = 401_408
+    seen_pixels: Count = 401_408
     """Records: shown images keep their shape and are resized to at most this many pixels."""
     pack: bool = True
     """Records: short texts share a row."""
@@ -45,22 +42,12 @@ class DataConfig:
     each resolution (``DIR/256``). Without it the learner runs the image tokenizer."""
 
     def __post_init__(self):
-        if self.kind not in ("shapes", "captioned", "records"):
-            raise ValueError(f"data.kind={self.kind}: expected shapes, captioned or records")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction={self.held_out_fraction}: expected 0 or more and less than 1")
-        require(self, "data.", block=1, workers=0, max_tokens=1, seen_pixels=1)
         if (self.sources or self.encoded) and self.kind != "records":
             raise ValueError(f"data.sources and data.encoded are for data=records, not for data.kind={self.kind}")
 
     def records(self) -> dict[str, RecordSource]:
         """Return the sources. ValueError for an unknown key or a bad value in one, and if there are none."""
-        found = {}
-        for name, keys in self.sources.items():
-            try:
-                found[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecordSource), keys))
-            except (OmegaConfBaseException, ValueError) as error:
-                raise ValueError(f"data.sources.{name}: {str(error).splitlines()[0]}") from error
+        found = {name: parse(RecordSource, keys, f"data.sources.{name}") for name, keys in self.sources.items()}
         if not found:
             raise ValueError("data.sources: none given, expected +data.sources.NAME.files=[FILE,...]")
         return found

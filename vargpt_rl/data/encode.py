@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from vargpt_rl.common.command import CommandFailed, run_command
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone, Share
 from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_tokenizer, shard_files, tokenizer_checksum
 from vargpt_rl.data.images import random_crop
 from vargpt_rl.data.quarantine import Quarantine
@@ -63,25 +63,22 @@ class Encoding:
     """"tiny" or a model directory."""
     resolution: int = 256
     """Pixels a side of the crops."""
-    crops: int = 1
+    crops: Count = 1
     """Crops of each image."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images encoded together."""
-    workers: int = 2
+    workers: CountOrNone = 2
     """Processes that decode images for each encoding one."""
     rank: int = 0
     """This process among the ``world`` processes that share the records."""
     world: int = 1
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: Share = 0.05
     """Fraction of the records that may be unusable."""
 
     def __post_init__(self):
         schedule_for(self.resolution)
-        require(self, crops=1, batch_size=1, workers=0)
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank={self.rank}: expected 0 or more and less than world={self.world}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
         if not self.sources:
             raise ValueError("sources are not given: expected sources.NAME.files=[FILE,...]")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, Share
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import midjourney
 from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
@@ -29,13 +29,10 @@ class PromptsCommand:
     files: list[str]
     """Parquet files, paths or globs."""
     out: Path
-    limit: int | None = None
+    limit: Count | None = None
     """Maximum number of different prompts."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Fraction of the rows that may be unusable."""
-
-    def __post_init__(self):
-        require(self, limit=1)
 
 
 def execute(command: PromptsCommand) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
 from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next, to_images
 from vargpt_rl.model.hub import model_folder
@@ -34,15 +34,15 @@ DTYPES = ("auto", "float32", "bfloat16")
 class ReplyConfig:
     """Sampling of replies."""
 
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """Temperature of the words; 0 is greedy."""
-    max_tokens: int = 256
+    max_tokens: Count = 256
     """Limit on the tokens of words in a reply."""
-    max_images: int = 4
+    max_images: CountOrNone = 4
     """Limit on the images in a reply."""
 
     def __post_init__(self):
-        require(self, temperature=0, max_tokens=1, max_images=0)
+        check_ranges(ReplyConfig, self)
 
 
 class DrawnImage(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone
 from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
 from vargpt_rl.model.hub import TINY
@@ -63,11 +63,11 @@ class DrawingSettings:
 
     checkpoint: str = TINY
     """"tiny", a model directory or a hub name."""
-    resolution: int = 512
+    resolution: Count = 512
     """Side in pixels of a square image; other aspect ratios have about as many pixels."""
     aspect: str = "1:1"
     """width:height."""
-    seed: int = 0
+    seed: CountOrNone = 0
     cfg: float = SamplingConfig.cfg
     """See ``SamplingConfig``, like the next three."""
     tau: float = SamplingConfig.tau
@@ -80,7 +80,6 @@ class DrawingSettings:
 
     def __post_init__(self):
         self.size = image_size(self.resolution, self.aspect)
-        require(self, seed=0)
         try:
             self.sampling = SamplingConfig(self.cfg, self.tau, self.top_k, self.top_p)
         except ValueError as error:

@@ -14,12 +14,13 @@ width.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from vargpt_rl.common.settings import Between, Count, NotNegative, Positive, check_ranges
 from vargpt_rl.model.decoder import DecoderContext, ScaleCache
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
 from vargpt_rl.model.multiscale import Symbols
@@ -31,22 +32,17 @@ from vargpt_rl.model.unified import Unified
 class SamplingConfig:
     """Sampling of image tokens; the defaults are those of the v1.1 release."""
 
-    cfg: float = 3.0
+    cfg: NotNegative = 3.0
     """Guidance strength. Off is 1 in v1.1, and 0 in v1, where it grows from 0 at the first scale to ``cfg``."""
-    tau: float = 0.5
-    """Temperature of the logits."""
-    top_k: int = 900
+    tau: Positive = 0.5
+    """Temperature of the logits; ``top_k`` 1 draws the likelier bit."""
+    top_k: Count = 900
     """Sample among the ``top_k`` most likely values of a symbol; 1 is greedy."""
-    top_p: float = 0.97
+    top_p: Annotated[float, Between(0, 1, includes_low=False)] = 0.97
     """Sample among the most likely values that together reach this probability."""
 
     def __post_init__(self):
-        if self.tau <= 0:
-            raise ValueError(f"sampling.tau={self.tau}: expected a number above 0 (top_k=1 draws the likelier bit)")
-        if self.top_k < 1:
-            raise ValueError(f"sampling.top_k={self.top_k}: expected 1 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: expected a number in (0, 1]")
+        check_ranges(SamplingConfig, self, "sampling")
 
 
 class GeneratedImages(NamedTuple):

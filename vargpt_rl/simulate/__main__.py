@@ -11,11 +11,12 @@ Not included: SFT, evaluation, failures, saturated disks and networks, reducing 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Between, Count, at_least
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
 
@@ -28,26 +29,23 @@ class SimulateSettings:
     """File of measured costs."""
     run: str | None = None
     """Directory of a finished run, whose costs replace the measured ones."""
-    gpus: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256, 512, 1024])
+    gpus: list[Annotated[int, at_least(2)]] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256, 512, 1024])
     """Numbers of GPUs to predict for."""
-    draw_share: float = 0.5
+    draw_share: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.5
     """Share of the GPUs that sample; the others train."""
-    prompts: int = 180_000
-    sources: int = 2
+    prompts: Count = 180_000
+    sources: Count = 2
     """Number of SFT checkpoints that sample."""
-    steps: int = 5000
+    steps: Count = 5000
     """Steps of DPO."""
-    pairs: int = 384
+    pairs: Count = 384
     """Pairs per step of DPO."""
-    min_pairs: int | None = None
+    min_pairs: Count | None = None
     """As ``dpo.min_pairs``; null for no overlap."""
 
     def __post_init__(self):
-        if not self.gpus or min(self.gpus) < 2:
-            raise ValueError(f"gpus={self.gpus}: expected 2 or more each")
-        if not 0 < self.draw_share < 1:
-            raise ValueError(f"draw_share={self.draw_share}: expected a share above 0 and below 1")
-        require(self, min_pairs=1)
+        if not self.gpus:
+            raise ValueError("gpus=[]: expected one or more")
 
 
 def split(gpus: int, share: float) -> Machine:

@@ -27,6 +27,7 @@ from learners.jobs import DpoJob
 from vargpt_rl.bench import scale
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.settings import Count
 from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.pairs import pair
@@ -54,15 +55,15 @@ class MeasureSettings:
 
     out: str = "costs.json"
     """File of costs to write."""
-    resolution: int = 128
-    prompts: int = 128
+    resolution: Count = 128
+    prompts: Count = 128
     """Prompts sampled to check the prediction."""
-    workers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    workers: list[Count] = field(default_factory=lambda: [1, 2, 4])
     """Numbers of workers to check the prediction with."""
 
     def __post_init__(self):
-        if not self.workers or min(self.workers, default=0) < 1 or self.prompts < 1:
-            raise ValueError(f"workers={self.workers} prompts={self.prompts}: expected 1 or more")
+        if not self.workers:
+            raise ValueError("workers=[]: expected one or more")
 
 
 class Idle:

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vargpt_rl.common.command import CommandFailed, run_command
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, CountOrNone, Positive, Share
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject, Unusable
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
@@ -44,16 +44,16 @@ class InstructCommand:
     """A .jsonl, .csv or .parquet file with the columns ``*_field``."""
     out: Path
     method: Method
-    seed: int = 0
-    sample: int | None = None
+    seed: CountOrNone = 0
+    sample: Count | None = None
     """Number of captions sampled at random, by ``seed`` and their ids."""
-    limit: int | None = None
+    limit: Count | None = None
     """Take only the first captions."""
     id_field: str = "id"
     caption_field: str = "caption"
     image_field: str = "file"
     """Column of the image's file; it may be missing."""
-    max_bad_fraction: float = 0.5
+    max_bad_fraction: Share = 0.5
     """Fraction of the captions that may be rejected."""
     endpoint: str = ""
     """Address of an OpenAI-compatible server, such as http://host:port/v1."""
@@ -61,17 +61,14 @@ class InstructCommand:
     """Name of a model of the endpoint."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the key, if the server needs one."""
-    concurrency: int = 4
+    concurrency: Count = 4
     """Requests that run at once."""
-    timeout_s: float = 60.0
+    timeout_s: Positive = 60.0
     """Seconds that a request may take."""
-    retries: int = 5
+    retries: CountOrNone = 5
     """Repetitions of a failed request."""
 
     def __post_init__(self):
-        require(self, sample=1, limit=1)
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected 0 to 1")
         if self.out.exists() and self.captions.exists() and self.out.samefile(self.captions):
             raise ValueError(f"out={self.out}: expected another file than captions")
         if self.method is Method.template:
@@ -80,9 +77,6 @@ class InstructCommand:
             raise ValueError(f"endpoint={self.endpoint}: expected http://host:port/v1 or the like with method=llm")
         if not self.model:
             raise ValueError("model=: expected the name of a model of the endpoint with method=llm")
-        require(self, concurrency=1, retries=0)
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: expected more than 0")
 
 
 def by_llm(command: InstructCommand) -> tuple[Callable[[Caption], Dialogue], Callable]:

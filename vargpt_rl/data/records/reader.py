@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vargpt_rl.common.settings import require
+from vargpt_rl.common.settings import Count, Share, check_ranges
 from vargpt_rl.data.quarantine import BadRecord, Quarantine
 from vargpt_rl.data.records.formats import Fault, Format
 
@@ -37,17 +37,17 @@ class ReadOptions:
     world: int = 1
     seed: int | None = 0
     """Seed of the order of rows; None keeps the order of the files."""
-    block: int = 1000
+    block: Count = 1000
     """Rows that are shuffled together and held in memory, encoded images of Parquet rows included."""
-    epochs: int | None = 1
+    epochs: Count | None = 1
     """Passes over the records; None never ends."""
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: Share = 0.05
     """Reading stops if more of the rows that a worker has read are bad; checked after each block."""
 
     def __post_init__(self):
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank={self.rank}: expected 0 or more and less than world={self.world}")
-        require(self, block=1, epochs=1)
+        check_ranges(ReadOptions, self)
 
 
 class Part(Protocol):

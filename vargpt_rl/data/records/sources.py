@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import Annotated
 
+from vargpt_rl.common.settings import OneOf, Positive
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import (
     Import,
@@ -30,26 +32,20 @@ class RecordSource:
 
     files: list[str] = field(default_factory=list)
     """Paths or globs."""
-    format: str = "jsonl"
+    format: Annotated[str, OneOf(*FORMATS)] = "jsonl"
     """Format of the files, a key of `vargpt_rl.data.records.formats.FORMATS`."""
-    layout: str = "native"
+    layout: Annotated[str, OneOf(*LAYOUTS, "imagenet")] = "native"
     """Layout of the rows, a key of `LAYOUTS` or "imagenet"."""
     images: str | None = None
     """Folder that the names of images are relative to; by default that of the first file."""
     names: str | None = None
     """File of class names; for the layout imagenet only."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of a batch, relative to the other sources of the same modality."""
 
     def __post_init__(self):
-        if self.format not in FORMATS:
-            raise ValueError(f"format={self.format}: expected one of {', '.join(FORMATS)}")
-        if self.layout not in (*LAYOUTS, "imagenet"):
-            raise ValueError(f"layout={self.layout}: expected one of {', '.join((*LAYOUTS, 'imagenet'))}")
         if (self.layout == "imagenet") != (self.names is not None):
             raise ValueError(f"layout={self.layout} with names={self.names}: imagenet needs names, no other takes it")
-        if not self.weight > 0:
-            raise ValueError(f"weight={self.weight}: expected a number above 0")
 
     def absolute(self) -> "RecordSource":
         """Return the same source for processes that run in another folder."""

@@ -1,0 +1,281 @@
+"""Settings that cannot be right are refused with key, value and what is expected; others are taken as written."""
+
+import re
+
+import pytest
+
+from configs.load import load_config
+from configs.schema import LoopConfig
+from learners.config import LOSS_TYPES, SCHEDULES
+from vargpt_rl.common.settings import dotted, expectations, kind_at
+from vargpt_rl.driver import start
+from vargpt_rl.loop import main
+
+RL = ["align.methods=[grpo]", "reward.path=rewards.technical:sharpness", "evaluation.reward.path=rewards.shapes:Shapes"]
+CAPTIONED = ["data=captioned", "data.images=/tmp", "preference.winners=/tmp"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """Fail where the inputs of accepted settings would be read."""
+
+    def gather(config):
+        raise AssertionError("accepted")
+
+    monkeypatch.setattr(start, "gather", gather)
+
+
+COUNTS = [
+    "iterations",
+    "preference.count",
+    "preference.samples",
+    "evaluation.prompts",
+    "evaluation.grid",
+    "sft.recipe.batch",
+    "sft.recipe.steps",
+    "sft.recipe.micro_batch",
+    "sft.records",
+    "tokenizer.steps",
+    "tokenizer.batch",
+    "tokenizer.images",
+    "pretrain.records",
+    "data.block",
+    "data.seen_side",
+    "data.seen_pixels",
+    "data.max_tokens",
+    "rollout.workers",
+    "rollout.batch_size",
+    "rollout.reply_tokens",
+    "learner.ranks",
+    "learner.save_every",
+    "learner.keep_last",
+    "learner.keep_every",
+    "dpo.min_pairs",
+    "dpo.credit_scales",
+    "rl.prompts",
+    "rl.group",
+    "rl.updates",
+    "rl.credit_scales",
+    "sampling.top_k",
+    "edit.recipe.steps",
+    "at.256.sft.records",
+    "at.512.preference.count",
+]
+FROM_ZERO = [
+    "seed",
+    "evaluation.questions",
+    "evaluation.edits",
+    "tracking.table_rows",
+    "data.workers",
+    "rollout.max_restarts",
+    "learner.max_restarts",
+    "understanding.questions",
+    "rl.refills",
+]
+ABOVE_ZERO = [
+    "sft.recipe.lr",
+    "tokenizer.lr",
+    "dpo.beta",
+    "sampling.tau",
+    "rollout.call_timeout_s",
+    "learner.start_timeout_s",
+    "rollout.gpus_per_worker",
+    "learner.gpus_per_rank",
+    "sft.recipe.max_grad_norm",
+    "sampling.top_p",
+    "at.256.dpo.recipe.lr",
+]
+NOT_NEGATIVE = [
+    "sft.recipe.weight_decay",
+    "sampling.cfg",
+    "dpo.credit_alpha",
+    "rl.credit_alpha",
+    "rl.kl",
+    "rollout.text_gpus",
+]
+SHARES = [
+    "sft.recipe.warmup_ratio",
+    "understanding.drawing_share",
+    "data.max_bad_fraction",
+    "data.held_out_fraction",
+    "sampling.top_p",
+    "dpo.label_smoothing",
+    "rl.clip",
+]
+WORDS = {
+    "sft.recipe.schedule": "cosin",
+    "dpo.loss_type": "[sigmiod]",
+    "dpo.logp_norm": "sums",
+    "stages": "[pretrian,align]",
+    "align.methods": "[gpro]",
+    "sft.frozen": "[projector]",
+    "tracking.wandb": "on",
+    "tracking.best": "after_sft",
+    "rollout.transport": "fast",
+    "rollout.reply": "none",
+    "rollout.text_engine": "vlm",
+    "placement.strategy": "pack",
+    "placement.kind": "shared",
+    "data.kind": "photos",
+    "sft.recipe.zero": "5",
+    "rl.staleness": "2",
+    "resolutions": "[100,256]",
+    "name": "..",
+    "sft.recipe.gradient_checkpointing": "-1",
+    "learner.bf16": "half",
+    "sft.recipe.steps": "many",
+    "rollout.workers": "1.5",
+    "seed": "1,2",
+    "sft.checkpoints": "[1.5]",
+    "sft.shares": "[-0.5]",
+    "dpo.loss_weights": "[nan]",
+}
+BAD = [
+    *((key, value) for key in COUNTS for value in ("0", "-1")),
+    *((key, "-1") for key in FROM_ZERO),
+    *((key, value) for key in ABOVE_ZERO for value in ("0", "-1", "nan", "inf")),
+    *((key, value) for key in NOT_NEGATIVE for value in ("-1", "nan", "inf")),
+    *((key, value) for key in SHARES for value in ("-1", "2", "nan", "inf")),
+    *WORDS.items(),
+    *(("name", value) for value in (".", "a/b", "/tmp/x", "../up", "", "a\nb", "x" * 300)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_impossible_values_are_one_line_with_key(key, value, capsys):
+    assert main([f"{key}={value}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert key.rpartition(".")[2] in message and "Traceback" not in message
+    assert "expected" in message or "could not be converted" in message or "not a valid bool" in message
+
+
+def test_every_number_of_a_run_has_a_range():
+    for key in dotted(LoopConfig):
+        kind = kind_at(LoopConfig, key.split("."))
+        numbers = "int" in str(kind) or "float" in str(kind)
+        assert not numbers or expectations(kind), f"{key} takes any number"
+
+
+TYPOS = {
+    "resolutoins=[128]": "resolutions",
+    "sft.recpie.steps=4": "sft.recipe",
+    "reward.pth=x": "reward.path",
+    "learner.rank=1": "learner.ranks",
+    "sft.foo.bar=2": "sft",
+    "foo=1": "stages",
+    "sft.recipe.step=10": "sft.recipe.steps",
+    "lr=1e-4": "lr",
+    "dpo.lr=1e-4": "dpo.recipe.lr",
+    "at.64.sft.recpie.steps=1": "sft.recipe",
+    "data.sources.a.fles=[x]": "files",
+    "sft.recipe={step: 3}": "steps",
+    "sft={recpie: {steps: 3}}": "recipe",
+    "at.64={sft: {recpie: {steps: 3}}}": "sft.recipe",
+    "hydra.run.dir=x": "name",
+    "resolutions[0]=64": "resolutions",
+}
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize("typo", TYPOS)
+def test_unknown_keys_are_refused_with_the_nearest(plus, typo, capsys):
+    assert main([plus + typo]) == 2
+    message = capsys.readouterr().err
+    assert "there is no key" in message and TYPOS[typo] in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["resolutions=[256,512", "sft.recipe={steps: 3", "=3", "seed", "--help=x", "~seed", "~seed=1", "+", "seed=", "at=[",
+     "at.512=3", "sft=3", "resolutions=[[128]]", "name=???", "data=photos", "data={kind: shapes}", "experiment=vargpt",
+     "data.sources.a=3", "sft.recipe.steps=${no.such}", "data.captions=${", "stages=[align", "data@x=captioned",
+     "reward.options=3", "seed=choice(1,2)", "seed='1", "reward.options.a={b: [}", "sft.recipe.lr=1e", "at.512.at.64=1",
+     "sft.recipe.lr=[1e-4]"],
+)  # fmt: skip
+def test_bad_syntax_is_one_line(argument, capsys):
+    assert main([argument]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert not re.search(r"antlr|Lexer|viable|hydra\.cc|Traceback|Config search path", message)
+
+
+ODD = ["/home/李明/c.jsonl", "/runs/epoch=9-step=3/c.jsonl", "/set (v2)/c.jsonl", "/a,b/c.jsonl", "/it's/c.jsonl",
+       "/a#b/c.jsonl", "/a[x]/c.jsonl", "~/c.jsonl", "C:\\data\\c.jsonl", "/a{b}/c", "/a:b/c", "/a b/c", '/a"b/c', 
+       "/$a/c", "/100%/c", "null/c", "/a;b&c|d", "/😀/ü.jsonl", "[a]", "/a/*.jsonl", "/back\\", "true",
+       "1e3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_paths_are_taken_as_written(path):
+    config = load_config([*CAPTIONED, f"data.captions={path}", f"runs={path}", f"+reward.options.model={path}"])
+    assert config.data.captions == path and config.runs == path
+    if path not in ("[a]", "true", "1e3"):  # free values are read as numbers and lists where they look like them
+        assert config.reward.options == {"model": path}
+
+
+@pytest.mark.parametrize(
+    "name", ["2024_01", "1.10", "1e3", "true", "0012", "1_000", "0x10", "None", "a,b", "a=b", "li's", "nan", "李", "#1"]
+)
+def test_names_are_taken_as_written(name):
+    assert load_config([f"name={name}"]).directory.name == name
+
+
+def test_lists_of_texts_are_taken_as_written():
+    given = ["data=records", "preference.prompts=p", "preference.winners=w"]
+    given += ["data.sources.2024_01.files=['/a,b/1.jsonl',/home/李明/2=3.jsonl, /it's/#4.jsonl]"]
+    config = load_config([*given, "+data.sources.b={files:[0012.jsonl]}"])
+    sources = config.data.records()
+    assert sources["2024_01"].files == ["/a,b/1.jsonl", "/home/李明/2=3.jsonl", "/it's/#4.jsonl"]
+    assert sources["b"].files == ["0012.jsonl"]
+
+
+def test_null_and_quotes_are_as_in_hydra():
+    config = load_config(["name=null", "reward.path='rewards.technical:sharpness'", "learner.save_every=null"])
+    assert (config.name, config.reward.path, config.learner.save_every) == (None, "rewards.technical:sharpness", None)
+
+
+def test_only_stages_that_run_are_compared():
+    odd = ["learner.ranks=3", "sft.recipe.batch=48", "dpo.recipe.batch=48", "dpo.recipe.micro_batch=16"]
+    small = [f"at.{pixels}.{stage}.recipe.{key}={value}" for pixels in (256,) for stage in ("sft", "dpo")
+             for key, value in (("batch", 48), ("micro_batch", 16))]  # fmt: skip
+    config = load_config(["stages=[align]", *odd, *small])
+    assert config.learner.ranks == 3 and config.pretrain.recipe.batch == 16
+    with pytest.raises(ValueError, match="pretrain.recipe: batch=16"):
+        load_config(["stages=[pretrain,align]", *odd, *small])
+    assert load_config(["at.512.sft.recipe.batch=7"]).resolutions == [128, 256]
+    with pytest.raises(ValueError, match="at.256: sft.recipe: batch=7"):
+        load_config(["at.256.sft.recipe.batch=7"])
+    assert load_config(["stages=[pretrain]", "dpo.min_pairs=1"]).dpo.min_pairs == 1
+    assert load_config(["rl.recipe.batch=1"]).rl.recipe.batch == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["align.methods=[ppo]"], "align.methods=['ppo']: ppo: expected one of dpo, "),
+        (["align.methods=[grpo]"], "grpo needs reward.path"),
+        ([*RL, "rl.group=1"], "rl.group=1: expected 2 or more"),
+        ([*RL, "rl.credit_scales=40"], "rl.credit_scales=40: expected 1 to "),
+        (["dpo.credit_scales=40"], "dpo.credit_scales=40: expected 1 to "),
+        ([*RL, "rl.credit_alpha=-0.1"], "rl.credit_alpha=-0.1: expected 0 or more"),
+        ([*RL, "rl.staleness=1", "placement=colocated"], "rl.staleness=1 is for placement=split"),
+        ([*RL, "rl.recipe.batch=7"], "rl.recipe: batch=7"),
+        ([*RL, "rl.prompts=100"], "rl.recipe.batch=128: expected at least rl.prompts x rl.group = 800"),
+        (["align.methods=[grpo,grpo]", *RL[1:]], "each at most once"),
+        (["understanding.drawing_share=0.01"], "understanding.drawing_share=0.01: that is 0 of"),
+        (["stages=[align,align]"], "each at most once"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, named, capsys):
+    assert main(settings) == 2
+    message = capsys.readouterr().err
+    assert named in message and message.count("\n") == 1
+
+
+def test_words_are_those_of_the_libraries():
+    from transformers import SchedulerType
+    from trl import DPOConfig
+
+    assert {scheduler.value for scheduler in SchedulerType} >= set(SCHEDULES)
+    assert DPOConfig(loss_type=list(LOSS_TYPES), report_to=[], use_cpu=True, bf16=False).loss_type == list(LOSS_TYPES)
