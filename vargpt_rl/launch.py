@@ -179,7 +179,7 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None
 def execute(arguments: list[str]) -> None:
     """Check the settings, then write and submit the job."""
     job, own = split([argument for argument in arguments if argument != DRY_RUN])
-    config, inputs, run = prepare(own)
+    config, inputs, run = prepare(own, lock=False)  # the run itself may still be going on
     check_resources(job, config, inputs.model)
     if run.summary is not None:
         print(f"{run.directory} is complete; another name=... starts a new one")

@@ -15,6 +15,7 @@ from typing import Literal, cast
 import pandas as pd
 import wandb
 import yaml
+from filelock import FileLock
 
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import write_atomically
@@ -67,8 +68,9 @@ class Run:
     ValueError if it was begun with other settings, naming each that is not ``FREE``, or by an incompatible version.
     """
 
-    def __init__(self, directory: Path, config: dict):
+    def __init__(self, directory: Path, config: dict, lock: FileLock | None = None):
         self.directory = directory
+        self.lock = lock  # held as long as this object is there
         saved = directory / CONFIG
         path = directory / STATE
         changed: list[str] = []

@@ -17,12 +17,17 @@ from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
+from vargpt_rl.storage.lock import lock_folder
 
 
-def prepare(arguments: list[str]) -> tuple[LoopConfig, Inputs, Run]:
-    """Return the settings, all that they name, and the run's directory. ValueError if any is wrong."""
+def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs, Run]:
+    """Return the settings, all that they name, and the run's directory, locked. ValueError if any is wrong.
+
+    A program that only looks at the run, or starts it elsewhere, needs no ``lock``.
+    """
     config = load_config(arguments)
-    return config, gather(config), Run(config.directory, plain(config))
+    held = lock_folder(config.directory) if lock else None  # before anything is written there
+    return config, gather(config), Run(config.directory, plain(config), held)
 
 
 def plain(config: LoopConfig) -> dict:
