@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vargpt_rl.data.features import FeatureCache, FeatureWriter, shard_files, tokenizer_checksum
+from vargpt_rl.data.features import FeatureCache, FeatureWriter, drop_damaged, shard_files, tokenizer_checksum
 
 DEPTH, RESOLUTION = 3, 32
 BYTES = DEPTH * 2 * 2 * 2
@@ -155,3 +155,18 @@ def test_a_checksum_is_that_of_names_shapes_and_values():
     others = [{"a": tensors["a"]}, tensors | {"a": tensors["a"].view(3, 2)}, tensors | {"b": tensors["b"] * 2}]
     others.append({"c": tensors["a"], "b": tensors["b"]})
     assert len({known, *map(tokenizer_checksum, others)}) == 5
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "folder"])
+def test_damaged_shards_are_dropped_by_name_and_others_kept(tmp_path, damage):
+    first, *others = written(tmp_path)
+    assert drop_damaged(tmp_path, TOKENIZER, RESOLUTION) == []
+    content = first.read_bytes()
+    if damage == "folder":
+        first.unlink()
+        first.mkdir()
+    else:
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        first.write_bytes({"flip": flipped, "cut": content[:-3], "empty": b""}[damage])
+    (told,) = drop_damaged(tmp_path, TOKENIZER, RESOLUTION)
+    assert str(first) in told and shard_files(tmp_path) == others

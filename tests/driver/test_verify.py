@@ -27,12 +27,14 @@ STEPS = [
 def run(tmp_path) -> Run:
     """A run that has done these steps, each with its files."""
     run = Run(tmp_path / "run", {})
-    for name in ("iter-00-sft/step-000002", "iter-00-sft/final", "iter-00-dpo/final"):
-        save_checkpoint(run.directory / "checkpoints" / name, {"weight": torch.arange(100.0)})
     (run.directory / "preferences").mkdir()
-    for name in ("iter-00", "iter-00-held-out"):
-        write_table(run.directory / "preferences" / f"{name}.parquet", [row("a", chosen_bits=bytes(range(200)))])
+    weights = {"iter-00/sft": ("iter-00-sft/step-000002", "iter-00-sft/final"), "iter-00/dpo": ("iter-00-dpo/final",)}
+    tables = {"iter-00/after_sft": "iter-00-held-out", "iter-00/pair": "iter-00"}
     for step in STEPS:
+        for name in weights.get(step, ()):
+            save_checkpoint(run.directory / "checkpoints" / name, {"weight": torch.arange(100.0)})
+        if name := tables.get(step):
+            write_table(run.directory / "preferences" / f"{name}.parquet", [row("a", chosen_bits=bytes(range(200)))])
         run.step(step, dict)
     return run
 

@@ -131,7 +131,7 @@ def test_a_changed_tensor_is_named(saved, tensors):
 
 def test_a_marker_without_tensor_hashes_is_refused(saved):
     (saved / MARKER).write_text('{"bytes": 9, "blake2b": "00"}')
-    with pytest.raises(ValueError, match="expected hashes of tensors in COMPLETE, got bytes, blake2b"):
+    with pytest.raises(ValueError, match="COMPLETE is corrupt, expected bytes and xxh3_128, hashes of tensors"):
         check_checkpoint(saved)
 
 

@@ -22,6 +22,7 @@ from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.driver.run import STATE, SUMMARY
 from vargpt_rl.driver.session import Step
+from vargpt_rl.driver.state import read_state, write_state
 from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores
 from vargpt_rl.storage.files import atomic_dir
 
@@ -134,16 +135,17 @@ def fork(source: Path, target: Path) -> None:
     """Copy ``source`` as it was after SFT to a new run directory, whose settings may differ."""
     if target.exists():
         return
-    state = json.loads((source / STATE).read_text())
+    state, _, _ = read_state(source / STATE)
     steps = list(state["steps"])
     last = steps.index(f"{ITERATION}/{Step.AFTER_SFT}")
     state["steps"] = {step: state["steps"][step] for step in steps[: last + 1]}
+    state |= {"config": None, "summary": None, "logs": {}}
     with atomic_dir(target) as unfinished:
         for name in SHARED:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
             copy(source / name, unfinished / name)
-        (unfinished / STATE).write_text(json.dumps(state, indent=1))
+        write_state(unfinished / STATE, state)
 
 
 def loop(arguments: list[str], log: Path) -> None:

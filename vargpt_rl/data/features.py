@@ -13,6 +13,7 @@ resolution; a blake2b there guards keys, checks, and the type and shape of the f
 Shape legend: n images of a shard, d bits a token, h w latent grid.
 """
 
+import shutil
 import zlib
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -153,6 +154,23 @@ class FeatureCache(Container):
         if zlib.crc32(features_dhw) != place["check"]:
             raise ValueError(f"{path}: the features of {content_sha256}, crop {crop}, are damaged: encode again")
         return features_dhw
+
+
+def drop_damaged(folder: Path, tokenizer_checksum: str, resolution: int) -> list[str]:
+    """Delete the shards of a cache that are not as they were written; return what is wrong with each."""
+    told = []
+    for path in shard_files(folder):
+        try:
+            checks = _read_index(path, tokenizer_checksum, resolution).checks
+            with _opened(path) as file:
+                features = file.get_slice("features")
+                for row, check in enumerate(checks):
+                    if zlib.crc32(features[row : row + 1][0]) != check:
+                        raise ValueError(f"{path}: the features of image {row} are damaged")
+        except (ValueError, OSError) as error:
+            told.append(str(error))
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return told
 
 
 class FeatureWriter:

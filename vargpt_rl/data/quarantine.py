@@ -25,15 +25,31 @@ class Quarantine:
         self.lost = 0
         # A resumed run reads its data again; records found again are neither written nor counted twice.
         self._seen: set[str] = set()
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        """Count what earlier starts have found. ValueError naming the file and line if it is damaged."""
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: expected a file: move it away")
         trim(self.path)
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            self._count(line)
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._count(line.decode())
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged ({error}): remove it; data is judged again when it is read"
+                ) from error
 
     def _count(self, line: str) -> None:
         record = json.loads(line)
+        reason, lost = record["reason"], record["lost"]
+        if not isinstance(reason, str) or not isinstance(lost, bool):
+            raise ValueError("expected a reason, and whether the record is lost")
         self._seen.add(line)
-        self.counts[record["reason"]] += 1
-        self.lost += record["lost"]
+        self.counts[reason] += 1
+        self.lost += lost
 
     def add(self, source: str, record: str, reason: str, *, lost: bool = True) -> None:
         """Write ``record``, once. ``source`` is its file and line.

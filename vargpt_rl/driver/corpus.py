@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.worker import Failure, Worker
-from vargpt_rl.data.features import FeatureCache, FeatureWriter, shard_files
+from vargpt_rl.data.features import FeatureCache, FeatureWriter, drop_damaged, shard_files
 from vargpt_rl.data.records.images import key_sha256
 from vargpt_rl.data.records.stream import RecordStream, corpus_stream
 from vargpt_rl.data.samples import ImageQuestion, Prompt, Record
@@ -36,6 +36,8 @@ def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list
     Images in the cache are not encoded again. ValueError if no image is readable.
     """
     cache = (folder / str(it.resolution), "", it.resolution)
+    for damage in drop_damaged(*cache):
+        it.run.note(f"encoding again: {damage}")
     known = FeatureCache(*cache) if shard_files(cache[0]) else ()
     keys = [key for key in dict.fromkeys(record.image for record in records) if (key_sha256(key), 0) not in known]
     failures = _unreadable(it, [record.prompt for record in records])

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 import wandb
@@ -18,8 +18,10 @@ import yaml
 from filelock import FileLock
 
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.driver.state import NEW, read_state, write_state
+from vargpt_rl.storage.files import content_hash, write_atomically
 from vargpt_rl.storage.lines import trim
+from vargpt_rl.storage.manifest import Manifest
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
 FREE = tuple(
@@ -33,23 +35,22 @@ FREE = tuple(
     )
 )
 """Settings that may change when a run is resumed: they say where and how it runs, not what comes out."""
-LAYOUT = 3
-"""Version of the run directory's steps and files. Directories of other versions are refused."""
-NEW = {"layout": LAYOUT, "steps": {}, "served": {}, "events": [], "restarts": 0, "seconds": 0.0}
+READ_BACK = (
+    "preferences/*.parquet",
+    "evaluations/*.jsonl",
+    "rollouts/*/*",
+    "samples/*/*",
+    "checkpoints/*/final/COMPLETE",
+    "checkpoints/*/step-*/COMPLETE",
+    "best/*",
+)
+"""Files that later steps or starts read; weight sets are guarded by their markers."""
+LOGS = (METRICS, "quarantine.jsonl")
+"""Files that grow: what was in them when the state was saved must stay."""
 
 
 Labels = dict[str, int | None]
 """Iteration and resolution of metrics."""
-
-
-def _check_layout(path: Path) -> None:
-    """ValueError if the run of this state file was begun by a version with other steps or files."""
-    layout = json.loads(path.read_text()).get("layout", 1)
-    if layout != LAYOUT:
-        raise ValueError(
-            f"{path.parent} was begun by another version of vargpt_rl (run layout {layout}, expected {LAYOUT}): "
-            f"finish it with that version, or give this run another name=..."
-        )
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
@@ -62,6 +63,17 @@ def differences(old: object, new: object, prefix: str = "") -> list[str]:
     return lines
 
 
+def _settings_in(path: Path, content: bytes) -> dict:
+    """Return the settings that were written. ValueError naming the file if they cannot be read."""
+    try:
+        found = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: put back a copy of it, or give this run another name=...") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected settings, got {type(found).__name__}")
+    return found
+
+
 class Run:
     """Opens a run directory, new or to be resumed.
 
@@ -71,30 +83,74 @@ class Run:
     def __init__(self, directory: Path, config: dict, lock: FileLock | None = None):
         self.directory = directory
         self.lock = lock  # held as long as this object is there
-        saved = directory / CONFIG
-        path = directory / STATE
-        changed: list[str] = []
-        if path.exists():
-            _check_layout(path)
-        if saved.exists():
-            changed = differences(yaml.safe_load(saved.read_text()), config)
-            if fixed := [line for line in changed if not line.startswith(FREE)]:
-                raise ValueError(
-                    f"{directory} was begun with other settings ({'; '.join(fixed)}): resume with those, "
-                    f"or give this run another name=..."
-                )
+        self.tracker = None
+        for name in (CONFIG, STATE, SUMMARY, *LOGS):
+            if (directory / name).exists() and not (directory / name).is_file():
+                raise ValueError(f"{directory / name}: expected a file: move it away, or put back a copy of the file")
         directory.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG, STATE, SUMMARY):
             for unfinished in directory.glob(f".{name}.*"):  # of a driver that was killed
                 unfinished.unlink()
-        write_atomically(saved, yaml.safe_dump(config, sort_keys=False).encode())
-        self.state = copy.deepcopy(NEW) | (json.loads(path.read_text()) if path.exists() else {})
+        self.state, damaged, events = self._open_state()
+        self.files = Manifest(directory, READ_BACK, self.state["files"])
         self.began = time.time() - self.state["seconds"]
+        events += self._check_logs()
+        events += self._open_settings(config)
         trim(directory / METRICS)
-        self.tracker = None
         self.served = self._recorded
-        if changed:
-            self.note(f"resuming with other settings: {'; '.join(changed)}")
+        self.save()
+        for event in events:
+            self.note(event)
+        if damaged:
+            self.rewind(damaged, f"{directory / STATE}: its record of the step is damaged")
+
+    def _open_state(self) -> tuple[dict[str, Any], str | None, list[str]]:
+        """Return what `read_state` does. ValueError if the file is gone or cannot be used."""
+        path = self.directory / STATE
+        if path.exists():
+            return read_state(path)
+        if (self.directory / CONFIG).exists() or (self.directory / "checkpoints").exists():
+            raise ValueError(
+                f"{path} is gone: put back a copy of it, remove {self.directory}, or give this run another name=..."
+            )
+        return copy.deepcopy(NEW), None, []
+
+    def _open_settings(self, config: dict) -> list[str]:
+        """Write the settings; return what changed. ValueError if the run was begun with others."""
+        path = self.directory / CONFIG
+        written = yaml.safe_dump(config, sort_keys=False).encode()
+        known, found = self.state["config"], path.read_bytes() if path.exists() else None
+        told: list[str] = []
+        if found is not None and known in (None, content_hash(found)):
+            changed = differences(_settings_in(path, found), config)
+            if fixed := [line for line in changed if not line.startswith(FREE)]:
+                raise ValueError(
+                    f"{self.directory} was begun with other settings ({'; '.join(fixed)}): resume with those, "
+                    f"or give this run another name=..."
+                )
+            told = [f"resuming with other settings: {'; '.join(changed)}"] if changed else []
+        elif known is not None and self.state["steps"]:
+            what = f"{path} is {'gone' if found is None else 'damaged'}"
+            if content_hash(written) != known:
+                raise ValueError(
+                    f"{what}, and the run was begun with other settings than these: resume with those, put back a copy "
+                    "of it, or give this run another name=..."
+                )
+            told = [f"{what}: written again, as the settings are the same"]
+        self.state["config"] = content_hash(written)
+        self.save()  # first: settings without a state are a state that is gone
+        write_atomically(path, written)
+        return told
+
+    def _check_logs(self) -> list[str]:
+        """Return which of the files that grow have lost or changed what was written before."""
+        told = []
+        for name, entry in self.state["logs"].items():
+            path = self.directory / name
+            whole = path.read_bytes()[: entry["bytes"]] if path.exists() else b""
+            if content_hash(whole) != entry["blake2b"]:
+                told.append(f"{path} is {'damaged' if path.exists() else 'gone'}: what it has now is kept as it is")
+        return told
 
     @property
     def _recorded(self) -> dict:
@@ -103,9 +159,16 @@ class Run:
 
     @property
     def summary(self) -> dict | None:
-        """The summary of a finished run."""
-        path = self.directory / SUMMARY
-        return json.loads(path.read_text()) if path.exists() else None
+        """The summary of a finished run. One that is not as it was written is noted, and the run is not finished."""
+        path, known = self.directory / SUMMARY, self.state["summary"]
+        if known is None:
+            return None
+        found = path.read_bytes() if path.exists() else None
+        if found is not None and content_hash(found) == known:
+            return json.loads(found)
+        self.state["summary"] = None
+        self.note(f"{path} is {'gone' if found is None else 'damaged'}: written again")
+        return None
 
     def track(self, mode: str, project: str, config: dict) -> None:
         """Also send metrics to wandb. Its own files lie in the run directory; WANDB_DATA_DIR moves those of tables."""
@@ -126,6 +189,7 @@ class Run:
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
             point(name)
             self.state["steps"][name], self.state["served"][name] = result, self.served
+            self.files.record(name)
             self.save()
         return self.state["steps"][name]
 
@@ -148,7 +212,11 @@ class Run:
     def save(self) -> None:
         """Record the state."""
         self.state["seconds"] = self.seconds
-        write_atomically(self.directory / STATE, json.dumps(self.state, indent=1).encode())
+        for name in LOGS:
+            if (path := self.directory / name).exists():
+                content = path.read_bytes()
+                self.state["logs"][name] = {"bytes": len(content), "blake2b": content_hash(content)}
+        write_state(self.directory / STATE, self.state)
 
     @property
     def seconds(self) -> float:
@@ -178,7 +246,10 @@ class Run:
 
     def finish(self, summary: dict) -> None:
         """Write the summary; the run is then complete."""
-        write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1).encode())
+        content = json.dumps(summary, indent=1).encode()
+        write_atomically(self.directory / SUMMARY, content)
+        self.state["summary"] = content_hash(content)
+        self.save()
 
     def close(self, failed: bool) -> None:
         """Flush what is tracked, whether the run ``failed`` or not."""

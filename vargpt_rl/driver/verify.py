@@ -1,5 +1,8 @@
 """Verify a run's files before resuming. A step with a corrupt file is redone, and so is every later step."""
 
+import shutil
+from pathlib import Path
+
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.rollouts import read_rollouts
 from vargpt_rl.driver.judging import REWARDS, read_rewards
@@ -28,10 +31,29 @@ def _check(run: Run, step: str) -> None:
 
 
 def check_steps(run: Run) -> None:
-    """Rewind to the first recorded step with a corrupt file, and note it."""
+    """Rewind to the first recorded step with a corrupt or missing file, and note it. Such files are removed."""
+    problems: dict[str, str] = {}
+    for name in list(run.files.entries):
+        step = str(run.files.entries[name].get("step"))
+        problem = run.files.problem(name)
+        if problem and step in run.state["steps"]:
+            problems.setdefault(step, problem)
+            _remove(run.directory / name)
+            del run.files.entries[name]
     for step in list(run.state["steps"]):
         try:
+            if step in problems:
+                raise ValueError(problems[step])
             _check(run, step)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             run.rewind(step, str(error))
             return
+
+
+def _remove(path: Path) -> None:
+    """Remove what is in the place of a file. Of a kept model, all is removed: it is made again as a whole."""
+    place = path.parent if path.parent.name == "best" else path
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)

@@ -62,9 +62,12 @@ def recorded_hashes(weights: Path) -> dict[str, str]:
     marker = directory / MARKER
     if not marker.exists() or not weights.exists():
         raise ValueError(f"checkpoint {directory}: incomplete, expected {WEIGHTS} and {MARKER}")
-    recorded = json.loads(marker.read_text())
-    if "xxh3_128" not in recorded:
-        raise ValueError(f"checkpoint {directory}: expected hashes of tensors in {MARKER}, got {', '.join(recorded)}")
+    try:
+        recorded = json.loads(marker.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint {directory}: {MARKER} is corrupt ({error})") from error
+    if not isinstance(recorded, dict) or recorded.keys() != {"bytes", "xxh3_128"}:
+        raise ValueError(f"checkpoint {directory}: {MARKER} is corrupt, expected bytes and xxh3_128, hashes of tensors")
     if weights.stat().st_size != recorded["bytes"]:
         raise ValueError(f"checkpoint {directory}: {WEIGHTS} is corrupt (its size differs from {MARKER})")
     return recorded["xxh3_128"]

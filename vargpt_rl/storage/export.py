@@ -31,7 +31,14 @@ def export_model(start: str, weights: Sequence[Path], target: Path, notes: dict[
 def read_best(directory: Path) -> dict | None:
     """Read the record of a run's ``best/``: metric, value, iteration, resolution. None if there is none yet."""
     path = directory / BEST
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        float(found["value"])
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {directory}") from error
 
 
 def keep_best(start: str, weights: Sequence[Path], directory: Path, note: dict) -> None:

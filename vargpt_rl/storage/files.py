@@ -37,6 +37,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def content_hash(content: bytes) -> str:
+    """Return the hash of `digest` for bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces ``path`` when the block succeeds and is removed otherwise."""
