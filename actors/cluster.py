@@ -3,8 +3,6 @@
 import contextlib
 import os
 import secrets
-import signal
-import sys
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -15,6 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.resources import Placement, Resources
+from vargpt_rl.common.signals import handle_signals
 
 Place: TypeAlias = PlacementGroupSchedulingStrategy
 """One bundle of a placement group, as an actor's scheduling strategy."""
@@ -33,16 +32,8 @@ def unnoted(event: str, restart: bool = False) -> None:
     """Ignore the event."""
 
 
-def stop(number: int, _frame) -> None:
-    """Signal handler: raise SystemExit, and ignore further signals. Raised inside a call of Ray, its status is lost."""
-    for each in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)
-    print(f"{signal.Signals(number).name}: stopping; the same command resumes", file=sys.stderr, flush=True)
-    sys.exit(os.EX_TEMPFAIL)
-
-
 def connect() -> None:
-    """Join the cluster at RAY_ADDRESS, or start one on this machine; then handle SIGTERM and SIGUSR2 with ``stop``.
+    """Join the cluster at RAY_ADDRESS, or start one on this machine; then handle the signals that stop a run.
 
     Raises what ``ray.init`` does: OSError, RuntimeError, ValueError or RayError.
     """
@@ -58,8 +49,7 @@ def connect() -> None:
     code, package = Path(__file__).parents[1], Path(__file__).parent.name
     with contextlib.chdir(code if Path(package).is_dir() else "."):
         ray.init(**options)
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # only now: Ray sets the first itself
-        signal.signal(number, stop)
+    handle_signals()  # again: Ray sets that of SIGTERM itself
 
 
 def nodes() -> list[Resources]:

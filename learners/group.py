@@ -116,6 +116,9 @@ class LearnerGroup:
         """Ask the running job, if any, to save a checkpoint after its current step; wait at most ``timeout_s``."""
         if not self.waiting or self.save_request is None:
             return
+        log = self.save_request.with_name("log.jsonl")
+        if not log.exists() or not log.stat().st_size:  # no step is done yet: there is nothing to save
+            return
         self.save_request.touch()
         end = time.monotonic() + timeout_s
         working = self.waiting

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import ray
 
-from actors.cluster import stop
 from slurm.node import wait_for
 from vargpt_rl import loop
+from vargpt_rl.common.signals import stop
 from vargpt_rl.driver.run import STATE
 from vargpt_rl.storage.checkpoint import MARKER
 

@@ -1,12 +1,15 @@
 """The iterated SFT/DPO loop (VARGPT-v1.1, section 3.2, Fig. 6): ``python -m vargpt_rl.loop [key=value ...]``.
 
 Every step is recorded when it is done; the same command resumes after the last one. Exit codes: 0 done, 1 failed, 2 a
-setting or an input is wrong (no worker was started), 75 stopped by SIGTERM or SIGUSR2 (EX_TEMPFAIL: try again).
+setting or an input is wrong (no worker was started), 75 stopped by SIGTERM, SIGHUP or SIGUSR2 (EX_TEMPFAIL: try again),
+130 stopped by Ctrl-C.
 """
 
 import os
 import sys
 
+from vargpt_rl.common.signals import Stop, handle_signals
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 
 USAGE = """\
@@ -22,11 +25,14 @@ examples:
   python -m vargpt_rl.loop checkpoint=FOLDER experiment=NAME     your model, with settings of configs/experiment/
 
 Keys, their defaults and explanations: configs/schema.py. Results: runs/NAME/summary.json and runs/NAME/model.
-Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal (the same command resumes).
+Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal, 130 by Ctrl-C (the same
+command resumes).
 """
 
 if __name__ == "__main__":
     print_usage_if_asked(USAGE)  # before the seconds that the imports below take
+    make_outputs_lasting()
+    handle_signals()
 
 from functools import partial
 
@@ -158,7 +164,7 @@ def execute(session: Session) -> dict:
 
 
 def start(arguments: list[str]) -> int:
-    """Run the loop; return the exit code. SystemExit if a signal ends it, see ``actors.cluster.stop``."""
+    """Run the loop; return the exit code. SystemExit if a signal ends it, see ``vargpt_rl.common.signals.stop``."""
     try:
         config, inputs, run = prepare(arguments)
     except ValueError as error:
@@ -207,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return start(arguments)
     except SystemExit:  # raised by ``stop``; within a call of Ray its status is lost
-        return os.EX_TEMPFAIL
+        return Stop.code or os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_reserve_fails_in_time_without_room(cluster):
         reserve(decided, 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_local_cluster_is_private_and_stops_cleanly(tmp_path, number):
     shadow = tmp_path / "actors"
     shadow.mkdir()

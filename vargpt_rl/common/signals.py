@@ -1,0 +1,40 @@
+"""Signals that stop a run, alike in every phase. No heavy imports, so that they are handled from the first second."""
+
+import contextlib
+import os
+import signal
+import sys
+
+STOPS = {
+    signal.SIGTERM: os.EX_TEMPFAIL,
+    signal.SIGHUP: os.EX_TEMPFAIL,
+    signal.SIGUSR2: os.EX_TEMPFAIL,
+    signal.SIGINT: 128 + signal.SIGINT,
+}
+"""Signals that stop a run, each with its exit code."""
+
+
+class Stop:
+    """The exit code of the signal that stops this process; None until one has come."""
+
+    code: int | None = None
+
+
+def stop(number: int, _frame: object) -> None:
+    """Signal handler: raise SystemExit, and ignore further signals. Raised inside a call of Ray, its status is lost."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    Stop.code = STOPS[signal.Signals(number)]
+    with contextlib.suppress(OSError):  # the terminal may be gone; a print may have been interrupted
+        os.write(2, f"{signal.Signals(number).name}: stopping; the same command resumes\n".encode())
+    sys.exit(Stop.code)
+
+
+def handle_signals() -> None:
+    """Handle the signals of ``STOPS`` with `stop`, except SIGHUP where it is ignored, as under nohup.
+
+    SIGINT is handled even if it is ignored: shells do that to every background job of a script.
+    """
+    for each in STOPS:
+        if Stop.code is None and not (each is signal.SIGHUP and signal.getsignal(each) is signal.SIG_IGN):
+            signal.signal(each, stop)
