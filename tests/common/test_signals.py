@@ -37,7 +37,9 @@ PHASES = {
 
 def started(code: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace", **options)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace", **options
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 

@@ -9,7 +9,7 @@ from PIL import Image
 from configs.load import load_config
 from tests.helpers.streams import write_sources
 from vargpt_rl.data.records.stream import EDITS
-from vargpt_rl.driver.inputs import gather
+from vargpt_rl.driver.inputs import gather, is_judged_by_its_reward
 from vargpt_rl.model.families import load_config as load_config_of
 from vargpt_rl.model.families import markup_for
 
@@ -128,10 +128,11 @@ SHARP = "reward.path=rewards.technical:sharpness"
         ([*GATED, f"evaluation.{SHARP}"], False),
     ],
 )
-def test_scoring_by_the_training_reward_is_warned_about(overrides, told, tmp_path, caplog):
-    found = gather(load_config([f"runs={tmp_path}", *overrides]))
+def test_scoring_by_the_training_reward_is_known(overrides, told, tmp_path):
+    config = load_config([f"runs={tmp_path}", "align.methods=[dpo]", "reward.path=null", *overrides])
+    found = gather(config)
     assert (found.judge is not None) == any("evaluation" in override for override in overrides)
-    assert ("scored by the same reward that trains" in caplog.text) == told
+    assert is_judged_by_its_reward(config) == told
 
 
 def test_a_judge_that_does_not_exist_is_named(tmp_path):

@@ -22,7 +22,7 @@ from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.stages import STAGES, freeze
 
-SETTINGS = ["resolutions=[32,48]", "data.seen_side=56"]
+SETTINGS = ["resolutions=[32,48]", "data.seen_side=56", "align.methods=[dpo]"]
 ALL = "stages=[pretrain,understanding,align,edit]"
 SAMPLING = SamplingConfig(cfg=3.0)
 
@@ -282,7 +282,7 @@ def test_streamed_records_need_long_rows_and_a_tokenizer(config):
 
 
 def test_online_methods_are_planned_with_the_scales_they_train(config):
-    online = ["stages=[align]", "align.methods=[grpo]", "reward.path=rewards.shapes:shapes_reward", *SETTINGS]
+    online = ["stages=[align]", *SETTINGS, "reward.path=rewards.shapes:shapes_reward", "align.methods=[grpo]"]
 
     def planned(*settings: str) -> dict[tuple[str, int], int]:
         found = memory.plan(load_config([*online, *settings]), config, on_gpu=False)

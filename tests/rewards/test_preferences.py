@@ -240,6 +240,8 @@ def test_bad_options_are_found_before_a_run(tmp_path, settings, said):
 def test_options_reach_the_builder(tmp_path):
     settings = [
         f"runs={tmp_path}",
+        "align.methods=[dpo]",
+        "reward.path=null",
         "preference.builder=rewards.preferences:reward_gated",
         "+preference.options.flip=true",
     ]

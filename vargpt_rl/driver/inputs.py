@@ -1,6 +1,5 @@
 """Inputs of a run besides settings: a starting model, data, plug-ins. All are checked before any worker starts."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
-
-logger = logging.getLogger(__name__)
 
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
 """The reward that equals the shapes world's exact check."""
@@ -115,10 +112,6 @@ def gather(config: LoopConfig) -> Inputs:
         stream=stream,
     )
     inputs.check_quarantine()
-    if is_judged_by_its_reward(config):
-        logger.warning(
-            "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
-        )
     return inputs
 
 

@@ -1,5 +1,7 @@
 """Start of a run: settings and inputs checked, workers and learner ranks placed and started."""
 
+import logging
+
 import ray
 from omegaconf import OmegaConf
 
@@ -10,7 +12,7 @@ from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
-from vargpt_rl.driver.inputs import Inputs, gather
+from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.verify import check_steps
@@ -18,6 +20,8 @@ from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
 from vargpt_rl.storage.lock import lock_folder
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs, Run]:
@@ -67,6 +71,10 @@ def devices() -> Devices:
 
 def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> Session:
     """Start workers, learner ranks and the text engine; RuntimeError if the cluster has no room in time."""
+    if is_judged_by_its_reward(config):
+        logger.warning(
+            "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
+        )
     worker_places, rank_places = reserve(placement, config.learner.start_timeout_s)
     pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=worker_places, note=run.note)
     learners = LearnerGroup(
