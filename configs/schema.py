@@ -74,7 +74,7 @@ class PreferenceConfig:
     """
     prompts: str | None = None
     """File of prompts, instead of the data source's own."""
-    count: Count = 256
+    count: Count = 128
     """Prompts per iteration."""
     samples: Count = 1
     """Samples of each prompt."""
@@ -104,7 +104,7 @@ class EvaluationConfig:
     """Held-out questions."""
     edits: CountOrNone = 60
     """Held-out edits."""
-    diversity: CountOrNone = 8
+    diversity: CountOrNone = 4
     """Held-out prompts of which four images each are drawn, to measure how far they differ; 0 measures nothing."""
     grid: Count = 8
     """Columns of the sample grid."""
