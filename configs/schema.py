@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from actors.config import PlacementConfig, RolloutConfig
 from configs.stages import (
     DpoStage,
+    RewardStage,
     RlStage,
     SftStage,
     SupervisedStage,
@@ -28,7 +29,7 @@ from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
 from vargpt_rl.stages import ALIGN, RUN_STAGES, STAGES, Learns, stages_of
 
-METHODS = ("dpo", *ONLINE)
+METHODS = ("dpo", "reward", *ONLINE)
 """Alignment methods of an iteration."""
 
 
@@ -39,9 +40,12 @@ class AlignConfig:
     sft: bool = True
     """Begin with SFT. Without it, online methods start from the policy as it is; DPO samples from SFT's checkpoints."""
     methods: list[Annotated[str, OneOf(*METHODS)]] = field(default_factory=lambda: ["dpo"])
-    """Methods, in the order in which they are applied, each from the policy of the last: dpo, rft, online_dpo, grpo.
+    """Methods, in the order in which they are applied, each from the policy of the last: dpo, reward, rft, online_dpo,
+    grpo.
 
-    dpo: on pairs of samples and winners, as in the paper. The others: online, on rewards of the policy's own images.
+    dpo: on pairs of samples and winners, as in the paper. reward: leaves the policy as it is and learns a reward from
+    the pairs, which the methods after it maximise instead of ``reward.path``. The others: online, on rewards of the
+    policy's own images.
     """
 
     def __post_init__(self):
@@ -56,6 +60,17 @@ class AlignConfig:
     def online(self) -> list[str]:
         """The methods that draw and judge their own images."""
         return [method for method in self.methods if method in ONLINE]
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether a method learns from preference pairs."""
+        return "dpo" in self.methods or "reward" in self.methods
+
+    @property
+    def unlearned(self) -> list[str]:
+        """The online methods without a learned reward before them."""
+        learned = self.methods.index("reward") if "reward" in self.methods else len(self.methods)
+        return [method for method in self.online if self.methods.index(method) < learned]
 
 
 @dataclass
@@ -133,7 +148,7 @@ class TrackingConfig:
 
     def __post_init__(self):
         moment, _, metric = (self.best or "after_dpo.overall").partition(".")
-        moments = ["after_sft", *(f"after_{method}" for method in METHODS)]
+        moments = ["after_sft", *(f"after_{method}" for method in METHODS if method != "reward")]
         if moment not in moments or not metric:
             raise ValueError(f"tracking.best={self.best}: expected MOMENT.METRIC with one of {moments}, or null")
 
@@ -173,6 +188,7 @@ class LoopConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     dpo: DpoStage = field(default_factory=DpoStage)
+    learned_reward: RewardStage = field(default_factory=RewardStage)
     rl: RlStage = field(default_factory=RlStage)
     edit: SupervisedStage = field(default_factory=edit_defaults)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -192,6 +208,7 @@ class LoopConfig:
         self._check_data()
         self._check_recipes()
         self._check_overlap()
+        self._check_learned()
         self._check_online()
         if self.reward.path and self.evaluation.reward == self.reward:
             raise ValueError(
@@ -223,7 +240,7 @@ class LoopConfig:
 
     def _check_data(self) -> None:
         """ValueError for what the stages need and the kind of data lacks."""
-        winners = {"preference.winners": self.preference.winners} if "dpo" in self.align.methods else {}
+        winners = {"preference.winners": self.preference.winners} if self.align.learns_pairs else {}
         if self.data.kind == "captioned":
             needed = {"data.captions": self.data.captions, "data.images": self.data.images} | winners
             self._check_set(needed, f"data=captioned needs {', '.join(needed)}")
@@ -299,12 +316,41 @@ class LoopConfig:
         """Whether the run trains on rewards of the policy's own images."""
         return ALIGN in self.stages and bool(self.align.online)
 
+    def _check_learned(self) -> None:
+        """ValueError for what a learned reward lacks."""
+        methods = self.align.methods
+        if "reward" not in methods or ALIGN not in self.stages:
+            return
+        self._check_batch("learned_reward")
+        if self.learned_reward.table is not None:
+            return
+        if not self.align.sft:
+            raise ValueError(
+                "align.sft=false with align.methods containing reward: the samples of its pairs are from SFT's "
+                "checkpoints; expected learned_reward.table=... or align.sft=true"
+            )
+        before_dpo = methods.index("reward") < (methods.index("dpo") if "dpo" in methods else 0)
+        if before_dpo and self.dpo.min_pairs is not None:
+            raise ValueError(
+                f"align.methods={methods} with dpo.min_pairs: expected dpo before reward, or no dpo.min_pairs"
+            )
+        pairs = self.preference.count * self.preference.samples
+        if pairs * (1 - self.learned_reward.held_out) < self.learned_reward.recipe.batch:
+            raise ValueError(
+                f"preference.count={self.preference.count}: at most {pairs} pairs, of which "
+                f"learned_reward.held_out={self.learned_reward.held_out} are not trained on; expected at least "
+                f"learned_reward.recipe.batch={self.learned_reward.recipe.batch} to train on"
+            )
+
     def _check_online(self) -> None:
         """ValueError for what online RL lacks."""
         if not self.runs_rl:
             return
-        if self.reward.path is None:
-            raise ValueError(f"align.methods={self.align.methods}: {self.align.online[0]} needs reward.path=...")
+        if self.reward.path is None and self.align.unlearned:
+            raise ValueError(
+                f"align.methods={self.align.methods}: {self.align.unlearned[0]} needs reward.path=... "
+                f"or the method reward before it"
+            )
         if self.rl.staleness and self.placement.is_colocated:
             raise ValueError("rl.staleness=1 is for placement=split: in colocated, workers and ranks take turns")
         self._check_batch("rl")

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from learners.config import DpoConfig, Recipe, RlConfig
+from learners.config import DpoConfig, LearnedRewardConfig, Recipe, RlConfig
 from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Share, at_least
 
 
@@ -133,6 +133,17 @@ class RlStage(RlConfig):
     recipe: Recipe = field(
         default_factory=lambda: Recipe(steps=4, batch=64, micro_batch=8, lr=2e-4, schedule="constant", warmup_ratio=0.0)
     )
+
+
+@dataclass
+class RewardStage(LearnedRewardConfig):
+    """A reward learned from preference pairs, on the understanding half of the iteration's policy."""
+
+    table: str | None = None
+    """Preference table to learn from; null is the iteration's own, which is made if ``dpo`` has not made it."""
+    held_out: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.2
+    """Share of the prompts whose pairs only measure the reward."""
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=300, batch=16, micro_batch=8, lr=5e-4))
 
 
 @dataclass

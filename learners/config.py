@@ -34,6 +34,9 @@ LOSS_TYPES = (
 )
 """Loss types of TRL's DPO."""
 
+UNDERSTANDING = ("language_model", "vision_tower", "vision_projector")
+"""Parts of the understanding half."""
+
 
 @dataclass
 class Recipe:
@@ -146,6 +149,18 @@ class RlConfig:
     frozen: list[str] = field(default_factory=list)
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
+
+
+@dataclass
+class LearnedRewardConfig:
+    """A reward learned from pairs."""
+
+    trains: list[Annotated[str, OneOf(*UNDERSTANDING)]] = field(
+        default_factory=lambda: ["language_model", "vision_tower"]
+    )
+    """Parts that train beside the head: language_model, vision_tower, vision_projector (a part of vision_tower)."""
+    center: NotNegative = 0.01
+    """Weight of the squared sum of a pair's rewards, which keeps rewards around 0 (arXiv 2312.09244)."""
 
 
 @dataclass

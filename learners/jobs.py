@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from learners.config import DpoConfig, Recipe, RlConfig
+from learners.config import DpoConfig, LearnedRewardConfig, Recipe, RlConfig
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Probe
@@ -106,4 +106,20 @@ class PolicyGradientJob:
     """Training checkpoint to resume from; set by the learner group."""
 
 
-Job = SftJob | DpoJob | PolicyGradientJob | TokenizerJob
+@dataclass(frozen=True, kw_only=True)
+class RewardJob:
+    """Bradley-Terry training of a learned reward on the understanding half of ``start``."""
+
+    kind: ClassVar[str] = "reward"
+    start: Policy
+    pairs: Path
+    """Folder of the pairs and their images (`vargpt_rl.data.reward_pairs`)."""
+    recipe: Recipe
+    reward: LearnedRewardConfig
+    output: Path
+    seed: int
+    resume: Path | None = None
+    """Training checkpoint to resume from; set by the learner group."""
+
+
+Job = SftJob | DpoJob | PolicyGradientJob | RewardJob | TokenizerJob

@@ -17,23 +17,34 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import DPOConfig
+from trl import DPOConfig, RewardConfig
 
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import ImageDpoTrainer
 from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import POLICIES
 from learners.image_tokenizer import image_batches, train_image_tokenizer
-from learners.jobs import DpoJob, Job, PolicyGradientJob, SftJob, TokenizerJob, save_request, training_checkpoints
+from learners.jobs import (
+    DpoJob,
+    Job,
+    PolicyGradientJob,
+    RewardJob,
+    SftJob,
+    TokenizerJob,
+    save_request,
+    training_checkpoints,
+)
 from learners.methods import ONLINE
 from learners.pairs import PairTable
 from learners.policy_batches import PolicyBatches
 from learners.resume import SaveEvery
+from learners.reward import ShownImageRewardTrainer, pairs_dataset, train_parts
 from learners.sft import SftTrainer
 from learners.training import SaveAt, finish, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
+from vargpt_rl.data.reward_pairs import RewardPairCollator
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
@@ -43,6 +54,7 @@ from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
 from vargpt_rl.storage.checkpoint import Policy, load_weights_into, save_checkpoint
+from vargpt_rl.storage.reward_base import load_reward_model
 
 
 class WriteLog(TrainerCallback):
@@ -116,6 +128,8 @@ class Rank:
                 return self.dpo(job)
             case PolicyGradientJob():
                 return self.policy_gradient(job)
+            case RewardJob():
+                return self.reward(job)
             case TokenizerJob():
                 return self.tokenizer(job)
 
@@ -126,7 +140,9 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
-    def _run(self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob | PolicyGradientJob) -> dict:
+    def _run(
+        self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob | PolicyGradientJob | RewardJob
+    ) -> dict:
         output = job.output
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
@@ -142,8 +158,9 @@ class Rank:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "trained_tensors": len(trained),
-            "probe": self._score(trainer, chat, job.probe),
         }
+        if not isinstance(job, RewardJob):  # a reward model draws nothing
+            result["probe"] = self._score(trainer, chat, job.probe)
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
@@ -260,6 +277,29 @@ class Rank:
         worst = torch.tensor([trainer.first_update_max_abs_log_ratio], dtype=torch.float64, device=arguments.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return result | {"first_update_max_abs_log_ratio": worst.item(), "waited": batches.waited}
+
+    def reward(self, job: RewardJob) -> dict:
+        """Learn a reward from pairs. Adds the share of pairs of the last tenth of the steps that it got right."""
+        torch.manual_seed(job.seed + self.rank)
+        model = load_reward_model(job.start, torch.bfloat16 if self.bf16 else torch.float32)
+        trained = train_parts(model, job.reward)
+        chat = markup_for(job.start.model, model.config)
+        arguments = RewardConfig(
+            **self._common(job.recipe, job.seed, job.output),
+            center_rewards_coefficient=job.reward.center or None,
+            max_length=None,
+        )
+        trainer = ShownImageRewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=pairs_dataset(job.pairs),
+            data_collator=RewardPairCollator(chat, job.pairs),
+            processing_class=chat.tokenizer,
+        )
+        result = self._run(trainer, chat, trained, job)
+        right = [entry["accuracy"] for entry in trainer.state.log_history if "accuracy" in entry]
+        last = right[-max(1, len(right) // 10) :]
+        return result | {"train_accuracy": sum(last) / len(last)}
 
     def tokenizer(self, job: TokenizerJob) -> dict:
         """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps)."""

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from vargpt_rl.data.reward_pairs import QUESTION
 from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
@@ -24,7 +25,6 @@ from vargpt_rl.text.engine import TextEngine, TextRequest
 from vargpt_rl.text.transformers_engine import TransformersEngine
 from vargpt_rl.text.vllm_engine import VllmEngine, is_installed
 
-QUESTION = "Does this picture show: {prompt}? Answer Yes or No."
 KINDS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "vargpt": Vargpt}
 
 

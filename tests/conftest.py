@@ -36,6 +36,7 @@ MARKS = {
         "learners/test_group.py",
         "learners/test_policy_gradient.py",
         "learners/test_resume.py",
+        "learners/test_reward.py",
     ],
     "loop": [
         "driver/test_faults.py",

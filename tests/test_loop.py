@@ -238,7 +238,8 @@ def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeyp
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
     it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
     align(it, Policy(""))
-    assert asked == [step for step in Step if control or "control" not in step]
+    skipped = {Step.REWARD} | (set() if control else {step for step in Step if "control" in step})
+    assert asked == [step for step in Step if step not in skipped]
 
 
 def test_methods_follow_each_other(tmp_path, monkeypatch):
@@ -249,6 +250,16 @@ def test_methods_follow_each_other(tmp_path, monkeypatch):
     assert asked[4:-1] == ["rft", "rft_swap", "after_rft", "grpo", "grpo_swap", "after_grpo"]
     assert [path.parent.name for path in policy.weights] == ["iter-00-sft", "iter-00-rft", "iter-00-grpo"]
     assert list(results["eval"]) == ["after_sft", "after_rft", "after_grpo"]
+
+
+def test_a_learned_reward_precedes_the_methods_that_use_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
+    policy, results = loop.align(stage_context(tmp_path, "align.methods=[reward,grpo]"), Policy(""))
+    assert asked[4:-1] == ["sample", "judge", "pair", "reward", "grpo", "grpo_swap", "after_grpo"]
+    assert [path.parent.name for path in policy.weights] == ["iter-00-sft", "iter-00-grpo"], "no reward in the policy"
+    assert {"rollout", "pairs", "learned_reward"} <= results.keys()
+    assert list(results["eval"]) == ["after_sft", "after_grpo"]
 
 
 def test_a_killed_stage_resumes_inside(finished):

@@ -46,6 +46,7 @@ from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.learned import train_reward
 from vargpt_rl.driver.online import forget_batches, train_online
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
@@ -82,9 +83,7 @@ def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
     if it.config.dpo.min_pairs:
         rollout, pairs, dpo = sample_while_training(it, policy)
     else:
-        rollout = it.step(Step.SAMPLE, sample, policy)
-        judged = it.step(Step.JUDGE, judge)
-        pairs = it.step(Step.PAIR, pair, policy, judged)
+        rollout, pairs = make_pairs(it, policy)
         dpo = it.step(Step.DPO, train_dpo, policy)
     control = run_control(it, policy) if it.config.dpo.control else None
     policy = it.adopt(policy, Step.DPO)
@@ -94,12 +93,30 @@ def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
     return policy, results | {"eval": {"after_dpo": after, "sft_on_winners": control}}
 
 
+def make_pairs(it: StageContext, policy: Policy) -> tuple[dict, dict]:
+    """Sample, judge and pair with ``policy``, once an iteration; return the results of sampling and of pairing."""
+    rollout = it.step(Step.SAMPLE, sample, policy)
+    judged = it.step(Step.JUDGE, judge)
+    return rollout, it.step(Step.PAIR, pair, policy, judged)
+
+
 def run_control(it: StageContext, policy: Policy) -> dict:
     """Train SFT on the winners of the pairs instead of DPO, and evaluate it; the policy is not changed."""
     control = it.step(Step.CONTROL, train_control, policy)
     controlled = it.adopt(policy, Step.CONTROL)
     it.step(Step.CONTROL_SWAP, swap, controlled, control)
     return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
+
+
+def run_reward(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+    """Learn a reward, which later methods maximise and evaluations report; the policy is not changed."""
+    made = {}
+    overlapped = it.config.runs_dpo and it.config.dpo.min_pairs  # then DPO, which precedes, has made the pairs
+    if it.config.learned_reward.table is None and not overlapped:
+        made["rollout"], made["pairs"] = make_pairs(it, policy)
+    learned = it.step(Step.REWARD, train_reward, policy)
+    it.drop_resume_state(Step.REWARD)
+    return policy, made | {"learned_reward": learned, "eval": {}}
 
 
 def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
@@ -112,7 +129,7 @@ def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, d
     return policy, {method: {**trained, "swap": swapped}, "eval": {f"after_{method}": after}}
 
 
-METHODS = {"dpo": run_dpo} | {name: partial(run_online, method=name) for name in ONLINE}
+METHODS = {"dpo": run_dpo, "reward": run_reward} | {name: partial(run_online, method=name) for name in ONLINE}
 """Alignment methods of an iteration, by the names in ``align.methods``."""
 
 

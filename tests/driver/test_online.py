@@ -153,6 +153,7 @@ def test_a_batch_carries_what_the_learner_needs(tmp_path, rewards, kl, reference
         (["align.methods=[]"], "align.methods=[]: expected some of"),
         (["align.methods=[grpo,grpo]"], "each at most once"),
         (["align.methods=[grpo]"], "grpo needs reward.path="),
+        (["align.methods=[rft,reward,grpo]"], "rft needs reward.path=... or the method reward before it"),
         ([*SETTINGS, "rl.group=1"], "rl.group=1: expected 2 or more"),
         ([*SETTINGS, "rl.credit_alpha=-1"], "rl.credit_alpha=-1: expected 0 or more"),
         ([*SETTINGS, "rl.credit_scales=9"], "rl.credit_scales=9: expected 1 to 2, the scales of an image of 32 px"),

@@ -14,6 +14,7 @@ from vargpt_rl.data.sources import ImageCheck
 from vargpt_rl.driver.grids import write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
+from vargpt_rl.driver.learned import current_reward
 from vargpt_rl.driver.pairs import write_pairs
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
 from vargpt_rl.driver.sampling import encode_winners, generate
@@ -41,7 +42,7 @@ def draw_before(it: StageContext, policy: Policy) -> dict:
 
 
 def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
-    """Generate held-out prompts and score the images; with DPO also preferences, on pairs fixed after SFT."""
+    """Generate held-out prompts and score the images; with preference pairs also margins on pairs fixed after SFT."""
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
@@ -51,7 +52,7 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
         if moment != baseline and (gain := paired_gain(images, read_scores(it.scores(baseline)))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     result |= diversity_over_seeds(it)
-    if "dpo" in it.config.align.methods:
+    if it.config.align.learns_pairs:
         result |= fix_held_out_pairs(it, samples) if moment == Step.AFTER_SFT else preference_metrics(it)
     write_row(it, moment, samples[: it.config.evaluation.grid])
     _keep_best(it, policy, moment, result)
@@ -216,7 +217,7 @@ def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[Sc
     means: dict = {"n": len(samples)}
     verdicts = it.pool.run(Worker.check, items, it.resolution, check) if check else []
     found: dict[str, list[float | None]] = {}
-    for name, plugin in (("judge", it.inputs.judge), ("reward", it.inputs.reward)):
+    for name, plugin in (("judge", it.inputs.judge), ("reward", current_reward(it))):
         if plugin:
             found[name] = score(it, items, plugin)[0]
             means |= _means(name, found[name])

@@ -21,9 +21,10 @@ from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
 from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.driver.judging import running, score
+from vargpt_rl.driver.learned import current_reward
 from vargpt_rl.driver.sampling import generate
 from vargpt_rl.driver.seeds import Purpose, seeds_for
-from vargpt_rl.driver.session import StageContext
+from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.diversity import diversity
 from vargpt_rl.model.families import load_config
 
@@ -61,12 +62,16 @@ class Judges:
 
 @contextmanager
 def judges(it: StageContext) -> Iterator[Judges]:
-    """Start the reward's processes and those of the second judge: ``evaluation.reward``, else the source's check."""
+    """Start the reward's processes and those of the second judge: ``evaluation.reward``, else the source's check.
+
+    The reward is the one that the iteration has learned, else the run's.
+    """
+    is_check = it.config.reward.path == SHAPES_CHECK and not it.is_done(Step.REWARD)
     with ExitStack() as stack:
-        reward = stack.enter_context(running(it.inputs.reward))
+        reward = stack.enter_context(running(current_reward(it)))
         judge = stack.enter_context(running(it.inputs.judge))
         assert reward is not None, "the settings require a reward for online methods"
-        check = it.source.image_check() if it.config.reward.path != SHAPES_CHECK else None  # it says the same
+        check = None if is_check else it.source.image_check()  # which would say the same
         yield Judges(reward, judge or check)
 
 
@@ -85,8 +90,9 @@ def draw_batch(it: StageContext, judges: Judges, number: int, method: OnlineMeth
         _add_groups(it, judges, batch, _prompts(it, missing, seed), seed, method)
     if not batch.samples:
         seen = sorted(set(batch.all_rewards))[:3]
+        name = "the learned reward" if it.is_done(Step.REWARD) else f"reward.path={it.config.reward.path}"
         raise NothingToLearnError(
-            f"reward.path={it.config.reward.path}: no group of {settings.group} images has different rewards: of "
+            f"{name}: no group of {settings.group} images has different rewards: of "
             f"{batch.counts['drawn']} groups, {batch.counts['equal']} have equal ones (such as {seen}) and "
             f"{batch.counts['unscored']} fewer than two; expected rewards that tell images of a prompt apart"
         )

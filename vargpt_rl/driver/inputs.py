@@ -9,9 +9,11 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
 from configs.stages import SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
+from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.stream import EDITS, RecordStream, task_of
+from vargpt_rl.data.reward_pairs import check_split
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import (
     CaptionedConfig,
@@ -25,6 +27,7 @@ from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
+from vargpt_rl.storage.reward_base import check_understanding
 
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
 """The reward that equals the shapes world's exact check."""
@@ -69,6 +72,22 @@ def check_resolutions(model: str, resolutions: list[int]) -> None:
         raise ValueError(f"resolutions={list(resolutions)}: {error}") from error
 
 
+def check_learned_reward(config: LoopConfig, model: str) -> None:
+    """ValueError for a model without an understanding half, or a table that a reward cannot be learned from."""
+    check_understanding(model)
+    for resolution in config.resolutions:
+        settings = config.at_resolution(resolution).learned_reward
+        if settings.table is None:
+            continue
+        path = Path(settings.table)
+        if not path.is_file():
+            raise ValueError(f"learned_reward.table={path}: there is no such file")
+        rows = read_table(path)
+        if found := set(rows.resolution) - {resolution}:
+            raise ValueError(f"learned_reward.table={path}: its images have {min(found)} px, expected {resolution}")
+        check_split(rows, settings.held_out, config.seed, settings.recipe.batch, f"learned_reward.table={path}")
+
+
 def make_reward(config: RewardConfig) -> Callable | None:
     """Return the reward that the settings name, if any. ValueError if it cannot be made."""
     return make_plugin(config.path, dict(config.options)) if config.path else None
@@ -94,6 +113,8 @@ def gather(config: LoopConfig) -> Inputs:
     check_resolutions(model, config.resolutions)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
+    if "reward" in config.align.methods and ALIGN in config.stages:
+        check_learned_reward(config, model)
     reward = make_reward(config.reward)
     judge = make_reward(config.evaluation.reward)
     builder = make_builder(config.preference.builder, dict(config.preference.options), reward is not None)
@@ -139,8 +160,8 @@ def make_source(
 def is_judged_by_its_reward(config: LoopConfig) -> bool:
     """Return whether the held-out score also trains, through pairs or online, and so is no independent measure."""
     score = SHAPES_CHECK if config.data.kind == "shapes" else config.reward.path
-    # The default builder takes all pairs.
-    chooses = config.preference.builder != PreferenceConfig.builder or bool(config.align.online)
+    # The default builder takes all pairs; a learned reward stands between the score and the methods after it.
+    chooses = config.preference.builder != PreferenceConfig.builder or bool(config.align.unlearned)
     return bool(chooses and config.reward.path == score and score and not config.evaluation.reward.path)
 
 

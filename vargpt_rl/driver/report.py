@@ -14,11 +14,15 @@ def _number(result: dict | None, key: str, form: str) -> str:
     return format(result[key], form) if result and key in result else "-"
 
 
+def _with_error(result: dict, key: str) -> str:
+    return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}"
+
+
 def _measure(result: dict | None) -> str:
     """Format a held-out measure with its standard error."""
     for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
         if result and key in result:
-            return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}{unit}"
+            return f"{_with_error(result, key)}{unit}"
     return "-"
 
 
@@ -100,6 +104,17 @@ def _change(result: dict, figure: str) -> str:
     return f"{result[f'{figure}_first']:.3f} -> {result[f'{figure}_last']:.3f}"
 
 
+def _learned(result: dict) -> str:
+    """Describe a learned reward: its accuracy on held-out pairs, and its agreement with the exact check."""
+    names = {
+        "accuracy_winners": "on held-out pairs with winners",
+        "accuracy_own": "on held-out pairs of own images",
+        "agreement": "agreement with the exact check on held-out images",
+    }
+    found = [f"{text} {_with_error(result, key)}" for key, text in names.items() if key in result]
+    return f"learned reward: {', '.join(found)}"
+
+
 def show(summary: dict, directory: object) -> None:
     """Print the closing tables and the folder of the run."""
     console = wide_console()
@@ -109,6 +124,9 @@ def show(summary: dict, directory: object) -> None:
         console.print(closing_table(summary))
     if any(name in iteration for name in ONLINE for iteration in summary["iterations"]):
         console.print(method_table(summary["iterations"]))
+    for k, iteration in enumerate(summary["iterations"]):
+        if learned := iteration.get("learned_reward"):
+            console.print(f"iteration {k}: {_learned(learned)}")
     for moment, result in summary["understanding"].items():
         if result:
             accuracy, error = result["accuracy"], result["accuracy_stderr"]

@@ -41,6 +41,7 @@ READ_BACK = (
     "rollouts/*/*",
     "samples/*/*",
     "checkpoints/*/final/COMPLETE",
+    "checkpoints/*/final/reward.json",
     "checkpoints/*/step-*/COMPLETE",
     "best/*",
 )

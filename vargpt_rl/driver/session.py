@@ -42,6 +42,7 @@ class Step(StrEnum):
     AFTER_CONTROL = "after_control"
     DPO_SWAP = "dpo_swap"
     AFTER_DPO = "after_dpo"
+    REWARD = "reward"
     GRID = "grid"
 
 
@@ -123,6 +124,10 @@ class StageContext:
         """
         name = "/".join(filter(None, [self.name, step]))
         return self.run.step(name, lambda: work(self, *args))
+
+    def is_done(self, step: str) -> bool:
+        """Tell whether a step of this stage is recorded."""
+        return f"{self.name}/{step}" in self.run.state["steps"]
 
     def swap_to(self, policy: Policy) -> dict:
         """Load ``policy`` into the workers; return version, bytes, seconds."""

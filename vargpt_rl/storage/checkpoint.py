@@ -5,8 +5,9 @@ A directory without that marker is never read. Tensors are hashed once, when the
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import filterfalse
 from pathlib import Path
 
 import torch
@@ -94,8 +95,10 @@ def check_checkpoint(directory: Path) -> Path:
 
 
 @torch.no_grad()
-def load_weights_into(model: torch.nn.Module, directories: Iterable[Path]) -> None:
-    """Copy weight sets into a model, in order.
+def load_weights_into(
+    model: torch.nn.Module, directories: Iterable[Path], ignored: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Copy weight sets into a model, in order, without the tensors whose name is ``ignored``.
 
     Raises ValueError for a tensor that the model does not have, or has in another shape.
     """
@@ -103,7 +106,7 @@ def load_weights_into(model: torch.nn.Module, directories: Iterable[Path]) -> No
     for directory in directories:
         path = check_checkpoint(directory)
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
+            for name in filterfalse(ignored, file.keys()):
                 tensor = file.get_tensor(name)
                 if name not in own or own[name].shape != tensor.shape:
                     expected = tuple(own[name].shape) if name in own else "no such tensor"

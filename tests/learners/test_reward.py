@@ -1,0 +1,107 @@
+"""Learning a reward from pairs: whole jobs of both families, and one that resumes."""
+
+import json
+import math
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from learners.config import LearnedRewardConfig, LearnerConfig, Recipe
+from learners.jobs import RewardJob, training_checkpoints
+from learners.rank import Rank
+from learners.reward import train_parts
+from rewards.learned import LearnedReward
+from vargpt_rl.common.network import free_port
+from vargpt_rl.data.reward_pairs import RewardPair, write_pairs_file
+from vargpt_rl.model.reward_model import HEAD
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
+from vargpt_rl.storage.reward_base import describe_reward, load_reward_model
+
+STEPS, CUT = 12, 8
+COLOURS = ("red", "green", "blue", "yellow")
+RECIPE = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=3e-3, schedule="constant", warmup_ratio=0.0)
+
+
+def pairs_in(folder: Path) -> Path:
+    """Pairs in which the image of the prompt's colour is chosen over another."""
+    folder.mkdir()
+    for colour in COLOURS:
+        Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
+    pairs = [RewardPair(f"a {a} square", f"{a}.png", f"{b}.png") for a in COLOURS for b in COLOURS if a != b]
+    write_pairs_file(folder, pairs)
+    return folder
+
+
+def learn(address: tuple[str, int], job: RewardJob, results) -> None:
+    """The only rank of a job, in a process of its own."""
+    rank = Rank(0, LearnerConfig(ranks=1, save_every=CUT), threads=1, use_gpu=False)
+    rank.join(*address)
+    results.put(rank.run(job))
+
+
+def learned(checkpoint: Path, pairs: Path, output: Path, resume: Path | None = None) -> tuple[dict, list[dict], dict]:
+    """The result, the log and the weights of a job."""
+    job = RewardJob(
+        start=Policy(str(checkpoint)),
+        pairs=pairs,
+        recipe=RECIPE,
+        reward=LearnedRewardConfig(),
+        output=output,
+        seed=0,
+        resume=resume,
+    )
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    address = ray.util.get_node_ip_address(), free_port()
+    process = context.Process(target=learn, args=(address, job, results), daemon=True)
+    process.start()
+    result = results.get(timeout=500)
+    process.join()
+    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return result, [line for line in lines if "loss" in line], load_file(check_checkpoint(output / "final"))
+
+
+@pytest.mark.timeout(900)
+def test_a_reward_is_learned_and_exported(family, tmp_path):
+    pairs = pairs_in(tmp_path / "pairs")
+    result, lines, weights = learned(family.checkpoint, pairs, tmp_path / "whole")
+    assert result["steps"] == STEPS and "probe" not in result
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-3), "the head starts at 0"
+    assert all(math.isfinite(line["loss"]) for line in lines) and 0 <= result["train_accuracy"] <= 1
+    before = load_file(f"{family.checkpoint}/model.safetensors")
+    assert weights[HEAD].any()
+    assert sum(not torch.equal(tensor, before[name]) for name, tensor in weights.items() if name != HEAD) > 5
+    describe_reward(tmp_path / "whole/final", Policy(str(family.checkpoint)), {})
+    scores = LearnedReward(str(tmp_path / "whole/final"))([Image.new("RGB", (64, 64), "red")], ["a red square"])
+    assert len(scores) == 1 and math.isfinite(scores[0])
+
+
+@pytest.mark.timeout(900)
+def test_a_cut_job_resumes_bitwise(checkpoint, tmp_path):
+    pairs = pairs_in(tmp_path / "pairs")
+    _, lines, weights = learned(checkpoint, pairs, tmp_path / "whole")
+    saved = training_checkpoints(tmp_path / "whole") / f"checkpoint-{CUT:06d}"
+    _, rest, resumed = learned(checkpoint, pairs, tmp_path / "resumed", saved)
+    assert [line["step"] for line in rest] == list(range(CUT + 1, STEPS + 1))
+    assert [line["loss"] for line in rest] == [line["loss"] for line in lines[CUT:]]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        ([], (HEAD,)),
+        (["vision_projector"], (HEAD, "model.visual.merger.")),
+        (["language_model"], (HEAD, "model.language_model.")),
+    ],
+)
+def test_only_the_named_parts_and_the_head_train(checkpoint, parts, prefixes):
+    model = load_reward_model(Policy(str(checkpoint)), torch.float32)
+    trained = train_parts(model, LearnedRewardConfig(trains=parts))
+    assert all(name.startswith(prefixes) for name in trained) and HEAD in trained
+    assert len(trained) > len(parts)

@@ -1,0 +1,144 @@
+"""A learned reward: train it on preference pairs, measure it on held-out ones, and use it in the methods that follow.
+
+Pairs are those of the iteration's own preference table, or of ``learned_reward.table``. They are split by prompt.
+Held-out accuracy is reported for each kind of pair: with external winners a reward may learn to tell a renderer from a
+policy instead of right from wrong, which pairs of the policy's own images show. Where the source has an exact check,
+its verdict on held-out images is compared with the reward, too; training never sees those.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from actors.worker import PromptedBits, Worker
+from learners.jobs import RewardJob
+from rewards import Reward
+from rewards.learned import LearnedReward
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.reward_pairs import (
+    OWN,
+    WINNERS,
+    RewardPair,
+    check_split,
+    pair_kinds,
+    split_by_prompt,
+    write_pairs_file,
+)
+from vargpt_rl.data.samples import Prompt
+from vargpt_rl.driver.judging import score
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.driver.training import follow
+from vargpt_rl.evaluate.agreement import area_under_curve, pair_accuracy
+from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.reward_base import describe_reward
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Held-out pairs with the rewards of both sides."""
+
+    rows: pd.DataFrame
+    chosen: list[float]
+    rejected: list[float]
+
+
+def current_reward(it: StageContext) -> Reward | None:
+    """Return the reward that methods maximise: the one that the iteration has learned, else the run's, if any."""
+    return learned_reward(it) if it.is_done(Step.REWARD) else it.inputs.reward
+
+
+def learned_reward(it: StageContext) -> LearnedReward:
+    """Return the reward that this iteration has learned."""
+    return LearnedReward(str(it.checkpoint(Step.REWARD) / "final"))
+
+
+def train_reward(it: StageContext, policy: Policy) -> dict:
+    """Learn a reward on the understanding half of ``policy``, and measure it on held-out pairs and images."""
+    settings = it.config.learned_reward
+    table = Path(settings.table) if settings.table else it.table()
+    rows = read_table(table)
+    check_split(rows, settings.held_out, it.config.seed, settings.recipe.batch, table)
+    train, held_out = split_by_prompt(rows, settings.held_out, it.config.seed)
+    folder = it.run.directory.resolve() / "rollouts" / f"{it.name}-{Step.REWARD}"
+    it.swap_to(policy)
+    _write_pairs(it, train, folder)
+    job = RewardJob(
+        start=policy,
+        pairs=folder,
+        recipe=settings.recipe,
+        reward=settings,
+        output=it.checkpoint(Step.REWARD),
+        seed=it.config.seed + it.index,
+    )
+    result = it.session.learners.run(job, follow(it, Step.REWARD, settings.recipe, it.config.learner.ranks))
+    shutil.rmtree(folder)
+    counts = {"pairs": len(train), "prompts": int(train.prompt.nunique()), "held_out_pairs": len(held_out)}
+    describe_reward(it.checkpoint(Step.REWARD) / "final", policy, {"resolution": it.resolution, **counts})
+    reward = learned_reward(it)
+    result |= counts | _pair_accuracies(_scored(it, held_out, reward)) | _agreement(it, reward)
+    it.log(f"evaluate/{Step.REWARD}", it.index, {key: result[key] for key in result if key not in ("steps", "seconds")})
+    return result
+
+
+def _write_pairs(it: StageContext, rows: pd.DataFrame, folder: Path) -> None:
+    """Decode both images of each pair in the workers, as PNG files, and write the table of pairs."""
+    pairs = []
+    items: list[tuple[PromptedBits, str]] = []
+    for number, row in enumerate(rows.to_dict("records")):
+        prompt = Prompt(row["prompt_id"], row["prompt"], row["reply"])
+        names = [f"{number:06d}-{side}.png" for side in SIDES]
+        items += [((prompt, row[f"{side}_bits"]), name) for side, name in zip(SIDES, names, strict=True)]
+        pairs.append(RewardPair(row["prompt"], *names))
+    folder.mkdir(parents=True, exist_ok=True)
+    it.pool.run(Worker.write_images, items, it.resolution, str(folder))
+    write_pairs_file(folder, pairs)
+
+
+def _scored(it: StageContext, rows: pd.DataFrame, reward: Reward) -> ScoredPairs:
+    """Score both sides of each row in the reward's own process. ValueError if one is not scored."""
+    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    items = [item for side in SIDES for item in zip(prompts, rows[f"{side}_bits"], strict=True)]
+    values, report = score(it, items, reward)
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        raise ValueError(f"the learned reward scored {len(found)} of {len(values)} held-out images: {report}")
+    return ScoredPairs(rows, found[: len(rows)], found[len(rows) :])
+
+
+def _pair_accuracies(pairs: ScoredPairs) -> dict[str, float]:
+    """Return the accuracy on held-out pairs with its standard error: of all, and of each kind that there is."""
+    kinds = pair_kinds(pairs.rows).tolist()
+    result: dict[str, float] = {}
+    for name, wanted in {"": (WINNERS, OWN), f"_{WINNERS}": (WINNERS,), f"_{OWN}": (OWN,)}.items():
+        chosen = [value for value, kind in zip(pairs.chosen, kinds, strict=True) if kind in wanted]
+        rejected = [value for value, kind in zip(pairs.rejected, kinds, strict=True) if kind in wanted]
+        if chosen:
+            result[f"accuracy{name}"], result[f"accuracy{name}_stderr"] = pair_accuracy(chosen, rejected)
+            result[f"n{name}"] = len(chosen)
+    return result
+
+
+def _agreement(it: StageContext, reward: Reward) -> dict[str, float]:
+    """Compare the reward with the source's exact check on the images of held-out prompts drawn after SFT.
+
+    ``agreement``: probability that a right image has a higher reward than a wrong one. ``held_out_reward``: the mean,
+    from which later methods start. ``real_over_own``: share of winners with a higher reward than the policy's image.
+    """
+    pairs = _scored(it, read_table(it.table("held-out")), reward)
+    result: dict[str, float] = {"held_out_reward": sum(pairs.rejected) / len(pairs.rejected)}
+    result["real_over_own"], result["real_over_own_stderr"] = pair_accuracy(pairs.chosen, pairs.rejected)
+    if (check := it.source.image_check()) is None:
+        return result
+    prompts = [Prompt(*row) for row in pairs.rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    items = list(zip(prompts, pairs.rows.rejected_bits, strict=True))
+    verdicts = check.values(it.pool.run(Worker.check, items, it.resolution, check))
+    right = [value for value, verdict in zip(pairs.rejected, verdicts, strict=True) if verdict == 1]
+    wrong = [value for value, verdict in zip(pairs.rejected, verdicts, strict=True) if verdict == 0]
+    if right and wrong:
+        result["agreement"], result["agreement_stderr"] = area_under_curve(right, wrong)
+        result |= {"right": len(right), "wrong": len(wrong)}
+    return result
