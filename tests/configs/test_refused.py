@@ -91,6 +91,7 @@ NOT_NEGATIVE = [
     "dpo.credit_alpha",
     "rl.credit_alpha",
     "rl.kl",
+    "learned_reward.center",
     "rollout.text_gpus",
 ]
 SHARES = [
@@ -101,6 +102,7 @@ SHARES = [
     "sampling.top_p",
     "dpo.label_smoothing",
     "rl.clip",
+    "learned_reward.held_out",
 ]
 WORDS = {
     "sft.recipe.schedule": "cosin",
@@ -108,6 +110,7 @@ WORDS = {
     "dpo.logp_norm": "sums",
     "stages": "[pretrian,align]",
     "align.methods": "[gpro]",
+    "learned_reward.trains": "[head]",
     "sft.frozen": "[projector]",
     "tracking.wandb": "on",
     "tracking.best": "after_sft",
@@ -239,6 +242,7 @@ def test_only_stages_that_run_are_compared():
     odd = ["learner.ranks=3", "sft.recipe.batch=48", "dpo.recipe.batch=48", "dpo.recipe.micro_batch=16"]
     small = [f"at.{pixels}.{stage}.recipe.{key}={value}" for pixels in (256,) for stage in ("sft", "dpo")
              for key, value in (("batch", 48), ("micro_batch", 16))]  # fmt: skip
+    odd.append("align.methods=[dpo]")
     config = load_config(["stages=[align]", *odd, *small])
     assert config.learner.ranks == 3 and config.pretrain.recipe.batch == 16
     with pytest.raises(ValueError, match="pretrain.recipe: batch=16"):
@@ -247,21 +251,21 @@ def test_only_stages_that_run_are_compared():
     with pytest.raises(ValueError, match="at.256: sft.recipe: batch=7"):
         load_config(["at.256.sft.recipe.batch=7"])
     assert load_config(["stages=[pretrain]", "dpo.min_pairs=1"]).dpo.min_pairs == 1
-    assert load_config(["rl.recipe.batch=1"]).rl.recipe.batch == 1
+    assert load_config(["align.methods=[dpo]", "rl.recipe.batch=1"]).rl.recipe.batch == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         (["align.methods=[ppo]"], "align.methods=['ppo']: ppo: expected one of dpo, "),
-        (["align.methods=[grpo]"], "grpo needs reward.path"),
+        (["align.methods=[grpo]", "reward.path=null"], "grpo needs reward.path=... or the method reward before it"),
         ([*RL, "rl.group=1"], "rl.group=1: expected 2 or more"),
         ([*RL, "rl.credit_scales=40"], "rl.credit_scales=40: expected 1 to "),
         (["dpo.credit_scales=40"], "dpo.credit_scales=40: expected 1 to "),
         ([*RL, "rl.credit_alpha=-0.1"], "rl.credit_alpha=-0.1: expected 0 or more"),
         ([*RL, "rl.staleness=1", "placement=colocated"], "rl.staleness=1 is for placement=split"),
         ([*RL, "rl.recipe.batch=7"], "rl.recipe: batch=7"),
-        ([*RL, "rl.prompts=100"], "rl.recipe.batch=128: expected at least rl.prompts x rl.group = 800"),
+        ([*RL, "rl.prompts=100"], "rl.recipe.batch=64: expected at least rl.prompts x rl.group = 800"),
         (["align.methods=[grpo,grpo]", *RL[1:]], "each at most once"),
         (["understanding.drawing_share=0.01"], "understanding.drawing_share=0.01: that is 0 of"),
         (["stages=[align,align]"], "each at most once"),
