@@ -72,6 +72,11 @@ class AlignConfig:
         learned = self.methods.index("reward") if "reward" in self.methods else len(self.methods)
         return [method for method in self.online if self.methods.index(method) < learned]
 
+    @property
+    def left_out(self) -> set[str]:
+        """Rows of the stage table (``vargpt_rl.stages``) that an iteration leaves out."""
+        return (set() if self.sft else {"sft"}) | (set() if "dpo" in self.methods else {"dpo", "sft_on_winners"})
+
 
 @dataclass
 class PreferenceConfig:
@@ -240,7 +245,7 @@ class LoopConfig:
 
     def _check_data(self) -> None:
         """ValueError for what the stages need and the kind of data lacks."""
-        winners = {"preference.winners": self.preference.winners} if self.align.learns_pairs else {}
+        winners = {"preference.winners": self.preference.winners}
         if self.data.kind == "captioned":
             needed = {"data.captions": self.data.captions, "data.images": self.data.images} | winners
             self._check_set(needed, f"data=captioned needs {', '.join(needed)}")
@@ -263,7 +268,7 @@ class LoopConfig:
                         f"data.max_tokens={self.data.max_tokens}: an image of {resolution} px has {tokens}"
                     )
             if ALIGN in self.stages:
-                needed = {"preference.prompts": self.preference.prompts} | winners
+                needed = {"preference.prompts": self.preference.prompts} | (winners if self.align.learns_pairs else {})
                 self._check_set(needed, f"with data=records the iterations need {' and '.join(needed)}")
 
     @staticmethod
@@ -284,7 +289,7 @@ class LoopConfig:
             except ValueError as error:
                 raise ValueError(f"{key}.frozen={frozen}: {error}") from error
         for stage in stages_of(self.stages):
-            if stage.learns is Learns.IMAGES or (stage.block == "dpo" and not self.runs_dpo):
+            if stage.learns is Learns.IMAGES or stage.name in self.align.left_out:
                 continue
             self._check_batch(stage.block)
             if stage.learns is Learns.QUESTIONS and self.data.kind != "records":

@@ -57,6 +57,16 @@ def test_the_papers_experiment_is_its_table():
         assert at.evaluation.prompts == 120, "nothing of the demo's is left"
 
 
+def test_the_grpo_experiment_has_nothing_of_the_demos():
+    given = ["checkpoint=x", "reward.path=rewards.technical:sharpness"]
+    config = load_config(["experiment=vargpt_v1_1_grpo", *given, "resolutions=[256,512]", "iterations=2"])
+    for resolution in (256, 512):
+        at = config.at_resolution(resolution)
+        assert (at.rl.prompts, at.rl.group, at.rl.recipe.steps, at.rl.recipe.batch) == (16, 16, 1200, 256)
+        assert (at.rl.recipe.lr, at.rl.credit_scales, at.evaluation.prompts) == (1e-5, 5, 120)
+    assert config.align.left_out == {"sft", "dpo", "sft_on_winners"}
+
+
 def test_every_stage_of_the_papers_experiment_can_learn_from_records():
     given = [*RECORDS, "+data.sources.drawings.files=[x.jsonl]", "+data.sources.edits={files:[y.jsonl],layout:editing}"]
     config = load_config(["experiment=vargpt_v1_1", "checkpoint=x", *given])

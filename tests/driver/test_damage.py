@@ -54,7 +54,7 @@ def work(directory, step):
         (directory / "best").mkdir(exist_ok=True)
         write_atomically(directory / "best/best.json", b'{"value": 0.5}')
         write_atomically(directory / "best/model.safetensors", b"weights")
-    return {"step": step, "score": 0.5}
+    return {"step": step, "score": 0.5} | ({"pairs": 1} if step == "iter-00/after_sft" else {})
 
 
 STEPS = [f"iter-00/{name}" for name in ("before", "sft", "after_sft", "pair", "dpo", "after_dpo")]

@@ -35,7 +35,7 @@ def run(tmp_path) -> Run:
             save_checkpoint(run.directory / "checkpoints" / name, {"weight": torch.arange(100.0)})
         if name := tables.get(step):
             write_table(run.directory / "preferences" / f"{name}.parquet", [row("a", chosen_bits=bytes(range(200)))])
-        run.step(step, dict)
+        run.step(step, lambda step=step: {"pairs": 1} if step == "iter-00/after_sft" else {})
     return run
 
 
@@ -43,6 +43,13 @@ def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[data.index(bytes(range(50, 60))) if file.suffix == ".parquet" else -1] ^= 1
     file.write_bytes(data)
+
+
+def test_a_run_without_preferences_needs_no_table(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.step("iter-00/after_sft", lambda: {"overall": 0.5})
+    check_steps(run)
+    assert list(run.state["steps"]) == ["iter-00/after_sft"] and run.state["events"] == []
 
 
 def test_a_whole_run_stays_as_it_is(run):

@@ -214,7 +214,10 @@ def supervised_stages(config: LoopConfig) -> list[tuple[Stage, int]]:
     """Return the stages of a run that learn from records, each with its resolutions."""
     found = []
     for stage in stages_of(config.stages):
-        if stage.learns in (Learns.DRAWINGS, Learns.QUESTIONS, Learns.EDITS):
+        if (
+            stage.learns in (Learns.DRAWINGS, Learns.QUESTIONS, Learns.EDITS)
+            and stage.name not in config.align.left_out
+        ):
             found += [(stage, resolution) for resolution in stage.resolutions(config.resolutions)]
     return found
 
@@ -228,5 +231,5 @@ def records_source(
     sizes = [config.at_resolution(resolution).evaluation for resolution in config.resolutions]
     count = max(max(size.prompts, size.grid) for size in sizes)
     held_out = held_out_of(stream, count, config.directory / "held_out")
-    assert config.preference.winners is not None  # checked with the settings
-    return RecordsSource(prompts, Path(config.preference.winners), held_out, quarantine)
+    winners = config.preference.winners
+    return RecordsSource(prompts, Path(winners) if winners else None, held_out, quarantine)

@@ -12,7 +12,8 @@ from vargpt_rl.driver.session import Step
 from vargpt_rl.storage.checkpoint import check_checkpoint
 
 TABLES = {Step.AFTER_SFT: "-held-out", Step.PAIR: ""}
-"""Steps of an iteration that write a preference table, and the suffix of its name."""
+"""Steps of an iteration that write a preference table, and the suffix of its name. Without a method that learns from
+pairs, none is written after SFT."""
 
 
 def _check(run: Run, step: str) -> None:
@@ -21,7 +22,7 @@ def _check(run: Run, step: str) -> None:
     for directory in sorted([*weights.glob("step-*"), *weights.glob("final")]):
         check_checkpoint(directory)
     iteration, _, name = step.partition("/")
-    if name in TABLES:
+    if name == Step.PAIR or (name == Step.AFTER_SFT and "pairs" in run.state["steps"][step]):
         read_table(run.directory / "preferences" / f"{iteration}{TABLES[Step(name)]}.parquet")
     if name in (Step.SAMPLE, Step.JUDGE) and f"{iteration}/{Step.PAIR}" not in run.state["steps"]:
         folder = run.directory / "rollouts" / iteration

@@ -145,9 +145,13 @@ def _dtype(config: LoopConfig) -> torch.dtype:
 def _cases(config: LoopConfig) -> Iterator[_Case]:
     """Yield all that DeepSpeed trains. SFT covers DPO's control, which trains the same on no more rows."""
     for name in config.stages:
-        unplanned = {Learns.IMAGES, Learns.WINNERS} | ({Learns.PAIRS} if "dpo" not in config.align.methods else set())
-        stages = [stage for stage in stages_of([name]) if stage.learns not in unplanned]
-        for resolution in stages[0].resolutions(config.resolutions) if stages else []:
+        rows_of_stage = stages_of([name])
+        stages = [
+            stage
+            for stage in rows_of_stage
+            if stage.learns not in (Learns.IMAGES, Learns.WINNERS) and stage.name not in config.align.left_out
+        ]
+        for resolution in rows_of_stage[0].resolutions(config.resolutions):
             settings = config.at_resolution(resolution)
             for stage in stages:
                 block = getattr(settings, stage.block)
