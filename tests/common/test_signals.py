@@ -35,18 +35,41 @@ PHASES = {
 }
 
 
-def started(code: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace", **options
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
+def foreground() -> None:
+    """Handle SIGHUP as a program in a terminal does, though the tests may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start():
+    """Start programs, and kill those that are left."""
+    processes = []
+
+    def run(command: list[str], preexec_fn=foreground, **options) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
+        processes.append(subprocess.Popen(command, cwd=ROOT, preexec_fn=preexec_fn, **pipes, **options))  # noqa: PLW1509 (it sets a signal)
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture
+def started(start):
+    """Start a program and wait until it handles signals."""
+
+    def run(code: str, **options) -> subprocess.Popen:
+        process = start([sys.executable, "-c", code], **options)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    return run
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("number", STOPS)
-def test_every_phase_ends_in_time_with_one_line_and_the_code(number, phase):
+def test_every_phase_ends_in_time_with_one_line_and_the_code(number, phase, started):
     process = started(PROGRAM.format(work=PHASES[phase]), start_new_session=True)
     time.sleep(0.2)
     began = time.monotonic()
@@ -57,7 +80,7 @@ def test_every_phase_ends_in_time_with_one_line_and_the_code(number, phase):
     assert "Traceback" not in errors and errors.endswith("saved\n")
 
 
-def test_nohup_is_respected_and_a_background_job_can_be_interrupted():
+def test_nohup_is_respected_and_a_background_job_can_be_interrupted(started):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,9 +95,8 @@ def test_nohup_is_respected_and_a_background_job_can_be_interrupted():
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_the_loop_is_stopped_while_it_starts(number, tmp_path):
-    command = [sys.executable, "-m", "vargpt_rl.loop", f"runs={tmp_path}", "rollout.workers=64"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_loop_is_stopped_while_it_starts(number, tmp_path, start):
+    process = start([sys.executable, "-m", "vargpt_rl.loop", f"runs={tmp_path}", "rollout.workers=64"])
     time.sleep(2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -87,7 +109,7 @@ LINES = (
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_closed_pipes_and_poor_terminals_end_nothing(encoding, tmp_path):
+def test_closed_pipes_and_poor_terminals_end_nothing(encoding, tmp_path, started):
     mark = tmp_path / "done"
     code = PROGRAM.format(work=f"{LINES}; open({str(mark)!r}, 'w')")
     process = started(code, env=os.environ | {"PYTHONIOENCODING": encoding})
