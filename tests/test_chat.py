@@ -133,7 +133,7 @@ def test_a_piped_chat_ends_with_its_lines(piped, tmp_path, image, capsys):
         ("temperature=-1", "temperature=-1.0: expected"),
         ("max_tokens=0", "max_tokens=0: expected"),
         ("resolution=10", "resolution=10: expected"),
-        ("colour=red", "colour=red: expected key=value"),
+        ("colour=red", "colour=red: there is no key colour"),
     ],
 )
 def test_wrong_settings_are_named_before_the_model_is_loaded(monkeypatch, capsys, argument, said):

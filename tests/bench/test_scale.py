@@ -3,6 +3,7 @@
 import pytest
 
 from vargpt_rl.bench import scale
+from vargpt_rl.common.settings import parse
 from vargpt_rl.data.preferences import read_table
 
 
@@ -17,5 +18,5 @@ def test_every_item_is_handed_out_once():
 
 
 def test_numbers_of_pairs_are_checked():
-    with pytest.raises(ValueError, match=r"pairs=\[0\]"):
-        scale.ScaleSettings([0])
+    with pytest.raises(ValueError, match="pairs"):
+        parse(scale.ScaleSettings, {"pairs": [0]}, "")

@@ -52,6 +52,32 @@ def test_a_run_without_preferences_needs_no_table(tmp_path):
     assert list(run.state["steps"]) == ["iter-00/after_sft"] and run.state["events"] == []
 
 
+@pytest.mark.parametrize(
+    ("file", "writer", "user"),
+    [
+        ("rollouts/iter-00/samples.parquet", "iter-00/sample", "iter-00/pair"),
+        ("rollouts/iter-00-grpo/batch-00000.parquet", "iter-00/grpo", "iter-00/grpo"),
+        ("samples/iter-00/before-00.png", "iter-00/before", None),
+    ],
+)
+def test_files_that_were_used_up_are_not_missed(tmp_path, file, writer, user):
+    """A run that was killed between deleting them and recording the step that used them resumes where it was."""
+    run = Run(tmp_path / "run", {})
+    path = run.directory / file
+    path.parent.mkdir(parents=True)
+    run.step(writer, lambda: path.write_bytes(b"data") and {})
+    path.unlink()
+    if user is None:
+        path.parent.with_suffix(".png").write_bytes(b"grid")
+    elif user != writer:
+        run.state["steps"][user] = {}  # recorded, but the files were not looked at again
+        (run.directory / "preferences").mkdir()
+        write_table(tmp_path / "run/preferences/iter-00.parquet", [row("a", chosen_bits=bytes(range(200)))])
+    steps = list(run.state["steps"])
+    check_steps(run)
+    assert list(run.state["steps"]) == steps and run.state["events"] == []
+
+
 def test_a_whole_run_stays_as_it_is(run):
     check_steps(run)
     assert list(run.state["steps"]) == STEPS and run.state["events"] == []

@@ -15,6 +15,7 @@ from learners.config import DpoConfig
 from learners.dpo import ImageDpoTrainer, log_prob_scale
 from learners.image_policy import ImagePolicy
 from tests.helpers.tiny import BITS
+from vargpt_rl.common.settings import parse
 from vargpt_rl.data.batches import PairCollator
 from vargpt_rl.losses.credit import scale_credit, weighted_sum
 from vargpt_rl.model.bits import Bits, pack
@@ -222,16 +223,16 @@ def test_margins_and_accuracies_are_measured_by_scale(trainer, shared_model, bat
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"beta": 0.0}, "dpo.beta=0.0"),
-        ({"logp_norm": "mean"}, "dpo.logp_norm=mean"),
-        ({"credit_alpha": -0.1}, "dpo.credit_alpha=-0.1: expected 0 or more"),
-        ({"credit_scales": 0}, "dpo.credit_scales=0: expected 1 or more"),
+        ({"beta": 0.0}, "beta=0"),
+        ({"logp_norm": "mean"}, "logp_norm=mean"),
+        ({"credit_alpha": -0.1}, "credit_alpha=-0.1: expected 0 or more"),
+        ({"credit_scales": 0}, "credit_scales=0: expected 1 or more"),
         ({"loss_weights": [1.0, 2.0]}, "dpo.loss_weights"),
     ],
 )
 def test_impossible_dpo_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        DpoConfig(**wrong)
+        parse(DpoConfig, wrong, "dpo")
 
 
 @pytest.mark.parametrize("norm", ["sum", "per_token", "per_bit"])

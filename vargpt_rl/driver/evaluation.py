@@ -48,8 +48,8 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
     result, images = score_images(it, samples)
     write_scores(it.scores(moment), images)
-    for baseline, name in BASELINES.items():
-        if moment != baseline and (gain := paired_gain(images, read_scores(it.scores(baseline)))):
+    for baseline, name in _baselines(moment).items():
+        if gain := paired_gain(images, read_scores(it.scores(baseline))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     result |= diversity_over_seeds(it)
     if it.config.align.learns_pairs:
@@ -82,6 +82,12 @@ def validate(it: StageContext, stage: str, step: int) -> float:
     result = score_images(it, samples)[0]
     it.log(stage, step, result)
     return result["overall"]
+
+
+def _baselines(moment: str) -> dict[Step, str]:
+    """Return those of ``BASELINES`` that come before a moment; a step that is redone may find the scores of all."""
+    moments = list(BASELINES)
+    return {each: BASELINES[each] for each in (moments[: moments.index(moment)] if moment in moments else moments)}  # type: ignore[arg-type]
 
 
 def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:

@@ -36,7 +36,7 @@ def check_steps(run: Run) -> None:
     problems: dict[str, str] = {}
     for name in list(run.files.entries):
         step = str(run.files.entries[name].get("step"))
-        problem = run.files.problem(name)
+        problem = None if _is_used_up(run, name) else run.files.problem(name)
         if problem and step in run.state["steps"]:
             problems.setdefault(step, problem)
             _remove(run.directory / name)
@@ -49,6 +49,21 @@ def check_steps(run: Run) -> None:
         except (ValueError, OSError) as error:
             run.rewind(step, str(error))
             return
+
+
+def _is_used_up(run: Run, name: str) -> bool:
+    """Tell whether a file is gone because its step's successor used it, which may not be recorded yet.
+
+    Samples and rewards are deleted once their pairs are recorded, batches of an online method once it is, rows of a
+    grid once it is composed.
+    """
+    if (run.directory / name).exists():
+        return False
+    kind, stage, *_ = Path(name).parts
+    if kind == "rollouts":
+        done = run.state["steps"]
+        return f"{stage}/{Step.PAIR}" in done or stage in {step.replace("/", "-") for step in done}
+    return kind == "samples" and (run.directory / kind / f"{stage}.png").exists()
 
 
 def _remove(path: Path) -> None:

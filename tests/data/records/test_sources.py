@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from vargpt_rl.common.settings import parse
 from vargpt_rl.data.records.reader import ReadOptions
 from vargpt_rl.data.records.sources import RecordSource, open_records
 
@@ -55,5 +56,5 @@ def test_faults_name_the_source_and_the_key(tmp_path, monkeypatch, settings, nam
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.jsonl").write_text("")
     with pytest.raises(ValueError, match="^.*$") as error:
-        open_records("mine", RecordSource(**settings), ReadOptions(), tmp_path / "bad")
+        open_records("mine", parse(RecordSource, settings, "data.sources.mine"), ReadOptions(), tmp_path / "bad")
     assert named in str(error.value)
