@@ -35,7 +35,11 @@ sft.records=8 sft.recipe.steps=3 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2
 preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled
 """
-STEPS = ["understands/before", *(f"iter-00/{step}" for step in Step), "understands/after"]
+STEPS = [
+    "understands/before",
+    *(f"iter-00/{step}" for step in Step if step != Step.REWARD),
+    "understands/after",
+]
 TIMES = ("seconds", "images_per_second")
 """Fields of a summary that differ between equal runs."""
 DEADLINE_S = 600.0
