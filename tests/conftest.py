@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ from vargpt_rl.model.prompt import ChatFormat
 
 # One for all clusters of this process: Ray reads it once, and ``actors.cluster.connect`` sets it where it is not.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# Programs inherit ignored signals: under nohup, or in the background of a script, those of the tests would not stop.
+for ignored, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(ignored) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(ignored, handler)
 
 TESTS = Path(__file__).parent
 # Marks by path below tests/, for files and whole folders. `make test-fast` runs what has none of them.

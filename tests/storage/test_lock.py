@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import filelock
@@ -43,6 +44,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path, end):
 
 def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
     holder = holding(tmp_path, "import subprocess; subprocess.Popen(['sleep', '20']); time.sleep(600)")
+    time.sleep(1)  # a child has the lock from fork to exec
     holder.kill()
     holder.wait()
     lock_folder(tmp_path).release()
