@@ -63,7 +63,7 @@ class AlignConfig:
 
     @property
     def learns_pairs(self) -> bool:
-        """Whether a method learns from preference pairs."""
+        """Tell whether a method learns from preference pairs."""
         return "dpo" in self.methods or "reward" in self.methods
 
     @property
@@ -313,12 +313,12 @@ class LoopConfig:
 
     @property
     def runs_dpo(self) -> bool:
-        """Whether the run trains on preference pairs."""
+        """Tell whether the run trains on preference pairs."""
         return ALIGN in self.stages and "dpo" in self.align.methods
 
     @property
     def runs_rl(self) -> bool:
-        """Whether the run trains on rewards of the policy's own images."""
+        """Tell whether the run trains on rewards of the policy's own images."""
         return ALIGN in self.stages and bool(self.align.online)
 
     def _check_learned(self) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vargpt_rl.common.command import run_program
 from vargpt_rl.data.pair_statistics import describe
+from vargpt_rl.data.samples import Prompt
 from vargpt_rl.storage.files import atomic_file
 
 # Bits are packed (vargpt_rl.model.bits.pack). Log-probabilities are in nats, summed over all bits of an image or over
@@ -136,6 +137,11 @@ def read_table(path: Path) -> pd.DataFrame:
             )
         frame.attrs[ORIGIN] = origin
     return frame
+
+
+def prompts_of(rows: pd.DataFrame) -> list[Prompt]:
+    """Return the prompt of each row of a preference table."""
+    return [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
 
 
 def part_path(table: Path, number: int) -> Path:

@@ -4,10 +4,12 @@ Each measure loads its policy into the workers first and always uses the same pr
 run can be compared.
 """
 
+from itertools import takewhile
+
 from actors.worker import BaseWorker, PromptedBits, Worker
 from rewards.preferences import external_winner
 from vargpt_rl.common.averages import mean_and_error
-from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
@@ -30,7 +32,7 @@ SEEDS = 4
 """Images of each prompt whose diversity is measured."""
 
 BASELINES = {Step.AFTER_SFT: "sft", Step.CONTROL: "control"}
-"""Moments that later ones are compared with, image by image, and their names in results."""
+"""Moments that later ones are compared with, image by image, in order, and their names in results."""
 
 
 def draw_before(it: StageContext, policy: Policy) -> dict:
@@ -48,7 +50,9 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
     result, images = score_images(it, samples)
     write_scores(it.scores(moment), images)
-    for baseline, name in _baselines(moment).items():
+    # A step that is redone may find scores of later moments.
+    for baseline in takewhile(lambda each: each != moment, BASELINES):
+        name = BASELINES[baseline]
         if gain := paired_gain(images, read_scores(it.scores(baseline))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     result |= diversity_over_seeds(it)
@@ -82,12 +86,6 @@ def validate(it: StageContext, stage: str, step: int) -> float:
     result = score_images(it, samples)[0]
     it.log(stage, step, result)
     return result["overall"]
-
-
-def _baselines(moment: str) -> dict[Step, str]:
-    """Return those of ``BASELINES`` that come before a moment; a step that is redone may find the scores of all."""
-    moments = list(BASELINES)
-    return {each: BASELINES[each] for each in (moments[: moments.index(moment)] if moment in moments else moments)}  # type: ignore[arg-type]
 
 
 def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:
@@ -198,7 +196,7 @@ def preference_metrics(it: StageContext) -> dict[str, float]:
     """Compare the weights in the workers with the reference scores of the held-out pairs."""
     rows = read_table(it.table("held-out"))
     resolution = int(rows.resolution[0])
-    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    prompts = prompts_of(rows)
     scores = {}
     for side in ("chosen", "rejected"):
         items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
@@ -231,10 +229,11 @@ def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[Sc
         means |= check.scores([prompt for prompt, _ in items], verdicts)
         found["score"] = list(check.values(verdicts))
     elif found:
-        found["score"] = next(iter(found.values()))
-        values = [value for value in found["score"] if value is not None]
-        means["overall"], means["overall_stderr"] = mean_and_error(values)
-        means |= {"n": len(values), "unscored": len(samples) - len(values)}
+        first = next(iter(found))
+        found["score"] = found[first]
+        count = means[f"{first}_n"]
+        means |= {"overall": means[first], "overall_stderr": means[f"{first}_stderr"]}
+        means |= {"n": count, "unscored": len(samples) - count}
     nothing: list[float | None] = [None] * len(samples)
     columns = {name: found.get(name, nothing) for name in ("score", "judge", "reward")}
     return means, [

@@ -7,7 +7,8 @@ import pandas as pd
 
 from actors.worker import PromptedBits, Worker
 from configs.schema import METHODS
-from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.data.preferences import prompts_of
+from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import compose
@@ -59,7 +60,7 @@ def show_pairs(it: StageContext, pairs: pd.DataFrame, folder: Path) -> None:
     """Show rows of a preference table in wandb, with their images; ``folder`` is for these in the meantime."""
     if it.run.tracker is None or pairs.empty:
         return
-    prompts = [Prompt(*row) for row in pairs[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    prompts = prompts_of(pairs)
     shown = pairs[["prompt"]].copy()
     for side in ("rejected", "chosen"):
         items = list(zip(prompts, pairs[f"{side}_bits"], strict=True))

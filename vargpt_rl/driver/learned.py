@@ -16,7 +16,7 @@ from actors.worker import PromptedBits, Worker
 from learners.jobs import RewardJob
 from rewards import Reward
 from rewards.learned import LearnedReward
-from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.reward_pairs import (
     OWN,
     WINNERS,
@@ -100,7 +100,7 @@ def _write_pairs(it: StageContext, rows: pd.DataFrame, folder: Path) -> None:
 
 def _scored(it: StageContext, rows: pd.DataFrame, reward: Reward) -> ScoredPairs:
     """Score both sides of each row in the reward's own process. ValueError if one is not scored."""
-    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    prompts = prompts_of(rows)
     items = [item for side in SIDES for item in zip(prompts, rows[f"{side}_bits"], strict=True)]
     values, report = score(it, items, reward)
     found = [value for value in values if value is not None]
@@ -133,7 +133,7 @@ def _agreement(it: StageContext, reward: Reward) -> dict[str, float]:
     result["real_over_own"], result["real_over_own_stderr"] = pair_accuracy(pairs.chosen, pairs.rejected)
     if (check := it.source.image_check()) is None:
         return result
-    prompts = [Prompt(*row) for row in pairs.rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    prompts = prompts_of(pairs.rows)
     items = list(zip(prompts, pairs.rows.rejected_bits, strict=True))
     verdicts = check.values(it.pool.run(Worker.check, items, it.resolution, check))
     right = [value for value, verdict in zip(pairs.rejected, verdicts, strict=True) if verdict == 1]

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from learners.config import Recipe
 from learners.group import RunningJob
 from learners.jobs import DpoJob, SftJob, TokenizerJob
-from vargpt_rl.data.preferences import part_path, read_table
+from vargpt_rl.data.preferences import part_path, prompts_of, read_table
 from vargpt_rl.data.records.stream import EDITS, RecordStream
 from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt, Record
 from vargpt_rl.driver.corpus import open_corpus
@@ -73,7 +73,7 @@ def train_sft(it: StageContext, policy: Policy) -> dict:
 def train_control(it: StageContext, policy: Policy) -> dict:
     """Train SFT on the winners of this iteration's pairs: same start, images, steps and learning rate as DPO."""
     rows = read_table(it.table()).drop_duplicates("prompt_id")
-    prompts = [Prompt(*row) for row in rows[["prompt_id", "prompt", "reply"]].itertuples(index=False)]
+    prompts = prompts_of(rows)
     keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts]
     records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
     stage = STAGES["sft_on_winners"]

@@ -21,13 +21,13 @@ class ScoredImage:
     prompt: str
     seed: int
     score: float | None
-    """What the mean "overall" is taken of."""
+    """Score whose mean is "overall"."""
     judge: float | None = None
     reward: float | None = None
 
     @property
     def key(self) -> tuple[str, int]:
-        """What identifies the image's prompt and seed at every moment."""
+        """Prompt and seed, which identify the image at every moment."""
         return self.prompt_id, self.seed
 
 
