@@ -55,6 +55,15 @@ VARIANTS: dict[str, list[str]] = {
     "grpo_alpha_1": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.credit_alpha=1"],
     "grpo_to_4x4": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3"],
     "grpo_all_scales": [*ONLINE, "align.methods=[grpo]"],
+    "grpo_vmr": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.completions=2", "rl.prefix_scales=3"],
+    "grpo_learned": [
+        *ONLINE,
+        "align.methods=[reward,grpo]",
+        COARSE,
+        "preference.builder=rewards.preferences:best_of_n",
+        "preference.samples=4",
+        "preference.count=600",
+    ],
 }
 """Settings of each variant. Online methods use alpha 0.6 and the scales up to 8 x 8 unless they say otherwise."""
 
