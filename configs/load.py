@@ -6,11 +6,14 @@ Values of text keys are taken as written: only numbers, lists and dictionaries a
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
 from antlr4.error.Errors import RecognitionException
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -28,12 +31,18 @@ REFERENCE = re.compile(r"\$\{[^{}]+\}")
 """A reference to another key or a resolver, ``${oc.env:HOME}``."""
 
 
+RESUME = "resume"
+"""Key that is no setting: the folder of a run, whose settings replace the defaults."""
+
+
 def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> LoopConfig:
     """Compose ``configs/loop.yaml`` with ``key=value`` overrides and check the result.
 
+    With ``resume=FOLDER``, the settings are those of the run in that folder, wherever it was begun, instead.
     ``assumed`` are values for keys that an experiment leaves empty, where they are not given. Secrets are refused.
     """
     groups: list[str] = []
+    saved: Path | None = None
     values: list[tuple[str, dict[str, Any]]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -44,19 +53,15 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
             continue
         if not equals or text == "???":  # OmegaConf's word for no value
             raise ValueError(f"{override}: expected key=value")
-        if key in _groups():
+        if key == RESUME:
+            saved = Path(text)
+        elif key in _groups():
             groups.append(f"{key}={_choice(key, text)}")
         else:
             values.append((override, _nested(key, text, override)))
-    composed = _compose(groups)
+    composed = _compose(groups) if saved is None else _saved(saved, groups)
     for override, nested in values:
-        try:
-            if override.startswith("~"):
-                OmegaConf.update(composed, override[1:], nested, merge=False)
-            else:
-                composed.merge_with(nested)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{override}: {str(error).splitlines()[0]}") from error
+        _merge(composed, override, nested)
     for key, value in (assumed or {}).items():
         composed[key] = composed[key] or value
     try:
@@ -68,6 +73,17 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
     return config
 
 
+def _merge(composed: DictConfig, override: str, nested: dict[str, Any]) -> None:
+    """Apply the values of an override. ValueError if they are not of the type of their key."""
+    try:
+        if override.startswith("~"):
+            OmegaConf.update(composed, override[1:], nested, merge=False)
+        else:
+            composed.merge_with(nested)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{override}: {str(error).splitlines()[0]}") from error
+
+
 def _compose(groups: list[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=LoopConfig)
     try:
@@ -76,6 +92,28 @@ def _compose(groups: list[str]) -> DictConfig:
     except HydraException as error:
         raise ValueError(" ".join(str(error).split())) from error
     OmegaConf.set_struct(composed, False)  # of dictionaries; a dataclass refuses other keys by itself
+    return composed
+
+
+def _saved(folder: Path, groups: list[str]) -> DictConfig:
+    """Return the settings of a run, and its place now. ValueError if there are none, or if ``groups`` are given too."""
+    if groups:
+        raise ValueError(f"{groups[0]}: expected no group of settings with {RESUME}={folder}, which has all settings")
+    path = folder / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected the settings of a run: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: expected the settings of a run, got {type(found).__name__}")
+    place = {"name": folder.resolve().name, "runs": str(folder.parent)}
+    composed = OmegaConf.structured(LoopConfig)
+    try:
+        check_keys(LoopConfig, {key: value for key, value in found.items() if key not in ("at", "data")})
+        composed.merge_with(found, place)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    OmegaConf.set_struct(composed, False)
     return composed
 
 

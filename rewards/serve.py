@@ -143,5 +143,10 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(Serve, serve, arguments)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_command(Serve, serve))
+    raise SystemExit(main())

@@ -214,5 +214,10 @@ def assemble(command: Assembly) -> None:
     print_counts(filter(None, map(reason_left_out, every)))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(Assembly, assemble, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(Assembly, assemble))
+    sys.exit(main())

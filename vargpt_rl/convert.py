@@ -180,5 +180,10 @@ def convert(command: Conversion) -> None:
     way(Path(command.source), Path(command.target))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(Conversion, convert, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(Conversion, convert))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Generate images: ``python -m vargpt_rl.generate prompt="a red circle" out=DIR [key=value ...]``.
+"""Generate images: ``vargpt-rl generate prompt="a red circle" out=DIR [key=value ...]``, or ``vargpt-rl draw PROMPT``.
 
 Writes PNG files named after the numbers of prompt and image, and ``images.jsonl`` with a line for each. Repeating the
 command resumes it after the last recorded batch; other settings need another folder. Exit codes: 0 done, 1 failed,
@@ -10,17 +10,27 @@ rounding: batches of another shape add up in another order, which rarely flips a
 """
 
 import logging
+import re
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from vargpt_rl.common.command import run_command
+from vargpt_rl.common.command import load_command, run_command, run_program
 from vargpt_rl.common.settings import Count
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.sources import prompts_from_file
 from vargpt_rl.inference.conversation import load
-from vargpt_rl.inference.images import DrawingSettings, draw_missing, image_line, make_folder
+from vargpt_rl.inference.images import (
+    DrawingSettings,
+    batches,
+    draw_batch,
+    draw_missing,
+    image_line,
+    make_folder,
+    save_image,
+)
 from vargpt_rl.model.hub import check_model
 
 logger = logging.getLogger(__name__)
@@ -49,6 +59,18 @@ class GenerateConfig(DrawingSettings):
             raise ValueError("expected either prompt=... or prompts=FILE")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt= is empty")
+
+
+@dataclass(kw_only=True)
+class DrawConfig(DrawingSettings):
+    """Settings of `draw`."""
+
+    out: str = "images"
+    """Folder of the images, named after their prompts."""
+    images: Count = 1
+    """Images per prompt."""
+    batch_size: Count = 8
+    """Images drawn at once."""
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -94,6 +116,35 @@ def generate(config: GenerateConfig) -> None:
         look=look,
     )
     print(f"{made} images made, {len(wanted) - made} were there already: {out.resolve()}")
+
+
+def draw(config: DrawConfig, prompts: list[str]) -> list[Path]:
+    """Draw images of some prompts and print the path of each. Nothing that exists is written over."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("expected a prompt, got an empty one")
+    folder = check_model(config.checkpoint)
+    out = make_folder(config.out)
+    lines = [image_line(config, "", prompt, i, k) for i, prompt in enumerate(prompts) for k in range(config.images)]
+    model, chat = load(folder, config.device, config.dtype)
+    paths = []
+    for batch in batches(lines, config.batch_size):
+        for line, image in zip(batch, draw_batch(model, chat, batch, None), strict=True):
+            paths.append(free_path(out, line["prompt"]))
+            save_image(image, paths[-1])
+            print(paths[-1], flush=True)
+    return paths
+
+
+def free_path(out: Path, prompt: str) -> Path:
+    """Return the first free file name for an image of a prompt."""
+    stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    names = (f"{stem}.png" if k == 0 else f"{stem}-{k + 1}.png" for k in count())
+    return next(out / name for name in names if not (out / name).exists())
+
+
+def main_draw(prompts: list[str], settings: list[str]) -> int:
+    """Run `draw`; return its exit code."""
+    return run_program(lambda given: draw(load_command(DrawConfig, given), prompts) and None, settings)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,8 +23,10 @@ examples:
                                                                  a shorter run, in runs/first
   python -m vargpt_rl.loop 'align.methods=[dpo]' reward.path=null  the paper's recipe: DPO on winners alone
   python -m vargpt_rl.loop checkpoint=FOLDER experiment=NAME     your model, with settings of configs/experiment/
+  python -m vargpt_rl.loop resume=runs/first                     go on with a run, by its folder alone
 
-Keys, their defaults and explanations: configs/schema.py. Results: runs/NAME/summary.json and runs/NAME/model.
+The same as `vargpt-rl run`. Keys, their defaults and explanations: `vargpt-rl config keys`.
+Results: runs/NAME/summary.json and runs/NAME/model.
 Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal, 130 by Ctrl-C (the same
 command resumes).
 """

@@ -1,6 +1,8 @@
 """Settings: unknown keys and bad values are errors of one line that name them; ``at`` changes them by resolution."""
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from configs.load import load_config
 from learners.config import Recipe
@@ -15,6 +17,34 @@ def test_the_default_is_the_demo():
 def test_the_users_command():
     config = load_config(["iterations=2", "resolutions=[256,512]"])
     assert str(config.directory) == "runs/shapes-256-512"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the settings of a run, moved from where it was begun."""
+    config = load_config(["dpo.beta=0.3", "at.512.dpo.beta=0.4", "name=before", "runs=elsewhere"])
+    folder = tmp_path / "runs" / "moved"
+    folder.mkdir(parents=True)
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain))
+    return folder
+
+
+def test_settings_of_a_run_are_read_from_its_folder(saved):
+    config = load_config([f"resume={saved}", "rollout.workers=3"])
+    assert config.directory == saved
+    assert config.dpo.beta == 0.3 and config.at["512"] == {"dpo": {"beta": 0.4}}
+    assert config.rollout.workers == 3
+
+
+def test_resuming_takes_settings_of_the_folder_alone(saved, tmp_path):
+    with pytest.raises(ValueError, match="experiment=quick: expected no group of settings with resume="):
+        load_config(["experiment=quick", f"resume={saved}"])
+    with pytest.raises(ValueError, match=r"nowhere/config\.yaml: expected the settings of a run"):
+        load_config([f"resume={tmp_path / 'nowhere'}"])
+    (saved / "config.yaml").write_text("bogus: 1\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: there is no key bogus"):
+        load_config([f"resume={saved}"])
 
 
 def test_captioned_data_needs_its_three_paths():

@@ -54,8 +54,8 @@ def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tm
 def test_every_setting_that_may_change_is_one():
     settings = OmegaConf.to_container(OmegaConf.structured(load_config([])), enum_to_str=True)
     for key in (each.removesuffix(": ") for each in FREE):
-        section, _, name = key.partition(".")
-        assert name in settings[section], key
+        section, _, name = key.rpartition(".")
+        assert name in (settings[section] if section else settings), key
 
 
 def test_differences_name_added_and_removed_keys():

@@ -32,6 +32,8 @@ FREE = tuple(
         *(f"tracking.{key}" for key in ("wandb", "project", "table_rows")),
         *(f"placement.{key}" for key in ("kind", "strategy")),
         "learner.gpus_per_rank",
+        "name",
+        "runs",
     )
 )
 """Settings that may change when a run is resumed: they say where and how it runs, not what comes out."""

@@ -94,5 +94,10 @@ def run(settings: SimulateSettings) -> None:
     wide_console().print(table)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(SimulateSettings, run, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(SimulateSettings, run))
+    sys.exit(main())

@@ -236,5 +236,10 @@ def run(settings: MeasureSettings) -> None:
     console.print(table)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(MeasureSettings, run, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(MeasureSettings, run))
+    sys.exit(main())

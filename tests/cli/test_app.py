@@ -1,0 +1,123 @@
+"""The tree of subcommands: help without imports, examples, hints, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from vargpt_rl.cli.app import main, make_app
+from vargpt_rl.cli.images import BENCHMARKS, split_prompts
+
+HEAVY = {"torch", "hydra", "omegaconf", "ray", "transformers", "numpy", "rich", "pandas"}
+CHECK = """
+import contextlib, io, json, sys, time
+from vargpt_rl.cli.app import main
+pages = {}
+for words in json.loads(sys.argv[1]):
+    page = io.StringIO()
+    began = time.process_time()
+    with contextlib.redirect_stdout(page):
+        code = main([*words, "--help"])
+    pages[" ".join(words)] = {"code": code, "page": page.getvalue(), "seconds": time.process_time() - began}
+print(json.dumps({"pages": pages, "modules": sorted(sys.modules)}))
+"""
+
+
+def commands(group, words=()):
+    """Yield the words of every command and group."""
+    yield words, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*words, name))
+
+
+COMMANDS = dict(commands(get_command(make_app())))
+LEAVES = [words for words, command in COMMANDS.items() if not hasattr(command, "commands")]
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """Help of every command, in a process of its own."""
+    command = [sys.executable, "-c", CHECK, json.dumps([list(words) for words in COMMANDS])]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_help_imports_no_library(helped):
+    assert not HEAVY & set(helped["modules"])
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_exists_and_is_quick(helped, words):
+    found = helped["pages"][" ".join(words)]
+    assert found["code"] == 0 and found["page"].startswith("Usage: vargpt-rl")
+    assert found["seconds"] < 0.3
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_help_has_examples_of_the_command(helped, words):
+    _, found, examples = helped["pages"][" ".join(words)]["page"].partition("Examples:")
+    assert found and f"vargpt-rl {' '.join(words)}" in examples
+
+
+def test_help_lists_keys_with_defaults_and_meaning(helped):
+    page = " ".join(helped["pages"]["draw"]["page"].split())
+    assert "images=1 Images per prompt." in page
+    assert "dpo.* DPO on the pairs of the iteration." in " ".join(helped["pages"]["run"]["page"].split())
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["drwa"]) == 2
+    assert "Did you mean 'draw'" in capsys.readouterr().err
+
+
+def test_a_setting_without_a_command_names_the_command(capsys):
+    assert main(["iterations=1"]) == 2
+    assert "did you mean vargpt-rl run iterations=1?" in capsys.readouterr().err
+
+
+def test_the_version_is_printed():
+    assert CliRunner().invoke(make_app(), ["--version"]).stdout.startswith("vargpt-rl 0.")
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "vargpt_rl", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and done.stdout.startswith("vargpt-rl 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "dpo.betta=1"], "did you mean dpo.beta?"),
+        (["demo", "dpo.betta=1"], "did you mean dpo.beta?"),
+        (["resume", "nowhere"], "nowhere: there is no run here"),
+        (["draw", "a circle", "image=3"], "did you mean images?"),
+        (["eval", "shpes"], "shpes"),
+        (["config", "show", "seed=x"], "seed=x"),
+        (["config", "keys", "nothing_like_it"], "no key has this prefix or word"),
+        (["model", "convert", "source=x"], "target is not given"),
+        (["reward", "test", "nowhere.py:x"], "nowhere.py"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_fault_is_one_line_and_exit_code_2(tmp_path, arguments, expected, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("make_outputs_lasting", "handle_signals"):
+        monkeypatch.setattr(f"vargpt_rl.cli.runs.{name}", lambda: None)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and len(told.splitlines()) == 1 and expected in told
+
+
+def test_prompts_are_told_from_settings():
+    words = ["a circle", "images=2", "sign that says x=1", "f(x)=2", "seed=1"]
+    assert split_prompts(words) == (["a circle", "sign that says x=1", "f(x)=2"], ["images=2", "seed=1"])
+
+
+def test_benchmarks_are_those_of_the_program():
+    from vargpt_rl.evaluate.settings import Benchmark
+
+    assert list(BENCHMARKS) == [benchmark.value for benchmark in Benchmark]

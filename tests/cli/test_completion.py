@@ -1,0 +1,41 @@
+"""Completion of keys and runs."""
+
+import pytest
+
+from vargpt_rl.cli.completion import complete_keys, complete_runs, find_run, run_folders
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+    (tmp_path / "runs" / "chat").mkdir()
+    return tmp_path / "runs"
+
+
+def test_keys_complete_level_by_level_with_their_meaning():
+    complete = complete_keys(("configs.schema:LoopConfig",))
+    assert ("dpo.", "DPO on the pairs of the iteration.") in complete("dp")
+    assert [key for key, _ in complete("dpo.rec")] == ["dpo.recipe."]
+    assert "dpo.recipe.steps=" in [key for key, _ in complete("dpo.recipe.")]
+    assert complete("nothing") == []
+
+
+def test_runs_complete_by_folder_and_by_name(runs):
+    assert complete_runs("runs/f") == ["runs/first"]
+    assert complete_runs("sec") == ["second"]
+    assert {folder.name for folder in run_folders()} == {"first", "second"}
+
+
+def test_a_run_is_found_by_name_or_folder(runs):
+    assert find_run("first").resolve() == find_run(str(runs / "first")).resolve() == runs / "first"
+
+
+def test_an_unknown_run_names_the_nearest(runs):
+    with pytest.raises(ValueError, match="did you mean first"):
+        find_run("frist")
+    with pytest.raises(ValueError, match=r"expected a folder with state\.json"):
+        find_run("zzzzz")

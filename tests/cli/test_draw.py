@@ -1,0 +1,25 @@
+"""Drawing images of prompts."""
+
+from PIL import Image
+
+from vargpt_rl.generate import free_path, main_draw
+
+
+def test_images_are_named_after_prompts_and_never_overwritten(tmp_path, checkpoint, capsys):
+    settings = [f"checkpoint={checkpoint}", f"out={tmp_path}", "resolution=64", "images=2"]
+    assert main_draw(["A red circle!"], settings) == 0
+    assert main_draw(["A red circle!"], [*settings[:-1], "cfg=1"]) == 0
+    names = ["a-red-circle.png", "a-red-circle-2.png", "a-red-circle-3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    assert Image.open(tmp_path / names[0]).size == (64, 64)
+
+
+def test_a_prompt_without_letters_has_a_name(tmp_path):
+    assert free_path(tmp_path, "?!").name == "image.png"
+    assert free_path(tmp_path, "x/../../y").name == "x-y.png"
+
+
+def test_an_empty_prompt_is_refused(tmp_path, checkpoint, capsys):
+    assert main_draw([" "], [f"checkpoint={checkpoint}", f"out={tmp_path}"]) == 2
+    assert "expected a prompt" in capsys.readouterr().err

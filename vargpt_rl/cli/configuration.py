@@ -1,0 +1,88 @@
+"""Subcommands about settings and the machine: ``config show``, ``config keys``, ``env``."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from vargpt_rl.cli.programs import Program, command_class, help_text, settings_argument
+from vargpt_rl.cli.runs import SETTINGS
+from vargpt_rl.cli.tools import group
+
+SHOW = Program(
+    name="show",
+    module="configs.load",
+    summary="Print all settings that a run would have, as YAML. Nothing is started.",
+    examples=("vargpt-rl config show", "vargpt-rl config show experiment=quick dpo.beta=0.2"),
+    settings=(SETTINGS,),
+)
+KEYS = Program(
+    name="keys",
+    module="configs.schema",
+    summary="""
+    List the keys of a run with types, defaults, ranges and explanations.
+
+    Only those below PREFIX, or those that have the word in name or explanation.
+    """,
+    examples=("vargpt-rl config keys", "vargpt-rl config keys sft", "vargpt-rl config keys temperature"),
+)
+ENV = Program(
+    name="env",
+    module="vargpt_rl.doctor",
+    summary="Print versions, known vulnerabilities of them, and devices, for a bug report.",
+    examples=("vargpt-rl env",),
+)
+
+
+def run_checked(execute: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a function of this module and exit with its code."""
+    from vargpt_rl.common.command import run_program
+
+    raise typer.Exit(run_program(execute, arguments))
+
+
+def show_settings(arguments: list[str]) -> None:
+    """Print the settings of a run."""
+    from omegaconf import OmegaConf
+
+    from configs.load import load_config
+
+    config = OmegaConf.structured(load_config(arguments))
+    print(OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(config, enum_to_str=True))), end="")
+
+
+def show_keys(prefix: str | None, markdown: bool) -> None:
+    """Print the reference of keys."""
+    from vargpt_rl.cli.reference import as_markdown, as_text, keys_of_a_run, matching
+
+    keys = matching(keys_of_a_run(), prefix)
+    if not keys:
+        raise ValueError(f"{prefix}: no key has this prefix or word, see `vargpt-rl config keys`")
+    print((as_markdown if markdown else as_text)(keys), end="")
+
+
+def show_environment(_: list[str]) -> None:
+    """Print versions and devices."""
+    from vargpt_rl.doctor import about, found_gpus
+
+    print("\n".join(about(found_gpus())))
+
+
+def add_configuration_commands(app: typer.Typer) -> None:
+    """Add ``config`` and ``env``."""
+    config = group(app, "config", "Show and explain settings.")
+
+    @config.command(SHOW.name, help=help_text(SHOW.summary), cls=command_class(SHOW))
+    def show(settings: settings_argument(SHOW) = None) -> None:  # type: ignore[valid-type]
+        run_checked(show_settings, settings or [])
+
+    @config.command(KEYS.name, help=help_text(KEYS.summary), cls=command_class(KEYS))
+    def keys(
+        prefix: Annotated[str | None, typer.Argument(help="Beginning of keys, or a word.", show_default=False)] = None,
+        markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
+    ) -> None:
+        run_checked(lambda _: show_keys(prefix, markdown), [])
+
+    @app.command(ENV.name, help=help_text(ENV.summary), cls=command_class(ENV))
+    def env() -> None:
+        run_checked(show_environment, [])
