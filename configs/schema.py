@@ -419,6 +419,11 @@ class LoopConfig:
         return parse(LoopConfig, self.at.get(str(resolution), {}), f"at.{resolution}", base)
 
     @property
+    def last_resolution(self) -> int:
+        """Pixels a side of the last iteration."""
+        return self.resolutions[-1]
+
+    @property
     def directory(self) -> Path:
         """The run directory."""
         name = self.name or "-".join([self.data.kind, *map(str, self.resolutions)])

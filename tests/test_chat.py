@@ -60,6 +60,34 @@ def test_images_and_draw_are_for_one_turn(tmp_path, image):
     ]
 
 
+def test_single_turns_are_conversations_of_their_own_and_questions_see_the_last_image(tmp_path, image):
+    begun = []
+
+    def begin():
+        begun.append(Listener("Here:", DrawnImage(Image.new("RGB", (8, 8)), None, 0)))
+        return begun[-1]
+
+    lines = [
+        "hm?",
+        "/draw a star",
+        "What colour is it?",
+        "a circle",
+        f"/image {image}",
+        "/image " + str(image),
+        "Which?",
+    ]
+    Chat(begin, tmp_path, single_turns=True).run(lines)
+    turns = [turn for each in begun for turn in each.turns]
+    assert turns == [
+        ("hm?", 0, False),
+        ("a star", 0, True),
+        ("What colour is it?", 1, False),
+        ("a circle", 0, False),
+        ("Which?", 2, False),
+    ]
+    assert all(len(each.turns) <= 1 for each in begun)
+
+
 def test_reset_forgets_and_quit_ends(tmp_path, image):
     first, second = talk(tmp_path, "one", f"/image {image}", "/draw", "/reset", "two", "/quit", "three")
     assert (first.turns, second.turns) == ([("one", 0, False)], [("two", 0, False)])

@@ -1,6 +1,7 @@
 """The command that draws prompts: files and records, sizes, seeds, going on, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -49,6 +50,33 @@ def test_images_do_not_depend_on_the_batch(command, prompts, tmp_path, guidance)
     assert len(one_by_one) == len(set(one_by_one.values())) == 6, "every prompt and image has a seed of its own"
     assert files(tmp_path / "4") == files(tmp_path / "6") == one_by_one
     assert records(tmp_path / "4") == records(tmp_path / "6") == records(tmp_path / "1")
+
+
+def checkpoint_with(folder, checkpoint, **defaults):
+    """Copy a checkpoint and give it defaults of its own."""
+    shutil.copytree(checkpoint, folder)
+    content = json.dumps({"image_generation": defaults})
+    (folder / "generation_config.json").write_text(content)
+    return folder
+
+
+def test_settings_that_are_not_given_are_the_checkpoints(command, checkpoint, tmp_path):
+    own = checkpoint_with(tmp_path / "own", checkpoint, resolution=48, cfg=1.5, top_p=0.9)
+    assert main([f"checkpoint={own}", "prompt=a star", f"out={tmp_path / 'a'}", "cfg=2", "device=cpu"]) == 0
+    (line,) = records(tmp_path / "a")
+    assert line["size"] == [48, 48]
+    assert line["sampling"] == {"cfg": 2.0, "tau": 0.5, "top_k": 900, "top_p": 0.9}
+
+
+def test_editing_with_a_checkpoint_that_never_saw_edits_is_warned_of(command, checkpoint, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    for name, edits in (("no", False), ("yes", True)):
+        own = checkpoint_with(tmp_path / name, checkpoint, edits=edits)
+        assert (
+            command(f"checkpoint={own}", "prompt=make it blue", f"image={tmp_path / 'image.png'}", out=f"{name}-out")
+            == 0
+        )
+        assert ("was not trained on edits" in capsys.readouterr().err) is not edits
 
 
 def test_a_record_says_how_each_image_was_made(command, checkpoint, prompts, tmp_path, capsys):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from PIL import Image
 
@@ -33,10 +33,10 @@ HELP = """\
 class ChatConfig(DrawingSettings):
     """Settings of this command."""
 
+    fallback: ClassVar[int] = 256
+
     out: str = "runs/chat"
     """Folder for drawn images."""
-    resolution: int = 256
-    """Side in pixels of a square image; other aspect ratios have about as many pixels."""
     temperature: float = ReplyConfig.temperature
     """See ``ReplyConfig``, like the next."""
     max_tokens: int = ReplyConfig.max_tokens
@@ -46,18 +46,28 @@ class ChatConfig(DrawingSettings):
         self.replies = ReplyConfig(self.temperature, self.max_tokens)
 
 
-class Chat:
-    """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``."""
+SINGLE_TURNS = """\
+This checkpoint was trained on single turns: each turn is a new conversation. A question, which ends with a question
+mark, is about the images given, else about the last one drawn."""
 
-    def __init__(self, begin: Callable[[], Conversation], out: Path):
+
+class Chat:
+    """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``.
+
+    With ``single_turns``, each turn is a conversation of its own, and a question is about the last image drawn.
+    """
+
+    def __init__(self, begin: Callable[[], Conversation], out: Path, single_turns: bool = False):
         self.begin = begin
         self.out = out
+        self.single_turns = single_turns
         self.reset()
 
     def reset(self) -> None:
         """Start a new conversation."""
         self.conversation = self.begin()
         self.images: list[Image.Image] = []
+        self.last: list[Image.Image] = []
         self.draw = False
 
     def run(self, lines: Iterable[str]) -> None:
@@ -89,7 +99,7 @@ class Chat:
             case "/reset", _:
                 self.reset()
             case "/help", _:
-                print(HELP, flush=True)
+                print(f"{HELP}\n{SINGLE_TURNS}" if self.single_turns else HELP, flush=True)
             case _:
                 raise ValueError(f"{line}: no such command, /help lists them")
 
@@ -97,10 +107,14 @@ class Chat:
         """Take one turn, with the images attached to it."""
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
+        if self.single_turns:
+            self.conversation = self.begin()
+            images = images or (self.last if text.endswith("?") and not draw else [])
         self.show(self.conversation.say(text, images, draw))
 
     def show(self, reply: Reply) -> None:
         """Print words, and the paths of saved images."""
+        self.last = [part.image for part in reply if not isinstance(part, str)][-1:] or self.last
         for part in reply:
             print(part if isinstance(part, str) else self.save(part.image), flush=True)
         if not reply:
@@ -138,9 +152,10 @@ def chat(config: ChatConfig) -> None:
     def begin() -> Conversation:
         return Conversation(model, form, config.size, config.sampling, config.replies, next(seeds))
 
-    print("/help lists the commands", flush=True)
+    single = config.defaults.turns == 1
+    print("/help lists the commands" + (", each turn is a new conversation" if single else ""), flush=True)
     cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")  # declared as TextIO, which lacks reconfigure
-    Chat(begin, out).run(typed())
+    Chat(begin, out, single).run(typed())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -98,6 +98,11 @@ def _stated_type(path: Path, known: Iterable[str], where: str | None = None) -> 
     stated = read_json(path)
     found = (stated.get(where, stated) if where else stated).get("model_type")
     if not isinstance(found, str) or found not in known:
+        if found in FAMILIES:
+            raise ValueError(
+                f"{path}: model_type is {found!r}: this is a model directory already, ready for "
+                f"checkpoint={path.parent}; to=release converts it back"
+            )
         raise ValueError(f"{path}: model_type is {found!r}, expected {' or '.join(map(repr, known))}")
     return stated, found
 

@@ -106,6 +106,8 @@ def generate(config: GenerateConfig) -> None:
         image = read_image(Path(config.image)) if config.image else None
     except ValueError as error:
         raise ValueError(f"image={error}") from error
+    if image is not None and config.defaults.edits is False:
+        logger.warning("%s was not trained on edits: expect no image that makes sense", config.checkpoint)
     wanted = plan(config, folder, read_prompts(config))
     look = None if image is None else lambda _: image
     made = draw_missing(

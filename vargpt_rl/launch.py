@@ -170,7 +170,9 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None
     try:
         done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise CommandFailed("sbatch not found: expected a machine that can submit Slurm jobs") from error
+        raise CommandFailed(
+            f"the job is written, not submitted: sbatch not found. On a machine with Slurm: sbatch {path}"
+        ) from error
     if done.returncode:
         raise CommandFailed(done.stderr.strip())
     print(f"job      {done.stdout.strip()}")

@@ -46,6 +46,7 @@ from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
+from vargpt_rl.driver.exported import generation_files
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.learned import train_reward
@@ -167,7 +168,8 @@ def execute(session: Session) -> dict:
             policy, results = align(session.iteration(k), policy)
             iterations.append(results)
         understanding["after"] = asked.step("after", answer_questions, policy)
-    export_model(policy.model, policy.weights, session.run.directory / "model")
+    files = generation_files(config, policy.model, config.last_resolution)
+    export_model(policy.model, policy.weights, session.run.directory / "model", files)
     best = read_best(session.run.directory / "best")
     return {
         "status": "complete",

@@ -98,7 +98,7 @@ def test_the_module_is_the_command():
         (["eval", "shpes"], "shpes"),
         (["config", "show", "seed=x"], "seed=x"),
         (["config", "keys", "nothing_like_it"], "no key has this prefix or word"),
-        (["model", "convert", "source=x"], "target is not given"),
+        (["model", "convert", "source=x"], "not given: expected"),
         (["reward", "test", "nowhere.py:x"], "nowhere.py"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",

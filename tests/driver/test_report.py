@@ -1,5 +1,6 @@
 """The closing tables."""
 
+import pytest
 from rich.console import Console
 
 from vargpt_rl.driver.report import closing_table, method_table, show
@@ -41,7 +42,44 @@ def test_the_closing_table_compares_with_sft_and_control_in_100_columns():
     table = closing_table({"iterations": [{"resolution": 512, "eval": measured}]})
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["policy"] == ["after SFT", "control", "after DPO", "after online DPO"]
+    assert "reward" not in cells and cells["n"] == ["-"] * 4
     assert cells["over SFT"] == ["-", "-", *["+0.175 ± 0.045"] * 2]
     assert cells["over control"] == ["-", "-", *["-0.017 ± 0.046"] * 2]
     console = Console(width=100)
     assert console.measure(table).minimum <= 100
+
+
+EXACT = SCORE | {"n": 120, "single object": 1.0}
+JUDGED = {"n": 60, "overall": 0.5, "overall_stderr": 0.1, "judge": 0.5, "judge_stderr": 0.1}
+REWARDED = {"n": 60, "overall": 0.3, "overall_stderr": 0.1, "reward": 0.3, "reward_stderr": 0.1}
+PAIRS = {"margin": 2.0, "accuracy": 0.875}
+KINDS = {
+    "shapes with a reward of its own": (EXACT | REWARDED | EXACT | PAIRS, "0.700 ± 0.040", "0.300 ± 0.100"),
+    "captioned without a reward": ({"n": 60} | PAIRS, "-", None),
+    "records with a judge": (JUDGED | PAIRS, "0.500 ± 0.100", None),
+    "records with a reward": (REWARDED | PAIRS, "0.300 ± 0.100", "0.300 ± 0.100"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", ["60", "100"])
+def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    result, score, reward = KINDS[kind]
+    stage = {"resolution": 128, "steps": 4, "loss_first": 2.0, "loss_last": 1.0, "before": {}, "eval": {}}
+    summary = {
+        "stages": {"pretrain": stage},
+        "iterations": [{"resolution": 128, "eval": {"after_sft": {"pairs": 9}, "after_dpo": result}}],
+        "understanding": {"before": {}, "after": {}},
+        "best": None,
+        "quarantined": {},
+        "events": [],
+        "seconds": 1.0,
+    }
+    table = closing_table(summary)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["score"] == ["-", score] and cells["accuracy"] == ["-", "0.875"]
+    assert cells.get("reward", ["-", None])[1] == reward
+    show(summary, "runs/a")
+    shown = capsys.readouterr().out
+    assert "after DPO" in " ".join(shown.split()) and "runs/a" in shown

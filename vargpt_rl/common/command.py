@@ -53,7 +53,8 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
         given.add(key)
     missing = sorted(OmegaConf.missing_keys(settings))
     if missing:
-        raise ValueError(f"{missing[0]} is not given: expected {missing[0]}=value")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"{', '.join(missing)} {verb} not given: expected {' '.join(f'{key}=...' for key in missing)}")
     return build(kind, settings)
 
 

@@ -4,7 +4,8 @@ from rich.console import Console
 
 
 def wide_console(width: int = 120) -> Console:
-    """Return a console at least ``width`` columns wide: tables wrap on a narrower terminal but keep their columns."""
+    """Return a console as wide as the terminal, in which tables fold their cells; elsewhere ``width`` columns."""
     console = Console()
-    console.width = max(console.width, width)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
     return console

@@ -13,6 +13,7 @@ from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
+from vargpt_rl.driver.exported import generation_files
 from vargpt_rl.driver.grids import write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
@@ -118,7 +119,8 @@ def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> N
         "iteration": it.index,
         "resolution": it.resolution,
     }
-    keep_best(policy.model, policy.weights, it.run.directory / "best", note)
+    files = generation_files(it.session.config, policy.model, it.resolution)
+    keep_best(policy.model, policy.weights, it.run.directory / "best", note, files)
 
 
 # Measures

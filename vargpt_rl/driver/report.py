@@ -21,7 +21,7 @@ def _with_error(result: dict, key: str) -> str:
 def _measure(result: dict | None) -> str:
     """Format a held-out measure with its standard error."""
     for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
-        if result and key in result:
+        if result and f"{key}_stderr" in result:  # the accuracy on pairs has no error of its own and is no measure
             return f"{_with_error(result, key)}{unit}"
     return "-"
 
@@ -35,7 +35,7 @@ def stage_table(stages: dict[str, dict]) -> Table:
     """Return the results of the stages before and after the iterations."""
     table = Table(title="stages", title_justify="left")
     for column in ("stage", "px", "steps", "loss", "held out", "before", "after"):
-        table.add_column(column, justify="left" if column in ("stage", "held out") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("stage", "held out") else "right")
     for name, result in stages.items():
         table.add_row(
             name,
@@ -52,8 +52,10 @@ def stage_table(stages: dict[str, dict]) -> Table:
 def closing_table(summary: dict) -> Table:
     """Return the results of each stage of each iteration on held-out prompts and pairs."""
     table = Table(title="held-out prompts and pairs (control: SFT on the winners)", title_justify="left")
-    for column in ("#", "px", "policy", "score", "over SFT", "over control", "margin", "accuracy"):
-        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    results = [result for iteration in summary["iterations"] for result in iteration["eval"].values() if result]
+    judges = [name for name in ("reward", "judge") if any(f"{name}_stderr" in result for result in results)]
+    for column in ("#", "px", "policy", "n", "score", "over SFT", "over control", *judges, "margin", "accuracy"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
     names = {
         "after_sft": "after SFT",
         "sft_on_winners": "control",
@@ -67,9 +69,11 @@ def closing_table(summary: dict) -> Table:
                     str(k),
                     str(iteration["resolution"]),
                     name,
+                    _number(result, "n", "d"),
                     _measure(result),
                     _gain(result, "gain_over_sft"),
                     _gain(result, "gain_over_control"),
+                    *(_with_error(result, judge) if f"{judge}_stderr" in result else "-" for judge in judges),
                     _number(result, "margin", "+.1f"),
                     _number(result, "accuracy", ".3f"),
                 )
@@ -82,7 +86,7 @@ def method_table(iterations: list[dict]) -> Table:
     table = Table(title="online methods", title_justify="left")
     columns = ("#", "px", "method", "reward", "judge", "diversity")
     for column in (*columns, *(f"{part} s" for part in PARTS)):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "method" else "right")
     for k, iteration in enumerate(iterations):
         for name in [name for name in ONLINE if name in iteration]:
             result = iteration[name]

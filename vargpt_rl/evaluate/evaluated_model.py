@@ -116,7 +116,10 @@ class EvaluatedModel:
         path = self.out / self.config.own("answers")
         write_atomically(path, as_lines(read_records(path)).encode())
         answered = {}
-        with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="question") as bar:
+        with (
+            path.open("a", encoding="utf-8") as file,
+            tqdm(total=len(missing), unit="question", desc=self.out.name) as bar,
+        ):
             for batch in batches(missing, self.config.batch_size):
                 shown = self._shown(batch, look, quarantine)
                 questions = [TextRequest(line["question"], [image]) for line, image in shown]

@@ -81,7 +81,6 @@ class EvaluateConfig(DrawingSettings):
     """lmms: interpreter of the environment with lmms-eval; null is this one."""
 
     def __post_init__(self):
-        super().__post_init__()
         if self.shard >= self.num_shards:
             raise ValueError(f"shard={self.shard}: expected less than num_shards={self.num_shards}")
         if self.checkpoints and self.checkpoint != TINY:
@@ -90,6 +89,12 @@ class EvaluateConfig(DrawingSettings):
         if len(set(self.checkpoints)) < len(self.checkpoints):
             raise ValueError(f"checkpoints={self.checkpoints}: expected different checkpoints")
         self._check_keys()
+        super().__post_init__()
+
+    @property
+    def drawing_checkpoint(self) -> str:
+        """The first checkpoint: all of them draw alike."""
+        return self.checkpoints[0] if self.checkpoints else self.checkpoint
 
     def _check_keys(self) -> None:
         name = self.benchmark.value

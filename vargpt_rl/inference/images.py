@@ -10,15 +10,17 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.common.settings import Count, CountOrNone
+from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, Positive
 from vargpt_rl.inference.conversation import device_and_dtype
+from vargpt_rl.model.drawing_defaults import DrawingDefaults, read_defaults
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
-from vargpt_rl.model.hub import TINY
+from vargpt_rl.model.hub import TINY, check_model
 from vargpt_rl.model.prompt import REPLY, ChatTemplate
 from vargpt_rl.model.scales import SCHEDULES, STRIDE, full_schedule, size_for
 from vargpt_rl.model.unified import Unified
@@ -58,33 +60,60 @@ def image_size(resolution: int, aspect: str) -> tuple[int, int]:
 class DrawingSettings:
     """Model and sampling: the settings that ``generate``, ``chat`` and ``evaluate`` share.
 
-    ``size`` and ``sampling`` are derived from them.
+    ``size``, ``sampling`` and ``defaults`` are derived from them. What is null is taken from the checkpoint
+    (`vargpt_rl.model.drawing_defaults`), or is the published code's value if the checkpoint does not say.
     """
+
+    fallback: ClassVar[int] = 512
+    """Resolution for a checkpoint that does not say."""
 
     checkpoint: str = TINY
     """"tiny", a model directory or a hub name."""
-    resolution: Count = 512
-    """Side in pixels of a square image; other aspect ratios have about as many pixels."""
+    resolution: Count | None = None
+    """Side in pixels of a square image; other aspect ratios have about as many pixels; null is the checkpoint's."""
     aspect: str = "1:1"
     """width:height."""
     seed: CountOrNone = 0
-    cfg: float = SamplingConfig.cfg
-    """See ``SamplingConfig``, like the next three."""
-    tau: float = SamplingConfig.tau
-    top_k: int = SamplingConfig.top_k
-    top_p: float = SamplingConfig.top_p
+    """Seed of the images."""
+    cfg: NotNegative | None = None
+    """Guidance strength; null is the checkpoint's, like the next three."""
+    tau: Positive | None = None
+    """Temperature of the logits."""
+    top_k: Count | None = None
+    """Sample among so many most likely values; 1 is greedy."""
+    top_p: Annotated[float, Between(0, 1, includes_low=False)] | None = None
+    """Sample among the most likely values that together reach this probability."""
     device: str = "auto"
     """auto is a GPU if there is one."""
     dtype: str = "auto"
     """auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU."""
 
     def __post_init__(self):
+        self.defaults = read_defaults(check_model(self.drawing_checkpoint))
+        self.resolution = self.resolution or self.defaults.resolution or self.fallback
         self.size = image_size(self.resolution, self.aspect)
-        try:
-            self.sampling = SamplingConfig(self.cfg, self.tau, self.top_k, self.top_p)
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("sampling.")) from error
+        self.sampling = sampling_of(self, self.defaults)
         device_and_dtype(self.device, self.dtype)
+
+    @property
+    def drawing_checkpoint(self) -> str:
+        """The checkpoint whose defaults are taken."""
+        return self.checkpoint
+
+
+def sampling_of(given: DrawingSettings, defaults: DrawingDefaults) -> SamplingConfig:
+    """Return the sampling that is given, else the checkpoint's, else the published code's."""
+    usual = SamplingConfig()
+    values = [
+        next(value for value in (mine, known, default) if value is not None)
+        for mine, known, default in (
+            (given.cfg, defaults.cfg, usual.cfg),
+            (given.tau, defaults.tau, usual.tau),
+            (given.top_k, defaults.top_k, usual.top_k),
+            (given.top_p, defaults.top_p, usual.top_p),
+        )
+    ]
+    return SamplingConfig(*values)
 
 
 def image_line(
@@ -194,7 +223,7 @@ def draw_missing(
     loaded = model()
     with (
         (out / records).open("a", encoding="utf-8") as file,
-        tqdm(total=len(lines), initial=len(lines) - len(missing), unit="image") as bar,
+        tqdm(total=len(lines), initial=len(lines) - len(missing), unit="image", desc=out.name) as bar,
     ):
         for batch in batches(missing, batch_size):
             for line, image in zip(batch, draw_batch(*loaded, batch, look), strict=True):

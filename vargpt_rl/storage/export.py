@@ -41,9 +41,14 @@ def read_best(directory: Path) -> dict | None:
         raise ValueError(f"{path} is damaged ({error}): remove {directory}") from error
 
 
-def keep_best(start: str, weights: Sequence[Path], directory: Path, note: dict) -> None:
-    """Export a policy to ``directory`` if its ``note["value"]`` is strictly higher than the recorded one."""
+def keep_best(
+    start: str, weights: Sequence[Path], directory: Path, note: dict, files: dict[str, dict] | None = None
+) -> None:
+    """Export a policy to ``directory`` if its ``note["value"]`` is strictly higher than the recorded one.
+
+    ``files`` are further JSON files of it.
+    """
     restore_dir(directory)
     best = read_best(directory)
     if math.isfinite(note["value"]) and (best is None or note["value"] > best["value"]):
-        export_model(start, weights, directory, {BEST: note})
+        export_model(start, weights, directory, {BEST: note} | (files or {}))
