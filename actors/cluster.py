@@ -1,6 +1,7 @@
 """The Ray cluster of a run: join or start it, list its nodes, reserve the resources of a placement."""
 
 import contextlib
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -38,8 +39,9 @@ def connect() -> None:
     Raises what ``ray.init`` does: OSError, RuntimeError, ValueError or RayError.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences its notice
+    logging.getLogger("ray").setLevel(logging.ERROR)  # before it says that it starts, and has a token
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    options = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": environment}}
     if "RAY_ADDRESS" not in os.environ:
         # By default Ray listens on every network, with a token in the home directory that others may read.
         ray_constants.ENABLE_RAY_CLUSTER = False

@@ -6,6 +6,7 @@ itself are not retried: they reach the caller as raised.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -92,6 +93,8 @@ class LearnerGroup:
         self._start_ranks()
 
     def _start_ranks(self) -> None:
+        if not self.use_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
         from learners.rank import Rank  # imports DeepSpeed, which the driver needs only once its settings are valid
 
         limit = self.config.start_timeout_s

@@ -44,7 +44,7 @@ from ray.exceptions import RayError
 from actors.cluster import connect
 from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
-from vargpt_rl.common.logs import configure_logging
+from vargpt_rl.common.logs import configure_logging, end_log, keep_log
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.exported import generation_files
 from vargpt_rl.driver.grids import edit_grid, sample_grid
@@ -195,7 +195,9 @@ def start(arguments: list[str]) -> int:
         print("this run is complete; another name=... starts a new one")
         show(run.summary, run.directory)
         return 0
+    Stop.resume = f"to go on: vargpt-rl resume {run.directory}"
     resume(run)
+    run.progress.say("starting Ray")
     try:
         connect()
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -206,6 +208,7 @@ def start(arguments: list[str]) -> int:
     except ValueError as error:
         report_error(error)
         return 2
+    log = keep_log(run.directory)
     run.track(config.tracking.wandb, config.tracking.project, plain(config))
     failed = True
     session = None
@@ -213,6 +216,7 @@ def start(arguments: list[str]) -> int:
         session = open_session(config, inputs, run, placement)
         summary = execute(session)
         run.finish(summary)
+        run.progress.close()
         show(summary, run.directory)
         failed = False
     except SystemExit:
@@ -223,6 +227,7 @@ def start(arguments: list[str]) -> int:
         run.save()
         run.close(failed)
         ray.shutdown()
+        end_log(log)
     return 0
 
 

@@ -1,5 +1,7 @@
 """The closing tables."""
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
@@ -30,7 +32,7 @@ def test_online_methods_show_their_figures_and_their_time():
 def test_a_learned_reward_shows_its_agreement(capsys):
     iteration = {"resolution": 256, "learned_reward": LEARNED, "eval": {"after_sft": SCORE}}
     nothing: dict = {"stages": {}, "understanding": {}, "best": None, "quarantined": {}, "events": [], "seconds": 1.0}
-    show(nothing | {"iterations": [iteration]}, "runs/a")
+    show(nothing | {"iterations": [iteration]}, Path("runs/a"))
     shown = " ".join(capsys.readouterr().out.split())
     assert "own images 0.600 ± 0.050, agreement with the exact check on held-out images 0.550 ± 0.100" in shown
 
@@ -80,6 +82,6 @@ def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monke
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["score"] == ["-", score] and cells["accuracy"] == ["-", "0.875"]
     assert cells.get("reward", ["-", None])[1] == reward
-    show(summary, "runs/a")
+    show(summary, Path("runs/a"))
     shown = capsys.readouterr().out
     assert "after DPO" in " ".join(shown.split()) and "runs/a" in shown

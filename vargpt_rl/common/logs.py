@@ -1,13 +1,19 @@
-"""Logging of the programs: messages of this project to stderr, INFO and above."""
+"""Logging of the programs: messages of this project to stderr, INFO and above, and of a run to its ``run.log`` too."""
 
 import logging
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 OURS = ("__main__", "vargpt_rl", "actors", "learners", "rewards")
 """Loggers of this project's packages; libraries keep their own settings."""
+
+RECORD = logging.getLogger("vargpt_rl.record")
+"""Logger of what a run's terminal shows by other means: it writes to ``run.log`` alone."""
+RECORD.propagate = False
+RUN_LOG = "run.log"
 
 
 def configure_logging() -> None:
@@ -21,3 +27,20 @@ def configure_logging() -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
+
+
+def keep_log(directory: Path) -> logging.Handler:
+    """Write all messages to ``run.log`` in a directory as well, until the handler is given to `end_log`."""
+    handler = logging.FileHandler(directory / RUN_LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for logger in (*map(logging.getLogger, OURS), RECORD):
+        logger.addHandler(handler)
+    RECORD.setLevel(logging.INFO)
+    return handler
+
+
+def end_log(handler: logging.Handler) -> None:
+    """Close a handler of `keep_log`."""
+    for logger in (*map(logging.getLogger, OURS), RECORD):
+        logger.removeHandler(handler)
+    handler.close()

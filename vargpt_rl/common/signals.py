@@ -18,6 +18,8 @@ class Stop:
     """The exit code of the signal that stops this process; None until one has come."""
 
     code: int | None = None
+    resume = "the same command resumes"
+    """What to say about resuming."""
 
 
 def stop(number: int, _frame: object) -> None:
@@ -26,7 +28,7 @@ def stop(number: int, _frame: object) -> None:
         signal.signal(each, signal.SIG_IGN)
     Stop.code = STOPS[signal.Signals(number)]
     with contextlib.suppress(OSError):  # the terminal may be gone; a print may have been interrupted
-        os.write(2, f"{signal.Signals(number).name}: stopping; the same command resumes\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: stopping; {Stop.resume}\n".encode())
     sys.exit(Stop.code)
 
 

@@ -60,6 +60,8 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     if it.config.align.learns_pairs:
         result |= fix_held_out_pairs(it, samples) if moment == Step.AFTER_SFT else preference_metrics(it)
     write_row(it, moment, samples[: it.config.evaluation.grid])
+    if "overall" in result:
+        it.run.progress.score = f"score {result['overall']:.3f}"
     _keep_best(it, policy, moment, result)
     it.log(f"evaluate/{moment}", it.index, {k: v for k, v in result.items() if v is not None})
     return result

@@ -1,9 +1,13 @@
 """The tables that a run prints at its end."""
 
+from pathlib import Path
+
+from rich.console import Console
 from rich.table import Table
 
 from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.logs import RECORD
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
@@ -119,15 +123,8 @@ def _learned(result: dict) -> str:
     return f"learned reward: {', '.join(found)}"
 
 
-def show(summary: dict, directory: object) -> None:
-    """Print the closing tables and the folder of the run."""
-    console = wide_console()
-    if summary["stages"]:
-        console.print(stage_table(summary["stages"]))
-    if summary["iterations"]:
-        console.print(closing_table(summary))
-    if any(name in iteration for name in ONLINE for iteration in summary["iterations"]):
-        console.print(method_table(summary["iterations"]))
+def _print_remarks(console: Console, summary: dict) -> None:
+    """Print what no table has."""
     for k, iteration in enumerate(summary["iterations"]):
         if learned := iteration.get("learned_reward"):
             console.print(f"iteration {k}: {_learned(learned)}")
@@ -142,4 +139,35 @@ def show(summary: dict, directory: object) -> None:
         console.print(f"quarantined: {summary['quarantined']}")
     for event in summary["events"]:
         console.print(event)
+
+
+def next_steps(directory: Path) -> list[str]:
+    """Return what to do with a finished run: files to look at and commands."""
+    page = directory / "report.html"
+    grids = sorted(path for path in directory.glob("samples/*.png") if not path.stem.endswith("-pairs"))
+    found = [f"look at   {path}" for path in ([page] if page.exists() else grids[-1:])]
+    if (directory / "model").exists():
+        found += [
+            f"draw      vargpt-rl draw PROMPT checkpoint={directory / 'model'}",
+            f"chat      vargpt-rl chat checkpoint={directory / 'model'}",
+        ]
+    return found
+
+
+def show(summary: dict, directory: Path) -> None:
+    """Print the closing tables and what to do next, and record them in the run's log."""
+    console = wide_console()
+    console.record = True
+    if summary["stages"]:
+        console.print(stage_table(summary["stages"]))
+    if summary["iterations"]:
+        console.print(closing_table(summary))
+    if any(name in iteration for name in ONLINE for iteration in summary["iterations"]):
+        console.print(method_table(summary["iterations"]))
+    _print_remarks(console, summary)
     console.print(f"{summary['seconds']:.0f} s; everything is in {directory}")
+    if steps := next_steps(directory):
+        console.print("next:")
+    for step in steps:
+        console.print(f"  {step}", highlight=False, soft_wrap=True)
+    RECORD.info("summary\n%s", console.export_text())

@@ -18,6 +18,8 @@ import yaml
 from filelock import FileLock
 
 from vargpt_rl.common.failpoints import point
+from vargpt_rl.common.logs import RECORD
+from vargpt_rl.driver.progress import RunProgress
 from vargpt_rl.driver.state import NEW, read_state, write_state
 from vargpt_rl.storage.files import content_hash, write_atomically
 from vargpt_rl.storage.lines import trim
@@ -87,6 +89,7 @@ class Run:
         self.directory = directory
         self.lock = lock  # held as long as this object is there
         self.tracker = None
+        self.progress = RunProgress()
         for name in (CONFIG, STATE, SUMMARY, *LOGS):
             if (directory / name).exists() and not (directory / name).is_file():
                 raise ValueError(f"{directory / name}: expected a file: move it away, or put back a copy of the file")
@@ -188,12 +191,14 @@ class Run:
     def step(self, name: str, work: Callable[[], dict]) -> dict:
         """Return the result of a named step: from its record if it is done, else by doing and recording it."""
         if name not in self.state["steps"]:
+            self.progress.enter(name)
             result = work()
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
             point(name)
             self.state["steps"][name], self.state["served"][name] = result, self.served
             self.files.record(name)
             self.save()
+            self.progress.leave(name)
         return self.state["steps"][name]
 
     def rewind(self, name: str, why: str) -> None:
@@ -208,6 +213,7 @@ class Run:
     def note(self, event: str, restart: bool = False) -> None:
         """Record an event, such as a fault that was handled, and whether processes were restarted for it."""
         print(f"note: {event}", flush=True)
+        RECORD.info("note: %s", event)
         self.state["events"].append(event)
         self.state["restarts"] += restart
         self.save()
@@ -255,6 +261,7 @@ class Run:
         self.save()
 
     def close(self, failed: bool) -> None:
-        """Flush what is tracked, whether the run ``failed`` or not."""
+        """End the progress and flush what is tracked, whether the run ``failed`` or not."""
+        self.progress.close()
         if self.tracker is not None:
             self.tracker.finish(exit_code=int(failed))

@@ -13,6 +13,7 @@ from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
 from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
+from vargpt_rl.driver.plan import planned_steps
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.verify import check_steps
@@ -75,8 +76,19 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         logger.warning(
             "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
         )
+    run.progress.plan(planned_steps(config), run.state["steps"])
+    run.progress.say(f"starting {len(placement.worker_bundles)} workers and {config.learner.ranks} learner ranks")
     worker_places, rank_places = reserve(placement, config.learner.start_timeout_s)
-    pool = RolloutPool(config.rollout, placement, inputs.model, inputs.source, places=worker_places, note=run.note)
+    part = run.progress.part
+    pool = RolloutPool(
+        config.rollout,
+        placement,
+        inputs.model,
+        inputs.source,
+        places=worker_places,
+        progress=part,
+        note=run.note,
+    )
     learners = LearnerGroup(
         config.learner,
         placement.rank_bundle,
@@ -85,6 +97,6 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         places=rank_places,
         note=run.note,
     )
-    text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, note=run.note)
+    text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note)
     weights = WeightSync(pool, text, run)
     return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)

@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from learners.config import Recipe
 from learners.group import RunningJob
 from learners.jobs import DpoJob, SftJob, TokenizerJob
+from vargpt_rl.common.logs import RECORD
 from vargpt_rl.data.preferences import part_path, prompts_of, read_table
 from vargpt_rl.data.records.stream import EDITS, RecordStream
 from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt, Record
@@ -207,18 +207,18 @@ def probe_of(model: str, resolution: int, seed: int) -> Probe:
 
 
 def follow(it: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:
-    """Return a callback that shows the learner's log lines as a progress bar and logs them as metrics."""
-    print(f"{stage} {it.resolution} px: {recipe.arithmetic(ranks)}", flush=True)
-    bar = tqdm(total=recipe.steps, desc=f"{stage} {it.resolution}")
+    """Return a callback that shows the learner's log lines as progress and logs them as metrics."""
+    RECORD.info("%s %d px: %s", stage, it.resolution, recipe.arithmetic(ranks))
+    it.run.progress.part(stage, 0, recipe.steps)
+    loss = ""
 
     def on_log(line: dict) -> None:
+        nonlocal loss
         step = line.pop("step")
-        bar.update(step - bar.n)
         if "loss" in line:
-            bar.set_postfix(loss=f"{line['loss']:.3f}")
+            loss = f"loss {line['loss']:.3f}"
             it.log(stage, step, {key: value for key, value in line.items() if key != "epoch"})
-        if step == recipe.steps:
-            bar.close()
+        it.run.progress.part(stage, step, recipe.steps, loss)
 
     return on_log
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from transformers import logging
 
 from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
 from vargpt_rl.model.families import family_of, load_config
@@ -174,6 +175,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
     if the directory does not have a complete model of either family.
     """
     place, kind = device_and_dtype(device, dtype)
+    logging.disable_progress_bar()  # of seconds, even on the tiny model
     folder = model_folder(checkpoint)
     try:
         family = family_of(load_config(folder))
