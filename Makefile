@@ -1,4 +1,4 @@
-# make demo        install and run the whole loop with its defaults (make demo ARGS="key=value ..." changes settings)
+# make demo        install and align the embedded model, in minutes (make demo ARGS="--full": all stages)
 # make test-fast   install with the development tools and run the tests that start no cluster
 # make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
 # make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
@@ -6,6 +6,7 @@
 # make test-vllm   install vLLM and run the tests that need it
 # make lint        check style, format, types and the lock file
 # make format      fix style and format
+# make docs        install the documentation's tools and build the site into build/site; broken links are errors
 # make lock        write the installed versions to requirements.lock
 # make setup       install only; quick if pyproject.toml has not changed (setup-dev: with the development tools)
 # make setup-vllm  install vLLM too, the build for GPUs or for CPUs
@@ -28,7 +29,7 @@ FAST := not ray and not deepspeed and not loop and not slow and not faults and n
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm lint format lock clean
+.PHONY: help demo test test-fast test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm docs lint format lock clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -36,7 +37,7 @@ help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
 demo: setup
-	$(BIN)/python -m vargpt_rl.loop $(ARGS)
+	$(BIN)/vargpt-rl demo $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -65,6 +66,10 @@ format: setup-dev
 
 lock: setup-dev
 	$(BIN)/python .ci/lock.py
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m mkdocs build
 
 setup: $(INSTALLED)
 

@@ -120,7 +120,7 @@ def generate(config: GenerateConfig) -> None:
     print(f"{made} images made, {len(wanted) - made} were there already: {out.resolve()}")
 
 
-def draw(config: DrawConfig, prompts: list[str]) -> list[Path]:
+def draw(config: DrawConfig, prompts: list[str]) -> None:
     """Draw images of some prompts and print the path of each. Nothing that exists is written over."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("expected a prompt, got an empty one")
@@ -128,13 +128,11 @@ def draw(config: DrawConfig, prompts: list[str]) -> list[Path]:
     out = make_folder(config.out)
     lines = [image_line(config, "", prompt, i, k) for i, prompt in enumerate(prompts) for k in range(config.images)]
     model, chat = load(folder, config.device, config.dtype)
-    paths = []
     for batch in batches(lines, config.batch_size):
         for line, image in zip(batch, draw_batch(model, chat, batch, None), strict=True):
-            paths.append(free_path(out, line["prompt"]))
-            save_image(image, paths[-1])
-            print(paths[-1], flush=True)
-    return paths
+            path = free_path(out, line["prompt"])
+            save_image(image, path)
+            print(path, flush=True)
 
 
 def free_path(out: Path, prompt: str) -> Path:
@@ -146,7 +144,7 @@ def free_path(out: Path, prompt: str) -> Path:
 
 def main_draw(prompts: list[str], settings: list[str]) -> int:
     """Run `draw`; return its exit code."""
-    return run_program(lambda given: draw(load_command(DrawConfig, given), prompts) and None, settings)
+    return run_program(lambda given: draw(load_command(DrawConfig, given), prompts), settings)
 
 
 def main(arguments: list[str] | None = None) -> int:

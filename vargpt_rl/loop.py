@@ -46,7 +46,7 @@ from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import configure_logging, end_log, keep_log
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
-from vargpt_rl.driver.exported import generation_files
+from vargpt_rl.driver.exported import generation_files, write_card
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.learned import train_reward
@@ -215,6 +215,7 @@ def start(arguments: list[str]) -> int:
     try:
         session = open_session(config, inputs, run, placement)
         summary = execute(session)
+        write_card(run.directory, config, summary)
         run.finish(summary)
         run.progress.close()
         show(summary, run.directory)

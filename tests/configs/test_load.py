@@ -33,7 +33,7 @@ def saved(tmp_path):
 def test_settings_of_a_run_are_read_from_its_folder(saved):
     config = load_config([f"resume={saved}", "rollout.workers=3"])
     assert config.directory == saved
-    assert config.dpo.beta == 0.3 and config.at["512"] == {"dpo": {"beta": 0.4}}
+    assert config.dpo.beta == 0.3 and config.at["512"]["dpo"]["beta"] == 0.4
     assert config.rollout.workers == 3
 
 

@@ -1,7 +1,9 @@
 """Files of exported models."""
 
+from huggingface_hub import ModelCard
+
 from configs.load import load_config
-from vargpt_rl.driver.exported import generation_files
+from vargpt_rl.driver.exported import generation_files, write_card
 from vargpt_rl.model.drawing_defaults import FILE, KEY
 from vargpt_rl.model.hub import EMBEDDED
 
@@ -24,3 +26,28 @@ def test_a_model_draws_as_its_run_did():
 def test_a_run_with_edits_says_so():
     config = load_config(["stages=[pretrain,understanding,align,edit]"])
     assert generation_files(config, str(EMBEDDED), 128)[FILE][KEY]["edits"] is True
+
+
+def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
+    config = load_config(["iterations=1", "resolutions=[128]"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    for name in ("iter-00.png", "iter-00-pairs.png"):
+        (tmp_path / "samples" / name).write_bytes(name.encode())
+    after = {"overall": 0.75, "overall_stderr": 0.05, "n": 120}
+    summary = {"stages": {}, "iterations": [{"resolution": 128, "eval": {"after_sft": after}}]}
+    write_card(tmp_path, config, summary)
+    card = ModelCard.load(tmp_path / "model/README.md")
+    assert card.data.library_name == "vargpt_rl" and "grpo" in card.data.tags
+    assert "from `tiny`" in card.text and "rewards.shapes:shapes_reward" in card.text
+    assert "| 0 | 128 | after SFT | 120 | 0.750 ± 0.050 |" in card.text
+    assert (tmp_path / "model/samples.png").read_bytes() == b"iter-00.png"
+
+
+def test_a_card_without_scores_or_grid_is_written(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    write_card(tmp_path, load_config(["checkpoint=org/name"]), {"stages": {}, "iterations": []})
+    card = ModelCard.load(tmp_path / "model/README.md")
+    assert card.data.base_model == "org/name" and "samples.png" not in card.text

@@ -16,8 +16,8 @@ RUNS = [
     ["dpo.control=false", "stages=[align]"],
     ["align.methods=[dpo,grpo]", REWARD],
     ["align.methods=[grpo]", "align.sft=false", REWARD],
-    ["align.methods=[reward,grpo]", "learned_reward.recipe.batch=8"],
-    ["align.methods=[dpo,reward]", "learned_reward.recipe.batch=8"],
+    ["align.methods=[reward,grpo]"],
+    ["align.methods=[dpo,reward]"],
 ]
 
 

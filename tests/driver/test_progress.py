@@ -29,7 +29,7 @@ def clock():
 @pytest.fixture
 def messages(caplog):
     caplog.set_level(logging.INFO, logger="vargpt_rl")
-    return caplog.messages
+    return caplog
 
 
 def progress_to(clock, terminal=False, width=100):
@@ -47,7 +47,7 @@ def test_lines_say_step_of_steps_time_left_and_score(clock, messages):
     progress.enter("pretrain/swap")
     progress.leave("pretrain/swap")
     progress.enter("iter-00/sft")
-    assert messages == [
+    assert messages.messages == [
         "[1/4] pretrain",
         "[2/4] pretrain: swap, about 3:20 left, score 0.900",
         "[3/4] iteration 0: SFT, about 3:20 left, score 0.900",
@@ -61,8 +61,9 @@ def test_a_long_part_is_told_every_30_s(clock, messages):
     for step in range(1, 61):
         clock.now = float(step)
         progress.part("sft", step, 60, f"loss {1 / step:.2f}")
-    assert len(messages) == 3
-    assert messages[1].startswith("[3/4] iteration 0: SFT, about 1:") and messages[1].endswith("sft 30/60 loss 0.03")
+    told = messages.messages
+    assert len(told) == 3
+    assert told[1].startswith("[3/4] iteration 0: SFT, about 1:") and told[1].endswith("sft 30/60 loss 0.03")
 
 
 def test_time_left_counts_what_this_start_has_done(clock):
@@ -93,6 +94,7 @@ def test_a_terminal_has_two_bars_that_disappear(clock, width):
     progress.plan(STEPS, [])
     progress.say("starting 2 workers and 2 learner ranks")
     progress.enter("pretrain")
+    progress.part("pretrain", 0, 20)
     clock.now = 10.0
     progress.part("pretrain", 10, 20, "loss 0.500")
     shown = progress.bars.get_renderable()

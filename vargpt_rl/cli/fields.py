@@ -78,6 +78,8 @@ def class_fields(path: ClassPath) -> dict[str, FieldSource]:
             fields |= class_fields(ClassPath(module, base.id))
     for statement, after in zip_longest(node.body, node.body[1:]):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if ast.unparse(statement.annotation).startswith("ClassVar"):
+                continue
             name = statement.target.id
             fields[name] = FieldSource(name, _default(statement.value), _doc(after), _group(module, statement))
     return fields

@@ -66,7 +66,10 @@ def help_text(summary: str) -> str:
 
 def call(module: str, arguments: list[str]) -> None:
     """Run the ``main`` of a module and exit with its code."""
-    raise typer.Exit(importlib.import_module(module).main(arguments) or 0)
+    from vargpt_rl.common.command import run_program
+
+    # Importing it may tell of an extra that is not installed.
+    raise typer.Exit(run_program(lambda given: importlib.import_module(module).main(given), arguments))
 
 
 def add_program(app: typer.Typer, program: Program) -> None:

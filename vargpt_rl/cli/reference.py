@@ -36,10 +36,10 @@ def keys_of_a_run() -> list[Key]:
     return list(_keys(LoopConfig, load_config([]), ""))
 
 
-def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
+def _keys(kind: Any, values: Any, prefix: str) -> Iterator[Key]:
     sources = class_fields(ClassPath(kind.__module__, kind.__name__))
     for name, of_field in field_types(kind).items():
-        inner = bare(of_field)
+        inner: Any = bare(of_field)
         doc = sources[name].doc
         value = getattr(values, name)
         if is_dataclass(inner):
@@ -53,8 +53,8 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
 
 def type_name(kind: Any) -> str:
     """Return a type as a user would say it: ``int``, ``list of float``, ``str or null``."""
-    inner = bare(kind)
-    found = {list: "list", dict: "dictionary", Any: "any"}.get(inner) or getattr(inner, "__name__", str(inner))
+    inner: Any = bare(kind)
+    found: str = {list: "list", dict: "dictionary", Any: "any"}.get(inner) or getattr(inner, "__name__", str(inner))
     arguments = get_args(inner)
     if arguments and inner.__origin__ is list:
         found = f"list of {type_name(arguments[0])}"
@@ -69,7 +69,7 @@ def as_typed(value: Any) -> str:
         return value
     if isinstance(value, float):
         return f"{value:g}"
-    return json.dumps(value, default=str).replace('"', "")
+    return str(json.dumps(value, default=str)).replace('"', "")
 
 
 def matching(keys: list[Key], prefix: str | None) -> list[Key]:

@@ -1,8 +1,15 @@
 """Files of exported models that say how they were made and how to draw with them."""
 
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from rich.table import Table
 
 from configs.schema import LoopConfig
+from vargpt_rl.driver.report import closing_table, stage_table
 from vargpt_rl.model.drawing_defaults import FILE, read_defaults, with_defaults
 from vargpt_rl.stages import STAGES, Learns
 
@@ -22,3 +29,73 @@ def generation_files(config: LoopConfig, start: str, resolution: int) -> dict[st
         edits=edits or known.edits,
     )
     return {FILE: with_defaults(start, defaults)}
+
+
+CARD = """\
+---
+{data}
+---
+
+# {name}
+
+A unified visual autoregressive model: it writes text token by token and draws images scale by scale. Aligned with
+[vargpt_rl](https://pypi.org/project/vargpt-rl/) from `{base}`.
+
+    vargpt-rl draw PROMPT checkpoint=DIR
+    vargpt-rl chat checkpoint=DIR
+
+{grid}
+## Training
+
+- Data: {kind}
+- Stages: {stages}; {iterations} iterations at {resolutions} px, by {methods}
+- Reward: {reward}
+- All settings: `config.yaml`; `vargpt-rl run` with them repeats the run
+
+{results}
+## Limits
+
+Scores are of the held-out prompts of one run and one seed; those at different resolutions are not comparable. The model
+draws what its training images show; it has no filter for prompts or images.
+"""
+
+
+def markdown(table: Table) -> str:
+    """Return a table for the terminal as one of Markdown."""
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += [list(map(str, cells)) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write_card(directory: Path, config: LoopConfig, summary: dict) -> None:
+    """Write the model card of ``model/`` in a run's directory, with its settings and the last sample grid."""
+    folder = directory / "model"
+    shutil.copy(directory / "config.yaml", folder / "config.yaml")
+    grids = sorted(path for path in directory.glob("samples/iter-*.png") if not path.stem.endswith("-pairs"))
+    if grids:
+        shutil.copy(grids[-1], folder / "samples.png")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.checkpoint) and not Path(config.checkpoint).exists()
+    data = ModelCardData(
+        base_model=config.checkpoint if on_hub else None,
+        library_name="vargpt_rl",
+        pipeline_tag="any-to-any",
+        tags=["vargpt", "text-to-image", *config.align.methods],
+    )
+    tables = [
+        *([stage_table(summary["stages"])] if summary["stages"] else []),
+        *([closing_table(summary)] if summary["iterations"] else []),
+    ]
+    text = CARD.format(
+        data=data.to_yaml(),
+        name=directory.name,
+        base=config.checkpoint,
+        grid="![Held-out prompts, each row a moment of the run](samples.png)\n" if grids else "",
+        kind=config.data.kind,
+        stages=", ".join(config.stages),
+        iterations=config.iterations,
+        resolutions=", ".join(map(str, config.resolutions)),
+        methods=", ".join(config.align.methods),
+        reward=f"`{config.reward.path}`" if config.reward.path else "none",
+        results="\n".join(f"## {str(table.title).capitalize()}\n\n{markdown(table)}" for table in tables),
+    )
+    ModelCard(text).save(folder / "README.md")

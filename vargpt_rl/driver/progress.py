@@ -16,6 +16,8 @@ LINE_EVERY_S = 30.0
 """Seconds between two lines about a part without a terminal."""
 KNOWN_FROM = 0.03
 """Share of the work that must be done before the time left is told."""
+KNOWN_AFTER_S = 0.5
+"""Seconds after which the speed of a part is told."""
 MOST = 0.95
 """Share of a step that its first part stands for."""
 TITLES = {
@@ -48,6 +50,13 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rate(count: int, seconds: float) -> str:
+    """Format a speed; nothing if it is not known yet."""
+    if not count or seconds < KNOWN_AFTER_S:
+        return ""
+    return f"{count / seconds:.1f}/s" if count >= seconds else f"{seconds / count:.1f} s each"
 
 
 class RunProgress:
@@ -125,9 +134,7 @@ class RunProgress:
             if name != self.named:
                 self.bars.reset(self.current, description=f"  {name.replace('_', ' ')}", total=total, visible=True)
                 self.named, self.part_began = name, self.clock()
-            speed = done / max(self.clock() - self.part_began, 1e-9)
-            rate = f"{speed:.1f}/s" if speed >= 1 or not done else f"{1 / speed:.1f} s each"
-            figures = " ".join(filter(None, [f"{done}/{total}", rate if done else "", info]))
+            figures = " ".join(filter(None, [f"{done}/{total}", rate(done, self.clock() - self.part_began), info]))
             self.bars.update(self.current, completed=done, figures=figures)
         elif self.clock() - self.told >= LINE_EVERY_S:
             self.told = self.clock()

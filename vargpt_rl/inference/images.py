@@ -6,7 +6,7 @@ seed, not on its batch.
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -103,17 +103,10 @@ class DrawingSettings:
 
 def sampling_of(given: DrawingSettings, defaults: DrawingDefaults) -> SamplingConfig:
     """Return the sampling that is given, else the checkpoint's, else the published code's."""
-    usual = SamplingConfig()
-    values = [
-        next(value for value in (mine, known, default) if value is not None)
-        for mine, known, default in (
-            (given.cfg, defaults.cfg, usual.cfg),
-            (given.tau, defaults.tau, usual.tau),
-            (given.top_k, defaults.top_k, usual.top_k),
-            (given.top_p, defaults.top_p, usual.top_p),
-        )
-    ]
-    return SamplingConfig(*values)
+    names = [field.name for field in fields(SamplingConfig)]
+    known = {name: value for name in names if (value := getattr(defaults, name)) is not None}
+    own = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return SamplingConfig(**known | own)
 
 
 def image_line(

@@ -10,7 +10,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from math import ceil
 
-import simpy
+try:
+    import simpy
+except ModuleNotFoundError as error:
+    raise ValueError("the simulation needs the extra 'simulate': pip install 'vargpt-rl[simulate]'") from error
 
 from vargpt_rl.simulate.costs import Costs
 
