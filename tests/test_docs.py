@@ -26,7 +26,7 @@ COMMANDS = sorted({line.replace("\\\n", " ").partition("  #")[0] for line in COM
 UNREAL = re.compile(r"DIR|FILE|PROMPT|KEY|PREFIX|winners|\.\.\.")
 """Words of examples that only a reader can fill in."""
 QUICK = ("draw", "generate", "config", "env")
-EXAMPLES = [line for line in COMMANDS if line.split()[1] in QUICK and not UNREAL.search(line)]
+EXAMPLES = [line for line in COMMANDS if line.split()[1] in QUICK and line.split()[2:] and not UNREAL.search(line)]
 MODULES = sorted(set(re.findall(r"python -m ((?:vargpt_rl|rewards|learners)[\w.]*)", EVERYTHING)))
 PYTHON = re.findall(r"```python\n(.*?)```", EVERYTHING, re.DOTALL)
 LOOPS = [line for line in COMMANDS if line.startswith("vargpt-rl run ") and not re.search(r"KEY|\.\.\.", line)]

@@ -1,5 +1,9 @@
 """Completion of keys and runs."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from vargpt_rl.cli.completion import complete_keys, complete_runs, find_run, run_folders
@@ -39,3 +43,24 @@ def test_an_unknown_run_names_the_nearest(runs):
         find_run("frist")
     with pytest.raises(ValueError, match=r"expected a folder with state\.json"):
         find_run("zzzzz")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vargpt-rl", "dr"], "draw"),
+        (["vargpt-rl", "run", "dpo.bet"], "dpo.beta="),
+        (["vargpt-rl", "resume", "runs/"], "runs/first"),
+        (["vargpt-rl", "eval", "sha"], "shapes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_shell_completes(runs, words, expected):
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+        "_VARGPT_RL_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run([sys.executable, "-m", "vargpt_rl"], env=environment, capture_output=True, text=True)
+    assert expected in done.stdout.split()

@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args
 
@@ -42,7 +42,7 @@ def _keys(kind: Any, values: Any, prefix: str) -> Iterator[Key]:
         inner: Any = bare(of_field)
         doc = sources[name].doc
         value = getattr(values, name)
-        if is_dataclass(inner):
+        if sources[name].group is not None:
             own = class_doc(ClassPath(inner.__module__, inner.__name__))
             yield Key(f"{prefix}{name}.", "", "", "", doc or own)
             yield from _keys(inner, value, f"{prefix}{name}.")
@@ -54,7 +54,8 @@ def _keys(kind: Any, values: Any, prefix: str) -> Iterator[Key]:
 def type_name(kind: Any) -> str:
     """Return a type as a user would say it: ``int``, ``list of float``, ``str or null``."""
     inner: Any = bare(kind)
-    found: str = {list: "list", dict: "dictionary", Any: "any"}.get(inner) or getattr(inner, "__name__", str(inner))
+    names: dict[Any, str] = {list: "list", dict: "dictionary", Any: "any"}
+    found = names.get(inner) or str(getattr(inner, "__name__", inner))
     arguments = get_args(inner)
     if arguments and inner.__origin__ is list:
         found = f"list of {type_name(arguments[0])}"
