@@ -42,6 +42,8 @@ BROADCAST_TIMEOUT_S = 60.0
 class RolloutPool:
     """``plan.workers`` workers of class ``kind``, started with ``checkpoint``; returns when they are ready.
 
+    With ``wait=False`` it returns at once, so that other processes start beside them: see ``wait_until_ready``.
+
     Each worker, or its replacement, runs in its one of ``places``; without them, wherever there is room. Without
     ``progress``, a bar is shown on stderr. ``note`` is called with events such as a replacement. Workers are sent those
     published tensors whose names ``takes`` accepts. Not to be used by several threads at once.
@@ -59,6 +61,7 @@ class RolloutPool:
         kind: type[AnyWorker] = Worker,
         takes: Callable[[str], bool] = every,
         note: Note = unnoted,
+        wait: bool = True,
     ):
         self.progress = progress
         self.repeated = 0
@@ -73,6 +76,12 @@ class RolloutPool:
             places=places,
             note=note,
         )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait until all workers have loaded their model; errors of their start are raised."""
+        self.workers.wait_until_ready()
 
     @property
     def config(self) -> RolloutConfig:

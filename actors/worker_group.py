@@ -53,8 +53,8 @@ class AnyWorker(Protocol):
 class WorkerGroup:
     """``plan.workers`` actors of class ``kind``, each in its one of ``places``, if given; its replacement too.
 
-    Returns when all are ready. ``restarts`` counts replacements; ``events`` describes them, and ``note`` is called
-    with each.
+    ``wait_until_ready`` returns when all have loaded their model. ``restarts`` counts replacements; ``events``
+    describes them, and ``note`` is called with each.
     """
 
     def __init__(
@@ -83,7 +83,10 @@ class WorkerGroup:
         self._running: dict[ray.ObjectRef, Call] = {}  # stragglers' calls of earlier jobs too
         self._dead: set[ActorHandle] = set()
         self.handles = [self._start(place) for place in range(plan.workers)]
-        ray.get([worker.status.remote() for worker in self.handles], timeout=config.call_timeout_s)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the workers that were started first; errors of their start are raised."""
+        ray.get([worker.status.remote() for worker in self.handles], timeout=self.config.call_timeout_s)
         self._starting.clear()
 
     # Calls

@@ -22,6 +22,7 @@ from learners.config import DpoConfig
 from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE, ScoredOutput
 from learners.pairs import PairOrder, PairTable
 from learners.resume import Resumable
+from learners.step_times import TimedSteps
 from learners.training import ExactInputs
 from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
 
@@ -31,7 +32,7 @@ def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
     return {"sum": 1.0, "per_token": 1 / tokens, "per_bit": 1 / (tokens * bits)}[norm]
 
 
-class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
+class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
     """TRL's trainer on precomputed image tokens and references. ``record``: see `PairOrder`.
 
     ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales.
@@ -47,6 +48,9 @@ class ImageDpoTrainer(ExactInputs, Resumable, DPOTrainer):
         self.settings = settings
         self.measured: dict[str, list[float]] = defaultdict(list)
         self.step0_max_abs_logratio = 0.0
+
+    def seconds_waited(self) -> float:
+        return self.train_dataset.waited
 
     def _get_train_sampler(self, *args) -> PairOrder:
         arguments, record = self.args, self.record if self.is_world_process_zero() else None

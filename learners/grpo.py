@@ -21,12 +21,13 @@ from learners.image_policy import RESHAPED_TOLERANCE
 from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
 from learners.resume import Resumable
+from learners.step_times import TimedSteps
 from learners.training import ExactInputs
 from vargpt_rl.losses.credit import part_means, scale_credit, weighted_sum
 from vargpt_rl.losses.policy_gradient import kl_k3
 
 
-class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
+class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
     """Train a policy (`learners.image_policy`) on its images: by an online method."""
 
     survivors = ("first_update_max_abs_log_ratio",)
@@ -39,6 +40,9 @@ class PolicyGradientTrainer(ExactInputs, Resumable, Trainer):
         self.first_update_max_abs_log_ratio = 0.0
         self.measured: dict[str, list[torch.Tensor]] = defaultdict(list)
         batches.on_save_request = self._save_now
+
+    def seconds_waited(self) -> float:
+        return self.batches.waited
 
     def get_train_dataloader(self) -> PolicyBatches:
         return self.batches

@@ -157,6 +157,7 @@ class Rank:
             "loss_last": losses[-1] if losses else None,
             "steps": trainer.state.global_step,
             "seconds": seconds,
+            "time": trainer.clock.total,
             "trained_tensors": len(trained),
         }
         if not isinstance(job, RewardJob):  # a reward model draws nothing

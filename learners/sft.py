@@ -14,13 +14,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from learners.gradient_norms import EVERY, ModalityGradients
 from learners.resume import Resumable
+from learners.step_times import TimedSteps
 from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
 
-class SftTrainer(Resumable, Trainer):
+class SftTrainer(TimedSteps, Resumable, Trainer):
     """Trainer of one stage's losses on the batches of ``loader``, this rank's own.
 
     Every metric is the mean since the last log, over ranks; ``tokens/...`` is the sum. If the stage has two losses,

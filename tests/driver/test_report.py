@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vargpt_rl.driver.report import closing_table, method_table, show
+from vargpt_rl.driver.report import closing_table, method_table, show, training_time
 
 RESULT = {
     "reward_first": 0.5,
@@ -85,3 +85,15 @@ def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monke
     show(summary, Path("runs/a"))
     shown = capsys.readouterr().out
     assert "after DPO" in " ".join(shown.split()) and "runs/a" in shown
+
+
+def test_training_time_is_shared_among_parts():
+    summary = {
+        "stages": {"pretrain": {"steps": 2, "time": {"data": 1.0, "forward": 4.0}, "swap": {"seconds": 9.0}}},
+        "iterations": [{"resolution": 32, "sft": {"time": {"forward": 3.0}}, "dpo": {"time": {"wait": 2.0}}}],
+    }
+    assert training_time(summary) == "data 10%, forward 70%, wait 20%"
+
+
+def test_a_run_without_training_has_no_such_line():
+    assert training_time({"stages": {}, "iterations": []}) == ""

@@ -1,5 +1,6 @@
 """The tables that a run prints at its end."""
 
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -123,6 +124,19 @@ def _learned(result: dict) -> str:
     return f"learned reward: {', '.join(found)}"
 
 
+def training_time(summary: dict) -> str:
+    """Return the shares of all training time by part, of rank 0; empty if nothing was trained."""
+    results = [
+        result for stage in (*summary["stages"].values(), *summary["iterations"]) for result in (stage, *stage.values())
+    ]
+    total: Counter[str] = Counter()
+    for result in results:
+        if isinstance(result, dict) and "time" in result:
+            total.update(result["time"])
+    whole = total.total()
+    return ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in total.items()) if whole else ""
+
+
 def _print_remarks(console: Console, summary: dict) -> None:
     """Print what no table has."""
     for k, iteration in enumerate(summary["iterations"]):
@@ -137,6 +151,8 @@ def _print_remarks(console: Console, summary: dict) -> None:
         console.print(f"best/ holds the policy of {place}: {best['metric']} {best['value']:.4g}")
     if summary["quarantined"]:
         console.print(f"quarantined: {summary['quarantined']}")
+    if shares := training_time(summary):
+        console.print(f"training time: {shares}", highlight=False)
     for event in summary["events"]:
         console.print(event)
 

@@ -71,7 +71,10 @@ def devices() -> Devices:
 
 
 def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> Session:
-    """Start workers, learner ranks and the text engine; RuntimeError if the cluster has no room in time."""
+    """Start workers, learner ranks and the text engine side by side.
+
+    RuntimeError if the cluster has no room in time.
+    """
     if is_judged_by_its_reward(config):
         logger.warning(
             "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
@@ -88,6 +91,7 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         places=worker_places,
         progress=part,
         note=run.note,
+        wait=False,
     )
     learners = LearnerGroup(
         config.learner,
@@ -98,5 +102,6 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         note=run.note,
     )
     text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note)
+    pool.wait_until_ready()
     weights = WeightSync(pool, text, run)
     return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)
