@@ -173,6 +173,8 @@ class LearnerConfig:
     """GPUs reserved per rank, if the cluster has any."""
     bf16: bool = False
     """Train in bfloat16 instead of float32."""
+    peak_tflops: Positive | None = None
+    """Peak of one rank's device in TFLOP/s, of which ``time/mfu`` is the share; null measures a matrix product."""
     start_timeout_s: Positive = 300.0
     """Longest wait for the ranks' resources and for their start."""
     save_every: Count | None = 200

@@ -19,6 +19,7 @@ import torch
 from trl import DPOTrainer
 
 from learners.config import DpoConfig
+from learners.flops import shape_of, step_flops
 from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE, ScoredOutput
 from learners.pairs import PairOrder, PairTable
 from learners.resume import Resumable
@@ -51,6 +52,10 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
 
     def seconds_waited(self) -> float:
         return self.train_dataset.waited
+
+    def count_flops(self, inputs: dict[str, torch.Tensor]) -> int:
+        schedule = self.model.image_tokenizer.schedule_for(int(inputs["resolution"]))[: self.settings.credit_scales]
+        return step_flops(self.model, shape_of(self.model, inputs["input_ids"], schedule))
 
     def _get_train_sampler(self, *args) -> PairOrder:
         arguments, record = self.args, self.record if self.is_world_process_zero() else None

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer, TrainerControl
 
 from learners.config import RlConfig
+from learners.flops import shape_of, step_flops
 from learners.image_policy import RESHAPED_TOLERANCE
 from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
@@ -43,6 +44,10 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
 
     def seconds_waited(self) -> float:
         return self.batches.waited
+
+    def count_flops(self, inputs: dict[str, torch.Tensor]) -> int:
+        schedule = self.model.image_tokenizer.schedule_for(int(inputs["resolution"]))[: self.settings.credit_scales]
+        return step_flops(self.model, shape_of(self.model, inputs["input_ids"], schedule))
 
     def get_train_dataloader(self) -> PolicyBatches:
         return self.batches

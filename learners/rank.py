@@ -21,6 +21,7 @@ from trl import DPOConfig, RewardConfig
 
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import ImageDpoTrainer
+from learners.flops import matrix_peak
 from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import POLICIES
 from learners.image_tokenizer import image_batches, train_image_tokenizer
@@ -104,6 +105,7 @@ class Rank:
         self.bf16 = config.bf16
         self.config = config
         torch.set_num_threads(threads)
+        self.peak = 1e12 * config.peak_tflops if config.peak_tflops else 0.0
 
     def address(self) -> tuple[str, int]:
         """This node's address in the cluster and a free port, where the ranks rendezvous with rank 0."""
@@ -140,12 +142,20 @@ class Rank:
         load_weights_into(model, start.weights)
         return model
 
+    def _peak(self) -> float:
+        """Operations per second of a matrix product in this process: given, or measured before its first job."""
+        if not self.peak:
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            self.peak = matrix_peak("cuda" if self.use_gpu else "cpu", dtype)
+        return self.peak
+
     def _run(
         self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob | PolicyGradientJob | RewardJob
     ) -> dict:
         output = job.output
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
+        trainer.clock.peak = self._peak()
         trainer.keep = self.config.keep_last, self.config.keep_every
         trainer.add_callback(SaveEvery(self.config.save_every, save_request(output)))
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
@@ -158,6 +168,7 @@ class Rank:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "time": trainer.clock.total,
+            **trainer.clock.whole(),
             "trained_tensors": len(trained),
         }
         if not isinstance(job, RewardJob):  # a reward model draws nothing

@@ -12,6 +12,7 @@ from trl import RewardTrainer
 
 from learners.config import UNDERSTANDING, LearnedRewardConfig
 from learners.resume import Resumable
+from learners.step_times import TimedSteps
 from vargpt_rl.data.reward_pairs import read_pairs_file
 from vargpt_rl.model.reward_model import HEAD
 from vargpt_rl.stages import VISION, VISION_PROJECTOR
@@ -20,7 +21,7 @@ PREFIXES = dict(zip(UNDERSTANDING, (("model.language_model.",), VISION, VISION_P
 """Prefixes of the tensors of each part, in both families."""
 
 
-class ShownImageRewardTrainer(Resumable, RewardTrainer):
+class ShownImageRewardTrainer(TimedSteps, Resumable, RewardTrainer):
     """TRL's trainer on pairs of shown images, which its collator loads."""
 
     survivors = ("_total_train_tokens",)

@@ -12,11 +12,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from learners.flops import shape_of, step_flops
 from learners.gradient_norms import EVERY, ModalityGradients
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from vargpt_rl.losses.supervised import modality_losses, sft_loss
 from vargpt_rl.model.families import AnyImageTokenizer
+from vargpt_rl.model.scales import STRIDE, Schedule
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage
 
@@ -53,6 +55,16 @@ class SftTrainer(TimedSteps, Resumable, Trainer):
         samples = super().get_batch_samples(*args)
         self.waited += time.perf_counter() - began
         return samples
+
+    def count_flops(self, inputs: dict[str, torch.Tensor]) -> int:
+        tokenizer = self.model.config.image_tokenizer_config
+        schedule: Schedule = ()
+        if "crops" in inputs:
+            schedule = tokenizer.schedule_for(*inputs["crops"].shape[1:3])
+        elif "features" in inputs:
+            schedule = tokenizer.schedule_for(*(STRIDE * side for side in inputs["features"].shape[2:]))
+        text_logits = self.stage.text_weight > 0
+        return step_flops(self.model, shape_of(self.model, inputs["input_ids"], schedule, text_logits))
 
     def get_train_dataloader(self) -> StatefulDataLoader:
         return self.loader

@@ -1,5 +1,7 @@
 """Breakdown of training time, logged as ``time/...``: data, waiting, forward, backward, optimizer.
 
+``time/mfu`` is the share of the peak that the model's operations take (`learners.flops`), of the time without waiting.
+
 Only accounting: nothing is synchronised for it. On a GPU, whose kernels run beside Python, a part may hold time that
 belongs to an earlier one; their sum is right.
 """
@@ -11,6 +13,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from transformers import Trainer as MixedInto
 else:
@@ -20,11 +24,17 @@ PARTS = ("data", "wait", "forward", "backward", "optimizer")
 
 
 class StepClock:
-    """Seconds by part. A part measured inside another one does not count for the outer one."""
+    """Seconds by part. A part measured inside another one does not count for the outer one.
 
-    def __init__(self) -> None:
+    ``flops`` are the operations since the last look, ``peak`` those per second that the machine can do, 0 if unknown.
+    """
+
+    def __init__(self, peak: float = 0.0) -> None:
+        self.peak = peak
         self.seconds: dict[str, float] = defaultdict(float)
         self.total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.flops = 0
+        self.total_flops = 0
         self._inside: list[float] = []
 
     @contextmanager
@@ -41,11 +51,22 @@ class StepClock:
                 self._inside[-1] += spent
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call."""
+        """Return the seconds of each part since the last call, and ``time/mfu`` if a peak is known."""
         found = {part: self.seconds[part] for part in PARTS}
+        flops = self.flops
         self.seconds.clear()
+        self.flops = 0
         self.total = {part: self.total[part] + seconds for part, seconds in found.items()}
-        return {f"time/{part}": seconds for part, seconds in found.items()}
+        self.total_flops += flops
+        return {f"time/{part}": seconds for part, seconds in found.items()} | self._share(flops, found, "time/mfu")
+
+    def whole(self) -> dict[str, float]:
+        """Return the model FLOPs utilisation of all steps, as ``mfu``, if a peak is known."""
+        return self._share(self.total_flops, self.total, "mfu")
+
+    def _share(self, flops: int, seconds: dict[str, float], name: str) -> dict[str, float]:
+        spent = sum(seconds.values()) - seconds["wait"]
+        return {name: flops / spent / self.peak} if flops and self.peak and spent else {}
 
 
 class TimedSteps(MixedInto):
@@ -63,6 +84,10 @@ class TimedSteps(MixedInto):
         """Seconds in which the data loader waited for the driver so far; they are part of getting a batch."""
         return 0.0
 
+    def count_flops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Count the operations of a micro-batch; 0 if they are not known."""
+        return 0
+
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
         self.deepspeed.step = _timed(self.deepspeed.step, self.clock)
@@ -78,9 +103,10 @@ class TimedSteps(MixedInto):
         self.clock.seconds["data"] -= waited
         return samples
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.clock.flops += self.count_flops(inputs)
         with self.clock.measure("backward"):  # without what is measured inside: forward and optimizer
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
 
     @contextmanager
     def compute_loss_context_manager(self):

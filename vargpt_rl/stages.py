@@ -4,7 +4,7 @@ A stage of a run is a row here and a block of settings of the same name in ``con
 the settings, the memory plan and the report read the rest from the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 
@@ -210,6 +210,11 @@ def freeze(model: nn.Module, stage: Stage) -> list[str]:
         if parameter.requires_grad:
             trained.append(name)
     return sorted(trained)
+
+
+def feeds_language_model(trained: Iterable[str]) -> bool:
+    """Tell whether the language model needs a backward pass: one of these parameters is in it or feeds it."""
+    return any(name.startswith(("model.", *_LANGUAGE_INPUTS)) and name != UNREACHED for name in trained)
 
 
 def frozen_parts(model: nn.Module) -> list[str]:

@@ -93,6 +93,8 @@ def test_training_time_is_shared_among_parts():
         "iterations": [{"resolution": 32, "sft": {"time": {"forward": 3.0}}, "dpo": {"time": {"wait": 2.0}}}],
     }
     assert training_time(summary) == "data 10%, forward 70%, wait 20%"
+    summary["iterations"] = [{"sft": {"time": {"forward": 3.0}, "mfu": share}} for share in (0.2, 0.4)]
+    assert training_time(summary) == "data 9%, forward 91%; model FLOPs utilisation: sft 30%"
 
 
 def test_a_run_without_training_has_no_such_line():

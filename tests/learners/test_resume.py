@@ -160,6 +160,7 @@ def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(runs, case):
     assert {key: resumed.get(key) for key in same} == {key: whole.get(key) for key in same}
     assert {f"time/{part}" for part in PARTS} <= lines[0].keys() and lines[0]["time/forward"] > 0
     assert set(whole["time"]) == set(PARTS) and whole["time"]["optimizer"] > 0
+    assert 0 < lines[0]["time/mfu"] < 1 and 0 < whole["mfu"] < 1
     losses = {line["loss"] for line in lines}
     assert len(losses) >= STEPS - 1, "there is something to be equal; the first step, of warm-up, may change nothing"
 

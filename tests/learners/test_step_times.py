@@ -88,3 +88,16 @@ def test_a_trainer_logs_the_parts_of_its_steps(clock):
     trainer.log({"train_runtime": 9.0})
     assert trainer.logged[-1] == {"train_runtime": 9.0}, "only the log of a step has them"
     assert clock.total == {part: 2 * expected[f"time/{part}"] for part in PARTS}
+
+
+def test_utilisation_is_the_share_of_the_peak_without_waiting(clock):
+    clock.peak = 10.0
+    assert clock.whole() == {}, "nothing was counted yet"
+    clock.flops = 30
+    clock.seconds |= {"forward": 2.0, "backward": 4.0, "wait": 94.0}
+    assert clock.take()["time/mfu"] == 0.5
+    clock.flops = 30
+    clock.seconds["data"] += 2.0
+    assert clock.take()["time/mfu"] == 1.5
+    assert clock.whole() == {"mfu": 0.75}
+    assert "time/mfu" not in clock.take(), "each look starts anew"

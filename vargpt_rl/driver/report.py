@@ -1,7 +1,8 @@
 """The tables that a run prints at its end."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
@@ -125,16 +126,25 @@ def _learned(result: dict) -> str:
 
 
 def training_time(summary: dict) -> str:
-    """Return the shares of all training time by part, of rank 0; empty if nothing was trained."""
-    results = [
-        result for stage in (*summary["stages"].values(), *summary["iterations"]) for result in (stage, *stage.values())
-    ]
+    """Return the shares of all training time by part, of rank 0, and each stage's MFU; empty if nothing was trained.
+
+    A stage of several iterations has the mean of its utilisations.
+    """
+    stages = [*summary["stages"].items()]
+    stages += [entry for iteration in summary["iterations"] for entry in iteration.items()]
     total: Counter[str] = Counter()
-    for result in results:
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, result in stages:
         if isinstance(result, dict) and "time" in result:
             total.update(result["time"])
+            if "mfu" in result:
+                found[name].append(result["mfu"])
     whole = total.total()
-    return ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in total.items()) if whole else ""
+    if not whole:
+        return ""
+    shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in total.items())
+    used = ", ".join(f"{name} {fmean(values):.0%}" for name, values in found.items())
+    return f"{shares}; model FLOPs utilisation: {used}" if used else shares
 
 
 def _print_remarks(console: Console, summary: dict) -> None:
