@@ -10,6 +10,7 @@ Shape legend: B rows, T positions, N generated images, L image tokens, P prompt 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,36 @@ def step_flops(model: Unified, shape: PassShape) -> int:
     return count + _attention(pairs, config.decoder_config.width, config.decoder_config.depth, True)
 
 
-def _linear(part: nn.Module, vectors, learns: bool) -> int:
+def drawing_flops(model: Unified, rows: int, prompt: int, schedule: Schedule, guided: bool) -> int:
+    """Count the operations of sampling ``rows`` images with caches, up to their bits; the image tokenizer not.
+
+    With guidance, v1.1's language model reads each scale once more, without what came before it.
+    """
+    language, decoder = model.model.language_model, model.image_decoder
+    tokens = token_count(schedule)
+    branches = 1 + guided
+    drawn = rows * branches * tokens
+    context = rows * branches * prompt
+
+    def of_decoder(name: str) -> int:
+        if "modulation" in name or name.startswith("condition."):
+            return rows * branches
+        return context if name.endswith("cross_attention.kv") else drawn
+
+    count = _forward(language, lambda name: rows * prompt + drawn)
+    count += _forward(model.projector_in, lambda name: drawn)
+    count += _forward(model.projector_out, lambda name: drawn + rows * prompt)
+    count += _forward(decoder, of_decoder)
+    text, of_decoder_config = model.config.text_config, model.config.decoder_config
+    alone = sum((h * w) ** 2 for h, w in schedule) if guided else 0
+    pairs = rows * ((prompt + tokens) ** 2 + alone) // 2
+    count += _attention(pairs, text.hidden_size, text.num_hidden_layers, False)
+    seen = sum(h * w * token_count(schedule[: k + 1]) for k, (h, w) in enumerate(schedule))
+    pairs = rows * branches * (seen + prompt * tokens)
+    return count + _attention(pairs, of_decoder_config.width, of_decoder_config.depth, False)
+
+
+def _linear(part: nn.Module, vectors: Callable[[str], int], learns: bool) -> int:
     """Count a part's linear layers, ``vectors(name)`` vectors each; ``learns``: gradients flow to its inputs."""
     count = 0
     for name, layer in part.named_modules():
@@ -94,6 +124,12 @@ def _linear(part: nn.Module, vectors, learns: bool) -> int:
             products = 1 + learns + layer.weight.requires_grad
             count += 2 * layer.in_features * layer.out_features * vectors(name) * products
     return count
+
+
+def _forward(part: nn.Module, vectors: Callable[[str], int]) -> int:
+    """Count a part's linear layers without a backward pass."""
+    layers = [(name, layer) for name, layer in part.named_modules() if isinstance(layer, nn.Linear)]
+    return sum(2 * layer.in_features * layer.out_features * vectors(name) for name, layer in layers)
 
 
 def _attention(pairs: int, width: int, layers: int, learns: bool) -> int:

@@ -13,10 +13,21 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+if TYPE_CHECKING:  # at run time where it is used: ranges need no OmegaConf, and `vargpt_rl.bench.gpu` has none
+    from omegaconf import DictConfig
 
 Settings = TypeVar("Settings")
 
@@ -177,11 +188,13 @@ def expectations(kind: Any) -> list[Any]:
     return [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Expected)]
 
 
-def build(kind: type[Settings], config: DictConfig, key: str = "") -> Settings:
+def build(kind: type[Settings], config: "DictConfig", key: str = "") -> Settings:
     """Make the dataclass object of a config. ``key`` is where it stands in a larger one.
 
     Raises ValueError naming the key for a value outside its range.
     """
+    from omegaconf import OmegaConf
+
     check_ranges(kind, OmegaConf.to_container(config, resolve=True), key)
     return OmegaConf.to_object(config)
 
@@ -191,6 +204,9 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str, base: Setti
 
     Raises ValueError, naming the key, for an unknown key or a bad value.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = merge(kind, values, key, base)
     try:
         return OmegaConf.to_object(merged)
@@ -198,8 +214,11 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str, base: Setti
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def merge(kind: type[Settings], values: Mapping[str, Any], key: str, base: Settings | None = None) -> DictConfig:
+def merge(kind: type[Settings], values: Mapping[str, Any], key: str, base: Settings | None = None) -> "DictConfig":
     """Check keys, types and ranges as `parse` does, without comparing fields with each other."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         check_keys(kind, values)
         merged = OmegaConf.merge(OmegaConf.structured(kind if base is None else base), values)
