@@ -15,17 +15,18 @@ import json
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from PIL import Image
+from ray.exceptions import RayActorError
 
 from rewards import Reward
 from rewards.images import to_png
-from rewards.processes import RewardServer, RewardTerm
+from rewards.processes import RewardServer, RewardStats, RewardTerm
 from vargpt_rl.common.plugins import check_callable, load_plugin, make_plugin
 from vargpt_rl.common.settings import parse
 
@@ -87,6 +88,8 @@ class Running:
 
     terms: dict[str, RewardTerm]
     server: ray.actor.ActorHandle
+    before: dict[str, RewardStats]
+    """Statistics when this use began."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
         pngs = ray.put([to_png(image) for image, _ in zip(images, prompts, strict=True)])
@@ -95,8 +98,26 @@ class Running:
         return [weighted_sum(row, self.terms) for row in rows]
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Statistics so far, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
-        return ray.get(self.server.report.remote())
+        """Statistics of this use, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
+        stats = ray.get(self.server.stats.remote())
+        return {name: stats[name].report(before) for name, before in self.before.items()}
+
+
+class KeptRewards:
+    """Rewards whose processes are kept between uses, until this is dropped: loading one takes seconds to minutes."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, tuple[Reward, Running]] = {}
+
+    def use(self, reward: Reward) -> Running:
+        """Return ``reward`` with its processes running, started at the first use, or again if their node is lost."""
+        _, live = self.running.get(id(reward)) or (reward, start(reward))
+        try:
+            live = replace(live, before=ray.get(live.server.begin.remote()))
+        except RayActorError:
+            live = start(reward)
+        self.running[id(reward)] = reward, live
+        return live
 
 
 @contextmanager
@@ -108,6 +129,15 @@ def scorers(reward: Reward | Running) -> Iterator[Running]:
     if isinstance(reward, Running):
         yield reward
         return
+    live = start(reward)
+    try:
+        yield live
+    finally:
+        ray.kill(live.server)  # the processes end with it
+
+
+def start(reward: Reward) -> Running:
+    """Start the server of a reward's processes, which start when images come."""
     if isinstance(reward, WeightedSum):
         terms, makes = reward.terms, reward.makes
     else:
@@ -115,10 +145,7 @@ def scorers(reward: Reward | Running) -> Iterator[Running]:
     server = RewardServer.remote(  # type: ignore[attr-defined]  # ray.remote adds it
         terms, {name: [ray.put(make)] for name, make in makes.items()}
     )
-    try:
-        yield Running(terms, server)
-    finally:
-        ray.kill(server)  # the processes end with it
+    return Running(terms, server, {name: RewardStats() for name in terms})
 
 
 def _same(reward: Reward) -> Reward:

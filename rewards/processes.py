@@ -76,15 +76,17 @@ class RewardStats:
         if message:
             self.errors.setdefault(reason, message)
 
-    def report(self) -> dict[str, Any]:
-        """The counts as JSON."""
+    def report(self, before: "RewardStats") -> dict[str, Any]:
+        """What was counted after ``before``, as JSON."""
+        scored = self.scored - before.scored
+        unscored = self.unscored - before.unscored
         return {
-            "scored": self.scored,
-            "mean": self.total / self.scored if self.scored else None,
-            "seconds": self.seconds,
-            "restarts": self.restarts,
-            "unscored": dict(self.unscored),
-            "errors": self.errors,
+            "scored": scored,
+            "mean": (self.total - before.total) / scored if scored else None,
+            "seconds": self.seconds - before.seconds,
+            "restarts": self.restarts - before.restarts,
+            "unscored": dict(unscored),
+            "errors": {reason: message for reason, message in self.errors.items() if reason in unscored},
         }
 
 
@@ -147,8 +149,8 @@ class RewardQueue:
         if self.process is None:
             if self.starts > MAX_RESTARTS:
                 raise RewardLost(f"given up after {MAX_RESTARTS} restarts")
+            self.stats.restarts += self.starts > 0
             self.starts += 1
-            self.stats.restarts = self.starts - 1
             env = {"runtime_env": {"py_executable": self.term.python}} if self.term.python else {}
             self.process = RewardProcess.options(**env).remote(  # type: ignore[attr-defined]  # ray.remote adds it
                 self.make[0]
@@ -209,6 +211,12 @@ class RewardServer:
         values = await asyncio.gather(*(queue.score(pngs[0], prompts) for queue in self.queues.values()))
         return dict(zip(self.queues, values, strict=True))
 
-    async def report(self) -> dict[str, dict[str, Any]]:
+    async def begin(self) -> dict[str, RewardStats]:
+        """Begin a new use: rewards that were given up are tried again. Return every reward's statistics so far."""
+        for queue in self.queues.values():
+            queue.starts = 0 if queue.process is None else 1
+        return await self.stats()
+
+    async def stats(self) -> dict[str, RewardStats]:
         """Every reward's statistics so far."""
-        return {name: queue.stats.report() for name, queue in self.queues.items()}
+        return {name: queue.stats for name, queue in self.queues.items()}

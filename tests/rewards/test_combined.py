@@ -14,7 +14,7 @@ import ray
 from PIL import Image
 
 from configs.load import load_config
-from rewards.combined import Total, WeightedSum, scorers, weighted_sum
+from rewards.combined import KeptRewards, Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
 from tests.helpers.driver import WorkersDouble, stage_context
@@ -218,6 +218,36 @@ def test_a_single_reward_has_its_own_process(cluster, plugin):
         report = live.report()["bad"]
     assert report["unscored"] == {"did not start": 2}
     assert report["errors"] == {"did not start": "raised OSError: no weights here"}
+
+
+def test_kept_rewards_stay_loaded_and_report_each_use(cluster, plugin):
+    kept, reward = KeptRewards(), WeightedSum({"pid": {"path": f"{plugin}:pid"}})
+    first, second = kept.use(reward), kept.use(reward)
+    pids = first(images(3), ["a"] * 3)
+    assert second(images(3), ["a"] * 3) == pids
+    third = kept.use(reward)
+    third(images(2), ["a"] * 2)
+    assert [live.report()["pid"]["scored"] for live in (first, second, third)] == [8, 8, 2]
+    ray.kill(first.server)
+    again = kept.use(reward)
+    assert again(images(3), ["a"] * 3) != pids and again.report()["pid"]["scored"] == 3
+    pid = int(again.report()["pid"]["mean"])
+    del first, second, third, again, kept
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the process of a reward outlives the run"
+        time.sleep(0.1)
+
+
+def test_a_reward_that_was_given_up_is_tried_at_its_next_use(cluster, plugin):
+    kept = KeptRewards()
+    reward = WeightedSum({"moody": {"path": f"{plugin}:moody", "timeout_s": 5, "retries": 0, "batch_size": 1}})
+    live = kept.use(reward)
+    assert live(images(6), ["die"] * 6) == [None] * 6
+    assert live.report()["moody"]["unscored"] == {"process died": 4, f"given up after {MAX_RESTARTS} restarts": 2}
+    live = kept.use(reward)
+    assert live(images(2), ["fine"] * 2) == [4.0, 4.0]
+    assert live.report()["moody"]["unscored"] == {} == live.report()["moody"]["errors"]
 
 
 def test_a_reward_in_a_separate_environment(cluster, tmp_path):

@@ -45,7 +45,7 @@ def draw_before(it: StageContext, policy: Policy) -> dict:
 
 
 def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
-    """Generate held-out prompts and score the images; with preference pairs also margins on pairs fixed after SFT."""
+    """Generate held-out prompts and score the images; after training on pairs also margins on pairs fixed after SFT."""
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
@@ -57,8 +57,10 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
         if gain := paired_gain(images, read_scores(it.scores(baseline))):
             result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
     result |= diversity_over_seeds(it)
-    if it.config.align.learns_pairs:
-        result |= fix_held_out_pairs(it, samples) if moment == Step.AFTER_SFT else preference_metrics(it)
+    if it.config.align.learns_pairs and moment == Step.AFTER_SFT:
+        result |= fix_held_out_pairs(it, samples)
+    elif moment in (Step.CONTROL, Step.AFTER_DPO):
+        result |= preference_metrics(it)
     write_row(it, moment, samples[: it.config.evaluation.grid])
     if "overall" in result:
         it.run.progress.score = f"score {result['overall']:.3f}"

@@ -68,9 +68,10 @@ def judges(it: StageContext) -> Iterator[Judges]:
     """
     is_check = it.config.reward.path == SHAPES_CHECK and not it.is_done(Step.REWARD)
     with ExitStack() as stack:
-        reward = stack.enter_context(running(current_reward(it)))
-        judge = stack.enter_context(running(it.inputs.judge))
-        assert reward is not None, "the settings require a reward for online methods"
+        wanted = current_reward(it)
+        assert wanted is not None, "the settings require a reward for online methods"
+        reward = stack.enter_context(running(it, wanted))
+        judge = stack.enter_context(running(it, it.inputs.judge)) if it.inputs.judge else None
         check = None if is_check else it.source.image_check()  # which would say the same
         yield Judges(reward, judge or check)
 

@@ -39,10 +39,10 @@ def judge(it: StageContext) -> dict:
 
 
 @contextmanager
-def running(reward: Callable | None) -> Iterator[Running | None]:
-    """Start a reward's processes for the duration of the context; None without a reward."""
-    if reward is None:
-        yield None
+def running(it: StageContext, reward: Callable) -> Iterator[Running]:
+    """Have a reward's processes run in the context; those of the run's own rewards are kept after it."""
+    if any(reward is own for own in (it.inputs.reward, it.inputs.judge)):
+        yield it.session.rewards.use(reward)
         return
     with scorers(reward) as live:
         yield live
@@ -67,7 +67,7 @@ def score(it: StageContext, items: list[PromptedBits], reward: Callable) -> tupl
 
     ValueError if no image at all is scored.
     """
-    with scorers(reward) as live:
+    with running(it, reward) as live:
         values = it.pool.run(Worker.reward, items, it.resolution, live)
         report = live.report()
     for name, term in report.items():

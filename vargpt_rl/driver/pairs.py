@@ -7,6 +7,7 @@ pairs on the workers hold the final SFT weights, which are the reference. Parts 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,8 @@ class PairRounds:
             samples |= self._draw(sampler, [i for left in self.rounds[done:] for i in left])
         self.it.swap_to(self.policy)
         built = 0
-        with running(self.it.inputs.reward) as reward:
+        wanted = self.it.inputs.reward
+        with running(self.it, wanted) if wanted else nullcontext() as reward:
             for number, (part, indices) in enumerate(zip(self.parts, self.rounds, strict=True)):
                 if number >= done:
                     samples |= self._draw(len(self.plan.samplers) - 1, indices)

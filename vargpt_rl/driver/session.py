@@ -6,7 +6,7 @@ what changes during a run is on disk (`vargpt_rl.driver.run`) or in the workers 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from configs.schema import LoopConfig
 from learners.checkpoints import prune
 from learners.group import LearnerGroup
 from learners.jobs import training_checkpoints
+from rewards.combined import KeptRewards
 from vargpt_rl.data.sources import Source
 from vargpt_rl.driver.inputs import Inputs
 from vargpt_rl.driver.run import Run
@@ -57,6 +58,7 @@ class Session:
     text: RolloutPool | None
     weights: WeightSync
     learners: LearnerGroup
+    rewards: KeptRewards = field(default_factory=KeptRewards)
 
     def iteration(self, index: int) -> "StageContext":
         """Enter an iteration; those beyond the last resolution repeat it."""
