@@ -104,7 +104,7 @@ class Running:
 
 
 class KeptRewards:
-    """Rewards whose processes are kept between uses, until this is dropped: loading one takes seconds to minutes."""
+    """Rewards whose processes are kept between uses, until the driver ends: loading one takes seconds to minutes."""
 
     def __init__(self) -> None:
         self.running: dict[int, tuple[Reward, Running]] = {}

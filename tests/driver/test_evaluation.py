@@ -10,6 +10,7 @@ from tests.helpers.driver import stage_context
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver import evaluation
 from vargpt_rl.driver.evaluation import bit_nll, score_images
+from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.storage.checkpoint import Policy
 
 SAMPLES = [Sample(Prompt(t, t), b"", 64, 0, {}, 0, "") for t in ("a red circle", "a blue square", "a small circle")]
@@ -42,10 +43,10 @@ def judge(images, prompts):
 @pytest.fixture
 def scored(tmp_path, monkeypatch):
     """Score images with a reward and a judge, with or without the source's exact check."""
-    monkeypatch.setattr("vargpt_rl.driver.judging.scorers", in_this_process)
+    monkeypatch.setattr("vargpt_rl.driver.judging.running", lambda it, reward: in_this_process(reward))
 
-    def score(samples, reward=None, judge=None, exact=True):
-        it = stage_context(tmp_path, reward=reward, judge=judge)
+    def score(samples, reward=None, judge=None, exact=True, settings=()):
+        it = stage_context(tmp_path, *settings, reward=reward, judge=judge)
         it.pool.reward = lambda items, side, call: call([WHITE] * len(items), [p.text for p, _ in items])
         it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
         if not exact:
@@ -61,6 +62,12 @@ def test_the_exact_check_scores_with_the_judge_beside_it(scored):
     scores = scored(SAMPLES, training_reward, judge)
     assert (scores["overall"], scores["judge"], scores["judge_n"]) == (0.0, 0.5, 2)
     assert scores["judge_stderr"] == pytest.approx(0.5)
+
+
+def test_a_reward_that_is_the_exact_check_does_not_score_again(scored):
+    scores = scored(SAMPLES, training_reward, settings=[f"reward.path={SHAPES_CHECK}"])
+    assert (scores["reward"], scores["reward_n"], scores["overall"]) == (0.0, 3, 0.0)
+    assert scored(SAMPLES, training_reward)["reward"] == 1.0
 
 
 def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):

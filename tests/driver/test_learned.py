@@ -101,7 +101,7 @@ def test_a_learned_reward_takes_over_once_it_is_recorded(it, monkeypatch):
 
 
 def test_the_exact_check_is_the_second_judge_of_a_learned_reward(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "running", nullcontext)
+    monkeypatch.setattr(groups, "running", lambda it, reward: nullcontext(reward))
     monkeypatch.setattr(learned, "LearnedReward", lambda path: path)
     it = stage_context(tmp_path, "align.methods=[reward,grpo]", f"reward.path={SHAPES_CHECK}", reward=shapes_reward)
     with judges(it) as live:

@@ -23,6 +23,7 @@ from actors.worker import Worker
 from learners.group import LearnerGroup, LogFollower
 from learners.jobs import PolicyGradientJob
 from learners.rank import Rank
+from rewards.combined import KeptRewards
 from tests.helpers.faults import ask
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
@@ -78,15 +79,21 @@ class OwnJob:
         return found
 
 
-@contextmanager
-def own_scorers(reward):
+class OwnRewards(KeptRewards):
     """Rewards in this process."""
 
-    def live(images, prompts):
-        return reward(images, prompts)
+    def use(self, reward):
+        def live(images, prompts):
+            return reward(images, prompts)
 
-    live.report = dict
-    yield live
+        live.report = dict
+        return live
+
+
+@contextmanager
+def own_scorers(reward):
+    """A learned reward in this process."""
+    yield OwnRewards().use(reward)
 
 
 class OwnRank(LearnerGroup):
@@ -122,6 +129,7 @@ def start(arguments: list[str]) -> None:
         text=None,
         weights=WeightSync(pool, None, run),
         learners=OwnRank(config.learner, run.note),
+        rewards=OwnRewards(),
     )
     run.finish(loop.execute(session))
 

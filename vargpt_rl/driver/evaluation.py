@@ -17,7 +17,7 @@ from vargpt_rl.driver.exported import generation_files
 from vargpt_rl.driver.grids import write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
-from vargpt_rl.driver.learned import current_reward
+from vargpt_rl.driver.learned import current_reward, trains_on_check
 from vargpt_rl.driver.pairs import write_pairs
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
 from vargpt_rl.driver.sampling import encode_winners, generate
@@ -229,7 +229,10 @@ def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[Sc
     found: dict[str, list[float | None]] = {}
     for name, plugin in (("judge", it.inputs.judge), ("reward", current_reward(it))):
         if plugin:
-            found[name] = score(it, items, plugin)[0]
+            if check and name == "reward" and trains_on_check(it):
+                found[name] = list(check.values(verdicts))
+            else:
+                found[name] = score(it, items, plugin)[0]
             means |= _means(name, found[name])
     if check:
         means |= check.scores([prompt for prompt, _ in items], verdicts)

@@ -19,9 +19,8 @@ from learners.methods import OnlineMethod
 from rewards.combined import Running
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
-from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.driver.judging import running, score
-from vargpt_rl.driver.learned import current_reward
+from vargpt_rl.driver.learned import current_reward, trains_on_check
 from vargpt_rl.driver.sampling import generate
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
@@ -66,13 +65,12 @@ def judges(it: StageContext) -> Iterator[Judges]:
 
     The reward is the one that the iteration has learned, else the run's.
     """
-    is_check = it.config.reward.path == SHAPES_CHECK and not it.is_done(Step.REWARD)
     with ExitStack() as stack:
         wanted = current_reward(it)
         assert wanted is not None, "the settings require a reward for online methods"
         reward = stack.enter_context(running(it, wanted))
         judge = stack.enter_context(running(it, it.inputs.judge)) if it.inputs.judge else None
-        check = None if is_check else it.source.image_check()  # which would say the same
+        check = None if trains_on_check(it) else it.source.image_check()  # which would say the same
         yield Judges(reward, judge or check)
 
 

@@ -27,6 +27,7 @@ from vargpt_rl.data.reward_pairs import (
     write_pairs_file,
 )
 from vargpt_rl.data.samples import Prompt
+from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.driver.judging import score
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.driver.training import follow
@@ -49,6 +50,11 @@ class ScoredPairs:
 def current_reward(it: StageContext) -> Reward | None:
     """Return the reward that methods maximise: the one that the iteration has learned, else the run's, if any."""
     return learned_reward(it) if it.is_done(Step.REWARD) else it.inputs.reward
+
+
+def trains_on_check(it: StageContext) -> bool:
+    """Tell whether methods maximise the shapes world's exact check, which also measures held-out images."""
+    return it.config.reward.path == SHAPES_CHECK and not it.is_done(Step.REWARD)
 
 
 def learned_reward(it: StageContext) -> LearnedReward:
