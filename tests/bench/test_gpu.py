@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vargpt_rl.bench.gpu import Bench, Row, make_model, markdown, parse, sized_config
+from vargpt_rl.bench.gpu import Bench, GpuRow, make_model, markdown, parse, sized_config
 from vargpt_rl.bench.gpu_checks import attention_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_a_measurement_near_the_deadline_is_left_out():
     bench = Bench(
         make_model(sized_config(True, 1.0), torch.device("cpu"), torch.float32), torch.device("cpu"), 1.0, 0.0
     )
-    row = Row("sampling", 256, 4)
+    row = GpuRow("sampling", 256, 4)
     assert not bench.attempt(row, lambda row: pytest.fail("ran"), expected_s=1.0)
     assert row.note.startswith("left out") and bench.rows == [row]
 
@@ -80,5 +80,5 @@ def test_a_fraction_out_of_range_is_refused(fraction, capsys):
 
 
 def test_a_table_has_a_line_per_row():
-    table = markdown([Row("step", 256, 2, 0.5, "4 rows/s", 0.25, 2**30, None, "a note")])
+    table = markdown([GpuRow("step", 256, 2, 0.5, "4 rows/s", 0.25, 2**30, None, "a note")])
     assert table.splitlines()[-1] == "| step | 256 | 2 | 0.500 | 4 rows/s | 25.0% | 1.0 |  | a note |"
