@@ -73,6 +73,11 @@ class AlignConfig:
         return [method for method in self.online if self.methods.index(method) < learned]
 
     @property
+    def last_moment(self) -> str:
+        """Moment of the evaluation after the last method that changes the policy."""
+        return f"after_{next((method for method in reversed(self.methods) if method != 'reward'), 'sft')}"
+
+    @property
     def left_out(self) -> set[str]:
         """Rows of the stage table (``vargpt_rl.stages``) that an iteration leaves out."""
         return (set() if self.sft else {"sft"}) | (set() if "dpo" in self.methods else {"dpo", "sft_on_winners"})
@@ -144,16 +149,19 @@ class TrackingConfig:
     project: str = "vargpt_rl"
     """wandb's project."""
     table_rows: CountOrNone = 16
-    """Pairs shown in wandb."""
-    best: str | None = "after_dpo.overall"
-    """Moment and metric of the evaluation by which the best policy is kept in ``best/``; null keeps none.
+    """Pairs of an iteration whose images are kept, small, for the run's page and for wandb."""
+    images: CountOrNone = 120
+    """Held-out images of each moment that are kept, small, for the run's page."""
+    best: str | None = "last.overall"
+    """Moment and metric of the evaluation by which the best policy is kept in ``best/RESOLUTION``; null keeps none.
 
-    The policy with the highest value is kept beside the last one, at whatever resolution.
+    "last" is the moment after the last of ``align.methods`` that changes the policy. The policy with the highest value
+    at a resolution is kept beside the last one.
     """
 
     def __post_init__(self):
-        moment, _, metric = (self.best or "after_dpo.overall").partition(".")
-        moments = ["after_sft", *(f"after_{method}" for method in METHODS if method != "reward")]
+        moment, _, metric = (self.best or "last.overall").partition(".")
+        moments = ["last", "after_sft", *(f"after_{method}" for method in METHODS if method != "reward")]
         if moment not in moments or not metric:
             raise ValueError(f"tracking.best={self.best}: expected MOMENT.METRIC with one of {moments}, or null")
 
@@ -422,6 +430,12 @@ class LoopConfig:
     def last_resolution(self) -> int:
         """Pixels a side of the last iteration."""
         return self.resolutions[-1]
+
+    @property
+    def best(self) -> tuple[str, str]:
+        """Moment and metric by which the best policy is kept; empty if none is."""
+        moment, _, metric = (self.tracking.best or "").partition(".")
+        return (self.align.last_moment if moment == "last" else moment), metric
 
     @property
     def directory(self) -> Path:

@@ -59,7 +59,7 @@ from vargpt_rl.driver.start import open_session, place, plain, prepare, resume
 from vargpt_rl.driver.training import swap, train_control, train_dpo, train_sft, train_stage
 from vargpt_rl.stages import ALIGN, STAGES, Learns
 from vargpt_rl.storage.checkpoint import Policy
-from vargpt_rl.storage.export import export_model, read_best
+from vargpt_rl.storage.export import best_folder, export_model, read_best
 
 SAVE_S = 180.0
 """Seconds to let the current step finish and save after a signal. Slurm allows 300; the rest is for shutdown."""
@@ -170,14 +170,15 @@ def execute(session: Session) -> dict:
         understanding["after"] = asked.step("after", answer_questions, policy)
     files = generation_files(config, policy.model, config.last_resolution)
     export_model(policy.model, policy.weights, session.run.directory / "model", files)
-    best = read_best(session.run.directory / "best")
+    folders = {size: best_folder(session.run.directory, size) for size in dict.fromkeys(config.resolutions)}
+    best = [{"path": f"best/{size}", **note} for size, at in folders.items() if (note := read_best(at))]
     return {
         "status": "complete",
         "seconds": session.run.seconds,
         "stages": stages,
         "iterations": iterations,
         "understanding": understanding,
-        "best": best and {"path": "best", **best},
+        "best": best,
         "quarantined": dict(session.inputs.quarantine.counts),
         "restarts": session.run.state["restarts"],
         "events": session.run.state["events"],

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from vargpt_rl.common.averages import wilson
 from vargpt_rl.data import shapes
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes_edit_check import EditVerdict, check_edit, kind_of
@@ -166,7 +167,7 @@ def test_kinds():
     assert found == KINDS
 
 
-def test_scores_are_shares_with_a_standard_error():
+def test_scores_are_shares_with_an_interval():
     source = ShapesSource(ShapesConfig())
     check = source.edit_check()
     prompts = [Prompt(after, text, shown=before) for before, text, after in source.edits(8, 0, "held_out")]
@@ -174,8 +175,8 @@ def test_scores_are_shares_with_a_standard_error():
     images = [*rights[:6], *(source.load(prompt.shown, 64) for prompt in prompts[6:])]
     scores = check.scores(prompts, check(images, prompts))
     assert scores["overall"] == 0.75 and scores["n"] == 8
-    assert scores["overall_stderr"] == pytest.approx(np.std([1] * 6 + [0] * 2, ddof=1) / np.sqrt(8))
+    assert (scores["overall_low"], scores["overall_high"]) == pytest.approx(wilson(6, 8))
     assert scores["done"] == 0.75 and scores["kept"] == 1.0
-    assert scores.keys() - {"overall", "overall_stderr", "n", "done", "kept"} <= KINDS
+    assert scores.keys() - {"overall", "overall_low", "overall_high", "n", "done", "kept"} <= KINDS
     by_kind = [scores[kind_of(*check.scenes(prompt))] for prompt in prompts]
     assert np.mean(by_kind) == pytest.approx(0.75), "shares of the kinds, weighted by how often each comes"

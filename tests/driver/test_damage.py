@@ -51,9 +51,9 @@ def work(directory, step):
         _weights(directory, "iter-00-dpo/final")
     if step == "iter-00/after_dpo":
         _scores(directory, "after_dpo")
-        (directory / "best").mkdir(exist_ok=True)
-        write_atomically(directory / "best/best.json", b'{"value": 0.5}')
-        write_atomically(directory / "best/model.safetensors", b"weights")
+        (directory / "best/64").mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "best/64/best.json", b'{"value": 0.5}')
+        write_atomically(directory / "best/64/model.safetensors", b"weights")
     return {"step": step, "score": 0.5} | ({"pairs": 1} if step == "iter-00/after_sft" else {})
 
 
@@ -70,8 +70,8 @@ MADE_BY = {
     "preferences/iter-00.parquet": "iter-00/pair",
     "evaluations/iter-00-after_sft.jsonl": "iter-00/after_sft",
     "evaluations/iter-00-after_dpo.jsonl": "iter-00/after_dpo",
-    "best/best.json": "iter-00/after_dpo",
-    "best/model.safetensors": "iter-00/after_dpo",
+    "best/64/best.json": "iter-00/after_dpo",
+    "best/64/model.safetensors": "iter-00/after_dpo",
     "checkpoints/iter-00-sft/final": "iter-00/sft",
     "checkpoints/iter-00-sft": "iter-00/sft",
     "checkpoints": "iter-00/sft",

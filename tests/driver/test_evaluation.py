@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.driver import stage_context
+from vargpt_rl.common.averages import wilson
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver import evaluation
 from vargpt_rl.driver.evaluation import bit_nll, score_images
@@ -61,7 +62,7 @@ def test_the_exact_check_scores_with_the_judge_beside_it(scored):
     assert "judge" not in scored(SAMPLES, training_reward)
     scores = scored(SAMPLES, training_reward, judge)
     assert (scores["overall"], scores["judge"], scores["judge_n"]) == (0.0, 0.5, 2)
-    assert scores["judge_stderr"] == pytest.approx(0.5)
+    assert (scores["judge_low"], scores["judge_high"]) == pytest.approx(wilson(1, 2))
 
 
 def test_a_reward_that_is_the_exact_check_does_not_score_again(scored):
@@ -76,8 +77,44 @@ def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):
     assert (judged["judge"], judged["reward"], judged["reward_n"]) == (0.5, 1.0, 3), "the training reward is beside it"
     assert scored(SAMPLES, None, judge, exact=False)["overall"] == 0.5
     alone = scored(SAMPLES, training_reward, exact=False)
-    assert (alone["overall"], alone["overall_stderr"], alone["n"], alone["unscored"]) == (1.0, 0.0, 3, 0)
+    assert (alone["overall"], alone["overall_high"], alone["n"], alone["unscored"]) == (1.0, 1.0, 3, 0)
+    assert alone["overall_low"] == pytest.approx(wilson(3, 3)[0])
     assert scored(SAMPLES, exact=False) == {"n": 3}
+
+
+def test_images_are_kept_with_their_verdicts(tmp_path):
+    it = stage_context(tmp_path, "tracking.images=2")
+    it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+    images = score_images(it, SAMPLES, keep="after_sft")[1]
+    assert [image.image for image in images[:2]] == [f"images/iter-00-after_sft/000{i}.webp" for i in range(2)]
+    assert images[2].image is None and not list(it.run.directory.glob("images/*/0002.webp"))
+    assert [image.skill for image in images] == ["colours", "colours", "single_object"]
+    assert images[0].reason == "expected 1 things, found 0"
+    with Image.open(it.run.directory / images[0].image) as kept:
+        assert (kept.format, kept.size) == ("WEBP", (64, 64))
+    assert score_images(it, SAMPLES)[1][0].image is None, "validation keeps none"
+
+
+def test_images_are_kept_without_an_exact_check(tmp_path):
+    it = stage_context(tmp_path, "tracking.images=1")
+    it.inputs.source.image_check = lambda: None
+    it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+    means, images = score_images(it, SAMPLES, keep="after_sft")
+    assert means == {"n": 3} and [bool(image.image) for image in images] == [True, False, False]
+    assert images[0].skill is None and images[0].score is None
+
+
+def test_the_best_is_kept_by_resolution_and_the_last_method(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        evaluation, "keep_best", lambda start, weights, folder, note, files: kept.append((folder, note))
+    )
+    methods = "align.methods=[dpo,reward,grpo]"
+    it = stage_context(tmp_path, methods, "reward.path=rewards.shapes:shapes_reward")
+    for moment in ("after_sft", "after_dpo", "after_grpo"):
+        evaluation._keep_best(it, Policy(""), moment, {"overall": 0.5})
+    [(folder, note)] = kept
+    assert folder == it.run.directory / "best/32" and note["metric"] == "after_grpo.overall"
 
 
 def test_nothing_scored_is_an_error_and_not_zero(scored):

@@ -64,7 +64,7 @@ def test_accuracy_is_reported_for_each_kind_of_pair():
     found = learned._pair_accuracies(ScoredPairs(rows, chosen=[1.0, 1.0, 0.0], rejected=[0.0, 0.0, 1.0]))
     assert (found["accuracy_winners"], found["n_winners"]) == (1.0, 2)
     assert (found["accuracy_own"], found["n_own"]) == (0.0, 1)
-    assert found["accuracy"] == pytest.approx(2 / 3) and found["accuracy_stderr"] > 0
+    assert found["accuracy"] == pytest.approx(2 / 3) and 0 < found["accuracy_low"] < 2 / 3 < found["accuracy_high"] < 1
 
 
 def test_a_kind_without_pairs_is_left_out():
@@ -113,7 +113,7 @@ def test_the_exact_check_is_the_second_judge_of_a_learned_reward(tmp_path, monke
 
 @pytest.mark.parametrize(("methods", "fixed"), [("reward,grpo", True), ("dpo", True), ("grpo", False)])
 def test_held_out_pairs_are_fixed_for_methods_that_learn_pairs(methods, fixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "score_images", lambda it, samples: ({"overall": 0.5}, []))
+    monkeypatch.setattr(evaluation, "score_images", lambda it, samples, keep: ({"overall": 0.5}, []))
     monkeypatch.setattr(evaluation, "write_row", lambda *args: None)
     it = stage_context(tmp_path, f"align.methods=[{methods}]", f"reward.path={SHAPES_CHECK}", "evaluation.prompts=4")
     evaluation.evaluate(it, Policy(""), Step.AFTER_SFT)

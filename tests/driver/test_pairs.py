@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.data.test_preferences import row as table_row
 from tests.helpers.driver import WorkersDouble, stage_context
@@ -125,21 +126,22 @@ def test_pairs_are_shown_with_both_images(tmp_path):
     it = stage_context(tmp_path)
     write_table(tmp_path / "t.parquet", [table_row("a"), table_row("b", prompt="two", rejected_bits=b"\x03")])
     table = read_table(tmp_path / "t.parquet")
-    shown, written = [], []
+    shown = []
+    seen = []
 
-    def write_images(items, resolution, folder):
-        written.extend((prompt.text, bits, name) for (prompt, bits), name in items)
-        return [Path(folder, name) for _, name in items]
+    def check(items, resolution, check):
+        seen.extend((prompt.text, bits) for prompt, bits in items)
+        return check([Image.new("RGB", (64, 64), "red")] * len(items), [prompt for prompt, _ in items])
 
-    it.pool.write_images = write_images
+    it.pool.check = check
     it.run.log_table = lambda name, table, labels: shown.append((name, table))
-    show_pairs(it, table, tmp_path / "images")
-    assert not shown and not written, "nothing is tracked"
-    it.run.tracker = object()
-    show_pairs(it, table.head(0), tmp_path / "images")
-    show_pairs(it, table, tmp_path / "images")
+    show_pairs(it, table.head(0))
+    show_pairs(it, table)
     [(name, columns)] = shown
     assert name == "pairs/table" and list(columns.prompt) == ["a red circle", "two"]
-    assert list(columns.chosen) == [tmp_path / "images" / f"chosen-0{i}.png" for i in range(2)]
-    assert written[1] == ("two", b"\x03", "rejected-01.png") and written[3][1] == b"\x00\xff"
-    assert not (tmp_path / "images").exists()
+    assert seen[1] == ("two", b"\x03") and seen[3][1] == b"\x00\xff"
+    folder = it.run.directory / "images/iter-00-pairs"
+    assert list(columns.chosen) == [folder / f"{name}-chosen.webp" for name in "ab"]
+    for path in (*columns.chosen, *columns.rejected):
+        with Image.open(path) as image:
+            assert image.format == "WEBP"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vargpt_rl.driver.report import closing_table, method_table, show, training_time
+from vargpt_rl.driver.report import closing_table, comparison_table, method_table, show, training_time, verdicts
 
 RESULT = {
     "reward_first": 0.5,
@@ -14,8 +14,15 @@ RESULT = {
     "diversity_last": 0.1,
     "seconds_per_update": {"draw": 1.0, "judge": 2.0, "learn": 3.0, "swap": 0.5},
 }
-LEARNED = {"accuracy_own": 0.6, "accuracy_own_stderr": 0.05, "agreement": 0.55, "agreement_stderr": 0.1}
-SCORE = {"overall": 0.7, "overall_stderr": 0.04}
+LEARNED = {
+    "accuracy_own": 0.6,
+    "accuracy_own_low": 0.51,
+    "accuracy_own_high": 0.69,
+    "agreement": 0.55,
+    "agreement_stderr": 0.1,
+}
+SCORE = {"overall": 0.7, "overall_low": 0.61, "overall_high": 0.77, "n": 120}
+NOTHING: dict = {"stages": {}, "understanding": {}, "best": [], "quarantined": {}, "events": [], "seconds": 1.0}
 
 
 def test_online_methods_show_their_figures_and_their_time():
@@ -31,35 +38,75 @@ def test_online_methods_show_their_figures_and_their_time():
 
 def test_a_learned_reward_shows_its_agreement(capsys):
     iteration = {"resolution": 256, "learned_reward": LEARNED, "eval": {"after_sft": SCORE}}
-    nothing: dict = {"stages": {}, "understanding": {}, "best": None, "quarantined": {}, "events": [], "seconds": 1.0}
-    show(nothing | {"iterations": [iteration]}, Path("runs/a"))
+    show(NOTHING | {"iterations": [iteration]}, Path("runs/a"))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "own images 0.600 ± 0.050, agreement with the exact check on held-out images 0.550 ± 0.100" in shown
+    assert "own images 0.600 (0.51 to 0.69), agreement with the exact check on held-out images 0.550 ± 0.100" in shown
 
 
-def test_the_closing_table_compares_with_sft_and_control_in_100_columns():
-    gain = {"gain_over_sft": 0.175, "gain_over_sft_stderr": 0.045, "gain_over_control": -0.0174}
-    after = SCORE | gain | {"gain_over_control_stderr": 0.046, "margin": -50.37, "accuracy": 0.067}
+GAIN = {
+    f"gain_over_{name}{key}": value
+    for name in ("sft", "control")
+    for key, value in {"": 0.175, "_stderr": 0.045, "_better": 27, "_worse": 6, "_alike": 87, "_p": 0.00032}.items()
+}
+
+
+def cells_of(table):
+    return {f"{i} {column.header}": list(column.cells) for i, column in enumerate(table.columns)}
+
+
+def test_the_tables_show_scores_rewards_and_comparisons_in_100_columns():
+    after = SCORE | GAIN | {"margin": -50.37, "accuracy": 0.067, "reward": 0.71, "judge": 0.52}
     measured = {"after_sft": SCORE, "sft_on_winners": SCORE, "after_dpo": after, "after_online_dpo": after}
-    table = closing_table({"iterations": [{"resolution": 512, "eval": measured}]})
-    cells = {str(column.header): list(column.cells) for column in table.columns}
-    assert cells["policy"] == ["after SFT", "control", "after DPO", "after online DPO"]
-    assert "reward" not in cells and cells["n"] == ["-"] * 4
-    assert cells["over SFT"] == ["-", "-", *["+0.175 ± 0.045"] * 2]
-    assert cells["over control"] == ["-", "-", *["-0.017 ± 0.046"] * 2]
-    console = Console(width=100)
-    assert console.measure(table).minimum <= 100
+    summary = {"iterations": [{"resolution": 512, "eval": measured}]}
+    cells = cells_of(closing_table(summary))
+    assert cells["2 policy"] == ["after SFT", "control", "after DPO", "after online DPO"]
+    assert cells["4 score"] == ["0.700 (0.61 to 0.77)"] * 4 and cells["3 n"] == ["120"] * 4
+    assert cells["5 reward"] == ["-", "-", "0.710", "0.710"] and cells["6 judge"] == ["-", "-", "0.520", "0.520"]
+    cells = cells_of(comparison_table(summary))
+    assert cells["2 policy"] == ["DPO", "online DPO"]
+    assert cells["3 over SFT"] == ["+0.175 ± 0.045 (+27 -6)"] * 2 and cells["4 p"] == ["0.00032"] * 2
+    for table in (closing_table(summary), comparison_table(summary)):
+        assert Console(width=100).measure(table).minimum <= 100
+
+
+def test_a_sentence_says_what_the_last_policy_of_an_iteration_shows():
+    measured = {"after_sft": SCORE, "sft_on_winners": SCORE | GAIN, "after_dpo": SCORE, "after_grpo": SCORE | GAIN}
+    [sentence] = verdicts({"iterations": [{"resolution": 256, "eval": measured}]})
+    assert sentence == (
+        "iteration 0, 256 px: GRPO against SFT on the same 120 images: 27 better, 6 worse, 87 alike; +0.175 "
+        "(95 %: +0.09 to +0.26), sign test p = 0.00032: better"
+    )
+
+
+def test_a_run_without_scores_shows_what_it_has(capsys):
+    """A captioned run without reward or judge has pairs alone."""
+    pairs = {"n": 4, "margin": 1.5, "accuracy": 0.75}
+    iteration = {"resolution": 64, "eval": {"after_sft": {"n": 4, "pairs": 4}, "after_dpo": pairs}}
+    show(NOTHING | {"iterations": [iteration], "best": [], "events": ["a note"]}, Path("runs/a"))
+    shown = capsys.readouterr().out
+    assert "0.750" in shown and "a note" in shown and "runs/a" in shown
+
+
+def test_the_best_of_each_resolution_is_named(capsys):
+    best = [
+        {"path": f"best/{size}", "metric": "after_grpo.overall", "value": 0.5, "iteration": k, "resolution": size}
+        for k, size in enumerate((128, 256))
+    ]
+    show(NOTHING | {"iterations": [], "best": best}, Path("runs/a"))
+    shown = capsys.readouterr().out
+    assert "best/256 holds the policy of iteration 1: after_grpo.overall 0.5" in shown
 
 
 EXACT = SCORE | {"n": 120, "single object": 1.0}
-JUDGED = {"n": 60, "overall": 0.5, "overall_stderr": 0.1, "judge": 0.5, "judge_stderr": 0.1}
-REWARDED = {"n": 60, "overall": 0.3, "overall_stderr": 0.1, "reward": 0.3, "reward_stderr": 0.1}
+HALF = {"overall": 0.5, "overall_low": 0.4, "overall_high": 0.6}
+JUDGED = HALF | {"n": 60, "judge": 0.5, "judge_low": 0.4, "judge_high": 0.6}
+REWARDED = HALF | {"n": 60, "reward": 0.3, "reward_low": 0.2, "reward_high": 0.4}
 PAIRS = {"margin": 2.0, "accuracy": 0.875}
 KINDS = {
-    "shapes with a reward of its own": (EXACT | REWARDED | EXACT | PAIRS, "0.700 ± 0.040", "0.300 ± 0.100"),
+    "shapes with its own reward": (REWARDED | EXACT | PAIRS, "0.700 (0.61 to 0.77)", "0.300 (0.20 to 0.40)"),
     "captioned without a reward": ({"n": 60} | PAIRS, "-", None),
-    "records with a judge": (JUDGED | PAIRS, "0.500 ± 0.100", None),
-    "records with a reward": (REWARDED | PAIRS, "0.300 ± 0.100", "0.300 ± 0.100"),
+    "records with a judge": (JUDGED | PAIRS, "0.500 (0.40 to 0.60)", None),
+    "records with a reward": (REWARDED | PAIRS, "0.500 (0.40 to 0.60)", "0.300 (0.20 to 0.40)"),
 }
 
 
@@ -73,7 +120,7 @@ def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monke
         "stages": {"pretrain": stage},
         "iterations": [{"resolution": 128, "eval": {"after_sft": {"pairs": 9}, "after_dpo": result}}],
         "understanding": {"before": {}, "after": {}},
-        "best": None,
+        "best": [],
         "quarantined": {},
         "events": [],
         "seconds": 1.0,

@@ -2,12 +2,11 @@
 
 import pytest
 
-from vargpt_rl.evaluate.agreement import area_under_curve, pair_accuracy
+from vargpt_rl.evaluate.agreement import area_under_curve, pairs_won
 
 
 def test_pairs_in_order_count_and_ties_count_half():
-    share, error = pair_accuracy([1.0, 2.0, 0.0, 5.0], [0.0, 2.0, 1.0, 4.0])
-    assert share == 2.5 / 4 and error == pytest.approx((share * (1 - share) / 4) ** 0.5)
+    assert pairs_won([1.0, 2.0, 0.0, 5.0], [0.0, 2.0, 1.0, 4.0]) == (2.5, 4)
 
 
 def test_the_area_is_the_share_of_right_over_wrong():
@@ -20,4 +19,4 @@ def test_one_side_alone_is_refused():
     with pytest.raises(ValueError, match="0 right and 1 wrong"):
         area_under_curve([], [1.0])
     with pytest.raises(ValueError, match="no pairs"):
-        pair_accuracy([], [])
+        pairs_won([], [])

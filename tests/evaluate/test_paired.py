@@ -1,9 +1,12 @@
 """Scores per image, and paired comparisons of moments."""
 
+import json
+
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores, write_scores
+from vargpt_rl.evaluate.paired import Comparison, ScoredImage, compare, paired_gain, read_scores, write_scores
 
 
 def images(scores):
@@ -40,3 +43,22 @@ def test_images_are_paired_by_prompt_and_seed():
     gain = paired_gain(list(reversed(images([1.0, 1.0, None, 0.0]))), images([0.0, 1.0, 1.0]))
     assert gain == (0.5, pytest.approx(0.5))
     assert paired_gain(images([1.0]), []) is None
+
+
+def test_a_comparison_counts_outcomes_and_tests_their_signs():
+    found = compare(images([1.0, 1.0, 1.0, 0.0, 0.5, None]), images([0.0, 0.0, 0.0, 1.0, 0.5, 1.0]))
+    assert (found.better, found.worse, found.alike) == (3, 1, 1)
+    assert found.p == pytest.approx(binomtest(3, 4).pvalue) == 0.625
+    assert found.as_metrics("gain")["gain_better"] == 3 and found.gain == pytest.approx(0.4)
+    assert compare(images([1.0]), []) is None
+
+
+def test_images_that_are_all_alike_show_nothing():
+    assert Comparison(gain=0.0, error=0.0, better=0, worse=0, alike=9).p == 1.0
+    assert Comparison(gain=0.2, error=0.1, better=10, worse=0, alike=0).p == pytest.approx(2 / 2**10)
+
+
+def test_scores_written_before_images_were_kept_are_read(tmp_path):
+    record = {"prompt_id": "a", "prompt": "a star", "seed": 1, "score": 1.0, "judge": None, "reward": None}
+    (tmp_path / "old.jsonl").write_text(json.dumps(record) + "\n")
+    assert read_scores(tmp_path / "old.jsonl")[0].image is None

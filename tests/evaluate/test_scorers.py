@@ -8,6 +8,7 @@ from PIL import Image
 from rewards.clip import ClipScore
 from rewards.hps import HPSv2
 from tests.helpers.tiny_reward_models import clip_model, clip_settings, open_clip_state
+from vargpt_rl.common.averages import interval
 from vargpt_rl.evaluate import scorers
 
 PROMPTS = ("a red circle", "two blue squares", "a star at night")
@@ -46,7 +47,7 @@ def test_score_is_100_times_the_mean_reward(command, prompts, painted, folder, r
     metric = {"clip": "clip_score", "hps": "hps"}[benchmark]
     row = result(benchmark)
     assert row["metrics"] == {metric: pytest.approx(values.mean())}
-    assert row["errors"] == {metric: pytest.approx(values.std(ddof=1) / len(values) ** 0.5)}
+    assert row["intervals"] == {metric: pytest.approx(interval(values.tolist()), rel=1e-4)}
     assert row["counts"] == {"images": 3, "unscored": 0, "bad_prompts": 0}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vargpt_rl.common.averages import wilson
 from vargpt_rl.data import shapes
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.evaluate import evaluated_model
@@ -60,7 +61,9 @@ def test_right_results_score_one_and_wrong_ones_less(command, artist, result, tm
     assert command(*arguments) == 0
     row = result("shapes")
     assert {"overall", "edits", "questions"} < set(row["metrics"])
-    assert set(row["metrics"].values()) == {1.0} and set(row["errors"].values()) == {0.0}
+    assert set(row["metrics"].values()) == {1.0}
+    low, high = row["intervals"]["overall"]
+    assert 0.5 < low < 1.0 == high, "a handful of right images does not show that all are"
     assert row["counts"]["overall"] == row["counts"]["edits"] == row["counts"]["questions"] == LIMIT
     assert len(asked) == 2 * LIMIT
 
@@ -70,7 +73,7 @@ def test_right_results_score_one_and_wrong_ones_less(command, artist, result, tm
     assert command(*arguments, f"out={tmp_path / 'out'}/worse") == 0
     worse = json.loads((tmp_path / "out/worse/shapes.json").read_text())["measured"][0]
     assert worse["metrics"]["overall"] == pytest.approx(1 - lost)
-    assert worse["errors"]["overall"] == pytest.approx(np.sqrt(lost * (1 - lost) / (LIMIT - 1)))
+    assert worse["intervals"]["overall"] == pytest.approx(wilson(LIMIT * (1 - lost), LIMIT))
     assert worse["metrics"]["edits"] < 1 and worse["metrics"]["questions"] < 1
     details = worse["details"]["edits"]
     assert details["overall"] == worse["metrics"]["edits"] and details["done"] < details["kept"] == 1

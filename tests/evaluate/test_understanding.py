@@ -70,7 +70,10 @@ def test_reports_as_the_papers_do_and_runs_tasks_once(command, stand_in, result,
     row = result("lmms")
     ours = {"pope_adv": 50.0, "mme": 1234.5, "gqa": 25.0, "mmbench": 66.0, "docvqa_val anls": 0.75}
     assert row["metrics"] == ours
-    assert row["errors"] == {"pope_adv": 12.5, "gqa": 1.0}
+    assert row["intervals"] == {
+        "pope_adv": pytest.approx([25.5, 74.5], abs=0.01),
+        "gqa": pytest.approx([23.04, 26.96], abs=0.01),
+    }
     assert row["counts"]["pope_adv"] == 7
     (job,) = jobs()
     assert (job["limit"], job["weights"], job["checkpoint"]) == (7, row["weights"], row["checkpoint"])

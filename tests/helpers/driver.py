@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from actors.weights import SwapReport
 from actors.worker import EncodedImage, Failure, ImageScore
@@ -56,6 +57,9 @@ class WorkersDouble:
 
     def find_unreadable(self, keys, side) -> list[Failure | None]:
         return [Failure(key, f"unreadable at {side}") if key == "bad" else None for key in keys]
+
+    def check(self, items, resolution, check) -> list:
+        return check([Image.new("RGB", (64, 64), "white")] * len(items), [prompt for prompt, _ in items])
 
     def score(self, items, resolution, tau=1.0) -> list[ImageScore]:
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)

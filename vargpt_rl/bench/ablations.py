@@ -30,6 +30,7 @@ from vargpt_rl.driver.session import Session, Step
 from vargpt_rl.driver.start import open_session, place, plain
 from vargpt_rl.driver.training import train_sft, train_stage
 from vargpt_rl.driver.weights import WeightSync
+from vargpt_rl.evaluate.wording import with_bounds
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.stages import PROJECTORS, STAGES, VISION_PROJECTOR
 from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
@@ -116,8 +117,8 @@ def markdown(results: list[dict]) -> str:
     rows = [titles, ("---", *["---:"] * (len(titles) - 1))]
     for result in results:
         drawings, images, questions = result["drawings"], result["images"], result["questions"]
-        drawn = f"{drawings['overall']:.3f} ± {drawings['overall_stderr']:.3f}"
-        answered = f"{questions['accuracy']:.3f} ± {questions['accuracy_stderr']:.3f}"
+        drawn = with_bounds(drawings, "overall")
+        answered = with_bounds(questions, "accuracy")
         predicted = f"{images['nats']:.4f} ± {images['nats_stderr']:.4f}"
         rows.append((result["variant"], str(result["steps"]), drawn, predicted, answered))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

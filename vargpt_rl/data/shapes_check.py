@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from vargpt_rl.common.averages import mean_and_error
+from vargpt_rl.common.averages import with_interval
 from vargpt_rl.data import shapes
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Requirement, Thing
@@ -193,16 +193,19 @@ class ShapesCheck:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[ImageVerdict]:
         return [check(image, prompt.text) for image, prompt in zip(images, prompts, strict=True)]
 
+    def skills(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the task of each caption."""
+        return [shapes.parse(prompt.text).task for prompt in prompts]
+
     def values(self, verdicts: Sequence[ImageVerdict]) -> list[float]:
         """Return 1 for each correct image, else 0."""
         return [float(verdict.correct) for verdict in verdicts]
 
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[ImageVerdict]) -> dict[str, float]:
-        """Share of correct images over all ("overall", with its standard error) and by task."""
+        """Share of correct images over all ("overall", with its interval) and by task."""
         by_task = defaultdict(list)
         values = self.values(verdicts)
-        for prompt, value in zip(prompts, values, strict=True):
-            by_task[shapes.parse(prompt.text).task].append(value)
-        overall, error = mean_and_error(values)
+        for skill, value in zip(self.skills(prompts), values, strict=True):
+            by_task[skill].append(value)
         tasks = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
-        return {"overall": overall, "overall_stderr": error, "n": len(verdicts), **tasks}
+        return {**with_interval("overall", values), "n": len(verdicts), **tasks}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from vargpt_rl.common.averages import mean_and_error
+from vargpt_rl.common.averages import mean_and_error, with_interval
 from vargpt_rl.data import shapes
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, Thing
@@ -91,20 +91,22 @@ class EditCheck:
         assert prompt.shown is not None  # an edit's prompt shows the image before it
         return self.scene(prompt.shown), self.scene(prompt.id)
 
+    def skills(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the kind of each edit."""
+        return [kind_of(*self.scenes(prompt)) for prompt in prompts]
+
     def values(self, verdicts: Sequence[EditVerdict]) -> list[float]:
         """Return 1 for each correct edit, else 0."""
         return [float(verdict.correct) for verdict in verdicts]
 
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[EditVerdict]) -> dict[str, float]:
-        """Return shares of correct edits: "overall", with its standard error, by kind, and of "done" and "kept"."""
+        """Return shares of correct edits: "overall", with its interval, by kind, and of "done" and "kept"."""
         by_kind = defaultdict(list)
-        for prompt, verdict in zip(prompts, verdicts, strict=True):
-            by_kind[kind_of(*self.scenes(prompt))].append(float(verdict.correct))
-        overall, error = mean_and_error(self.values(verdicts))
+        for kind, verdict in zip(self.skills(prompts), verdicts, strict=True):
+            by_kind[kind].append(float(verdict.correct))
         shares = {kind: mean_and_error(values)[0] for kind, values in sorted(by_kind.items())}
         return {
-            "overall": overall,
-            "overall_stderr": error,
+            **with_interval("overall", self.values(verdicts)),
             "n": len(verdicts),
             "done": mean_and_error([float(verdict.done) for verdict in verdicts])[0],
             "kept": mean_and_error([float(verdict.kept) for verdict in verdicts])[0],

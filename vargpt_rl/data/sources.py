@@ -33,6 +33,11 @@ class Verdict(Protocol):
     @property
     def correct(self) -> bool: ...
 
+    @property
+    def reason(self) -> str:
+        """What is wrong; empty if nothing is."""
+        ...
+
 
 class ImageCheck(Protocol):
     """An exact judge of images. Pickled into rollout workers."""
@@ -40,11 +45,14 @@ class ImageCheck(Protocol):
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Any]:
         """Judge each image against its prompt: a `Verdict` each."""
 
+    def skills(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return what each prompt tests, by which results are grouped."""
+
     def values(self, verdicts: Sequence[Any]) -> list[float]:
         """Return each verdict as a number, 1 for right; their mean is "overall" of `scores`."""
 
     def scores(self, prompts: Sequence[Prompt], verdicts: Sequence[Any]) -> dict[str, float]:
-        """Return held-out measures, among them "overall", its standard error "overall_stderr", and the count "n"."""
+        """Return held-out measures, among them "overall", "overall_low" and "overall_high", its interval, and "n"."""
 
 
 class Source(ImageSource, Protocol):

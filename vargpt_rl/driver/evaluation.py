@@ -8,13 +8,13 @@ from itertools import takewhile
 
 from actors.worker import BaseWorker, PromptedBits, Worker
 from rewards.preferences import external_winner
-from vargpt_rl.common.averages import mean_and_error
+from vargpt_rl.common.averages import mean_and_error, with_interval
 from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
 from vargpt_rl.driver.exported import generation_files
-from vargpt_rl.driver.grids import write_row
+from vargpt_rl.driver.grids import write_images, write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
 from vargpt_rl.driver.learned import current_reward, trains_on_check
@@ -24,13 +24,17 @@ from vargpt_rl.driver.sampling import encode_winners, generate
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
-from vargpt_rl.evaluate.paired import ScoredImage, paired_gain, read_scores, write_scores
+from vargpt_rl.evaluate.paired import ScoredImage, compare, read_scores, write_scores
+from vargpt_rl.evaluate.thumbnails import Illustrated
 from vargpt_rl.stages import STAGES, Measure
 from vargpt_rl.storage.checkpoint import Policy
-from vargpt_rl.storage.export import keep_best
+from vargpt_rl.storage.export import best_folder, keep_best
 
 SEEDS = 4
 """Images of each prompt whose diversity is measured."""
+
+BOUNDS = ("", "_low", "_high")
+"""Endings of a mean and of its interval in results (`with_interval`)."""
 
 BASELINES = {Step.AFTER_SFT: "sft", Step.CONTROL: "control"}
 """Moments that later ones are compared with, image by image, in order, and their names in results."""
@@ -49,13 +53,13 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
     samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
-    result, images = score_images(it, samples)
+    result, images = score_images(it, samples, keep=moment)
     write_scores(it.scores(moment), images)
     # A step that is redone may find scores of later moments.
     for baseline in takewhile(lambda each: each != moment, BASELINES):
         name = BASELINES[baseline]
-        if gain := paired_gain(images, read_scores(it.scores(baseline))):
-            result[f"gain_over_{name}"], result[f"gain_over_{name}_stderr"] = gain
+        if comparison := compare(images, read_scores(it.scores(baseline))):
+            result |= comparison.as_metrics(f"gain_over_{name}")
     result |= diversity_over_seeds(it)
     if it.config.align.learns_pairs and moment == Step.AFTER_SFT:
         result |= fix_held_out_pairs(it, samples)
@@ -110,12 +114,12 @@ def evaluate_stage(it: StageContext, policy: Policy) -> dict:
 
 
 def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> None:
-    """Export the policy to ``best/`` if it has the highest value of ``tracking.best`` so far."""
-    wanted, _, metric = (it.session.config.tracking.best or "").partition(".")
+    """Export the policy to ``best/RESOLUTION`` if it has the highest value of ``tracking.best`` there so far."""
+    wanted, metric = it.config.best
     if moment != wanted:
         return
     if metric not in result:
-        it.run.note(f"{it.name}: no best/, {moment} has no {metric}; it has {list(result)}")
+        it.run.note(f"{it.name}: no best/{it.resolution}, {moment} has no {metric}; it has {list(result)}")
         return
     note = {
         "metric": f"{moment}.{metric}",
@@ -124,7 +128,7 @@ def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> N
         "resolution": it.resolution,
     }
     files = generation_files(it.session.config, policy.model, it.resolution)
-    keep_best(policy.model, policy.weights, it.run.directory / "best", note, files)
+    keep_best(policy.model, policy.weights, best_folder(it.run.directory, it.resolution), note, files)
 
 
 # Measures
@@ -163,8 +167,7 @@ def answer_questions(it: StageContext, policy: Policy) -> dict[str, float]:
     asked = [(row.image, row.question) for row in rows]
     answers = it.writer.run(BaseWorker.answer, asked, it.config.data.seen_side)
     right = [float(answer == row.answer) for answer, row in zip(answers, rows, strict=True)]
-    accuracy, error = mean_and_error(right)
-    return {"accuracy": accuracy, "accuracy_stderr": error, "n": len(right)}
+    return {**with_interval("accuracy", right), "n": len(right)}
 
 
 def edit_images(it: StageContext, policy: Policy, moment: str = "after") -> dict:
@@ -216,16 +219,17 @@ def preference_metrics(it: StageContext) -> dict[str, float]:
     )
 
 
-def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[ScoredImage]]:
+def score_images(it: StageContext, samples: list[Sample], keep: str = "") -> tuple[dict, list[ScoredImage]]:
     """Score held-out images by everything that can: the source's exact check, the judge and the training reward.
 
     "overall" is the exact check's mean if there is one, else the judge's, else the reward's. Returns the means, and the
-    scores of each image.
+    scores of each image. The first ``tracking.images`` images are kept for the run's page under the name ``keep``, if
+    there is one.
     """
     items: list[PromptedBits] = [(sample.prompt, sample.bits) for sample in samples]
     check = it.source.image_check()
     means: dict = {"n": len(samples)}
-    verdicts = it.pool.run(Worker.check, items, it.resolution, check) if check else []
+    verdicts, files = _look(it, items, check, keep)
     found: dict[str, list[float | None]] = {}
     for name, plugin in (("judge", it.inputs.judge), ("reward", current_reward(it))):
         if plugin:
@@ -241,10 +245,14 @@ def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[Sc
         first = next(iter(found))
         found["score"] = found[first]
         count = means[f"{first}_n"]
-        means |= {"overall": means[first], "overall_stderr": means[f"{first}_stderr"]}
+        means |= {f"overall{part}": means[f"{first}{part}"] for part in BOUNDS if f"{first}{part}" in means}
         means |= {"n": count, "unscored": len(samples) - count}
     nothing: list[float | None] = [None] * len(samples)
-    columns = {name: found.get(name, nothing) for name in ("score", "judge", "reward")}
+    columns: dict[str, list] = {name: found.get(name, nothing) for name in ("score", "judge", "reward")}
+    if check:
+        columns["skill"] = check.skills([prompt for prompt, _ in items])
+        columns["reason"] = [verdict.reason for verdict in verdicts]
+    columns["image"] = files
     return means, [
         ScoredImage(
             prompt_id=sample.prompt.id,
@@ -256,11 +264,24 @@ def score_images(it: StageContext, samples: list[Sample]) -> tuple[dict, list[Sc
     ]
 
 
+def _look(
+    it: StageContext, items: list[PromptedBits], check: ImageCheck | None, keep: str
+) -> tuple[list, list[str | None]]:
+    """Return the verdicts of ``check``, if there is one, and the files of the images that are kept."""
+    kept = it.config.tracking.images if keep else 0
+    if not check:
+        seen = it.pool.run(Worker.check, items[:kept], it.resolution, Illustrated(None)) if kept else []
+    else:
+        seen = it.pool.run(Worker.check, items, it.resolution, Illustrated(check))
+    names = [f"{number:04d}.webp" for number in range(min(kept, len(items)))]
+    files = write_images(it, keep, dict(zip(names, (image for _, image in seen), strict=False)))
+    return [verdict for verdict, _ in seen], [*files, *[None] * (len(items) - len(files))]
+
+
 def _means(name: str, values: list[float | None]) -> dict[str, float]:
-    """Return mean, standard error and number of the images that were scored."""
+    """Return mean, interval and number of the images that were scored."""
     scored = [value for value in values if value is not None]
-    mean, error = mean_and_error(scored)
-    return {name: mean, f"{name}_stderr": error, f"{name}_n": len(scored)}
+    return {**with_interval(name, scored), f"{name}_n": len(scored)}
 
 
 def _checked(it: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:

@@ -1,6 +1,5 @@
-"""Images for people: rows of the sample grid, collected during an iteration, and pairs shown in wandb."""
+"""Images for people: rows of the sample grid, collected during an iteration, and small images kept for the page."""
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,9 @@ from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import compose
-from vargpt_rl.storage.files import remove_dir
+from vargpt_rl.evaluate.thumbnails import Illustrated
+from vargpt_rl.storage.files import atomic_dir, remove_dir
+from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
 
 
 def write_row(it: StageContext, label: str, samples: list[Sample]) -> None:
@@ -56,21 +57,36 @@ def compose_grid(it: StageContext, labels: list[str], captions: list[str], sourc
     return result
 
 
-def show_pairs(it: StageContext, pairs: pd.DataFrame, folder: Path) -> None:
-    """Show rows of a preference table in wandb, with their images; ``folder`` is for these in the meantime."""
-    if it.run.tracker is None or pairs.empty:
+def show_pairs(it: StageContext, pairs: pd.DataFrame) -> None:
+    """Keep the images of rows of a preference table for the run's page, and show the rows in wandb."""
+    if pairs.empty:
         return
     prompts = prompts_of(pairs)
     shown = pairs[["prompt"]].copy()
+    images: dict[str, bytes] = {}
     for side in ("rejected", "chosen"):
         items = list(zip(prompts, pairs[f"{side}_bits"], strict=True))
-        shown[side] = _write_images(it, items, folder, [_cell(side, i) for i in range(len(pairs))])
+        seen = it.pool.run(Worker.check, items, it.resolution, Illustrated(None))
+        names = [pair_image(name, side) for name in pairs.pair_id]
+        images |= dict(zip(names, (image for _, image in seen), strict=True))
+        shown[side] = [images_folder(it.run.directory, it.name, PAIRS) / name for name in names]
         for what in ("reward", "source", "version"):
             shown[f"{side} {what}"] = pairs[f"{side}_{what}"]
         shown[f"{side} reference log-prob"] = pairs[f"reference_{side}_logp"]
     shown["reference version"] = pairs.reference_version
+    write_images(it, PAIRS, images)
     it.run.log_table("pairs/table", shown, it.labels)
-    shutil.rmtree(folder)
+
+
+def write_images(it: StageContext, moment: str, images: dict[str, bytes]) -> list[str]:
+    """Write small images by file name, in a folder that is complete or not there; return the paths within the run."""
+    if not images:
+        return []
+    target = images_folder(it.run.directory, it.name, moment)
+    with atomic_dir(target) as folder:
+        for name, content in images.items():
+            (folder / name).write_bytes(content)
+    return [str((target / name).relative_to(it.run.directory)) for name in images]
 
 
 def _rows(it: StageContext) -> Path:

@@ -16,6 +16,7 @@ from actors.worker import PromptedBits, Worker
 from learners.jobs import RewardJob
 from rewards import Reward
 from rewards.learned import LearnedReward
+from vargpt_rl.common.averages import share_with_interval
 from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.reward_pairs import (
     OWN,
@@ -31,7 +32,7 @@ from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.driver.judging import score
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.driver.training import follow
-from vargpt_rl.evaluate.agreement import area_under_curve, pair_accuracy
+from vargpt_rl.evaluate.agreement import area_under_curve, pairs_won
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.reward_base import describe_reward
 
@@ -116,15 +117,14 @@ def _scored(it: StageContext, rows: pd.DataFrame, reward: Reward) -> ScoredPairs
 
 
 def _pair_accuracies(pairs: ScoredPairs) -> dict[str, float]:
-    """Return the accuracy on held-out pairs with its standard error: of all, and of each kind that there is."""
+    """Return the accuracy on held-out pairs with its interval: of all, and of each kind that there is."""
     kinds = pair_kinds(pairs.rows).tolist()
     result: dict[str, float] = {}
     for name, wanted in {"": (WINNERS, OWN), f"_{WINNERS}": (WINNERS,), f"_{OWN}": (OWN,)}.items():
         chosen = [value for value, kind in zip(pairs.chosen, kinds, strict=True) if kind in wanted]
         rejected = [value for value, kind in zip(pairs.rejected, kinds, strict=True) if kind in wanted]
         if chosen:
-            result[f"accuracy{name}"], result[f"accuracy{name}_stderr"] = pair_accuracy(chosen, rejected)
-            result[f"n{name}"] = len(chosen)
+            result |= share_with_interval(f"accuracy{name}", *pairs_won(chosen, rejected)) | {f"n{name}": len(chosen)}
     return result
 
 
@@ -136,7 +136,7 @@ def _agreement(it: StageContext, reward: Reward) -> dict[str, float]:
     """
     pairs = _scored(it, read_table(it.table("held-out")), reward)
     result: dict[str, float] = {"held_out_reward": sum(pairs.rejected) / len(pairs.rejected)}
-    result["real_over_own"], result["real_over_own_stderr"] = pair_accuracy(pairs.chosen, pairs.rejected)
+    result |= share_with_interval("real_over_own", *pairs_won(pairs.chosen, pairs.rejected))
     if (check := it.source.image_check()) is None:
         return result
     prompts = prompts_of(pairs.rows)

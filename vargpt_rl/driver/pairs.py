@@ -98,14 +98,14 @@ def _scored_rows(it: StageContext, pairs: list[PreferencePair], micro_batch: int
 
 
 def describe_pairs(it: StageContext) -> None:
-    """Report the iteration's table: as metrics, as a plot beside the sample grid, some pairs in wandb."""
+    """Report the iteration's table: as metrics, as a plot beside the sample grid, and some pairs with their images."""
     table = read_table(it.table())
     path = it.run.directory / "samples" / f"{it.name}-pairs.png"
     it.log("pairs", it.index, statistics(table))
     path.parent.mkdir(exist_ok=True)
     plot_pairs(table, path)
     it.run.log_images(path)
-    show_pairs(it, table.head(it.config.tracking.table_rows), path.with_suffix(""))
+    show_pairs(it, table.head(it.config.tracking.table_rows))
 
 
 # Sampling and DPO at the same time

@@ -4,12 +4,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
 from rich.table import Table
 
 from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.logs import RECORD
+from vargpt_rl.evaluate.wording import gain_of, verdict, with_bounds
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
@@ -20,21 +20,25 @@ def _number(result: dict | None, key: str, form: str) -> str:
     return format(result[key], form) if result and key in result else "-"
 
 
-def _with_error(result: dict, key: str) -> str:
-    return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}"
-
-
 def _measure(result: dict | None) -> str:
-    """Format a held-out measure with its standard error."""
+    """Format a held-out measure with its interval, or its standard error."""
     for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
-        if result and f"{key}_stderr" in result:  # the accuracy on pairs has no error of its own and is no measure
-            return f"{_with_error(result, key)}{unit}"
+        if result and {f"{key}_low", f"{key}_stderr"} & result.keys():  # the accuracy on pairs has neither
+            return f"{with_bounds(result, key)}{unit}"
     return "-"
 
 
-def _gain(result: dict, key: str) -> str:
-    """Format a paired difference with its standard error."""
-    return f"{result[key]:+.3f} ± {result[f'{key}_stderr']:.3f}" if key in result else "-"
+def _score(result: dict) -> str:
+    """Format the score of held-out images; the accuracy beside it is that of pairs."""
+    return with_bounds(result, "overall") if "overall" in result else "-"
+
+
+def _gain(result: dict, name: str) -> str:
+    """Format a paired difference: its mean with its standard error, and how many images are better and worse."""
+    found = gain_of(result, name)
+    if found is None:
+        return "-"
+    return f"{found['gain']:+.3f} ± {found['stderr']:.3f} (+{found['better']} -{found['worse']})"
 
 
 def stage_table(stages: dict[str, dict]) -> Table:
@@ -55,36 +59,69 @@ def stage_table(stages: dict[str, dict]) -> Table:
     return table
 
 
+MOMENTS = {
+    "after_sft": "SFT",
+    "sft_on_winners": "control",
+    "after_dpo": "DPO",
+    **{f"after_{name}": method.title for name, method in ONLINE.items()},
+}
+"""Names of the measured policies of an iteration, by their key in its results."""
+
+
 def closing_table(summary: dict) -> Table:
-    """Return the results of each stage of each iteration on held-out prompts and pairs."""
-    table = Table(title="held-out prompts and pairs (control: SFT on the winners)", title_justify="left")
-    results = [result for iteration in summary["iterations"] for result in iteration["eval"].values() if result]
-    judges = [name for name in ("reward", "judge") if any(f"{name}_stderr" in result for result in results)]
-    for column in ("#", "px", "policy", "n", "score", "over SFT", "over control", *judges, "margin", "accuracy"):
+    """Return the results of each policy of each iteration on held-out prompts and pairs."""
+    table = Table(title="held-out images and pairs (control: SFT on the winners)", title_justify="left")
+    measured = _measured(summary)
+    judges = [name for name in ("reward", "judge") if any(name in result for *_, result in measured)]
+    for column in ("#", "px", "policy", "n", "score", *judges, "margin", "accuracy"):
         table.add_column(column, justify="left" if column == "policy" else "right")
-    names = {
-        "after_sft": "after SFT",
-        "sft_on_winners": "control",
-        "after_dpo": "after DPO",
-        **{f"after_{name}": f"after {method.title}" for name, method in ONLINE.items()},
-    }
-    for k, iteration in enumerate(summary["iterations"]):
-        for key, name in names.items():
-            if result := iteration["eval"].get(key):
-                table.add_row(
-                    str(k),
-                    str(iteration["resolution"]),
-                    name,
-                    _number(result, "n", "d"),
-                    _measure(result),
-                    _gain(result, "gain_over_sft"),
-                    _gain(result, "gain_over_control"),
-                    *(_with_error(result, judge) if f"{judge}_stderr" in result else "-" for judge in judges),
-                    _number(result, "margin", "+.1f"),
-                    _number(result, "accuracy", ".3f"),
-                )
-        table.add_section()
+    for k, iteration, name, result in measured:
+        table.add_row(
+            str(k),
+            str(iteration["resolution"]),
+            name if name == "control" else f"after {name}",
+            _number(result, "n", "d"),
+            _score(result),
+            *(with_bounds(result, judge) if judge in result else "-" for judge in judges),
+            _number(result, "margin", "+.1f"),
+            _number(result, "accuracy", ".3f"),
+        )
     return table
+
+
+def comparison_table(summary: dict) -> Table:
+    """Return the paired comparisons: the same prompts and seeds, image by image."""
+    table = Table(title="same prompts and seeds, image by image (+better -worse)", title_justify="left")
+    for column in ("#", "px", "policy", "over SFT", "p", "over control", "p"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for k, iteration, name, result in _measured(summary):
+        columns = [
+            (_gain(result, baseline), _number(result, f"{baseline}_p", ".2g"))
+            for baseline in ("gain_over_sft", "gain_over_control")
+        ]
+        if columns != [("-", "-")] * 2:
+            table.add_row(str(k), str(iteration["resolution"]), name, *columns[0], *columns[1])
+    return table
+
+
+def verdicts(summary: dict) -> list[str]:
+    """Return a sentence for each iteration: its last policy against SFT on the same images."""
+    last = {k: (iteration, name, result) for k, iteration, name, result in _measured(summary) if name != "control"}
+    return [
+        f"iteration {k}, {iteration['resolution']} px: {verdict(name, 'SFT', found)}"
+        for k, (iteration, name, result) in last.items()
+        if (found := gain_of(result, "gain_over_sft"))
+    ]
+
+
+def _measured(summary: dict) -> list[tuple[int, dict, str, dict]]:
+    """Return number and results of the iteration, name and results of the policy, for each that was measured."""
+    return [
+        (k, iteration, name, result)
+        for k, iteration in enumerate(summary["iterations"])
+        for key, name in MOMENTS.items()
+        if (result := iteration["eval"].get(key))
+    ]
 
 
 def method_table(iterations: list[dict]) -> Table:
@@ -121,7 +158,7 @@ def _learned(result: dict) -> str:
         "accuracy_own": "on held-out pairs of own images",
         "agreement": "agreement with the exact check on held-out images",
     }
-    found = [f"{text} {_with_error(result, key)}" for key, text in names.items() if key in result]
+    found = [f"{text} {with_bounds(result, key)}" for key, text in names.items() if key in result]
     return f"learned reward: {', '.join(found)}"
 
 
@@ -147,26 +184,6 @@ def training_time(summary: dict) -> str:
     return f"{shares}; model FLOPs utilisation: {used}" if used else shares
 
 
-def _print_remarks(console: Console, summary: dict) -> None:
-    """Print what no table has."""
-    for k, iteration in enumerate(summary["iterations"]):
-        if learned := iteration.get("learned_reward"):
-            console.print(f"iteration {k}: {_learned(learned)}")
-    for moment, result in summary["understanding"].items():
-        if result:
-            accuracy, error = result["accuracy"], result["accuracy_stderr"]
-            console.print(f"questions answered right {moment} the iterations: {accuracy:.3f} ± {error:.3f}")
-    if best := summary["best"]:
-        place = f"iteration {best['iteration']}, {best['resolution']} px"
-        console.print(f"best/ holds the policy of {place}: {best['metric']} {best['value']:.4g}")
-    if summary["quarantined"]:
-        console.print(f"quarantined: {summary['quarantined']}")
-    if shares := training_time(summary):
-        console.print(f"training time: {shares}", highlight=False)
-    for event in summary["events"]:
-        console.print(event)
-
-
 def next_steps(directory: Path) -> list[str]:
     """Return what to do with a finished run: files to look at and commands."""
     page = directory / "report.html"
@@ -184,16 +201,43 @@ def show(summary: dict, directory: Path) -> None:
     """Print the closing tables and what to do next, and record them in the run's log."""
     console = wide_console()
     console.record = True
-    if summary["stages"]:
-        console.print(stage_table(summary["stages"]))
-    if summary["iterations"]:
-        console.print(closing_table(summary))
-    if any(name in iteration for name in ONLINE for iteration in summary["iterations"]):
-        console.print(method_table(summary["iterations"]))
-    _print_remarks(console, summary)
+    for table in _tables(summary):
+        console.print(table)
+    for line in _remarks(summary):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"{summary['seconds']:.0f} s; everything is in {directory}")
     if steps := next_steps(directory):
         console.print("next:")
     for step in steps:
         console.print(f"  {step}", highlight=False, soft_wrap=True)
     RECORD.info("summary\n%s", console.export_text())
+
+
+def _tables(summary: dict) -> list[Table]:
+    """Return the tables that have rows."""
+    tables = [
+        stage_table(summary["stages"]),
+        closing_table(summary),
+        comparison_table(summary),
+        method_table(summary["iterations"]),
+    ]
+    return [table for table in tables if table.row_count]
+
+
+def _remarks(summary: dict) -> list[str]:
+    """Return the lines below the tables: verdicts, learned rewards, questions, the best policies, events."""
+    lines = verdicts(summary)
+    for k, iteration in enumerate(summary["iterations"]):
+        if learned := iteration.get("learned_reward"):
+            lines.append(f"iteration {k}: {_learned(learned)}")
+    for moment, result in summary["understanding"].items():
+        if result:
+            lines.append(f"questions answered right {moment} the iterations: {with_bounds(result, 'accuracy')}")
+    for best in summary["best"]:
+        told = f"{best['metric']} {best['value']:.4g}"
+        lines.append(f"{best['path']} holds the policy of iteration {best['iteration']}: {told}")
+    if summary["quarantined"]:
+        lines.append(f"quarantined: {summary['quarantined']}")
+    if shares := training_time(summary):
+        lines.append(f"training time: {shares}")
+    return lines + summary["events"]

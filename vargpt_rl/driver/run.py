@@ -16,6 +16,7 @@ import pandas as pd
 import wandb
 import yaml
 from filelock import FileLock
+from PIL import Image
 
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.logs import RECORD
@@ -31,7 +32,7 @@ FREE = tuple(
     for key in (
         *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
         *(f"learner.{key}" for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s")),
-        *(f"tracking.{key}" for key in ("wandb", "project", "table_rows")),
+        *(f"tracking.{key}" for key in ("wandb", "project", "table_rows", "images")),
         *(f"placement.{key}" for key in ("kind", "strategy")),
         "learner.gpus_per_rank",
         "name",
@@ -47,7 +48,7 @@ READ_BACK = (
     "checkpoints/*/final/COMPLETE",
     "checkpoints/*/final/reward.json",
     "checkpoints/*/step-*/COMPLETE",
-    "best/*",
+    "best/*/*",
 )
 """Files that later steps or starts read; weight sets are guarded by their markers."""
 LOGS = (METRICS, "quarantine.jsonl")
@@ -56,6 +57,11 @@ LOGS = (METRICS, "quarantine.jsonl")
 
 Labels = dict[str, int | None]
 """Iteration and resolution of metrics."""
+
+
+def _for_wandb(path: Path) -> wandb.Image:
+    with Image.open(path) as image:
+        return wandb.Image(image.convert("RGB"))
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
@@ -247,10 +253,10 @@ class Run:
             self.tracker.log({f"samples/{path.stem}": wandb.Image(str(path))})
 
     def log_table(self, name: str, table: pd.DataFrame, labels: Labels) -> None:
-        """Send a table to wandb; paths in it are image files, which may be deleted afterwards."""
+        """Send a table to wandb; paths in it are image files."""
         if self.tracker is not None:
             cells = table.astype(object).where(table.notna(), None).values.tolist()
-            rows = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in cells]
+            rows = [[_for_wandb(cell) if isinstance(cell, Path) else cell for cell in row] for row in cells]
             self.tracker.log({name: wandb.Table(columns=list(table.columns), data=rows)} | labels)
 
     def finish(self, summary: dict) -> None:

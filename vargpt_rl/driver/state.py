@@ -12,7 +12,7 @@ from typing import Any
 
 from vargpt_rl.storage.files import write_atomically
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of the run directory's steps and files. Directories of other versions are refused."""
 NEW: dict[str, Any] = {
     "layout": LAYOUT,

@@ -68,7 +68,7 @@ def _is_used_up(run: Run, name: str) -> bool:
 
 def _remove(path: Path) -> None:
     """Remove what is in the place of a file. Of a kept model, all is removed: it is made again as a whole."""
-    place = path.parent if path.parent.name == "best" else path
+    place = path.parent if path.parent.parent.name == "best" else path
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> tuple[float, float]:
-    """Return the share of pairs whose chosen side scores higher (ties count half), and its binomial standard error.
+def pairs_won(chosen: Sequence[float], rejected: Sequence[float]) -> tuple[float, int]:
+    """Return how many chosen sides score higher than the rejected ones (ties count half), and the number of pairs.
 
     ValueError without a pair.
     """
     if not len(chosen):
         raise ValueError("no pairs: expected at least one")
     ahead = np.subtract(chosen, rejected)
-    share = float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
-    return share, math.sqrt(share * (1 - share) / len(chosen))
+    return float(((ahead > 0) + 0.5 * (ahead == 0)).sum()), len(chosen)
 
 
 def area_under_curve(right: Sequence[float], wrong: Sequence[float]) -> tuple[float, float]:

@@ -15,10 +15,9 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.images import read_image
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.inference.images import save_image
@@ -141,12 +140,13 @@ def read_results(text: str) -> tuple[Scores, dict[str, float]]:
             items[Path(name).stem] = 100 * float(numbers[-1])
         elif not line.startswith("Model: "):
             raise ValueError(f"expected an item's path with {SAMPLES} scores and their mean, got {line!r}")
-    overall, error = mean_and_error(list(items.values()))
+    means, intervals = summarise({"overall": list(items.values())})
+    overall = means["overall"]
     if abs(overall - float(stated[0])) > SAME:
         raise ValueError(f"states a score of {stated[0]}, but the mean of its {len(items)} items is {overall}")
     broad, _, detailed = categories.partition("L2 category scores:")
     by_category = {name.lower(): value for name, value in _numbers(broad).items()}
-    scores = Scores({**by_category, "overall": overall}, {"overall": error}, {"items": len(items)}, _numbers(detailed))
+    scores = Scores({**by_category, "overall": overall}, intervals, {"items": len(items)}, _numbers(detailed))
     return scores, items
 
 

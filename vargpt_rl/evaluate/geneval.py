@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.rows import quarantine_of, read_rows, sift, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.storage.files import write_atomically
@@ -118,9 +118,10 @@ def summary(rows: list[dict]) -> Scores:
     for row in rows:
         tasks[row["tag"]].append(row["correct"])
         prompts[row["metadata"]].append(row["correct"])
-    shares = {task: sum(correct) / len(correct) for task, correct in tasks.items()}
+    shares, intervals = summarise({task: [float(right) for right in correct] for task, correct in tasks.items()})
     return Scores(
         shares | {"overall": sum(shares.values()) / len(shares)},
+        intervals,
         counts={"images": len(rows), "prompts": len(prompts), **{task: len(tasks[task]) for task in tasks}},
         details={
             "correct_images": sum(row["correct"] for row in rows) / len(rows),

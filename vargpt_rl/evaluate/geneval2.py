@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import gmean
 
-from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.rows import different, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.storage.files import write_atomically
@@ -100,10 +99,10 @@ def soft_tifa(lists: list[list[float]], rows: list[dict]) -> Scores:
         atoms[row["atom_count"]].append(mean)
         for score, skill in zip(own, row["skills"], strict=True):
             skills[skill].append(100 * score)
-    means = {"soft_tifa_am": mean_and_error(arithmetic), "soft_tifa_gm": mean_and_error(geometric)}
+    means, intervals = summarise({"soft_tifa_am": arithmetic, "soft_tifa_gm": geometric})
     return Scores(
-        {name: mean for name, (mean, _) in means.items()} | {skill: float(np.mean(skills[skill])) for skill in skills},
-        {name: error for name, (_, error) in means.items()},
+        means | {skill: float(np.mean(skills[skill])) for skill in skills},
+        intervals,
         {"prompts": len(rows), **{skill: len(skills[skill]) for skill in skills}},
         {"soft_tifa_gm_by_atoms": {str(count): float(np.mean(atoms[count])) for count in sorted(atoms)}},
     )

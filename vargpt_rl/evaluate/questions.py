@@ -18,11 +18,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, QuestionRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.rows import quarantine_of, read_rows, text
 from vargpt_rl.evaluate.settings import EvaluateConfig
 
@@ -109,14 +108,14 @@ def score_answers(answered: list[tuple[dict, str]]) -> Scores:
     groups = {"accuracy": [float(correct) for _, correct in results]}
     if yes_no:
         groups["yes_no_accuracy"] = [float(correct) for _, correct in yes_no]
-    means = {name: mean_and_error(values) for name, values in groups.items()}
+    means, intervals = summarise(groups)
     categories = defaultdict(list)
     for row, correct in results:
         categories[row.get("category", "")].append(float(correct))
     paired, unpaired = mme_scores(yes_no)
     return Scores(
-        {name: mean for name, (mean, _) in means.items()} | ({"mme": sum(paired.values())} if paired else {}),
-        {name: error for name, (_, error) in means.items()},
+        means | ({"mme": sum(paired.values())} if paired else {}),
+        intervals,
         {"questions": len(results), "yes_no_questions": len(yes_no), "unpaired_images": unpaired},
         {"by_category": {name: sum(own) / len(own) for name, own in categories.items()}, "mme_by_category": paired},
     )

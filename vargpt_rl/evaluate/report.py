@@ -1,6 +1,7 @@
 """Report a benchmark as a JSON file and a Markdown table, which also has the rows that the papers report."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vargpt_rl.common.averages import interval, mean_and_error
 from vargpt_rl.storage.files import write_atomically
 
 REPORTED = Path(__file__).parent / "reported.yaml"
@@ -19,14 +21,23 @@ class Scores:
 
     metrics: dict[str, float]
     """Values by metric."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """Standard errors of the metrics that have one."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % confidence intervals of the metrics that have one: Wilson's of shares, Student's t of other means."""
     counts: dict[str, int] = field(default_factory=dict)
     """Numbers of images, questions and so on that the metrics are computed from."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further results, for the JSON file only."""
     notes: list[str] = field(default_factory=list)
     """Remarks below the table."""
+
+
+def summarise(
+    groups: Mapping[str, Sequence[float]], scale: float = 1.0
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return the mean of each group and the intervals of those that have one, both times ``scale``."""
+    means = {name: scale * mean_and_error(values)[0] for name, values in groups.items()}
+    bounds = {name: interval(values) for name, values in groups.items()}
+    return means, {name: (scale * found[0], scale * found[1]) for name, found in bounds.items() if found}
 
 
 @dataclass(frozen=True)
@@ -55,17 +66,20 @@ def table(columns: list[Column], rows: dict[str, Scores], published: dict) -> st
     """Format as Markdown: a row per checkpoint, then the reported rows; a dash means no value."""
     lines = [["", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
     for name, scores in rows.items():
-        lines.append([name, *(_cell(column, scores.metrics, scores.errors) for column in columns)])
+        lines.append([name, *(_cell(column, scores.metrics, scores.intervals) for column in columns)])
     for name, metrics in published["rows"].items():
         lines.append([f"{name} (reported)", *(_cell(column, metrics, {}) for column in columns)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _cell(column: Column, metrics: dict[str, float], errors: dict[str, float]) -> str:
+def _cell(column: Column, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> str:
     if column.metric not in metrics:
         return "-"
     value = f"{metrics[column.metric]:.{column.decimals}f}"
-    return f"{value} ± {errors[column.metric]:.{column.decimals}f}" if column.metric in errors else value
+    if column.metric not in intervals:
+        return value
+    low, high = (f"{bound:.{column.decimals}f}" for bound in intervals[column.metric])
+    return f"{value} ({low} to {high})"
 
 
 def write_report(

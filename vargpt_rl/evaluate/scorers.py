@@ -10,12 +10,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.common.plugins import make_plugin
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.rows import quarantine_of
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.inference.conversation import device_and_dtype
@@ -78,9 +77,8 @@ class Rewarded:
         scored = [100 * value for value in values if value is not None]
         if len(scored) < (1 - self.config.max_bad_fraction) * len(values):
             raise ValueError(f"{model.name}: only {len(scored)} of {len(values)} images have a {self.metric}")
-        mean, error = mean_and_error(scored)
         counts = {"images": len(scored), "unscored": len(values) - len(scored), "bad_prompts": self.bad}
-        return Scores({self.metric: mean}, {self.metric: error}, counts)
+        return Scores(*summarise({self.metric: scored}), counts)
 
 
 def clip_score(config: EvaluateConfig) -> Rewarded:

@@ -7,7 +7,6 @@ the held-out captions. The seed determines all prompts. The JSON file also has e
 from collections import defaultdict
 from collections.abc import Sequence
 
-from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.samples import Prompt
@@ -15,7 +14,7 @@ from vargpt_rl.data.shapes import TASKS, parse
 from vargpt_rl.data.shapes_check import check
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest, QuestionRequest
-from vargpt_rl.evaluate.report import Column, Scores
+from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.settings import EvaluateConfig
 
 COUNT = 300
@@ -78,13 +77,11 @@ class Shapes:
         groups["questions"] = [
             float(answer == truth) for answer, (_, _, truth) in zip(answers, self.questions, strict=True)
         ]
-        results = {name: mean_and_error(values) for name, values in groups.items()}
         return Scores(
-            {name: mean for name, (mean, _) in results.items()},
-            {name: error for name, (_, error) in results.items()},
+            *summarise(groups),
             {name: len(values) for name, values in groups.items()},
             {"edits": edit_check.scores(prompts, verdicts)},
-            notes=["Accuracies with their standard error, which does not include the variance over seeds."],
+            notes=["Accuracies with their 95 % interval (Wilson), which does not include the variance over seeds."],
         )
 
 

@@ -16,6 +16,7 @@ from vargpt_rl.common.command import CommandFailed
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel
 from vargpt_rl.evaluate.report import Column, Scores
 from vargpt_rl.evaluate.settings import EvaluateConfig
+from vargpt_rl.evaluate.wording import Z
 from vargpt_rl.inference.images import check_unchanged
 
 
@@ -130,7 +131,8 @@ class Understanding:
                 raise ValueError(f"{model.out / task}.json: expected the metric {own.metric}, got {figures}")
             scores.metrics[own.column] = own.scale * figures[own.metric]
             if (error := figures.get(f"{own.metric}_stderr")) is not None:
-                scores.errors[own.column] = own.scale * error
+                value, half = scores.metrics[own.column], own.scale * Z * error
+                scores.intervals[own.column] = (value - half, value + half)
         return scores
 
 

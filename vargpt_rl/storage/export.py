@@ -13,6 +13,11 @@ from vargpt_rl.storage.files import atomic_dir, restore_dir
 BEST = "best.json"
 
 
+def best_folder(run: Path, resolution: int) -> Path:
+    """Return the folder of a run's best policy at a resolution: scores of images of different sizes say nothing."""
+    return run / "best" / str(resolution)
+
+
 def export_model(start: str, weights: Sequence[Path], target: Path, notes: dict[str, dict] | None = None) -> None:
     """Write the start model with the weight sets applied, and its tokenizer files.
 
@@ -29,7 +34,7 @@ def export_model(start: str, weights: Sequence[Path], target: Path, notes: dict[
 
 
 def read_best(directory: Path) -> dict | None:
-    """Read the record of a run's ``best/``: metric, value, iteration, resolution. None if there is none yet."""
+    """Read the record of a `best_folder`: metric, value, iteration, resolution. None if there is none yet."""
     path = directory / BEST
     if not path.exists():
         return None

@@ -1,0 +1,43 @@
+"""Measures in words: intervals, and what a paired comparison shows."""
+
+from collections.abc import Mapping
+
+Z = 1.959964
+"""Half the width of a 95 % interval in standard errors."""
+SHOWN_BELOW = 0.05
+"""p-value of the sign test below which a difference counts as shown."""
+
+
+def with_bounds(result: Mapping[str, float], key: str) -> str:
+    """Format a mean with its 95 % interval: ``0.708 (0.62 to 0.78)``. Older results have a standard error instead."""
+    if f"{key}_low" in result:
+        return f"{result[key]:.3f} ({result[f'{key}_low']:.2f} to {result[f'{key}_high']:.2f})"
+    if f"{key}_stderr" in result:
+        return f"{result[key]:.3f} ± {result[f'{key}_stderr']:.3f}"
+    return f"{result[key]:.3f}"
+
+
+def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
+    """Say what a comparison shows; ``gain`` has the keys gain, stderr, better, worse, alike and p."""
+    better, worse, alike = (round(gain[key]) for key in ("better", "worse", "alike"))
+    low, high = gain["gain"] - Z * gain["stderr"], gain["gain"] + Z * gain["stderr"]
+    shown = "no difference shown" if gain["p"] >= SHOWN_BELOW else "better" if better > worse else "worse"
+    return (
+        f"{policy} against {baseline} on the same {better + worse + alike} images: {better} better, {worse} worse, "
+        f"{alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
+        f"sign test {p_value(gain['p'])}: {shown}"
+    )
+
+
+def p_value(p: float) -> str:
+    """Format a p-value with two digits, a very small one as a bound."""
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+
+
+def gain_of(result: Mapping[str, float], name: str) -> dict[str, float] | None:
+    """Return the comparison called ``name`` in a result (`vargpt_rl.evaluate.paired.Comparison.as_metrics`), if any."""
+    if f"{name}_p" not in result:
+        return None
+    return {"gain": result[name]} | {
+        key: result[f"{name}_{key}"] for key in ("stderr", "better", "worse", "alike", "p")
+    }

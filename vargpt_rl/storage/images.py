@@ -1,0 +1,18 @@
+"""Places of the small images that a run keeps for people."""
+
+from pathlib import Path
+
+IMAGES = "images"
+"""Folder of a run directory."""
+PAIRS = "pairs"
+"""Name, instead of a moment, of the images of an iteration's pairs."""
+
+
+def images_folder(run: Path, stage: str, moment: str) -> Path:
+    """Return the folder of the images that a stage of a run drew at a moment."""
+    return run / IMAGES / f"{stage}-{moment}"
+
+
+def pair_image(pair_id: str, side: str) -> str:
+    """Return the file name of one side ("chosen" or "rejected") of a pair."""
+    return f"{pair_id}-{side}.webp"
