@@ -35,6 +35,7 @@ COMMANDS = (
 ROOMS = (
     *COMMANDS,
     "vargpt_rl.driver",
+    "vargpt_rl.page",
     "vargpt_rl.memory",
     "configs",
     "rewards",

@@ -55,8 +55,9 @@ from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
 from vargpt_rl.driver.session import Session, StageContext, Step
-from vargpt_rl.driver.start import open_session, place, plain, prepare, resume
+from vargpt_rl.driver.start import open_session, place, plain, prepare, resume, write_defaults
 from vargpt_rl.driver.training import swap, train_control, train_dpo, train_sft, train_stage
+from vargpt_rl.page.render import update_page
 from vargpt_rl.stages import ALIGN, STAGES, Learns
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import best_folder, export_model, read_best
@@ -211,6 +212,8 @@ def start(arguments: list[str]) -> int:
         return 2
     log = keep_log(run.directory)
     run.track(config.tracking.wandb, config.tracking.project, plain(config))
+    write_defaults(run)
+    run.on_step = partial(update_page, run.directory)
     failed = True
     session = None
     try:
@@ -227,6 +230,7 @@ def start(arguments: list[str]) -> int:
         raise
     finally:
         run.save()
+        update_page(run.directory, ended=True)
         run.close(failed)
         ray.shutdown()
         end_log(log)

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Row:
+class GpuRow:
     """One measurement; what does not apply is None."""
 
     work: str
@@ -85,7 +85,7 @@ class Bench:
     """Operations per second of a matrix product."""
     ends: float
     """Deadline in seconds of ``time.monotonic``."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[GpuRow] = field(default_factory=list)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -113,7 +113,7 @@ class Bench:
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    def attempt(self, row: Row, function: Callable[[Row], None], expected_s: float) -> bool:
+    def attempt(self, row: GpuRow, function: Callable[[GpuRow], None], expected_s: float) -> bool:
         """Fill in a row, or say why not; False if it did not fit or there was no time."""
         self.rows.append(row)
         if self.left() - RESERVE_S < expected_s:
@@ -192,7 +192,7 @@ def measure_sampling(bench: Bench, resolutions: list[int], batches: list[int]) -
         last = 1
         for rows in batches:
 
-            def draw(row: Row, rows: int = rows, resolution: int = resolution) -> None:
+            def draw(row: GpuRow, rows: int = rows, resolution: int = resolution) -> None:
                 inputs = batch(bench.model, rows, rows, resolution, text=TEXT)
                 ids = inputs["input_ids"][:, :TEXT].to(bench.device)
                 size = (resolution, resolution)
@@ -208,7 +208,7 @@ def measure_sampling(bench: Bench, resolutions: list[int], batches: list[int]) -
                 row.share = flops / row.seconds / bench.peak
                 row.speed = f"{rows / row.seconds:.2f} images/s"
 
-            row = Row("sampling, guidance 3", resolution, rows)
+            row = GpuRow("sampling, guidance 3", resolution, rows)
             if not bench.attempt(row, draw, last_s * rows / last):
                 break
             last_s, last = row.seconds or 0.0, rows
@@ -260,7 +260,7 @@ def measure_steps(bench: Bench, config: VargptConfig, resolutions: list[int], mi
             last_s = 0.0
             for count in micro_batches:
 
-                def train(row: Row, rows: int = rows_of * count, stage: str = stage, weights=weights) -> None:
+                def train(row: GpuRow, rows: int = rows_of * count, stage: str = stage, weights=weights) -> None:
                     assert row.resolution is not None
                     loss, ids_BT = losses(bench, stage, row.resolution, rows)
 
@@ -274,7 +274,7 @@ def measure_steps(bench: Bench, config: VargptConfig, resolutions: list[int], mi
                     row.share = flops / row.seconds / bench.peak
                     row.speed = f"{rows / row.seconds:.2f} rows/s"
 
-                row = Row(f"{stage.upper()} step", resolution, count)
+                row = GpuRow(f"{stage.upper()} step", resolution, count)
                 row.plan = planned(config, stage, resolution, rows_of * count, model.dtype)
                 if not bench.attempt(row, train, last_s * (STEPS + 1) * 4):
                     model.zero_grad()
@@ -291,20 +291,20 @@ def measure_checks(bench: Bench, resolution: int, folder: Path) -> None:
     loss, ids_BT = losses(bench, "dpo", resolution, 2)
     found = attention_kernels(lambda: loss().backward(), bench.device)
     model.zero_grad()
-    bench.rows.append(Row("attention of a DPO step", resolution, 1, note=found))
+    bench.rows.append(GpuRow("attention of a DPO step", resolution, 1, note=found))
     model.eval()
     swapped = hash_and_swap(model, trained, folder, bench.synchronize)
     for work, (seconds, size) in swapped.items():
         speed = f"{size / seconds / 1e9:.2f} GB/s"
-        bench.rows.append(Row(work, seconds=seconds, speed=speed, note=f"{size / 1e9:.2f} GB"))
+        bench.rows.append(GpuRow(work, seconds=seconds, speed=speed, note=f"{size / 1e9:.2f} GB"))
     note = precision(model, ids_BT, resolution)
-    bench.rows.append(Row("log-probabilities, bf16 against fp32", resolution, 2, note=note))
+    bench.rows.append(GpuRow("log-probabilities, bf16 against fp32", resolution, 2, note=note))
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[GpuRow]) -> str:
     """Format the rows as one Markdown table."""
 
-    def cells(row: Row) -> Iterator[str]:
+    def cells(row: GpuRow) -> Iterator[str]:
         yield row.work
         for number in (row.resolution, row.batch):
             yield "" if number is None else str(number)

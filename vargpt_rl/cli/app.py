@@ -7,6 +7,7 @@ import typer
 
 from vargpt_rl.cli.configuration import add_configuration_commands
 from vargpt_rl.cli.images import SETTING, add_image_commands
+from vargpt_rl.cli.pages import add_page_commands
 from vargpt_rl.cli.runs import add_run_commands
 from vargpt_rl.cli.tools import add_tool_groups
 
@@ -54,6 +55,7 @@ def make_app() -> typer.Typer:
         pass
 
     add_run_commands(app)
+    add_page_commands(app)
     add_image_commands(app)
     add_tool_groups(app)
     add_configuration_commands(app)

@@ -94,6 +94,8 @@ class Run:
     def __init__(self, directory: Path, config: dict, lock: FileLock | None = None):
         self.directory = directory
         self.lock = lock  # held as long as this object is there
+        self.on_step: Callable[[], None] | None = None
+        """Called after each recorded step."""
         self.tracker = None
         self.progress = RunProgress()
         for name in (CONFIG, STATE, SUMMARY, *LOGS):
@@ -197,14 +199,18 @@ class Run:
     def step(self, name: str, work: Callable[[], dict]) -> dict:
         """Return the result of a named step: from its record if it is done, else by doing and recording it."""
         if name not in self.state["steps"]:
+            began = time.time()
             self.progress.enter(name)
             result = work()
             json.dumps(result)  # a result that cannot be recorded must fail here, not at the next start
             point(name)
             self.state["steps"][name], self.state["served"][name] = result, self.served
+            self.state["times"][name] = [began, time.time()]
             self.files.record(name)
             self.save()
             self.progress.leave(name)
+            if self.on_step:
+                self.on_step()
         return self.state["steps"][name]
 
     def rewind(self, name: str, why: str) -> None:
@@ -213,6 +219,7 @@ class Run:
         for step in steps[steps.index(name) :]:
             del self.state["steps"][step]
             self.state["served"].pop(step, None)
+            self.state["times"].pop(step, None)
         self.served = self._recorded
         self.note(f"redoing {name}: {why}")
 

@@ -3,6 +3,7 @@
 import logging
 
 import ray
+import yaml
 from omegaconf import OmegaConf
 
 from actors.cluster import nodes, reserve
@@ -20,9 +21,13 @@ from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
+from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lock import lock_folder
 
 logger = logging.getLogger(__name__)
+
+DEFAULTS = "defaults.yaml"
+"""File of the default settings in a run directory."""
 
 
 def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs, Run]:
@@ -33,6 +38,13 @@ def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs
     config = load_config(arguments)
     held = lock_folder(config.directory) if lock else None  # before anything is written there
     return config, gather(config), Run(config.directory, plain(config), held)
+
+
+def write_defaults(run: Run) -> None:
+    """Write the default settings beside a new run's own, for its page to tell what differs."""
+    path = run.directory / DEFAULTS
+    if not path.exists():
+        write_atomically(path, yaml.safe_dump(plain(load_config([])), sort_keys=False).encode())
 
 
 def plain(config: LoopConfig) -> dict:

@@ -18,6 +18,7 @@ NEW: dict[str, Any] = {
     "layout": LAYOUT,
     "steps": {},
     "served": {},
+    "times": {},
     "files": {},
     "events": [],
     "restarts": 0,
@@ -27,7 +28,7 @@ NEW: dict[str, Any] = {
     "logs": {},
     "hashes": {},
 }
-REST = ("events", "restarts", "seconds", "config", "summary", "logs", "files")
+REST = ("times", "events", "restarts", "seconds", "config", "summary", "logs", "files")
 """Keys under one hash."""
 
 

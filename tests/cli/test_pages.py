@@ -1,0 +1,30 @@
+"""``report`` and ``compare`` write pages; wrong runs are one line and exit code 2."""
+
+from typer.testing import CliRunner
+
+from tests.helpers.run_folder import make_run
+from vargpt_rl.cli.app import make_app
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(make_app(), [str(argument) for argument in arguments])
+
+
+def test_a_page_is_written_into_the_run(tmp_path):
+    run = make_run(tmp_path / "first", done=9)
+    found = invoke("report", run)
+    assert found.exit_code == 0 and found.stdout.strip() == str(run / "report.html")
+    assert invoke("report", run, "--out", tmp_path / "own.html").exit_code == 0
+    assert (tmp_path / "own.html").read_text().startswith("<!doctype html>")
+
+
+def test_two_runs_leave_the_page_of_the_first_alone(tmp_path):
+    first, second = make_run(tmp_path / "first", done=9), make_run(tmp_path / "second", done=9)
+    assert invoke("compare", first, second).stdout.strip() == str(first / "compare-second.html")
+    assert not (first / "report.html").exists()
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path):
+    for command in ("report", "watch"):
+        found = invoke(command, tmp_path / "none")
+        assert found.exit_code == 2 and "there is no run here" in found.stderr and found.stderr.count("\n") == 1

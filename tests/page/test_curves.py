@@ -1,0 +1,80 @@
+"""Remarks on curves, intervals of skills, verdicts of iterations."""
+
+from tests.helpers.run_folder import make_run, metrics
+from vargpt_rl.page.contents import read_run
+from vargpt_rl.page.curves import all_curves, flags
+from vargpt_rl.page.images import galleries, skill_tables, verdicts
+from vargpt_rl.page.sections import duration, flatten, head
+
+
+def series(stage):
+    return [line for line in metrics() if line["stage"] == stage and line["iteration"] == 0]
+
+
+def test_saturated_pairs_and_falling_likelihood_are_remarked_on():
+    found = flags(series("dpo"))
+    assert "told apart from step 3 of 20 on" in found[0] and "less likely, by 19 nats" in found[1]
+    assert "20% of the time is spent waiting for data" in flags(series("sft"))[0]
+    assert "in 60% of the groups" in flags(series("grpo/rollout"))[0]
+
+
+def test_a_healthy_stage_has_no_remarks():
+    lines = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.7, "logps/chosen": step} for step in range(1, 9)]
+    assert flags(lines) == [] and flags([]) == []
+
+
+def test_a_loss_that_is_no_number_is_remarked_on():
+    assert "not a number" in flags([{"step": 1, "loss": float("nan")}])[0]
+
+
+def test_curves_of_each_stage_are_drawn_with_a_text_beside_them(tmp_path):
+    found = all_curves([read_run(make_run(tmp_path / "run", done=30))])
+    places = [stage.title for stage in found]
+    assert places[:3] == [f"iteration 0, {stage}, 64 px" for stage in ("sft", "dpo", "grpo/rollout")]
+    titles = [plot.title for plot in found[1].plots]
+    assert "margin by scale" in titles and "log-probability since the first step" in titles
+    likely = next(plot for plot in found[1].plots if plot.title.startswith("log-prob"))
+    assert likely.figure["data"][0]["y"][0] == 0 and "chosen 0 to -19" in likely.text
+
+
+def test_a_step_that_was_redone_counts_once(tmp_path):
+    run = read_run(make_run(tmp_path / "run", done=30))
+    again = next(line for line in run.metrics if line["stage"] == "dpo" and line["iteration"] == 0)
+    run.metrics.append(again | {"loss": 9.0})
+    assert len(run.series(0, "dpo")) == 20 and run.series(0, "dpo")[0]["loss"] == 9.0
+
+
+def test_skills_have_intervals_and_counts(tmp_path):
+    table = skill_tables([read_run(make_run(tmp_path / "run", prompts=12))])[0]
+    assert table.title == "iter-00, 64 px" and table.columns == ["SFT", "control", "DPO", "GRPO"]
+    rows = dict(table.rows)
+    assert rows["all"][0].n == 12 and rows["all"][0].low < rows["all"][0].mean < rows["all"][0].high
+    assert sum(cells[0].n for name, cells in rows.items() if name not in ("all", "training reward")) == 12
+    assert "training reward" in rows and "judge" not in rows
+
+
+def test_the_last_sentence_of_an_iteration_is_the_last_policy_against_sft(tmp_path):
+    found = verdicts([read_run(make_run(tmp_path / "run"))])
+    assert list(found) == ["iter-00, 64 px", "iter-01, 128 px"]
+    assert found["iter-00, 64 px"][-1].startswith("GRPO against SFT on the same 8 images")
+    assert len(found["iter-00, 64 px"]) == 5
+
+
+def test_sizes_are_never_compared(tmp_path):
+    runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b")]
+    runs[1].config["resolutions"] = [128, 256]
+    assert not [place for place in verdicts(runs) if "against" in place]
+    assert len(galleries(runs)) == 4, "no gallery mixes two resolutions"
+
+
+def test_time_left_is_that_of_steps_of_the_same_name(tmp_path):
+    run = read_run(make_run(tmp_path / "run", done=30))
+    assert head(run).left is None, "it does not run"
+    run.status = "running"
+    assert head(run).left == 4.0 * len(run.ahead)
+    assert [mark.state for mark in head(run).strip[29:32]] == ["done", "now", "ahead"]
+
+
+def test_durations_and_settings_are_written_for_people():
+    assert [duration(value) for value in (42, 425, 12000)] == ["42 s", "7 min 5 s", "3 h 20 min"]
+    assert flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": "[1]", "a.c": "{}", "d": "null"}

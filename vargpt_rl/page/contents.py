@@ -1,0 +1,206 @@
+"""Read a run directory for its page. What is missing or torn is left out; nothing is written."""
+
+import base64
+import json
+import socket
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from vargpt_rl.evaluate.paired import ScoredImage, read_scores
+from vargpt_rl.page.plan import expected_steps
+from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
+from vargpt_rl.storage.lock import HOLDER
+
+QUIET_S = 600.0
+"""Seconds without a new line of metrics after which a run on another machine counts as stopped."""
+PAIR_COLUMNS = (
+    "pair_id",
+    "prompt",
+    "chosen_source",
+    "rejected_source",
+    "chosen_reward",
+    "rejected_reward",
+    "reference_chosen_logp",
+    "reference_rejected_logp",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """One pair of an iteration's table whose images are kept."""
+
+    pair_id: str
+    prompt: str
+    chosen_source: str
+    rejected_source: str
+    chosen_reward: float | None
+    rejected_reward: float | None
+    reference_chosen_logp: float
+    reference_rejected_logp: float
+
+    @property
+    def reference_margin(self) -> float:
+        """Reference log-probability of the chosen image less that of the rejected one, in nats."""
+        return self.reference_chosen_logp - self.reference_rejected_logp
+
+    @property
+    def reward_margin(self) -> float | None:
+        """Reward of the chosen image less that of the rejected one, if both have one."""
+        if self.chosen_reward is None or self.rejected_reward is None:
+            return None
+        return self.chosen_reward - self.rejected_reward
+
+
+@dataclass(kw_only=True)
+class RunContents:
+    """A run directory as read: settings, finished steps, metrics, events. Files of images are read when asked for."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """Files that could not be read, and why."""
+    ended: bool = False
+    """The process of the run says that it ends: what is not complete is stopped."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def steps(self) -> dict[str, dict]:
+        """Results of the finished steps, in order."""
+        return self.state.get("steps", {})
+
+    @property
+    def times(self) -> dict[str, list[float]]:
+        """Begin and end of finished steps, in seconds since 1970, as far as recorded."""
+        return self.state.get("times", {})
+
+    @cached_property
+    def ahead(self) -> list[str]:
+        """Steps that are still to be done."""
+        return [step for step in expected_steps(self.config) if step not in self.steps]
+
+    @cached_property
+    def status(self) -> str:
+        """complete, running, stopped or empty."""
+        if self.summary:
+            return "complete"
+        if not self.state:
+            return "empty"
+        return "running" if not self.ended and self._is_held() else "stopped"
+
+    def _is_held(self) -> bool:
+        try:
+            holder = json.loads((self.folder / HOLDER).read_text())
+            if holder["host"] == socket.gethostname():
+                return psutil.pid_exists(holder["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(self.metrics) and time.time() - self.metrics[-1]["time"] < QUIET_S
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of iterations and stages with finished steps, in order."""
+        return list(dict.fromkeys(step.split("/")[0] for step in self.steps))
+
+    def series(self, iteration: int | None, stage: str) -> list[dict[str, Any]]:
+        """Return the metrics lines of a stage of an iteration; the last line of a step that was redone counts."""
+        lines = [line for line in self.metrics if line.get("iteration") == iteration and line.get("stage") == stage]
+        return list({line["step"]: line for line in lines}.values())
+
+    def scores(self, stage: str, moment: str) -> list[ScoredImage]:
+        """Return the scores of held-out images of a moment; empty if there are none, or they are damaged."""
+        try:
+            return read_scores(self.folder / "evaluations" / f"{stage}-{moment}.jsonl")
+        except ValueError as error:
+            self._note(str(error))
+            return []
+
+    def pairs(self, stage: str, limit: int) -> list[PairRow]:
+        """Return the pairs of an iteration whose images are kept, ``limit`` at most, else the first of its table."""
+        path = self.folder / "preferences" / f"{stage}.parquet"
+        if not path.exists():
+            return []
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path, columns=list(PAIR_COLUMNS)).slice(0, limit).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            self._note(f"{path}: {error}")
+            return []
+        return [PairRow(**row) for row in rows]
+
+    def pair_images(self, stage: str, pair_id: str) -> tuple[str | None, str | None]:
+        """Return the images of the chosen and the rejected side as data URIs; None where there is none."""
+        folder = images_folder(Path(), stage, PAIRS)
+        chosen, rejected = (self.image(str(folder / pair_image(pair_id, side))) for side in ("chosen", "rejected"))
+        return chosen, rejected
+
+    def image(self, name: str | None) -> str | None:
+        """Return an image file of the run as a data URI; None if there is none. Paths stay under the run directory."""
+        if name is None:
+            return None
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+            return None
+        kind = {".webp": "webp", ".png": "png"}[path.suffix]
+        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+def read_run(folder: Path) -> RunContents:
+    """Read a run directory. ValueError if it is no directory."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a run directory")
+    run = RunContents(folder=folder)
+    run.config = _read(run, "config.yaml", yaml.safe_load)
+    run.defaults = _read(run, "defaults.yaml", yaml.safe_load)
+    run.state = _read(run, "state.json", json.loads)
+    run.summary = _read(run, "summary.json", json.loads)
+    run.metrics = read_metrics(folder / "metrics.jsonl")
+    return run
+
+
+def _read(run: RunContents, name: str, parse: Any) -> dict[str, Any]:
+    path = run.folder / name
+    if not path.is_file():
+        return {}
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        run.problems.append(f"{path}: {' '.join(str(error).split())}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of ``metrics.jsonl`` that are whole; a line that is being written, or was torn, is left out."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.split("\n"):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and {"time", "stage", "step"} <= found.keys():
+            lines.append(found)
+    return lines

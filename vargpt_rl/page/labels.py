@@ -1,0 +1,261 @@
+"""Labels of pairs by people: which pairs are shown, the files of labels, agreement, and export.
+
+A rater's labels are lines of ``labels/RATER.jsonl`` in the run directory, appended and synced one at a time: {pair_id,
+stage, winner, rater, seconds, flipped, again}. ``winner`` is chosen, rejected, alike, bad (both are) or null (skipped).
+The line {undo: true} takes back the last label before it. No line is ever changed, so nothing is lost.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+from vargpt_rl.common.averages import wilson
+from vargpt_rl.page.contents import PairRow, RunContents
+from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
+from vargpt_rl.storage.lines import read_records, trim
+
+LABELS = "labels"
+"""Folder of a run directory."""
+WINNERS = ("chosen", "rejected", "alike", "bad")
+REPEAT_EVERY = 10
+"""After so many pairs an earlier one is shown again, turned round: agreement of a rater with themselves."""
+RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """One judgement: which side of a pair won, None if it was skipped."""
+
+    pair_id: str
+    stage: str
+    winner: str | None
+    rater: str
+    seconds: float
+    """Seconds from showing the pair to the answer."""
+    flipped: bool
+    """The chosen image was on the right."""
+    again: bool
+    """The pair was shown before, the other way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A pair to be shown to a rater."""
+
+    stage: str
+    row: PairRow
+    flipped: bool
+    again: bool
+
+
+def labelled_pairs(run: RunContents) -> list[tuple[str, PairRow]]:
+    """Return stage and row of every pair of a run whose images are kept, in the order of the tables."""
+    found = []
+    for stage in run.stages:
+        folder = run.folder / images_folder(Path(), stage, PAIRS)
+        kept = {path.name for path in folder.glob("*.webp")}
+        if not kept:
+            continue
+        rows = run.pairs(stage, len(kept))
+        found += [(stage, row) for row in rows if pair_image(row.pair_id, "chosen") in kept]
+    return found
+
+
+def tasks_for(pairs: Sequence[tuple[str, PairRow]], rater: str) -> list[Task]:
+    """Return what a rater is shown, in order: sides depend on rater and pair alone, and are even on average."""
+    tasks: list[Task] = []
+    for number, (stage, row) in enumerate(pairs):
+        tasks.append(Task(stage=stage, row=row, flipped=is_flipped(rater, row.pair_id), again=False))
+        if number % REPEAT_EVERY == REPEAT_EVERY - 1:
+            stage, row = pairs[number - REPEAT_EVERY // 2]
+            tasks.append(Task(stage=stage, row=row, flipped=not is_flipped(rater, row.pair_id), again=True))
+    return tasks
+
+
+def is_flipped(rater: str, pair_id: str) -> bool:
+    """Tell whether a rater sees the chosen image of a pair on the right."""
+    return hashlib.blake2b(f"{rater}/{pair_id}".encode(), digest_size=1).digest()[0] % 2 == 1
+
+
+def winner_of(side: str | None, flipped: bool) -> str | None:
+    """Return the winner for an answer: left, right, alike, bad, or None. ValueError for another answer."""
+    if side in ("left", "right"):
+        return "chosen" if (side == "left") != flipped else "rejected"
+    if side not in ("alike", "bad", None):
+        raise ValueError(f"answer {side!r}: expected left, right, alike, bad or none")
+    return side
+
+
+def labels_file(run: Path, rater: str) -> Path:
+    """Return the file of a rater's labels. ValueError for a name that is none."""
+    if not RATER.fullmatch(rater):
+        raise ValueError(f"rater {rater!r}: expected letters, digits, - and _, at most 40")
+    return run / LABELS / f"{rater}.jsonl"
+
+
+def append(path: Path, record: dict) -> None:
+    """Append a line and sync it; a line that was torn before is removed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trim(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def add_label(run: Path, label: Label) -> None:
+    """Record a label."""
+    append(labels_file(run, label.rater), asdict(label))
+
+
+def undo(run: Path, rater: str) -> None:
+    """Take back a rater's last label, if there is one."""
+    if read_labels(labels_file(run, rater)):
+        append(labels_file(run, rater), {"undo": True})
+
+
+def read_labels(path: Path) -> list[Label]:
+    """Read the labels that stand, in order. ValueError naming a file that is damaged."""
+    found: list[Label] = []
+    try:
+        for record in read_records(path):
+            if record.get("undo"):
+                found = found[:-1]
+            else:
+                found.append(Label(**record))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not labels of pairs: {error}") from error
+    return found
+
+
+def all_labels(run: Path) -> dict[str, list[Label]]:
+    """Return the labels of every rater by name."""
+    return {path.stem: read_labels(path) for path in sorted((run / LABELS).glob("*.jsonl"))}
+
+
+def votes(labels: Sequence[Label]) -> dict[str, str]:
+    """Return the winner of each pair that was not skipped, repeats left out."""
+    return {label.pair_id: label.winner for label in labels if label.winner and not label.again}
+
+
+def self_agreement(labels: Sequence[Label]) -> tuple[int, int]:
+    """Return how often a rater gave the same answer to a pair that was turned round, of how many."""
+    first = votes(labels)
+    again = [label for label in labels if label.again and label.winner and label.pair_id in first]
+    return sum(first[label.pair_id] == label.winner for label in again), len(again)
+
+
+def krippendorff_alpha(raters: Sequence[dict[str, str]]) -> float | None:
+    """Return Krippendorff's alpha of nominal ratings: 1 is full agreement, 0 is chance (Krippendorff, 2011).
+
+    ``raters`` map units to values. None if no unit has two ratings, or all values are the same.
+    """
+    units = [
+        [rater[unit] for rater in raters if unit in rater] for unit in {unit for rater in raters for unit in rater}
+    ]
+    paired = [values for values in units if len(values) > 1]
+    totals = Counter(value for values in paired for value in values)
+    count = sum(totals.values())
+    expected = count * count - sum(number * number for number in totals.values())
+    if not expected:
+        return None
+    observed = sum(
+        sum(2 for one, other in combinations(values, 2) if one != other) / (len(values) - 1) for values in paired
+    )
+    return 1 - (count - 1) * observed / expected
+
+
+def majority(raters: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the winner of each pair with most votes; pairs without one are left out."""
+    found = {}
+    for unit in dict.fromkeys(unit for rater in raters for unit in rater):
+        ranked = Counter(rater[unit] for rater in raters if unit in rater).most_common(2)
+        if len(ranked) == 1 or ranked[0][1] > ranked[1][1]:
+            found[unit] = ranked[0][0]
+    return found
+
+
+def reward_agreement(pairs: Sequence[PairRow], winners: dict[str, str]) -> tuple[float, int]:
+    """Return how often the reward prefers the side that people chose (ties count half), of how many pairs.
+
+    Pairs without a winner or without rewards are left out.
+    """
+    right, count = 0.0, 0
+    for row in pairs:
+        winner = winners.get(row.pair_id)
+        if winner in ("chosen", "rejected") and row.reward_margin is not None:
+            ahead = row.reward_margin if winner == "chosen" else -row.reward_margin
+            right += 1.0 if ahead > 0 else 0.5 if ahead == 0 else 0.0
+            count += 1
+    return right, count
+
+
+def summarise_labels(run: RunContents) -> list[str]:
+    """Return what the labels of a run say, in lines."""
+    raters = all_labels(run.folder)
+    pairs = labelled_pairs(run)
+    lines = []
+    for name, labels in raters.items():
+        counts = Counter(votes(labels).values())
+        same, repeated = self_agreement(labels)
+        told = ", ".join(f"{counts[winner]} {winner}" for winner in WINNERS)
+        again = f"; the same answer to {same} of {repeated} pairs shown again" if repeated else ""
+        lines.append(f"{name}: {sum(counts.values())} of {len(pairs)} pairs: {told}{again}")
+    each = [votes(labels) for labels in raters.values()]
+    if (alpha := krippendorff_alpha(each)) is not None:
+        lines.append(f"agreement between raters (Krippendorff's alpha): {alpha:.2f}")
+    winners = majority(each)
+    decided = [winner for winner in winners.values() if winner in ("chosen", "rejected")]
+    if decided:
+        lines.append(_share("the chosen image is preferred", decided.count("chosen"), len(decided)))
+    right, count = reward_agreement([row for _, row in pairs], winners)
+    if count:
+        lines.append(_share("the reward prefers the image that people prefer", right, count))
+    return lines or ["no labels yet"]
+
+
+def _share(what: str, right: float, count: int) -> str:
+    low, high = wilson(right, count)
+    return f"{what} in {right:g} of {count} pairs: {right / count:.2f} ({low:.2f} to {high:.2f})"
+
+
+def export(run: RunContents, path: Path) -> int:
+    """Write the pairs with a majority as Parquet with the columns of Pick-a-Pic; return how many.
+
+    ``jpg_0`` and ``jpg_1`` hold the kept images (WebP), chosen first; ``label_0`` is 1 where people prefer the first,
+    0.5 where they are alike. Pairs that are both bad are left out. ValueError if there are none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    winners = majority([votes(labels) for labels in all_labels(run.folder).values()])
+    rows = []
+    for stage, row in labelled_pairs(run):
+        if (winner := winners.get(row.pair_id)) in (None, "bad"):
+            continue
+        folder = run.folder / images_folder(Path(), stage, PAIRS)
+        first = {"chosen": 1.0, "rejected": 0.0}.get(str(winner), 0.5)
+        rows.append(
+            {
+                "caption": row.prompt,
+                "jpg_0": (folder / pair_image(row.pair_id, "chosen")).read_bytes(),
+                "jpg_1": (folder / pair_image(row.pair_id, "rejected")).read_bytes(),
+                "image_0_uid": f"{row.pair_id}-chosen",
+                "image_1_uid": f"{row.pair_id}-rejected",
+                "model_0": row.chosen_source,
+                "model_1": row.rejected_source,
+                "label_0": first,
+                "label_1": 1.0 - first,
+                "has_label": True,
+            }
+        )
+    if not rows:
+        raise ValueError(f"{run.folder}: no pair has a label that most raters share: label some first")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return len(rows)

@@ -1,0 +1,52 @@
+"""The steps of a run, in order, by its settings: what ``vargpt_rl.loop`` does, as names in ``state.json``.
+
+Free of torch, so that a page is made in moments.
+"""
+
+from typing import Any
+
+PAIRED = ("sample", "judge", "pair")
+
+
+def expected_steps(config: dict[str, Any]) -> list[str]:
+    """Return the names of all steps of a run with these settings; empty without settings."""
+    steps: list[str] = []
+    stages = config.get("stages", [])
+    for stage in stages:
+        if stage == "align":
+            steps += _align(config, asked_before="understanding" in stages[: stages.index("align")])
+        elif stage == "edit":
+            steps += ["edit/before", "edit", "edit/swap", "edit/eval", "edit/grid"]
+        else:
+            steps += [stage, f"{stage}/swap", f"{stage}/eval"]
+    return steps
+
+
+def _align(config: dict[str, Any], asked_before: bool) -> list[str]:
+    steps = [] if asked_before else ["understands/before"]
+    for k in range(config["iterations"]):
+        steps += [f"iter-{k:02d}/{step}" for step in _iteration(config)]
+    return [*steps, "understands/after"]
+
+
+def _iteration(config: dict[str, Any]) -> list[str]:
+    steps = ["before"]
+    if config["align"]["sft"]:
+        steps += ["sft", "sft_swap"]
+    steps.append("after_sft")
+    for method in config["align"]["methods"]:
+        steps += [step for step in _method(config, method) if step not in steps]
+    return [*steps, "grid"]
+
+
+def _method(config: dict[str, Any], method: str) -> list[str]:
+    """Return the steps of a method; pairs are made once an iteration."""
+    if method == "dpo":
+        made = ["pair"] if config["dpo"]["min_pairs"] else list(PAIRED)
+        control = ["control", "control_swap", "after_control"] if config["dpo"]["control"] else []
+        return [*made, "dpo", *control, "dpo_swap", "after_dpo"]
+    if method == "reward":
+        overlapped = config["dpo"]["min_pairs"] and "dpo" in config["align"]["methods"]
+        given = config["learned_reward"]["table"] or overlapped
+        return [*([] if given else PAIRED), "reward"]
+    return [method, f"{method}_swap", f"after_{method}"]
