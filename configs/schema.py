@@ -94,8 +94,8 @@ class PreferenceConfig:
     winners: str | None = None
     """Folder of the stronger system's images.
 
-    Matched by file name (captioned data) or by the prompt's id, as ``<id>.png``, .jpg, .jpeg or .webp (records; a
-    held-out record without one there has its own image as winner).
+    Matched by file name (captioned data) or by the prompt's id, as in ``<id>.png`` (records; a held-out record without
+    one there has its own image as winner). Letter case, Unicode normal form and ending may differ.
     """
     prompts: str | None = None
     """File of prompts, instead of the data source's own."""

@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vargpt_rl.data.images import random_crop, read_image
 
@@ -28,7 +28,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         Image.effect_noise((31, 31), 90).save(tmp_path / f"{name}.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
     (tmp_path / "empty.png").write_bytes(b"")
-    faults = {"empty": "cannot identify", "missing": "No such file", "large": "31 x 31 is more than 900 pixels"}
+    faults = {"empty": "cannot identify", "missing": "No such file", "large": "image of more than 900 pixels"}
     for name, said in faults.items():
         path = tmp_path / f"{name}.png"
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: not a readable image: .*{said}"):
@@ -36,6 +36,96 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     assert read_image(tmp_path / "large.png", max_pixels=1000).size == (31, 31)
     with pytest.raises(ValueError, match="cut.png: not a readable image: .*truncated"):
         read_image(tmp_path / "cut.png")
+
+
+RAMP = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (64, 1))
+
+
+def test_depths_are_scaled_or_refused_and_never_clipped(tmp_path):
+    depths = {
+        "8": (RAMP * 255).astype(np.uint8),
+        "16": (RAMP * 65535).astype(np.uint16),
+        "float": RAMP,
+        "int": (RAMP * 65535).astype(np.int32),
+        "wide": RAMP * 255,
+        "nan": np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32),
+    }
+    refused = {}
+    for name, pixels in depths.items():
+        path = tmp_path / f"{name}.tif"
+        Image.fromarray(pixels).save(path)
+        try:
+            assert 125 < np.asarray(read_image(path)).mean() < 129, name
+        except ValueError as error:
+            refused[name] = str(error).partition("image: ")[2]
+    assert refused == {
+        "int": "image of 32-bit integers, expected 8 or 16 bits a channel",
+        "wide": "image of floats outside 0 to 1",
+        "nan": "image of floats outside 0 to 1",
+    }
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile whose red is sRGB's green and the other way round, so that conversion is plain to see."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * count, 12)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
+        profile[green + 4 : green + 12],
+        profile[red + 4 : red + 12],
+    )
+    return bytes(profile).replace("sRGB built-in".encode("utf-16-be"), "RGBs built-in".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "CMYK"])
+def test_colours_are_converted_from_the_images_own_profile(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    green = Image.new("RGBA", (8, 8), (0, 255, 0, 255)).convert("RGB" if mode in ("P", "CMYK") else mode)
+    green.convert(mode).save(path, icc_profile=swapped_profile())
+    pixel = read_image(path).getpixel((4, 4))
+    if mode in ("RGB", "RGBA", "P"):
+        assert pixel[0] > 250 and max(pixel[1:]) < 5, "the profile's green is red"
+    else:  # the profile is of another colour space, and ignored
+        plain = tmp_path / f"plain{path.suffix}"
+        green.convert(mode).save(plain)
+        assert pixel == read_image(plain).getpixel((4, 4))
+
+
+@pytest.mark.parametrize("profile", [b"", b"no profile", swapped_profile()[:200]], ids=["empty", "words", "cut off"])
+def test_damaged_profiles_are_ignored_and_srgb_is_exact(tmp_path, profile):
+    path = tmp_path / "a.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(path, icc_profile=profile)
+    assert (np.asarray(read_image(path)) == pixels).all()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(path, icc_profile=srgb)
+    assert (np.asarray(read_image(path)) == pixels).all()
+
+
+def test_transparency_outlives_a_profile(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (8, 8), (0, 255, 0, 0)).save(path, icc_profile=swapped_profile())
+    assert read_image(path).getpixel((4, 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a\x7f", "JPEG XL"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"%PDF-1.7", "PDF"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG or XML"),
+        (b"<!DOCTYPE html>\n<html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, head, kind):
+    path = tmp_path / "a.png"
+    path.write_bytes(head)
+    with pytest.raises(ValueError, match=f"a.png: not a readable image: image of kind {kind}, expected one of AVIF, "):
+        read_image(path)
 
 
 class Offsets:

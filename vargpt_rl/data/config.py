@@ -14,9 +14,15 @@ class DataConfig:
     kind: Annotated[str, OneOf("shapes", "captioned", "records")] = "shapes"
     """shapes (drawn on demand), captioned (a folder of images) or records (streams of conversations)."""
     captions: str | None = None
-    """Captioned: JSON lines file of captions."""
+    """Captioned: file of captions. JSON lines or an array, CSV or Parquet, by its ending."""
     images: str | None = None
     """Captioned: folder of the captions' images."""
+    image_field: str = "file"
+    """Captioned: key or column of the image's name (``file_name`` in the metadata of Hugging Face image folders)."""
+    caption_field: str = "caption"
+    """Captioned: key or column of the caption."""
+    id_field: str = "id"
+    """Captioned: key or column of the identifier, a text or a whole number; without one it is the image's name."""
     max_bad_fraction: Share = 0.01
     """Captioned and records: fraction of the records that may be unusable."""
     held_out_fraction: Annotated[float, Between(0, 1, includes_high=False)] = 0.1

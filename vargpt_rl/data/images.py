@@ -1,17 +1,42 @@
 """Decoding of image files, and the square crops that are trained on."""
 
+import io
+import logging
+import os
+import re
+import stat
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64_000_000
-KINDS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_BYTES = 2**28
+"""Largest encoded image."""
+KINDS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 """Formats that are decoded. Pillow knows more, and runs a program for one of them (PostScript)."""
+SIGNATURES = (
+    (rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "HEIC"),
+    (rb"(\xff\x0a|\0\0\0\x0cJXL )", "JPEG XL"),
+    (rb"8BPS", "Photoshop"),
+    (rb"%PDF", "PDF"),
+    (rb"%!PS", "PostScript"),
+    (rb"\s*(<\?xml|<svg)", "SVG or XML"),
+    (rb"\s*<(!doctype\s+)?html", "HTML"),
+    (rb"version https://git-lfs", "git-lfs pointer"),
+    (rb"\x1f\x8b", "gzip"),
+)
+"""First bytes of files that people take for images, with the name of their kind."""
 WHITE = (255, 255, 255)
 MARGIN = 1.125
 """Ratio of an image's resized shorter side to the crop (VARGPT-v1.1's published training)."""
+
+
+class RefusedImage(ValueError):
+    """An image that is not decoded. The message is the reason, worded so that equal faults have equal reasons."""
 
 
 class ImageSource(Protocol):
@@ -22,25 +47,93 @@ class ImageSource(Protocol):
         ...
 
 
-def read_image(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE) -> Image.Image:
-    """Read an image as RGB: upright, 16 bits cut to 8, transparency laid on ``background``.
+def read_image(path: Path, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE) -> Image.Image:
+    """Read an image file as `decode` does. ValueError, naming it, if it is missing or unusable."""
+    try:
+        with open_plain(path) as file:
+            return decode(file, max_pixels, background)
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        raise ValueError(f"{path}: not a readable image: {error}") from error
 
-    ValueError if it is missing, unreadable or has more than ``max_pixels``.
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open an image file. RefusedImage for one that is no plain file (a pipe would block, a device never ends) or too
+    large; OSError or ValueError if it cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # opening a pipe must not wait for its writer
+    found = os.stat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise RefusedImage("image is not a plain file")
+    if found.st_size > MAX_BYTES:
+        file.close()
+        raise RefusedImage(f"image file of more than {MAX_BYTES} bytes")
+    return file
+
+
+def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE) -> Image.Image:
+    """Decode an image as RGB: upright, in sRGB, 8 bits a channel, transparency laid on ``background``.
+
+    RefusedImage for one of more than ``max_pixels``, of another kind than `KINDS`, or whose values have no known range;
+    errors of many kinds for damaged data.
     """
     try:
-        with Image.open(file, formats=KINDS) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels")
-            return as_rgb(ImageOps.exif_transpose(image), background)
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        name = f"{file}: " if isinstance(file, Path) else ""
-        raise ValueError(f"{name}not a readable image: {error}") from error
+        image = Image.open(file, formats=KINDS)
+    except UnidentifiedImageError as error:
+        if kind := _kind(file):
+            raise RefusedImage(f"image of kind {kind}, expected one of {', '.join(KINDS)}") from error
+        raise
+    except Image.DecompressionBombError as error:
+        raise RefusedImage(f"image of more than {max_pixels} pixels") from error
+    with image:
+        if image.width * image.height > max_pixels:
+            raise RefusedImage(f"image of more than {max_pixels} pixels")
+        return as_rgb(_in_srgb(ImageOps.exif_transpose(image)), background)
+
+
+def _kind(file: BinaryIO) -> str | None:
+    """Return the kind of a file that is none of `KINDS`, if it is a usual one."""
+    file.seek(0)
+    head = file.read(64)
+    return next((kind for pattern, kind in SIGNATURES if re.match(pattern, head, re.IGNORECASE | re.DOTALL)), None)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Convert colours from the image's own ICC profile to sRGB. A damaged or unfitting profile is ignored."""
+    data = image.info.pop("icc_profile", None)
+    if not data:
+        return image
+    try:
+        profile = ImageCms.getOpenProfile(io.BytesIO(data))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if image.mode not in ("L", "RGB", "CMYK"):
+            image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        logger.debug("an ICC profile is ignored: %s", error)
+        return image
+    assert converted is not None  # None only where it converts in place
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
 
 
 def as_rgb(image: Image.Image, background: tuple[int, ...] = WHITE) -> Image.Image:
-    """Convert to RGB without transparency; 16 bits a channel are cut to 8."""
+    """Convert to RGB without transparency; 16 bits a channel are cut to 8, floats from 0 to 1 scaled.
+
+    RefusedImage for other floats and for 32-bit integers, whose black and white are not known.
+    """
     if image.mode.startswith("I;16"):  # converting would clip everything above 255 of 65535
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        raise RefusedImage("image of 32-bit integers, expected 8 or 16 bits a channel")
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
+            raise RefusedImage("image of floats outside 0 to 1")
+        image = Image.fromarray(np.round(values * 255).astype(np.uint8))
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))

@@ -11,6 +11,7 @@ from the whole prompt, so that the stronger system's images can be named after i
 import json
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from vargpt_rl.common.command import run_command
@@ -42,7 +43,8 @@ def execute(command: PromptsCommand) -> None:
     paths = RecordSource(command.files, "parquet").paths()
     written: set[str] = set()
     with atomic_file(command.out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for request in Records(file_parts(paths, FORMATS["parquet"]), [midjourney], quarantine, reading):
+        found = Records(file_parts(paths, FORMATS["parquet"]), [midjourney], quarantine, reading)
+        for request in chain.from_iterable(found):
             if len(written) == command.limit:
                 break
             if request.prompt.id not in written:

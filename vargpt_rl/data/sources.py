@@ -1,4 +1,4 @@
-"""Sources of images and prompts: the shapes world, or a folder of captioned images.
+"""Sources of images and prompts, and the shapes world. `vargpt_rl.data.captioned` has folders of captioned images.
 
 An image has a key, a string that travels instead of pixels; only the process that needs the image loads it.
 `prompts_from_file` reads prompts alone.
@@ -6,19 +6,20 @@ An image has a key, a string that travels instead of pixels; only the process th
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vargpt_rl.data import shapes, shapes_tasks
-from vargpt_rl.data.images import MAX_PIXELS, ImageSource, read_image
+from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.quarantine import Quarantine
+from vargpt_rl.data.records.formats import FORMATS, Fault, LeftOut, Row, text_lines
+from vargpt_rl.data.records.reader import file_parts
 from vargpt_rl.data.samples import ImageEdit, ImageQuestion, Prompt, Record
 from vargpt_rl.data.shapes_check import ShapesCheck
 from vargpt_rl.data.shapes_edit_check import EditCheck
@@ -201,136 +202,6 @@ def _captions(split: str, count: int, seed: int) -> list[str]:
     return [shapes.sample_scene(rng, split=split).caption for _ in range(count)]
 
 
-@dataclass(frozen=True)
-class CaptionedConfig:
-    """Captions and the folders of their images."""
-
-    captions: str
-    """JSON lines file."""
-    images: str
-    """Folder of the captions' images."""
-    winners: str
-    """Folder of a stronger system's images, under the same names."""
-    image_field: str = "file"
-    """Key of the image's name in the caption lines."""
-    caption_field: str = "caption"
-    id_field: str = "id"
-    held_out_fraction: float = 0.1
-    """Fraction of the captions that is never trained on."""
-    background: tuple[int, int, int] = (255, 255, 255)
-    """RGB that transparent images are laid on."""
-    max_pixels: int = MAX_PIXELS
-    """Larger images are unreadable."""
-
-    def __post_init__(self):
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction is {self.held_out_fraction}, expected 0 or more and less than 1")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    prompt: Prompt
-    file: str
-
-
-class CaptionedSource(Source):
-    """Captioned images of one's own. Keys are "images/<file>" and "winners/<file>".
-
-    Malformed lines and captions whose image is missing are quarantined. Images and winners without a caption, and
-    captions without a winner (usable for SFT, not for pairs), are noted there as not lost. ``lines`` counts the
-    captions read: the total to check the quarantine against. Raises ValueError if the file or a folder is missing, or
-    no caption is usable.
-    """
-
-    def __init__(self, config: CaptionedConfig, quarantine: Quarantine):
-        self.config = config
-        # Workers run in other directories, hence absolute.
-        self._folders = {"images": _folder(config.images), "winners": _folder(config.winners)}
-        lines = _lines(Path(config.captions))
-        self.lines = len(lines)
-        self._entries: dict[str, _Entry] = {}
-        self._with_winner: set[str] = set()
-        named: set[str] = set()
-        for where, line in lines:
-            try:
-                entry = self._entry(line)
-                named.add(entry.file)
-                self._admit(entry)
-            except ValueError as fault:
-                quarantine.add(where, _readable(line), str(fault))
-                continue
-            if self._exists("winners", entry.file):
-                self._with_winner.add(entry.prompt.id)
-            else:
-                quarantine.add(where, _readable(line), "caption without a winner", lost=False)
-        for kind, reason in (("images", "image without a caption"), ("winners", "winner without a prompt")):
-            for file in sorted(image_files(self._folders[kind]) - named):
-                quarantine.add(str(self._folders[kind] / file), file, reason, lost=False)
-        if not self._entries:
-            raise ValueError(f"{config.captions}: no usable caption in {self.lines} lines\n{quarantine.table()}")
-
-    def _entry(self, line: bytes) -> _Entry:
-        """Parse a line. Raises ValueError with the reason if it is malformed."""
-        names = (self.config.id_field, self.config.caption_field, self.config.image_field)
-        identity, caption, file = _fields(line, names)
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f'"{self.config.image_field}" leaves the image folder')
-        return _Entry(Prompt(identity, caption, REPLY), str(path))
-
-    def _admit(self, entry: _Entry) -> None:
-        if entry.prompt.id in self._entries:
-            raise ValueError(f'"{self.config.id_field}" is that of an earlier line')
-        if not self._exists("images", entry.file):
-            raise ValueError("caption without an image")
-        self._entries[entry.prompt.id] = entry
-
-    def _exists(self, kind: str, file: str) -> bool:
-        return os.path.isfile(self._folders[kind] / file)  # False, unlike Path.is_file, for names no file can have
-
-    def load(self, key: str, side: int) -> Image.Image:
-        kind, _, file = key.partition("/")
-        if kind not in self._folders or not file:
-            raise ValueError(f"image key {key!r}: expected 'images/<file>' or 'winners/<file>'")
-        path = self._folders[kind] / file
-        image = read_image(path, self.config.max_pixels, tuple(self.config.background))
-        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-
-    def records(self, count: int, seed: int) -> list[Record]:
-        entries = self._shuffled("train", seed)
-        repeated = (entries[index % len(entries)] for index in range(count))
-        return [Record(entry.prompt.id, entry.prompt, f"images/{entry.file}") for entry in repeated]
-
-    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        return [entry.prompt for entry in self._shuffled(split, seed)[:count]]
-
-    def _shuffled(self, split: str, seed: int) -> list[_Entry]:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
-        share, wanted = self.config.held_out_fraction, split == "held_out"
-        entries = [entry for entry in self._entries.values() if is_held_out(entry.prompt.id, share) == wanted]
-        if not entries:
-            raise ValueError(f"{self.config.captions}: no {split} captions (held_out_fraction is {share})")
-        return [entries[index] for index in np.random.default_rng(seed).permutation(len(entries))]
-
-    def winner_key(self, prompt: Prompt) -> str | None:
-        return f"winners/{self._entries[prompt.id].file}" if prompt.id in self._with_winner else None
-
-
-def _folder(path: str) -> Path:
-    folder = Path(path).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"{path}: no such folder of images")
-    return folder
-
-
-def image_files(folder: Path) -> set[str]:
-    """Return the names of the image files below ``folder``, relative to it."""
-    suffixes = Image.registered_extensions()
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    return {path.relative_to(folder).as_posix() for path in files}
-
-
 def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
     """Read the different prompts of a file: .txt with one a line, or .jsonl with the key "prompt" and optionally "id".
 
@@ -340,17 +211,21 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: expected a .txt or .jsonl file of prompts")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     prompts: dict[str, Prompt] = {}
     ids: set[str] = set()
-    for where, line in _lines(path):
+    for where, row in _prompt_rows(path):
         try:
-            prompt = _prompt(line, path)
+            if isinstance(row, Fault):
+                raise ValueError(row.reason)
+            prompt = _prompt(row, path)
         except ValueError as fault:
-            quarantine.add(where, _readable(line), str(fault))
+            quarantine.add(where, shown_row(row), str(fault))
             continue
         if prompt.text in prompts or prompt.id in ids:
             reason = "prompt of an earlier line" if prompt.text in prompts else "id of an earlier line"
-            quarantine.add(where, _readable(line), reason, lost=False)
+            quarantine.add(where, shown_row(row), reason, lost=False)
         else:
             prompts[prompt.text] = prompt
             ids.add(prompt.id)
@@ -359,55 +234,51 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
     return list(prompts.values())
 
 
-def _prompt(line: bytes, path: Path) -> Prompt:
-    """Parse a line. Raises ValueError with the reason if it is malformed."""
-    record: dict[str, object] = _record(line) if path.suffix == ".jsonl" else {"prompt": _decoded(line).strip()}
-    text = _text(record, "prompt")
-    return Prompt(_text(record, "id") if "id" in record else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
+def _prompt_rows(path: Path) -> Iterator[tuple[str, Row | Fault]]:
+    """Yield the prompts of a file as rows, each with "<file>:<line>". ValueError for a file that is not UTF-8 text."""
+    if path.suffix == ".jsonl":
+        yield from rows_of(path, "jsonl")
+        return
+    FORMATS["jsonl"].check(path)
+    for number, line in text_lines(path):
+        where = f"{path}:{number + 1}"
+        if line is None:
+            yield where, Fault("line is too long")
+        elif line.strip():
+            try:
+                yield where, {"prompt": line.decode().strip()}
+            except UnicodeDecodeError:
+                yield where, Fault("not UTF-8", line.decode(errors="backslashreplace"))
 
 
-def _lines(path: Path) -> list[tuple[str, bytes]]:
-    """Return the lines of a file that are not blank, each with "<file>:<line>"."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+def rows_of(path: Path, kind: str) -> Iterator[tuple[str, Row | Fault]]:
+    """Yield all rows of a file of a format, each with its place. ValueError if it is missing or of another kind."""
+    for part in file_parts([path], FORMATS[kind]):
+        yield from ((part.place(number), row) for number, row in part.read(0, 1) if not isinstance(row, LeftOut))
 
 
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8") from error
+def shown_row(row: Row | Fault) -> str:
+    """Return a row as text, for the quarantine."""
+    return row.found if isinstance(row, Fault) else json.dumps(row, default=repr)
 
 
-def _readable(line: bytes) -> str:
-    return line.decode(errors="backslashreplace").strip()
+def _prompt(row: Row, path: Path) -> Prompt:
+    """Return a row's prompt. Raises ValueError with the reason if it is malformed."""
+    text = text_field(row, "prompt")
+    return Prompt(id_field(row, "id") if "id" in row else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
 
 
-def _fields(line: bytes, names: Sequence[str]) -> list[str]:
-    """Return the texts under ``names`` of a JSON object. Raises ValueError with the reason if it is malformed."""
-    record = _record(line)
-    return [_text(record, name) for name in names]
+def id_field(row: Row, name: str) -> str:
+    """Return a text, or a whole number as text. Raises ValueError with the reason if it is neither."""
+    value = row.get(name)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_field(row, name)
 
 
-def _record(line: bytes) -> dict[str, object]:
-    """Parse a JSON object. Raises ValueError with the reason if the line is none."""
-    try:
-        record = json.loads(_decoded(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON: too deeply nested") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{type(record).__name__} where a JSON object is expected")
-    return record
-
-
-def _text(record: dict[str, object], name: str) -> str:
-    if name not in record:
+def text_field(row: Row, name: str) -> str:
+    """Return a text that is not blank. Raises ValueError with the reason if it is none."""
+    if name not in row:
         raise ValueError(f'"{name}" is missing')
-    value = record[name]
+    value = row[name]
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is of type {type(value).__name__}, expected str')
     if not value.strip():

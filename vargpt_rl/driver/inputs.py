@@ -1,5 +1,7 @@
 """Inputs of a run besides settings: a starting model, data, plug-ins. All are checked before any worker starts."""
 
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +11,27 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
 from configs.stages import SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
+from vargpt_rl.data.captioned import CaptionedConfig, CaptionedSource
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
 from vargpt_rl.data.records.stream import EDITS, RecordStream, task_of
 from vargpt_rl.data.reward_pairs import check_split
 from vargpt_rl.data.samples import Prompt
-from vargpt_rl.data.sources import (
-    CaptionedConfig,
-    CaptionedSource,
-    ShapesConfig,
-    ShapesSource,
-    Source,
-    prompts_from_file,
-)
+from vargpt_rl.data.sources import ShapesConfig, ShapesSource, Source, prompts_from_file
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
 from vargpt_rl.storage.reward_base import check_understanding
 
+logger = logging.getLogger(__name__)
+
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
 """The reward that equals the shapes world's exact check."""
+
+OWN_SAMPLES = "rewards.preferences:best_of_n"
+"""The preference builder that needs no winners."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,28 @@ def gather(config: LoopConfig) -> Inputs:
         stream=stream,
     )
     inputs.check_quarantine()
+    needs_winners = config.align.learns_pairs and config.preference.builder != OWN_SAMPLES
+    if ALIGN in config.stages and needs_winners and config.data.kind != "shapes":
+        check_winners(config, inputs)
     return inputs
+
+
+def check_winners(config: LoopConfig, inputs: Inputs) -> None:
+    """Warn if there will be fewer pairs than prompts are asked for. ValueError if no training prompt has a winner."""
+    prompts = inputs.prompts or inputs.source.prompts("train", sys.maxsize, config.seed)
+    found = sum(inputs.source.winner_key(prompt) is not None for prompt in prompts)
+    if not found:
+        raise ValueError(
+            f"preference.winners={config.preference.winners}: no winner of {len(prompts)} training prompts"
+        )
+    counts = [config.at_resolution(resolution).preference.count for resolution in config.resolutions]
+    if found < min(max(counts), len(prompts)):
+        logger.warning(
+            "preference.winners=%s: only %d of %d training prompts have a winner, and the others give no pair",
+            config.preference.winners,
+            found,
+            len(prompts),
+        )
 
 
 def make_source(
@@ -152,6 +174,9 @@ def make_source(
         captions=captions,
         images=images,
         winners=winners,
+        image_field=config.data.image_field,
+        caption_field=config.data.caption_field,
+        id_field=config.data.id_field,
         held_out_fraction=config.data.held_out_fraction,
     )
     return CaptionedSource(captioned, quarantine)

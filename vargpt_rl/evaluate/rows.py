@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vargpt_rl.data.quarantine import BadRecord, Quarantine
-from vargpt_rl.data.records.formats import FORMATS, Fault
+from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.evaluate.settings import EvaluateConfig
 
 Check = Callable[[dict], None]
@@ -32,13 +32,13 @@ def sift(path: Path, check: Check, quarantine: Quarantine) -> tuple[list[tuple[i
     rows, bad = [], 0
     for number, row in FORMATS["jsonl"].read(path, 0, 0, 1):
         try:
-            if isinstance(row, Fault):
+            if not isinstance(row, dict):
                 raise BadRecord(row.reason)
             check(row)
             rows.append((number, row))
         except BadRecord as fault:
             bad += 1
-            quarantine.add(f"{path}:{number + 1}", row.found if isinstance(row, Fault) else str(row), str(fault))
+            quarantine.add(f"{path}:{number + 1}", str(row) if isinstance(row, dict) else row.found, str(fault))
     return rows, bad
 
 

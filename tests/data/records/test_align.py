@@ -89,6 +89,20 @@ def test_winners_are_named_after_the_ids_of_prompts(tmp_path):
             source.load(key, 32)
 
 
+def test_winners_may_be_spelt_a_little_otherwise_and_several_are_said(tmp_path):
+    winners = tmp_path / "winners"
+    winners.mkdir()
+    for name in ("A.PNG", "b.v1.tif", "cafe\u0301.png", "d.png", "d.jpg"):
+        Image.new("RGB", (8, 8)).save(winners / name)
+    prompts = [Prompt(identity, identity, REPLY) for identity in ("a", "b.v1", "caf\u00e9", "d")]
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    source = RecordsSource(prompts, winners, [], quarantine)
+    keys = [source.winner_key(prompt) for prompt in prompts]
+    assert keys == ["winners/A.PNG", "winners/b.v1.tif", "winners/cafe\u0301.png", "winners/d.jpg"]
+    assert quarantine.counts == {"several winners, of which the first is taken": 1} and quarantine.lost == 0
+    assert json.loads((tmp_path / "q.jsonl").read_text())["record"] == "d.jpg, d.png"
+
+
 def test_what_is_measured_on_is_never_trained_on(tmp_path):
     winners = tmp_path / "winners"
     winners.mkdir()

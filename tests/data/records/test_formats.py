@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -11,15 +14,16 @@ from hypothesis import strategies as st
 
 from tests.helpers.records import add, png, write_tar
 from vargpt_rl.data.records import formats
-from vargpt_rl.data.records.formats import FORMATS, Fault
+from vargpt_rl.data.records.formats import FORMATS, Fault, LeftOut
 from vargpt_rl.data.records.images import InArchive
+from vargpt_rl.data.records.reader import file_parts
 
 
 def rows(kind: str, path: Path, start: int = 0, step: int = 1) -> list:
     """The rows of all parts, or the reasons of faults."""
     form = FORMATS[kind]
     found = [found for part in range(form.parts(path)) for found in form.read(path, part, start, step)]
-    return [(number, row.reason if isinstance(row, Fault) else row) for number, row in found]
+    return [(number, row.reason if isinstance(row, Fault | LeftOut) else row) for number, row in found]
 
 
 # JSON
@@ -47,7 +51,7 @@ def test_json_arrays(array):
     ("text", "whole", "said"),
     [
         ("", 0, "breaks off"),
-        ('{"id": 1}', 0, "not a JSON array"),
+        ("id: 1", 0, "not a JSON array"),
         ('[{"id": 1}, {"id": 2}', 1, "breaks off"),
         ('[{"id": 1}, {"id"', 1, "breaks off"),
         ('[{"id": 1},]', 1, "breaks off"),
@@ -99,7 +103,47 @@ def test_no_row_of_json_may_fill_the_memory(tmp_path, monkeypatch):
     path.write_text('[{"id": 1}, "' + "x" * 1000)
     assert rows("json", path)[-1] == (1, "rest of the file is lost: not a JSON array, or a row that is too long")
     path.write_text("x" * 150 + '\n{"id": 1}\n')
-    assert [row for _, row in rows("jsonl", path)][-1] == {"id": 1} and len(rows("jsonl", path)) == 3
+    assert rows("jsonl", path) == [(0, "row of more than 100 bytes"), (1, {"id": 1})]
+    assert rows("jsonl", path, 1, 1) == [(1, {"id": 1})]
+    for length in (98, 99, 100, 101, 199, 200, 201, 1000):  # every way in which a chunk may end in the line
+        path.write_text('"' + "x" * (length - 2) + '"\n{"id": 1}')
+        assert [number for number, _ in rows("jsonl", path)] == [0, 1] and rows("jsonl", path)[1] == (1, {"id": 1})
+
+
+def test_arrays_and_lines_are_told_apart_whatever_the_ending(tmp_path):
+    path = tmp_path / "a"
+    items = [{"id": number} for number in range(5)]
+    for text in (json.dumps(items), "\ufeff \n" + json.dumps(items, indent=1), "\n".join(map(json.dumps, items))):
+        path.write_text(text)
+        for kind in ("json", "jsonl"):
+            assert [row for _, row in rows(kind, path)] == items
+            assert [row for _, row in rows(kind, path, 1, 2)] == items[1::2]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(b'{"id": 1}'), "compressed with gzip"),
+        (bz2.compress(b'{"id": 1}'), "compressed with bzip2"),
+        (lzma.compress(b'{"id": 1}'), "compressed with xz"),
+        (b"\x28\xb5\x2f\xfd\0\0", "compressed with zstd"),
+        (b"PK\x03\x04\x14\0", "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+        ('{"id": 1}'.encode("utf-16"), "encoded as UTF-16"),
+        ('{"id": 1}'.encode("utf-16-le"), "encoded as UTF-16"),
+        ('{"id": 1}'.encode("utf-16-be"), "encoded as UTF-16"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, data, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    for kind in ("json", "jsonl", "csv"):
+        with pytest.raises(ValueError, match=f"a.jsonl: {said}, expected"):
+            file_parts([path], FORMATS[kind])
+    if "UTF-16" not in said and "Parquet" not in said:
+        with pytest.raises(ValueError, match=f"a.jsonl: {said}, expected"):
+            file_parts([path], FORMATS["webdataset"])
 
 
 # JSON lines
@@ -151,6 +195,43 @@ def test_damaged_parquet(tmp_path):
     assert found[0][1].startswith("rest of the row group is lost") and [row["id"] for _, row in found[1:]] == list(
         range(50, 100)
     )
+
+
+LARGE = 8 * 2**20
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_repeated_value_is_not_held_once_for_each_row(tmp_path, nested):
+    path = tmp_path / "bomb.parquet"
+    value = bytes(LARGE)
+    items = [{"id": number, "image": {"bytes": value} if nested else value} for number in range(64)]
+    pq.write_table(pa.Table.from_pylist(items), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    del items
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    count = 0
+    for _, row in FORMATS["parquet"].read(path, 0, 0, 1):
+        assert not isinstance(row, Fault) and pool.bytes_allocated() - before < 6 * LARGE
+        count += 1
+    assert count == 64
+
+
+def test_rows_and_row_groups_of_parquet_are_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    rows_of = [{"text": "x" * 50}, {"text": "x" * 2000}, {"text": "y"}]
+    pq.write_table(pa.Table.from_pylist(rows_of), path)
+    monkeypatch.setattr(formats, "LONGEST", 1000)
+    assert [row for _, row in rows("parquet", path)] == [rows_of[0], "row of more than 1000 bytes", rows_of[2]]
+    values = [[["x" * 90] * 20], [["x" * 9] * 20]]  # a list of lists
+    pq.write_table(pa.table({"lists": values, "none": [None, None], "numbers": [[1.0] * 9] * 2}), path)
+    assert rows("parquet", path) == [
+        (0, "row of more than 1000 bytes"),
+        (1, {"lists": values[1], "none": None, "numbers": [1.0] * 9}),
+    ]
+    monkeypatch.setattr(formats, "LARGEST_GROUP", 100)
+    ((number, reason),) = rows("parquet", path)
+    assert number == 0 and reason.startswith("row group is lost: of ") and reason.endswith("expected at most 100")
 
 
 # Saved data sets
@@ -210,11 +291,48 @@ def test_members_that_are_no_part_of_a_record(tmp_path, monkeypatch):
         add(archive, "4.txt", b"good")
     assert [row for _, row in rows("webdataset", path)] == [
         "archive member is not a plain file",
-        "archive member of unknown kind '.npy'",
+        "archive members of kind '.npy' are not read",
+        {"__key__": "1", "images": []},
         "list where an object is expected",
         "archive member is too long",
         {"__key__": "4", "images": [], "txt": "good"},
     ]
+
+
+def test_members_that_systems_add_are_skipped_and_others_noted_once(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(3):
+            add(archive, f"./{number}.cls", b"3")
+            add(archive, f"./._{number}.json", b"\0\5\26\7")
+            add(archive, f"./{number}.json", b'{"id": "%d"}' % number)
+            add(archive, f"./__MACOSX/{number}.json", b"[]")
+        add(archive, ".DS_Store", b"Bud1")
+    found = rows("webdataset", path)
+    assert [row["id"] for _, row in found if isinstance(row, dict)] == ["0", "1", "2"]
+    assert [row for _, row in found if isinstance(row, str)] == ["archive members of kind '.cls' are not read"]
+    assert [number for number, _ in found] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, key=lambda name: name[::-1]), reversed])
+def test_members_of_a_row_need_not_lie_together(tmp_path, order):
+    path = tmp_path / "a.tar"
+    names = [f"{number}.{kind}" for number in range(20) for kind in ("json", "png", "txt")]
+    with tarfile.open(path, "w") as archive:
+        for name in order(names):
+            add(archive, name, {"json": b'{"id": "x"}', "png": png(), "txt": b"words"}[name.partition(".")[2]])
+    found = [row for _, row in rows("webdataset", path)]
+    assert len(found) == 20 and {row["__key__"] for row in found} == {str(number) for number in range(20)}
+    assert all(row["id"] == "x" and row["txt"] == "words" and len(row["images"]) == 1 for row in found)
+
+
+def test_names_with_dots_are_told_to_be_one_row(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(4):
+            add(archive, f"v1.{number:06d}.json", b"{}")
+            add(archive, f"v1.{number:06d}.png", png())
+    assert rows("webdataset", path) == [(0, "4 .json members have the name before the first dot in common")]
 
 
 def test_damaged_tars_give_what_comes_before(tmp_path):

@@ -1,5 +1,7 @@
 import hashlib
 import io
+import os
+import socket
 import struct
 import zlib
 
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.records import png
+from vargpt_rl.data.images import KINDS, MAX_BYTES, read_image
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.images import InArchive, InRecord, content_sha256, load, on_disk
 
@@ -44,9 +47,9 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
         on_disk(tmp_path, name)
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_usual_kinds_are_read_as_rgb(kind):
-    assert load(encoded(Image.new("L", (5, 3), 200), kind)).mode == "RGB"
+    assert load(encoded(Image.new("RGB", (5, 3), (200, 0, 0)), kind)).mode == "RGB"
 
 
 def test_colours_and_orientation():
@@ -63,12 +66,13 @@ def test_colours_and_orientation():
     ("data", "reason"),
     [
         (b"", r"unreadable \(UnidentifiedImageError\)"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"unreadable \(UnidentifiedImageError\)"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "kind PostScript, expected one of AVIF, .*"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "kind HEIC, expected one of AVIF, .*"),
         (png()[:-40], r"unreadable \(OSError\)"),
         (bomb(8001, 8000), "more than 64000000 pixels"),
         (bomb(60_000, 60_000), "more than 64000000 pixels"),
     ],
-    ids=["empty", "PostScript", "cut off", "large", "huge"],
+    ids=["empty", "PostScript", "HEIC", "cut off", "large", "huge"],
 )
 def test_unreadable_images_have_a_reason_that_is_always_the_same(data, reason):
     for _ in range(2):
@@ -81,6 +85,27 @@ def test_missing_images_are_named_so(tmp_path):
         load(on_disk(tmp_path, "none.png"))
     with pytest.raises(BadRecord, match=r"^image is unreadable \(ValueError\)$"):
         load(on_disk(tmp_path, "a\0b.png"))
+
+
+@pytest.mark.parametrize("make", ["pipe", "device", "folder", "socket", "enormous"])
+def test_files_that_block_or_never_end_are_refused(tmp_path, make):
+    path = tmp_path / "a.png"
+    if make == "pipe":
+        os.mkfifo(path)
+    elif make == "device":
+        path.symlink_to("/dev/zero")
+    elif make == "folder":
+        path.mkdir()
+    elif make == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        path.touch()
+        os.truncate(path, MAX_BYTES + 1)
+    for read in (load, content_sha256):
+        with pytest.raises(BadRecord, match="^image (is not a plain file|file of more|is unreadable)"):
+            read(on_disk(tmp_path, "a.png"))
+    with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
+        read_image(path)
 
 
 def test_the_content_of_a_image_has_the_same_hash_in_every_place(tmp_path):

@@ -63,8 +63,8 @@ def test_llava_1_5(tmp_path):
         {"id": "starts-with-gpt", "conversations": turns("x", "y", "z")[1:]},
         {"id": "html", "conversations": turns("What does <image> do?", "It is no tag.")},
         {"id": "silent", "conversations": turns("Hello?", "")},
-        {"id": "two", "image": ["a.jpg", "b.jpg"], "conversations": turns("<image><image>", "y")},
-        {"id": "stranger", "conversations": [{"from": "system", "value": "x"}]},
+        {"id": "two", "image": ["a.jpg", 7], "conversations": turns("<image><image>", "y")},
+        {"id": "stranger", "conversations": [{"from": "tool", "value": "x"}]},
         {"id": "typed", "conversations": "none"},
         {"id": "typed", "conversations": ["none"]},
         {"id": "typed", "conversations": [{"from": "human", "value": 7}]},
@@ -86,8 +86,8 @@ def test_llava_1_5(tmp_path):
         ("llava_v1_5_mix665k.json:4", "first turn is not the user's"),
         ("llava_v1_5_mix665k.json:5", "number of placeholders is not the number of images"),
         ("llava_v1_5_mix665k.json:6", "empty answer"),
-        ("llava_v1_5_mix665k.json:7", "image is of type list, expected str or dict"),
-        ("llava_v1_5_mix665k.json:8", "turn of 'system', expected human or gpt"),
+        ("llava_v1_5_mix665k.json:7", "image is of type int, expected str, bytes or dict"),
+        ("llava_v1_5_mix665k.json:8", "turn of 'tool', expected human or gpt"),
         ("llava_v1_5_mix665k.json:9", '"conversations" is of type str, expected list'),
         ("llava_v1_5_mix665k.json:10", '"conversations" has other items than objects'),
         ("llava_v1_5_mix665k.json:11", '"value" is of type int, expected str'),
@@ -96,6 +96,68 @@ def test_llava_1_5(tmp_path):
         ("llava_v1_5_mix665k.json:14", '"id" is of type bool, expected str'),
         ("llava_v1_5_mix665k.json:15", '"id" is missing'),
     ]
+
+
+@pytest.mark.parametrize("form", ["list", "images", "bytes", "dicts", "one of many"])
+def test_llava_records_name_their_images_in_many_ways(tmp_path, form):
+    write_image(tmp_path / "a.png", 1)
+    write_image(tmp_path / "b.png", 2)
+    given = {
+        "list": {"image": ["a.png", "b.png"]},
+        "images": {"images": ["a.png", "b.png"]},
+        "bytes": {"images": [png(1), png(2)]},
+        "dicts": {"images": [{"bytes": png(1), "path": None}, {"bytes": None, "path": "b.png"}]},
+        "one of many": {"images": ["a.png", "b.png"], "image": None},
+    }[form]
+    record = llava({"id": 7, **given, "conversations": turns("<image><image>\nWhich?", "Both.")}, tmp_path)
+    assert record.id == "7" and [image.open().read() for image in record.images] == [png(1), png(2)]
+    single = llava({"id": 7, "image": png(1), "conversations": turns("<image>", "A.")}, tmp_path)
+    assert single.images[0].open().read() == png(1)
+    for nothing in ({}, {"image": None}, {"image": ""}, {"image": []}, {"images": []}):
+        assert llava({"id": 7, **nothing, "conversations": turns("Hello", "Hello.")}, tmp_path).images == ()
+
+
+@pytest.mark.parametrize("layout", [llava, native])
+@pytest.mark.parametrize("system", ["Be short.", " "])
+def test_a_system_turn_comes_before_the_users_first_words(tmp_path, layout, system):
+    said_by = [("system", system), ("user", "What?"), ("assistant", "This."), ("user", "And?"), ("assistant", "That.")]
+    if layout is llava:
+        row = {"id": "x", "conversations": [{"from": role, "value": text} for role, text in said_by]}
+    else:
+        messages = [{"role": role, "content": text} for role, text in said_by]
+        row = {"id": "x", "task": "understanding", "messages": messages, "images": []}
+    record = layout(row, tmp_path)
+    first = "Be short.\n\nWhat?" if system.strip() else "What?"
+    assert said(record) == [("user", first), *said_by[2:]]
+
+
+def test_img2dataset_tars(tmp_path):
+    file = tmp_path / "00000.tar"
+    with tarfile.open(file, "w") as archive:
+        for number in range(3):
+            key = f"{number:09d}"
+            told = {"caption": f"caption {number}", "key": key, "status": "success", "url": "http://x/y.jpg"}
+            add(archive, f"{key}.jpg", png(number))
+            add(archive, f"{key}.json", json.dumps(told if number else {"key": key}).encode())
+            add(archive, f"{key}.txt", f"caption {number}\n".encode())
+    found, bad = read([file], "webdataset", [Import(laion, "laion", tmp_path), loaded], tmp_path / "bad")
+    assert not bad and [record.id for record, _ in found] == ["000000000", "000000001", "000000002"]
+    assert [said(record)[0] for record, _ in found] == [("user", f"caption {number}") for number in range(3)]
+    assert all(images[0].size == (6, 4) for _, images in found)
+
+
+def test_what_a_tar_brings_beside_records_is_noted_and_not_lost(tmp_path):
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as archive:
+        for number in range(3):
+            add(archive, f"{number}.cls", b"3")
+            add(archive, f"{number}.json", json.dumps({"conversations": turns("<image>", "A.")}).encode())
+            add(archive, f"{number}.png", png(number))
+    found, noted = read([file], "webdataset", [Import(llava, "l", tmp_path), loaded], tmp_path / "bad")
+    assert [record.id for record, _ in found] == ["0", "1", "2"]
+    assert noted == [("a.tar:1", "archive members of kind '.cls' are not read")]
+    line = json.loads((tmp_path / "bad/shard-0-of-1.jsonl").read_text())
+    assert line["lost"] is False and line["record"] == "0.cls"
 
 
 def test_llava_onevision(tmp_path):
@@ -190,11 +252,11 @@ def test_midjourney_prompts(tmp_path):
     file = tmp_path / "000000.zstd.parquet"
     pq.write_table(pa.table({"prompt": prompts, "version": ["5.1", "4.0", "5", "5"]}), file, compression="zstd")
     found, bad = read([file], "parquet", [midjourney], tmp_path / "bad")
-    assert [(request.prompt.text, request.commands) for request in found] == [
+    assert [(request.prompt.text, request.commands) for (request,) in found] == [
         ("a fox, oil", {"ar": "16:9", "v": "5.1", "stylize": "750"}),
         ("a fox", {}),
     ]
-    assert found[0].prompt.reply == REPLY and len({request.prompt.id for request in found}) == 2
+    assert found[0][0].prompt.reply == REPLY and len({request.prompt.id for (request,) in found}) == 2
     assert [reason for _, reason in bad] == [
         "prompt of nothing but commands",
         '"prompt" is of type NoneType, expected str',

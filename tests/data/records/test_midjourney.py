@@ -1,8 +1,10 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vargpt_rl.data.records.midjourney import split_commands
+from vargpt_rl.data.records.midjourney import permutations, split_commands
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,30 @@ from vargpt_rl.data.records.midjourney import split_commands
         ("a fox --ar", "a fox", {"ar": ""}),
         ("a fox --v 4 --v 5", "a fox", {"v": "5"}),
         ("a fox --made-up 5 -v 4 --ar16:9", "a fox --made-up 5 -v 4 --ar16:9", {}),
-        ("hot dog::2 food::-1 --seed 42", "hot dog::2 food::-1", {"seed": "42"}),
+        ("hot dog::2 food::-1 --seed 42", "hot dog", {"seed": "42", "no": "food"}),
+        ("hot:: dog::.5 --no mud --v 5", "hot dog", {"no": "mud", "v": "5"}),
+        ("a fox::2 --no mud sky::-.5", "a fox", {"no": "mud sky::-.5"}),
+        ("a fox::--ar 3:2", "a fox", {"ar": "3:2"}),
+        ("a fox --p", "a fox", {"p": ""}),
+        ("a fox --p abc123 m72", "a fox", {"p": "abc123 m72"}),
+        ("a fox --p in snow", "a fox in snow", {"p": ""}),
+        ("a fox --profile abc123 --v 7", "a fox", {"p": "abc123", "v": "7"}),
+        ("a fox --oref https://a/b.png --ow 100", "a fox", {"oref": "https://a/b.png", "ow": "100"}),
+        ("a fox --sref https://a/b.png https://c/d.png::2 77 --sv 4", "a fox",
+         {"sref": "https://a/b.png https://c/d.png::2 77", "sv": "4"}),
+        ("a fox --sref random --draft", "a fox", {"sref": "random", "draft": ""}),
+        ("a fox --sref --v 6.1", "a fox", {"sref": "", "v": "6.1"}),
+        ("a fox --exp 10 --raw --motion low --bs 1 --stealth --public --loop", "a fox",
+         {"exp": "10", "raw": "", "motion": "low", "bs": "1", "stealth": "", "public": "", "loop": ""}),
+        ("a fox --v niji", "a fox", {"v": "niji"}),
+        ("https://cdn.discordapp.com/x.png <https://s.mj.run/AbCd> a fox --iw 2", "a fox",
+         {"image": "https://cdn.discordapp.com/x.png https://s.mj.run/AbCd", "iw": "2"}),
+        ("/imagine prompt: a fox --v 5", "a fox", {"v": "5"}),
+        ("/IMAGINE a fox", "a fox", {}),
+        ("**a fox --v 5** - <@123456789> (fast)", "a fox", {"v": "5"}),
+        ("**a fox** - Upscaled (2x) by <@1> (relaxed)", "a fox", {}),
+        ("**a fox**", "a fox", {}),
+        ("**a** fox", "**a** fox", {}),
         ("  a \n fox\t--tile ", "a fox", {"tile": ""}),
         ("--ar 1:1", "", {"ar": "1:1"}),
         ("", "", {}),
@@ -31,7 +56,9 @@ def test_known_prompts(prompt, text, commands):
     assert split_commands(prompt) == (text, commands)
 
 
-words = st.lists(st.text(alphabet="abcxyz,.:'1", min_size=1, max_size=6), max_size=6)
+words = st.lists(
+    st.text(alphabet="abcxyz,.:'1", min_size=1, max_size=6).filter(lambda word: "::" not in word), max_size=6
+)
 number = st.one_of(st.integers(0, 1000), st.floats(0.1, 9.9).map(lambda value: round(value, 1))).map(str)
 ratio = st.tuples(st.integers(1, 99), st.integers(1, 99)).map(lambda sides: "{}:{}".format(*sides))
 valued = st.fixed_dictionaries(
@@ -55,7 +82,22 @@ def test_what_is_put_together_is_taken_apart(said, with_value, without, unwanted
 def test_the_text_is_words_of_the_prompt_without_any_command(prompt):
     text, commands = split_commands(prompt)
     assert split_commands(text) == (text, {})
-    left = iter(prompt.split())
+    left = iter(re.sub(r"::(-?\d*\.?\d+)?", " ", prompt).split())
     assert all(word in left for word in text.split())  # in the order of the prompt
-    assert all(word in prompt for value in commands.values() for word in value.split())
-    assert commands or text == " ".join(prompt.split())
+    assert all(word.rstrip(",") in prompt for value in commands.values() for word in value.split())
+    assert commands or "::" in prompt or text == " ".join(prompt.split())
+
+
+def test_permutations_are_the_prompts_that_they_stand_for():
+    assert permutations("a fox") == ["a fox"]
+    assert permutations("a {red, blue} fox --ar {3:2, 1:1}") == [
+        "a red fox --ar 3:2", "a red fox --ar 1:1", "a blue fox --ar 3:2", "a blue fox --ar 1:1"
+    ]  # fmt: skip
+    assert permutations("a {red {big, small}, blue} fox") == ["a red big fox", "a blue fox", "a red small fox"]
+    assert permutations("a {fox} in {} {") == ["a {fox} in {} {"]
+    with pytest.raises(ValueError, match="prompt of more than 40 permutations"):
+        permutations("{a, b}" * 1000)
+    with pytest.raises(ValueError, match="prompt of more than 40 permutations"):
+        permutations("{" + "," * 30_000 + "}")
+    with pytest.raises(ValueError, match="prompt of more than 32768 characters"):
+        permutations("a" * 40_000)

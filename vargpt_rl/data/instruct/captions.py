@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vargpt_rl.data.instruct.dialogue import Caption, Reject, Unusable
-from vargpt_rl.data.records.formats import FORMATS, Fault, Row
+from vargpt_rl.data.records.formats import FORMAT_OF, FORMATS, Fault, LeftOut, Row
 from vargpt_rl.data.records.reader import file_parts
 
-FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and half characters as JSON can spell them
 SPECIAL = re.compile(r"<image|<\|")
 
@@ -42,7 +41,8 @@ def read_captions(path: Path, fields: Fields) -> Iterator[Caption | Reject]:
         if columns is not None and name not in columns:
             raise ValueError(f"{setting}={name}: no such column in {path}, expected one of {', '.join(columns)}")
     parts = file_parts([path], FORMATS[FORMAT_OF[path.suffix]])
-    return (_caption(part.place(number), row, fields) for part in parts for number, row in part.read(0, 1))
+    rows = ((part.place(number), row) for part in parts for number, row in part.read(0, 1))
+    return (_caption(place, row, fields) for place, row in rows if not isinstance(row, LeftOut))
 
 
 def drawn_at_random(

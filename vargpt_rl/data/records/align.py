@@ -1,8 +1,8 @@
 """Prompts, winners and held-out records of the iterations, for runs that train on records.
 
-Prompts come from a file; a winner is the image in a folder that is named after its prompt's id. The first generation
-records whose id is held out (``vargpt_rl.data.sources.is_held_out``) serve as held-out prompts; if the folder has no
-winner for one, its own image replaces it.
+Prompts come from a file; a winner is the image in a folder that is named after its prompt's id, with any ending. The
+first generation records whose id is held out (``vargpt_rl.data.sources.is_held_out``) serve as held-out prompts; if the
+folder has no winner for one, its own image replaces it.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from vargpt_rl.data.image_names import ImageNames
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.images import ImageRef, InRecord, OnDisk, load
@@ -21,10 +22,8 @@ from vargpt_rl.data.records.schema import DRAWN, RecordConversation
 from vargpt_rl.data.records.sources import RecordSource, open_records
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Prompt
-from vargpt_rl.data.sources import SPLITS, Source, image_files, is_held_out
+from vargpt_rl.data.sources import SPLITS, Source, is_held_out
 from vargpt_rl.storage.files import write_atomically
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 HeldOut = tuple[Prompt, ImageRef]
 
@@ -94,15 +93,18 @@ class RecordsSource(Source):
         texts = {prompt.text for prompt, _ in held_out}
         # Held-out prompts are never trained on, even if the file of prompts was made from the same records.
         self._prompts = [p for p in prompts if p.id not in self._held_out and p.text not in texts]
-        files = image_files(self._winners) if self._winners else set()
-        ids = [*(p.id for p in self._prompts), *self._held_out]
-        named = ((identity, f"{identity}{suffix}") for identity in ids for suffix in SUFFIXES)
-        self._files = {identity: file for identity, file in named if file in files}
+        names = ImageNames(self._winners) if self._winners else None
+        self._files: dict[str, str] = {}
+        for identity in [*(p.id for p in self._prompts), *self._held_out]:
+            if found := names.stemmed(identity) if names else []:
+                self._files[identity] = found[0]
+            if len(found) > 1:
+                quarantine.add(identity, ", ".join(found), "several winners, of which the first is taken", lost=False)
         without = [prompt for prompt in self._prompts if prompt.id not in self._files]
         for prompt in without:
             quarantine.add(prompt.id, prompt.text, "prompt without a winner", lost=False)
         if prompts and len(without) == len(self._prompts):
-            expected = f"{prompts[0].id}{SUFFIXES[0]}"
+            expected = f"{prompts[0].id}.png"
             raise ValueError(
                 f"preference.winners={winners}: no winner of {len(prompts)} prompts, expected names such as {expected}"
             )

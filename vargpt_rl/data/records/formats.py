@@ -1,7 +1,7 @@
 """Readers of data files: JSON, JSON lines, CSV, Parquet, WebDataset tars, saved Hugging Face data sets, image folders.
 
 A reader yields the rows of a file one by one and holds little more than one at a time. An unreadable row is replaced by
-a `Fault`; so are all following rows if the rest of the file is lost.
+a `Fault`; so are all following rows if the rest of the file is lost. A `LeftOut` tells of something that is left out.
 """
 
 import csv
@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TextIO
 
@@ -25,7 +25,25 @@ LONGEST = 16 * 2**20
 """Longest row of JSON, in characters or bytes, so that no damaged file fills the memory."""
 BATCH = 64
 """Rows that are converted to Python objects together."""
-IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+LARGEST_GROUP = 2**30
+"""Most bytes of a Parquet row group, uncompressed."""
+IMAGES = {".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+FORMAT_OF = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+"""Formats by the endings of files."""
+READ_MEMBERS = IMAGES | {".json", ".txt"}
+"""Endings of the members of a tar that are read."""
+_SIGNATURES = (
+    (rb"\x1f\x8b", "compressed with gzip, expected it unpacked"),
+    (rb"BZh[1-9]1AY&SY", "compressed with bzip2, expected it unpacked"),
+    (rb"\xfd7zXZ", "compressed with xz, expected it unpacked"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd, expected it unpacked"),
+    (rb"PK\x03\x04", "a zip archive, expected it unpacked"),
+    (rb"version https://git-lfs", "a git-lfs pointer, expected the file that `git lfs pull` fetches"),
+)
+_TEXT_SIGNATURES = (
+    (rb"\xff\xfe|\xfe\xff|.\0|\0.", "encoded as UTF-16, expected UTF-8"),
+    (rb"PAR1", "a Parquet file, expected text"),
+)
 
 Row = dict[str, Any]
 
@@ -37,7 +55,14 @@ class Fault(NamedTuple):
     found: str = ""
 
 
-Rows = Iterator[tuple[int, Row | Fault]]
+class LeftOut(NamedTuple):
+    """Something of a row that is left out: why, and what it is. The row itself follows under the same number."""
+
+    reason: str
+    found: str
+
+
+Rows = Iterator[tuple[int, Row | Fault | LeftOut]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +70,22 @@ class Format:
     """``parts(path)``: number of parts of a file that can be read on their own.
 
     ``rows(path, part, start, step)``: at least the rows start, start + step... of a part, each with its number.
+    ``text``: whether a file is UTF-8.
     """
 
     parts: Callable[[Path], int]
     rows: Callable[[Path, int, int, int], Rows]
+    text: bool = False
+
+    def check(self, path: Path) -> None:
+        """ValueError, naming the file, for one that is compressed or of another kind by its first bytes."""
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            head = file.read(64)
+        for pattern, kind in _SIGNATURES + (_TEXT_SIGNATURES if self.text else ()):
+            if re.match(pattern, head, re.DOTALL):
+                raise ValueError(f"{path}: {kind}")
 
     def read(self, path: Path, part: int, start: int, step: int) -> Rows:
         """Yield the rows start, start + step, start + 2 * step, ... of a part, each with its number."""
@@ -74,6 +111,20 @@ _CHUNK = 2**20
 
 
 def _json_rows(path: Path, part: int, start: int, step: int) -> Rows:
+    return _line_rows(path, start, step) if _first_character(path) == b"{" else _array_rows(path)
+
+
+def _jsonl_rows(path: Path, part: int, start: int, step: int) -> Rows:
+    return _array_rows(path) if _first_character(path) == b"[" else _line_rows(path, start, step)
+
+
+def _first_character(path: Path) -> bytes:
+    """Return what tells an array from lines: both are found under the endings .json and .jsonl."""
+    with path.open("rb") as file:
+        return file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _array_rows(path: Path) -> Rows:
     number = 0
     with path.open(encoding="utf-8-sig") as file:
         try:
@@ -129,13 +180,26 @@ def _parsed(text: bytes) -> Row | Fault:
         return Fault(_json_fault(error), text.decode(errors="backslashreplace").strip())
 
 
-def _jsonl_rows(path: Path, part: int, start: int, step: int) -> Rows:
+def _line_rows(path: Path, start: int, step: int) -> Rows:
+    for number, line in islice(text_lines(path), start, None, step):
+        if line is None:
+            yield number, Fault(f"row of more than {LONGEST} bytes")
+        elif line.strip():
+            yield number, _parsed(line)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the lines of a text file, each with its number from 0; None for one that is too long to be held."""
     with path.open("rb") as file:
-        lines = enumerate(iter(lambda: file.readline(LONGEST), b""))
-        for number, line in islice(lines, start, None, step):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-            if text.strip():
-                yield number, _parsed(text)
+        number = 0
+        while line := file.readline(LONGEST):
+            if len(line) < LONGEST or line.endswith(b"\n"):
+                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            else:
+                while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, None
+            number += 1
 
 
 # CSV with a header. Bytes that are not UTF-8 become half characters, which no text may have.
@@ -143,7 +207,7 @@ def _jsonl_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 def _csv_rows(path: Path, part: int, start: int, step: int) -> Rows:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(iter(lambda: file.readline(LONGEST), ""))
         try:
             for row in reader:
                 yield reader.line_num - 1, row
@@ -164,14 +228,49 @@ def _parquet_parts(path: Path) -> int:
 def _parquet_rows(path: Path, part: int, start: int, step: int) -> Rows:
     number = 0
     try:
+        # Values stay in a dictionary until their row is read: a page of a few bytes can repeat one large value.
         with pq.ParquetFile(path) as file:
+            columns = [file.schema.column(index) for index in range(len(file.schema))]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            if (size := _group_size(file.metadata.row_group(part))) > LARGEST_GROUP:
+                yield 0, Fault(f"row group is lost: of {size} bytes, expected at most {LARGEST_GROUP}")
+                return
             for batch in file.iter_batches(BATCH, row_groups=[part], use_threads=False):
                 first = start - number if start >= number else (start - number) % step
                 for at in range(first, batch.num_rows, step):
-                    yield number + at, {name: batch[name][at].as_py() for name in batch.schema.names}
+                    yield number + at, _parquet_row({name: batch[name][at] for name in batch.schema.names})
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         yield number, Fault(f"rest of the row group is lost: Parquet cannot be read ({type(error).__name__})")
+
+
+def _group_size(group: pq.RowGroupMetaData) -> int:
+    """Return the bytes of a decoded row group: what its pages hold, and eight for each value or its absence."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    return sum(column.total_uncompressed_size + 8 * column.num_values for column in columns)
+
+
+def _parquet_row(values: dict[str, pa.Scalar]) -> Row | Fault:
+    if sum(_scalar_size(value) for value in values.values()) > LONGEST:
+        return Fault(f"row of more than {LONGEST} bytes")
+    return {name: value.as_py() for name, value in values.items()}
+
+
+def _scalar_size(value: pa.Scalar) -> int:
+    """Return the bytes of a value as a Python object would hold them, without making it."""
+    if not value.is_valid:
+        return 0
+    if isinstance(value, pa.DictionaryScalar):
+        return _scalar_size(value.value)
+    if isinstance(value, pa.StructScalar):
+        return sum(_scalar_size(item) for item in value.values())
+    if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):  # texts are among them
+        return value.as_buffer().size
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+        plain = pa.types.is_primitive(value.type.value_type)
+        return 8 * len(value.values) if plain else sum(_scalar_size(item) for item in value.values)
+    return 8
 
 
 # Folders that `datasets.Dataset.save_to_disk` wrote. They are mapped into memory, not read into it.
@@ -194,29 +293,54 @@ def _saved_parts(path: Path) -> int:
     return 1
 
 
-# WebDataset: members of a tar that have their name up to the first dot in common are a row. Its .json is the row,
-# its images become "images" in the order of their names, its .txt becomes "txt", the common name "__key__".
+# WebDataset: members of a tar that have their name up to the first dot in common are a row, wherever they lie. Its
+# .json is the row, its images become "images" in the order of their names, its .txt "txt", the common name "__key__".
+# Members of other kinds are noted, once for each archive and kind.
 
 
 def _tar_rows(path: Path, part: int, start: int, step: int) -> Rows:
     number = 0
+    noted: set[str] = set()
     try:
         with tarfile.open(path, "r:") as archive:
-            for key, members in groupby(_members(archive), _key):
-                group = list(members)
-                if number >= start and (number - start) % step == 0:
-                    yield number, _sample(archive, path, key, group)
-                number += 1
+            groups, whole = _groups(archive)
+            for number, (key, members) in enumerate(groups.items()):
+                if number < start or (number - start) % step != 0:
+                    continue
+                for member in members:
+                    kind = _kind(member)
+                    if kind not in READ_MEMBERS and member.isreg() and kind not in noted:
+                        noted.add(kind)
+                        yield number, LeftOut(f"archive members of kind {kind!r} are not read", member.name)
+                yield number, _sample(archive, path, key, members)
+            number = len(groups)
+            if not whole:
+                raise tarfile.ReadError("breaks off")
     except (tarfile.TarError, OSError):
         yield number, Fault("rest of the archive is lost: it is damaged or breaks off")
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members. Raises ReadError if the end is missing: tarfile takes a damaged header for the end."""
-    yield from (member for member in archive if not member.isdir())
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("no end")
+def _groups(archive: tarfile.TarFile) -> tuple[dict[str, list[tarfile.TarInfo]], bool]:
+    """Return the members by their keys, and whether the archive is whole; the last key of one that is not is left out.
+
+    Files of the operating system (``._x``, ``.DS_Store``, ``__MACOSX``) are skipped.
+    """
+    groups: dict[str, list[tarfile.TarInfo]] = {}
+    key = None
+    try:
+        for member in archive:
+            parts = PurePosixPath(member.name).parts
+            if member.isdir() or not parts or "__MACOSX" in parts or parts[-1].startswith("."):
+                continue
+            key = _key(member)
+            groups.setdefault(key, []).append(member)
+        archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end
+        whole = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError):
+        whole = False
+    if not whole and key is not None:
+        del groups[key]
+    return groups, whole
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -224,22 +348,27 @@ def _key(member: tarfile.TarInfo) -> str:
     return str(path.with_name(path.name.partition(".")[0] or path.name))
 
 
+def _kind(member: tarfile.TarInfo) -> str:
+    return PurePosixPath(member.name).suffix.lower()
+
+
 def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfile.TarInfo]) -> Row | Fault:
     row: Row = {"__key__": key, "images": []}
+    rows = [member.name for member in members if _kind(member) == ".json"]
+    if len(rows) > 1:
+        return Fault(f"{len(rows)} .json members have the name before the first dot in common", ", ".join(rows[:2]))
     for member in sorted(members, key=lambda member: member.name):
-        suffix = PurePosixPath(member.name).suffix.lower()
+        kind = _kind(member)
         if not member.isreg():
             return Fault("archive member is not a plain file", member.name)
-        if suffix in IMAGES:
+        if kind in IMAGES:
             row["images"].append(InArchive(path, member.offset_data, member.size))
-        elif suffix not in (".json", ".txt"):
-            return Fault(f"archive member of unknown kind {suffix!r}", member.name)
-        elif member.size > LONGEST:
-            return Fault("archive member is too long", member.name)
-        else:
+        elif kind in READ_MEMBERS:
+            if member.size > LONGEST:
+                return Fault("archive member is too long", member.name)
             file = archive.extractfile(member)
             assert file is not None  # only members that are not plain files have no content
-            if suffix == ".txt":
+            if kind == ".txt":
                 row["txt"] = file.read().decode(errors="backslashreplace")
                 continue
             parsed = _parsed(file.read())
@@ -261,9 +390,9 @@ def _synset_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
 
 FORMATS = {
-    "csv": Format(_one, _csv_rows),
-    "json": Format(_one, _json_rows),
-    "jsonl": Format(_one, _jsonl_rows),
+    "csv": Format(_one, _csv_rows, text=True),
+    "json": Format(_one, _json_rows, text=True),
+    "jsonl": Format(_one, _jsonl_rows, text=True),
     "parquet": Format(_parquet_parts, _parquet_rows),
     "saved": Format(_saved_parts, _saved_rows),
     "synsets": Format(_one, _synset_rows),

@@ -5,9 +5,9 @@ import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vargpt_rl.data.images import KINDS, MAX_PIXELS, ImageSource, as_rgb
+from vargpt_rl.data.images import MAX_BYTES, MAX_PIXELS, ImageSource, RefusedImage, decode, open_plain
 from vargpt_rl.data.quarantine import BadRecord
 
 
@@ -19,7 +19,7 @@ class OnDisk:
     name: str
 
     def open(self) -> io.BufferedReader:
-        return (self.root / self.name).open("rb")
+        return open_plain(self.root / self.name)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class InArchive:
     size: int
 
     def open(self) -> io.BytesIO:
+        if self.size > MAX_BYTES:
+            raise RefusedImage(f"image file of more than {MAX_BYTES} bytes")
         with self.archive.open("rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
@@ -74,18 +76,10 @@ def load(reference: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except ValueError as error:
             raise BadRecord(str(error)) from error
     try:
-        with reference.open() as file, Image.open(file, formats=KINDS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadRecord(f"image of more than {max_pixels} pixels")
-            return as_rgb(ImageOps.exif_transpose(image))
-    except BadRecord:
-        raise
-    except FileNotFoundError as error:
-        raise BadRecord("image is missing") from error
-    except Image.DecompressionBombError as error:
-        raise BadRecord(f"image of more than {max_pixels} pixels") from error
+        with reference.open() as file:
+            return decode(file, max_pixels)
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        raise BadRecord(f"image is unreadable ({type(error).__name__})") from error
+        raise _bad(error) from error
 
 
 def content_sha256(reference: ImageRef) -> str:
@@ -98,10 +92,17 @@ def content_sha256(reference: ImageRef) -> str:
     try:
         with reference.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise BadRecord("image is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise BadRecord(f"image is unreadable ({type(error).__name__})") from error
+        raise _bad(error) from error
+
+
+def _bad(error: Exception) -> BadRecord:
+    """Return the reason of a failed reading, without the file's name."""
+    if isinstance(error, FileNotFoundError):
+        return BadRecord("image is missing")
+    if isinstance(error, RefusedImage):
+        return BadRecord(str(error))
+    return BadRecord(f"image is unreadable ({type(error).__name__})")
 
 
 def key_sha256(key: str) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.formats import Row
 from vargpt_rl.data.records.images import ImageRef, InArchive, InRecord, on_disk
-from vargpt_rl.data.records.midjourney import ImagineRequest, split_commands
+from vargpt_rl.data.records.midjourney import ImagineRequest, permutations, split_commands
 from vargpt_rl.data.records.schema import DRAWN, SHOWN, Limit, Message, RecordConversation, checked
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import REPLY
 
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
+SYSTEM = "system"
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": SYSTEM}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def native(row: Row, root: Path) -> RecordConversation:
     """This project's own layout, after figure 15 of the VARGPT paper with ``id`` and ``task`` added.
 
     ``messages`` [{"role", "content"}], ``images`` [a name, or {"bytes", "path"}, or what a tar's reader found]. A row
-    of a tar without ``id`` has its members' common name as one.
+    of a tar without ``id`` has its members' common name as one. A system turn comes before the user's first words.
     """
     turns = [(_text(turn, "role"), _text(turn, "content", blank=True)) for turn in _objects(row, "messages")]
-    messages = tuple(Message(role, text) for role, text in turns)
+    messages = _messages(turns)
     images = tuple(_image(image, root) for image in _of(row, "images", list))
     return RecordConversation(_name(row, "id" if "id" in row else "__key__"), "", _text(row, "task"), messages, images)
 
@@ -50,15 +51,25 @@ def llava(row: Row, root: Path) -> RecordConversation:
     """LLaVA-1.5-665K (JSON, ``image`` a name) and LLaVA-OneVision (Parquet, ``image`` {"bytes", "path"} or null).
 
     Layout: the data sets' cards, and the training code of LLaVA. ``conversations`` [{"from": "human" | "gpt", "value"}]
-    with ``<image>`` in the values.
+    with ``<image>`` in the values. Also, as in LLaVA-NeXT's interleaved data and custom sets: ``image`` or ``images``
+    is a list, an image is its encoded bytes, speakers are "user" and "assistant", a turn of "system" comes first.
     """
     turns = [(_text(turn, "from"), _text(turn, "value", blank=True)) for turn in _objects(row, "conversations")]
     if strangers := {speaker for speaker, _ in turns} - set(_SPEAKERS):
         raise BadRecord(f"turn of {min(strangers)!r}, expected human or gpt")
-    messages = tuple(Message(_SPEAKERS[speaker], text) for speaker, text in turns)
-    image = row.get("image")
-    images = (_image(image, root),) if image is not None else ()
-    return RecordConversation(_name(row, "id"), "", "understanding", messages, images)
+    messages = _messages([(_SPEAKERS[speaker], text) for speaker, text in turns])
+    given = row.get("images") or row.get("image") or []
+    images = tuple(_image(image, root) for image in (given if isinstance(given, list) else [given]))
+    identity = _name(row, "__key__" if "id" not in row and "__key__" in row else "id")
+    return RecordConversation(identity, "", "understanding", messages, images)
+
+
+def _messages(turns: list[tuple[str, str]]) -> tuple[Message, ...]:
+    """Return the turns as messages, a system turn at the front of the user's first words: the template has its own."""
+    if len(turns) > 1 and turns[0][0] == SYSTEM and turns[1][0] == "user":
+        (_, said), (role, text), *rest = turns
+        turns = [(role, f"{said}\n\n{text}" if said.strip() else text), *rest]
+    return tuple(Message(role, text) for role, text in turns)
 
 
 def journeydb(row: Row, root: Path) -> RecordConversation:
@@ -78,22 +89,33 @@ def journeydb(row: Row, root: Path) -> RecordConversation:
 def laion(row: Row, root: Path) -> RecordConversation:
     """LAION-COCO-aesthetic (Parquet): ``key``, ``caption``; its images must have been downloaded by their ``url``.
 
-    Layout: public readers of the data set, and that of img2dataset's folders, "<first 5 digits>/<key>.jpg". Where
-    img2dataset wrote the table, ``status`` says whether the image was fetched.
+    Layout: public readers of the data set, and that of img2dataset: folders, "<first 5 digits>/<key>.jpg", or tars,
+    whose rows bring their image along and may have the caption as ``txt``. Where img2dataset wrote the table,
+    ``status`` says whether the image was fetched.
     """
     if row.get("status", "success") != "success":
         raise BadRecord("image was not fetched")
-    key = _name(row, "key").zfill(9)
-    return _drawing(key, _text(row, "caption"), on_disk(root, f"{key[:5]}/{key}.jpg"))
+    key = _name(row, "key" if "key" in row else "__key__").zfill(9)
+    caption = _text(row, "caption" if row.get("caption") or "txt" not in row else "txt")
+    brought = row.get("images")
+    image = _image(brought[0], root) if isinstance(brought, list) and brought else on_disk(root, f"{key[:5]}/{key}.jpg")
+    return _drawing(key, caption.strip(), image)
 
 
-def midjourney(row: Row) -> ImagineRequest:
+def midjourney(row: Row) -> list[ImagineRequest]:
     """midjourney-prompts (Parquet): ``prompt``. A step of its own, since prompts without an image are no conversation;
-    ``vargpt_rl.data.prompts`` writes them.
+    ``vargpt_rl.data.prompts`` writes them. A prompt with permutations ("a {red, blue} cat") is several.
 
     Layout: public readers of the data set, which use no other column.
     """
-    prompt = _text(row, "prompt")
+    try:
+        prompts = permutations(_text(row, "prompt"))
+    except ValueError as error:
+        raise BadRecord(str(error)) from error
+    return [_request(prompt) for prompt in prompts]
+
+
+def _request(prompt: str) -> ImagineRequest:
     text, commands = split_commands(prompt)
     if not text:
         raise BadRecord("prompt of nothing but commands")
@@ -153,10 +175,12 @@ def _drawing(identity: str, request: str, image: ImageRef) -> RecordConversation
 def _image(value: object, root: Path) -> ImageRef:
     if isinstance(value, InArchive):
         return value
+    if isinstance(value, bytes):
+        return InRecord(value)
     if isinstance(value, str):
         return on_disk(root, value)
     if not isinstance(value, dict):
-        raise BadRecord(f"image is of type {type(value).__name__}, expected str or dict")
+        raise BadRecord(f"image is of type {type(value).__name__}, expected str, bytes or dict")
     if isinstance(value.get("bytes"), bytes):
         return InRecord(value["bytes"])
     return on_disk(root, _text(value, "path"))

@@ -20,8 +20,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vargpt_rl.common.settings import Count, Share, check_ranges
 from vargpt_rl.data.quarantine import BadRecord, Quarantine
-from vargpt_rl.data.records.formats import Fault, Format
+from vargpt_rl.data.records.formats import Fault, Format, LeftOut
 
+BLOCK_BYTES = 2**29
+"""Most bytes of a block, beyond which it is cut short: 1000 rows of Parquet may each bring a large image."""
 _SHORT = reprlib.Repr()
 _SHORT.maxdict = 20
 _SHORT.maxstring = 200
@@ -94,12 +96,14 @@ class ListPart:
 
 
 def file_parts(files: Iterable[Path], form: Format) -> list[Part]:
-    """Return all parts of these files. ValueError if there are no files or one is missing."""
+    """Return all parts of these files. ValueError if there are none, or one is missing or of another kind."""
     paths = [Path(path) for path in files]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
     if not paths:
         raise ValueError("no files to read")
+    for path in paths:
+        form.check(path)
     counted = [(path, form.parts(path)) for path in paths]
     return [FilePart(path, form, index, count) for path, count in counted for index in range(count)]
 
@@ -133,6 +137,15 @@ class Records(IterableDataset):
         return RecordIterator(self, self.reading.rank * workers + number, self.reading.world * workers)
 
 
+def _held_bytes(value: Any) -> int:
+    """Return the bytes of the encoded images in a row."""
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_held_bytes(item) for item in value.values())
+    return sum(_held_bytes(item) for item in value) if isinstance(value, list) else 0
+
+
 class RecordIterator(Iterator):
     """One shard of `Records`, with a state."""
 
@@ -157,6 +170,9 @@ class RecordIterator(Iterator):
                 self._next_block()
             place, row = self._block[self._used]
             self._used += 1
+            if isinstance(row, LeftOut):
+                self._quarantine.add(place, row.found, row.reason, lost=False)
+                continue
             self._seen += 1
             try:
                 item = self._apply_steps(row)
@@ -195,7 +211,13 @@ class RecordIterator(Iterator):
             self._read_block()
 
     def _read_block(self) -> None:
-        block = list(islice(self._rows, self._reading.block))
+        block: list[tuple[_Cursor, str, Any]] = []
+        size = 0
+        for found_row in islice(self._rows, self._reading.block):
+            block.append(found_row)
+            size += _held_bytes(found_row[2])
+            if size > BLOCK_BYTES:
+                break
         self._end = block[-1][0] if block else self._begin
         found = [(place, row) for _, place, row in block]
         order = range(len(found)) if self._reading.seed is None else self._random(*self._begin).permutation(len(found))
