@@ -21,6 +21,7 @@ from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource, Source, prompts_from_file
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
+from vargpt_rl.model.whole import check_values, check_whole
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
 from vargpt_rl.storage.reward_base import check_understanding
@@ -111,6 +112,11 @@ def gather(config: LoopConfig) -> Inputs:
         model = str(make_fresh_v1(config.directory / "start", config.resolutions[0], config.seed))
     else:
         model = check_model(config.checkpoint)
+    try:
+        check_whole(Path(model))
+        check_values(Path(model))
+    except ValueError as error:
+        raise ValueError(f"checkpoint={config.checkpoint}: {error}") from error
     check_resolutions(model, config.resolutions)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")

@@ -21,12 +21,13 @@ from PIL import Image
 from transformers import logging
 
 from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
-from vargpt_rl.model.families import family_of, load_config
+from vargpt_rl.model.families import family_of
 from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next, to_images
 from vargpt_rl.model.hub import model_folder
 from vargpt_rl.model.prompt import REPLY, ChatTemplate, VisionInputs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified
+from vargpt_rl.model.whole import check_whole
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -178,10 +179,8 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
     logging.disable_progress_bar()  # of seconds, even on the tiny model
     folder = model_folder(checkpoint)
     try:
-        family = family_of(load_config(folder))
-        model, report = family.model.from_pretrained(folder, dtype=kind, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"{len(report['missing_keys'])} tensors are missing, e.g. {min(report['missing_keys'])}")
+        family = family_of(check_whole(folder))
+        model = family.model.from_pretrained(folder, dtype=kind)
         chat = family.markup(str(folder), model.config)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error

@@ -1,12 +1,11 @@
 """Locate a model's files: in a directory, or on the Hugging Face hub under "org/name", cached after the download."""
 
-import json
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from vargpt_rl.model.families import family_named
+from vargpt_rl.model.whole import check_config
 
 TINY = "tiny"
 TINY_V1 = "tiny_v1"
@@ -35,14 +34,13 @@ def model_folder(checkpoint: str | Path) -> Path:
 def check_model(path: str) -> str:
     """Return the absolute path of a model directory of either family; "org/name" is downloaded (`model_folder`).
 
-    Raises ValueError naming what was found instead.
+    Raises ValueError naming what was found instead, or the size in its configuration that no model has.
     """
     folder = EMBEDDED if path == TINY else model_folder(path)
-    settings = folder / "config.json"
-    if not settings.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"checkpoint={path}: no config.json in {folder}")
     try:
-        family_named(json.loads(settings.read_text()).get("model_type"))
+        check_config(folder)
     except ValueError as error:
         raise ValueError(f"checkpoint={path}: {error}") from error
     return str(folder)
