@@ -55,6 +55,7 @@ VARIANTS: dict[str, list[str]] = {
     "grpo_alpha_1": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.credit_alpha=1"],
     "grpo_to_4x4": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3"],
     "grpo_all_scales": [*ONLINE, "align.methods=[grpo]"],
+    "grpo_twice": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.recipe.steps=20"],
     "grpo_vmr": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.completions=2", "rl.prefix_scales=3"],
     "grpo_learned": [
         *ONLINE,
@@ -65,7 +66,8 @@ VARIANTS: dict[str, list[str]] = {
         "preference.count=600",
     ],
 }
-"""Settings of each variant. Online methods use alpha 0.6 and the scales up to 8 x 8 unless they say otherwise."""
+"""Settings of each variant. Online methods use alpha 0.6 and the scales up to 8 x 8 unless they say otherwise;
+``grpo_twice`` makes 20 updates, the others ``updates``."""
 
 
 @dataclass
