@@ -1,5 +1,6 @@
 """Subcommands that start a run or go on with one: ``demo``, ``run``, ``resume``."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,8 +17,8 @@ DEMO = Program(
     summary="""
     Align the embedded model on the shapes world.
 
-    About two minutes at 128 px on two CPU cores. --full runs every stage at 128 and 256 px: eight to fifteen minutes.
-    Results: runs/demo or runs/shapes-128-256.
+    GRPO on the model's own images at 256 px, some minutes on two CPU cores. --full runs every stage at 128 and 256 px:
+    eight to fifteen minutes. Results: runs/demo or runs/shapes-128-256.
     """,
     examples=("vargpt-rl demo", "vargpt-rl demo --full", "vargpt-rl demo seed=1 name=second"),
     settings=(SETTINGS,),
@@ -56,6 +57,8 @@ def run_loop(arguments: list[str]) -> None:
     """Run the loop and exit with its code. Signals are handled before the seconds that its imports take."""
     make_outputs_lasting()
     handle_signals()
+    if sys.stderr.isatty():
+        print("loading ...", file=sys.stderr)
     from vargpt_rl.loop import main
 
     raise typer.Exit(main(arguments))
