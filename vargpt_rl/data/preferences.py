@@ -187,6 +187,8 @@ def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _describe(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected a preference table, as in runs/NAME/preferences")
     table = read_table(path)
     try:
         return describe(table)
