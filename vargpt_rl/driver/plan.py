@@ -83,6 +83,7 @@ def _iteration_steps(config: LoopConfig, resolution: int) -> dict[str, float]:
         else:
             assert method in ONLINE
             images = config.rl.recipe.steps / config.rl.updates * config.rl.prompts * config.rl.group
-            training = _training(config.rl.recipe, resolution) + DRAW * images * tokens
+            scales = schedule_for(resolution)[: config.rl.credit_scales]
+            training = _training(config.rl.recipe, resolution) * token_count(scales) / tokens + DRAW * images * tokens
             steps |= {method: training, f"{method}_swap": 0.0, f"after_{method}": measured}
     return {str(name): weight for name, weight in steps.items()} | {str(Step.GRID): 0.0}

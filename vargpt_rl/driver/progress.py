@@ -22,7 +22,7 @@ MOST = 0.95
 """Share of a step that its first part stands for."""
 TITLES = {
     "sft": "SFT",
-    "after_sft": "evaluate SFT",
+    "after_sft": "evaluate",
     "sample": "sample images",
     "judge": "judge images",
     "pair": "pair images",
@@ -38,7 +38,7 @@ TITLES = {
 
 
 def title(step: str) -> str:
-    """Return a step's name in words: ``iter-00/after_sft`` is "iteration 0: evaluate SFT"."""
+    """Return a step's name in words: ``iter-00/after_sft`` is "iteration 0: evaluate"."""
     words = [TITLES.get(part, part.replace("_", " ")) for part in step.split("/")]
     if words[0].startswith("iter-"):
         words[0] = f"iteration {int(words[0].removeprefix('iter-'))}"
@@ -109,6 +109,8 @@ class RunProgress:
 
     def enter(self, step: str) -> None:
         """Begin a step."""
+        if not self.now:
+            self.began = self.clock()  # what came before is the start of workers
         self.now = step
         self.within = 0.0
         self.main = self.named = ""
