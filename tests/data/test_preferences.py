@@ -164,7 +164,7 @@ def test_seeds_stay_integers_beside_nulls(tmp_path):
 def test_a_file_that_is_no_table_is_one_line_and_exit_code_2(tmp_path, capsys):
     path = tmp_path / "table.parquet"
     for make, said in {
-        "nothing": "No such file",
+        "nothing": "no such file",
         "folder": "table.parquet",
         "text": "not a Parquet file",
         "scales": "table.parquet: images of one resolution differ in how many scales",
