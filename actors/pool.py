@@ -29,6 +29,7 @@ from actors.worker import REPEATABLE, BaseWorker, Worker
 from actors.worker_group import AnyWorker, State, WorkerGroup
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt
+from vargpt_rl.model.adapter import AdapterConfig
 
 Progress = Callable[[str, int, int], None]
 """Called after every batch with (method, items done, items in all)."""
@@ -46,7 +47,8 @@ class RolloutPool:
 
     Each worker, or its replacement, runs in its one of ``places``; without them, wherever there is room. Without
     ``progress``, a bar is shown on stderr. ``note`` is called with events such as a replacement. Workers are sent those
-    published tensors whose names ``takes`` accepts. Not to be used by several threads at once.
+    published tensors whose names ``takes`` accepts, and have the ``adapter`` that these belong to, if any. Not to be
+    used by several threads at once.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RolloutPool:
         places: list[Place] | None = None,
         kind: type[AnyWorker] = Worker,
         takes: Callable[[str], bool] = every,
+        adapter: AdapterConfig | None = None,
         note: Note = unnoted,
         wait: bool = True,
     ):
@@ -71,6 +74,7 @@ class RolloutPool:
             plan,
             kind=kind,
             checkpoint=str(checkpoint),
+            adapter=adapter,
             source=source,
             weights=self.weights,
             places=places,

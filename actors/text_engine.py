@@ -23,7 +23,7 @@ BATCH = 256
 
 
 class VllmWorker(BaseWorker):
-    """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16."""
+    """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16. It takes no adapter."""
 
     engine: VllmEngine
 
@@ -35,6 +35,7 @@ class VllmWorker(BaseWorker):
         use_gpu: bool = False,
         bf16: bool = False,
         version_required: int = 0,
+        adapter: None = None,
     ):
         torch.set_num_threads(threads)
         engine = VllmEngine(checkpoint, torch.bfloat16 if bf16 else torch.float32)

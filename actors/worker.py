@@ -32,12 +32,14 @@ from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import joined, shown_image
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.model.adapter import AdapterConfig, MergedAdapter
 from vargpt_rl.model.bits import pack, unpack
-from vargpt_rl.model.families import load_model, markup_for
+from vargpt_rl.model.families import markup_for
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
 from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
+from vargpt_rl.storage.checkpoint import Policy, load_policy
 from vargpt_rl.storage.files import atomic_file
 from vargpt_rl.text.engine import TextEngine, TextRequest, answers, replies
 from vargpt_rl.text.transformers_engine import TransformersEngine
@@ -172,7 +174,10 @@ class BaseWorker(ABC):
 
 
 class Worker(BaseWorker):
-    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever the dtype of its files."""
+    """The model of ``checkpoint`` (a directory), in fp32 or bf16, whatever the dtype of its files.
+
+    With an ``adapter``, weight sets hold its tensors; until the first, it has no effect.
+    """
 
     def __init__(
         self,
@@ -182,10 +187,13 @@ class Worker(BaseWorker):
         use_gpu: bool = False,
         bf16: bool = False,
         version_required: int = 0,
+        adapter: AdapterConfig | None = None,
     ):
         torch.set_num_threads(threads)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.model = load_model(checkpoint, dtype).to("cuda" if use_gpu else "cpu").eval()
+        model = load_policy(Policy(checkpoint, adapter=adapter), dtype)
+        self.model = model.to("cuda" if use_gpu else "cpu").eval()
+        self._merged = MergedAdapter(self.model) if adapter is not None and adapter.is_merged else None
         self.chat = markup_for(checkpoint, self.model.config)
         self.image_tokenizer = self.model.image_tokenizer
         self.symbols = self.model.config.image_tokenizer_config.symbols
@@ -197,12 +205,14 @@ class Worker(BaseWorker):
         check_fits(self.model, layout)
 
     def load_weights(self, version: int, transfer: WeightTransfer) -> str:
-        """Copy into the model's own tensors and return their checksum."""
+        """Copy into the model's own tensors and return their checksum; merge an adapter if it is to be."""
         own = self.model.state_dict()
         self._decoded.cache_clear()
         for chunk in transfer.chunks():
             apply(own, chunk)
             point("worker/swap")
+        if self._merged is not None:
+            self._merged.refresh()
         return checksum_of(own, transfer.layout.dtypes)
 
     @serving

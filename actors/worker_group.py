@@ -20,6 +20,7 @@ from actors.config import RolloutConfig
 from actors.published import PublishedWeights
 from actors.resources import Placement
 from vargpt_rl.data.images import ImageSource
+from vargpt_rl.model.adapter import AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class WorkerGroup:
         *,
         kind: type[AnyWorker],
         checkpoint: str,
+        adapter: AdapterConfig | None,
         source: ImageSource,
         weights: PublishedWeights,
         places: list[Place] | None,
@@ -75,6 +77,7 @@ class WorkerGroup:
         self.events: list[str] = []
         self._kind = ray.remote(kind)
         self._checkpoint = checkpoint
+        self._adapter = adapter
         self._source = ray.put(source)
         self._weights = weights
         self._places = places
@@ -207,6 +210,7 @@ class WorkerGroup:
             use_gpu=self.plan.use_gpu,
             bf16=self.plan.bf16,
             version_required=self._weights.version,
+            adapter=self._adapter,
         )
         loaded = worker.status.remote()
         replayed = self._weights.replay(worker)

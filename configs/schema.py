@@ -24,6 +24,7 @@ from learners.config import LearnerConfig
 from learners.methods import ONLINE
 from vargpt_rl.common.settings import Between, Count, CountOrNone, FolderName, MultipleOf, OneOf, merge, parse
 from vargpt_rl.data.config import DataConfig
+from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE, schedule_for, token_count
@@ -205,6 +206,7 @@ class LoopConfig:
     rl: RlStage = field(default_factory=RlStage)
     edit: SupervisedStage = field(default_factory=edit_defaults)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     at: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -223,6 +225,7 @@ class LoopConfig:
         self._check_overlap()
         self._check_learned()
         self._check_online()
+        self._check_adapter()
         if self.reward.path and self.evaluation.reward == self.reward:
             raise ValueError(
                 f"evaluation.reward.path={self.reward.path}: that is the training reward, expected another"
@@ -233,6 +236,9 @@ class LoopConfig:
         for resolution in self.at:
             if not resolution.isdecimal():
                 raise ValueError(f"at.{resolution}: expected a resolution in pixels")
+            if "adapter" in self.at[resolution]:
+                key = next(iter(self.at[resolution]["adapter"]), "KEY")
+                raise ValueError(f"at.{resolution}.adapter.{key}: a run has one adapter, expected adapter.{key}=VALUE")
             if int(resolution) not in self.resolutions:  # no stage runs with it: keys and ranges alone
                 merge(LoopConfig, self.at[resolution], f"at.{resolution}", replace(self, at={}))
         for pixels in self.resolutions:
@@ -317,6 +323,28 @@ class LoopConfig:
             raise ValueError(
                 f"{block}.drawing_share={settings.drawing_share}: that is {drawings} of {block}.recipe.micro_batch="
                 f"{size}, expected a share of both drawings and questions"
+            )
+
+    def _check_adapter(self) -> None:
+        """ValueError for what cannot train as an adapter."""
+        if not self.adapter.is_on:
+            return
+        for stage in stages_of(self.stages):
+            if stage.learns is Learns.IMAGES:
+                raise ValueError(
+                    f"stages: {stage.name} trains the image tokenizer, which takes no adapter; leave it out or use "
+                    f"adapter=none"
+                )
+        for block, runs in (("dpo", self.runs_dpo), ("rl", self.runs_rl)):
+            if runs and self.adapter.scores_in_learner and getattr(self, block).recipe.zero == 3:
+                raise ValueError(
+                    f"adapter.reference=learner with {block}.recipe.zero=3, which splits the weights: expected zero 0, "
+                    f"1 or 2, or adapter.reference=workers"
+                )
+        if "reward" in self.align.methods and ALIGN in self.stages:
+            raise ValueError(
+                "align.methods containing reward with an adapter: a learned reward trains whole weights, expected "
+                "adapter=none"
             )
 
     @property

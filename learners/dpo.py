@@ -22,6 +22,7 @@ from learners.config import DpoConfig
 from learners.flops import shape_of, step_flops
 from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE, ScoredOutput
 from learners.pairs import PairOrder, PairTable
+from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
@@ -36,15 +37,27 @@ def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
 class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
     """TRL's trainer on precomputed image tokens and references. ``record``: see `PairOrder`.
 
-    ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales.
+    ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales. With a
+    ``reference``, references are scored here, and the workers' are compared with them at step 0. ``rounded``: the
+    workers scored with merged weights, which are rounded.
     """
 
     survivors = ("step0_max_abs_logratio", "_total_train_tokens")
 
-    def __init__(self, settings: DpoConfig, pairs: PairTable, record: Path | None = None, **kwargs):
+    def __init__(
+        self,
+        settings: DpoConfig,
+        pairs: PairTable,
+        record: Path | None = None,
+        reference: StartWeights | None = None,
+        rounded: bool = False,
+        **kwargs,
+    ):
         super().__init__(train_dataset=pairs.rows, **kwargs)
         self.train_dataset = pairs
         self.record = record
+        self.reference = reference
+        self.rounded = rounded
         del self.model.forward  # TRL replaces it by its fused text head; ours returns log-probabilities itself
         self.settings = settings
         self.measured: dict[str, list[float]] = defaultdict(list)
@@ -79,6 +92,12 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         # From the unweighted total, so that weights of 1 change no digit of it.
         change_B = weighted_sum(references_BK, credit_K - 1)
         references_B = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]) + change_B
+        if self.reference is not None:
+            workers_B = references_B
+            references_BK = self._score_reference(self.reference, inputs)
+            references_B = weighted_sum(references_BK, credit_K)
+            self._assert_equal_at_step0(workers_B, references_B, "the workers' reference and the learner's")
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references_B.chunk(2)
         scale = log_prob_scale(self.settings.logp_norm, tokens, bits)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (references_B * scale).chunk(2)
         outputs = []
@@ -91,25 +110,48 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
 
         loss = super()._compute_loss(scored, inputs, return_outputs)
         outputs[0].log_probs_BK = outputs[0].log_probs_BK.detach()
-        self._assert_step0(weighted_sum(outputs[0].log_probs_BK, credit_K), references_B, loss)
+        log_probs_B = weighted_sum(outputs[0].log_probs_BK, credit_K)
+        worst = self._assert_equal_at_step0(log_probs_B, references_B, "policy and reference")
+        self._assert_first_loss(loss)
+        self.step0_max_abs_logratio = max(self.step0_max_abs_logratio, worst)
         self._measure_scales(outputs[0], references_BK)
         return loss
 
-    def _assert_step0(self, log_probs_B: torch.Tensor, references_B: torch.Tensor, loss: torch.Tensor) -> None:
-        """Before the first update the policy is the reference: log-ratios 0, sigmoid loss ln 2."""
-        if self.state.global_step > 0 or not self.model.training:
-            return
-        worst = (log_probs_B - references_B).abs().max().item()
-        tolerances = LOG_PROB_TOLERANCE if self.settings.credit_scales is None else RESHAPED_TOLERANCE
-        tolerance = tolerances[self.model.dtype]
-        if not worst <= tolerance:
+    def _score_reference(self, reference: StartWeights, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities by scale [B, k] under the weights that training started from."""
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "bits", "resolution")}
+        with reference.in_force():
+            log_probs_BK = self.model(**given, scales=self.settings.credit_scales).log_probs_BK
+        assert log_probs_BK is not None  # a policy returns all scores
+        return log_probs_BK
+
+    @property
+    def _is_at_step0(self) -> bool:
+        return self.state.global_step == 0 and self.model.training
+
+    @property
+    def _tolerance(self) -> float:
+        """Nats by which scores of equal weights may differ."""
+        is_exact = self.settings.credit_scales is None and not self.rounded
+        return (LOG_PROB_TOLERANCE if is_exact else RESHAPED_TOLERANCE)[self.model.dtype]
+
+    def _assert_equal_at_step0(self, found_B: torch.Tensor, expected_B: torch.Tensor, names: str) -> float:
+        """Before the first update log-ratios are 0. Return the largest, in nats; 0 after the first update."""
+        if not self._is_at_step0:
+            return 0.0
+        worst = (found_B - expected_B).abs().max().item()
+        if not worst <= self._tolerance:
             raise RuntimeError(
-                f"DPO step 0: policy and reference differ by {worst:.3g} nats, expected at most {tolerance:g}; "
+                f"DPO step 0: {names} differ by {worst:.3g} nats, expected at most {self._tolerance:g}; "
                 f"the references were scored with other weights, other bits or another dtype"
             )
-        if self.loss_types == ["sigmoid"] and not math.isclose(loss.item(), math.log(2), abs_tol=tolerance):
+        return worst
+
+    def _assert_first_loss(self, loss: torch.Tensor) -> None:
+        """Before the first update the sigmoid loss is ln 2."""
+        at_ln2 = math.isclose(loss.item(), math.log(2), abs_tol=self._tolerance)
+        if self._is_at_step0 and self.loss_types == ["sigmoid"] and not at_ln2:
             raise RuntimeError(f"DPO step 0: loss {loss.item():.6f}, expected ln 2 = {math.log(2):.6f}")
-        self.step0_max_abs_logratio = max(self.step0_max_abs_logratio, worst)
 
     def _measure_scales(self, output: ScoredOutput, references_BK: torch.Tensor) -> None:
         """Margins (unweighted) and accuracies by scale."""

@@ -70,7 +70,7 @@ def step_flops(model: Unified, shape: PassShape) -> int:
         """Vectors that pass through a layer of the decoder."""
         if "modulation" in name or name.startswith("condition."):
             return shape.images
-        return context if name.endswith("cross_attention.kv") else tokens
+        return context if "cross_attention.kv" in name else tokens
 
     count = _linear(language, lambda name: positions, learns)
     if shape.text_logits:
@@ -101,7 +101,7 @@ def drawing_flops(model: Unified, rows: int, prompt: int, schedule: Schedule, gu
     def of_decoder(name: str) -> int:
         if "modulation" in name or name.startswith("condition."):
             return rows * branches
-        return context if name.endswith("cross_attention.kv") else drawn
+        return context if "cross_attention.kv" in name else drawn
 
     count = _forward(language, lambda name: rows * prompt + drawn)
     count += _forward(model.projector_in, lambda name: drawn)

@@ -21,6 +21,7 @@ from learners.flops import shape_of, step_flops
 from learners.image_policy import RESHAPED_TOLERANCE
 from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
+from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
@@ -29,12 +30,23 @@ from vargpt_rl.losses.policy_gradient import kl_k3
 
 
 class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
-    """Train a policy (`learners.image_policy`) on its images: by an online method."""
+    """Train a policy (`learners.image_policy`) on its images: by an online method.
+
+    With a ``reference``, the reference is scored here; otherwise its scores come with the batches.
+    """
 
     survivors = ("first_update_max_abs_log_ratio",)
 
-    def __init__(self, settings: RlConfig, batches: PolicyBatches, method: OnlineMethod, **kwargs):
+    def __init__(
+        self,
+        settings: RlConfig,
+        batches: PolicyBatches,
+        method: OnlineMethod,
+        reference: StartWeights | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.reference = reference
         self.settings = settings
         self.batches = batches
         self.method = method
@@ -70,17 +82,16 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
         mean_PK, share_P = part_means(schedule, credit_K, symbols, self.method.split(settings))
         mean_PK, share_P = mean_PK.to(self.args.device), share_P.to(self.args.device)
         tau = inputs["tau"].item()
-        output = model(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            inputs["bits"],
-            inputs["resolution"],
-            scales=settings.credit_scales,
-            tau=tau,
-        )
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "bits", "resolution")}
+        score = {"scales": settings.credit_scales, "tau": tau}
         step = self.state.global_step
         wanted = self.method.takes | ({"reference"} if settings.kl else set())
-        given_NK = {name: _required(inputs, f"{name}_by_scale") for name in wanted}
+        given_NK = {}
+        if self.reference is not None and "reference" in wanted:
+            with self.reference.in_force():
+                given_NK["reference"] = self.model(**given, **score).log_probs_BK
+        given_NK |= {name: _required(inputs, f"{name}_by_scale") for name in wanted - given_NK.keys()}
+        output = model(**given, **score)
         # The sampler of a drawing may have the current weights; before the first update, the reference has.
         current_N = {"sampler": inputs["learner_step"] == step, "reference": inputs["learner_step"] * 0 == step}
         own_N = weighted_sum(output.log_probs_BK.detach(), credit_K)

@@ -38,6 +38,7 @@ from learners.jobs import (
 from learners.methods import ONLINE
 from learners.pairs import PairTable
 from learners.policy_batches import PolicyBatches
+from learners.reference import StartWeights
 from learners.resume import SaveEvery
 from learners.reward import ShownImageRewardTrainer, pairs_dataset, train_parts
 from learners.sft import SftTrainer
@@ -54,7 +55,7 @@ from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
-from vargpt_rl.storage.checkpoint import Policy, load_weights_into, save_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, load_policy, save_checkpoint
 from vargpt_rl.storage.reward_base import load_reward_model
 
 
@@ -136,11 +137,19 @@ class Rank:
                 return self.tokenizer(job)
 
     def _model(self, start: Policy, policy: bool = False) -> Unified:
+        """The start of a job, as a ``policy`` for preference and online training, where nothing is random."""
         kind = family_of(load_config(start.model)).model
-        kind = POLICIES[kind] if policy else kind
-        model = kind.from_pretrained(start.model, dtype=torch.bfloat16 if self.bf16 else torch.float32)
-        load_weights_into(model, start.weights)
-        return model
+        return load_policy(start, self._dtype, POLICIES[kind] if policy else kind, dropout=not policy)
+
+    @staticmethod
+    def _reference(model: Unified, start: Policy, trained: list[str]) -> StartWeights | None:
+        """The start of a job as a reference in this process; None if the workers score it."""
+        scores_here = start.adapter is not None and start.adapter.scores_in_learner
+        return StartWeights(model, trained) if scores_here else None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def _peak(self) -> float:
         """Operations per second of a matrix product in this process: given, or measured before its first job."""
@@ -203,8 +212,10 @@ class Rank:
         model = self._model(job.start)
         stage = STAGES[job.stage].without(job.frozen)
         chat = markup_for(job.start.model, model.config)
-        trained = freeze(model, stage)
+        trained = freeze(model, stage, job.start.adapter)
         frozen = frozen_parts(model)
+        if job.start.adapter is not None:  # parts as a whole: inside them, all but the matrices is frozen
+            frozen = [name for name in frozen if "." not in name]
         # Without cached features the learner encodes images, with a copy: ZeRO-3 may partition the model's own.
         image_tokenizer = None if job.stream.encoded else copy.deepcopy(model.image_tokenizer)
         mixture = job.stream.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
@@ -228,7 +239,7 @@ class Rank:
         """
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
-        trained = freeze(model, STAGES["dpo"].without(job.dpo.frozen))
+        trained = freeze(model, STAGES["dpo"].without(job.dpo.frozen), job.start.adapter)
         chat = markup_for(job.start.model, model.config)
         arguments = DPOConfig(
             **self._common(job.recipe, job.seed, job.output),
@@ -244,6 +255,8 @@ class Rank:
             settings=job.dpo,
             pairs=pairs,
             record=job.output / "order.jsonl",
+            reference=self._reference(model, job.start, trained),
+            rounded=job.start.adapter is not None and job.start.adapter.is_merged,
             model=model,
             args=arguments,
             data_collator=PairCollator(chat, job.dpo.credit_scales),
@@ -267,7 +280,7 @@ class Rank:
         """
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
-        trained = freeze(model, STAGES["dpo"].without(job.rl.frozen))
+        trained = freeze(model, STAGES["dpo"].without(job.rl.frozen), job.start.adapter)
         chat = markup_for(job.start.model, model.config)
         arguments = TrainingArguments(**self._common(job.recipe, job.seed, job.output), ignore_data_skip=True)
         batches = PolicyBatches(
@@ -282,7 +295,14 @@ class Rank:
             device=arguments.device,
         )
         batches.save_request = save_request(job.output)
-        trainer = PolicyGradientTrainer(job.rl, batches, ONLINE[job.method], model=model, args=arguments)
+        trainer = PolicyGradientTrainer(
+            job.rl,
+            batches,
+            ONLINE[job.method],
+            reference=self._reference(model, job.start, trained),
+            model=model,
+            args=arguments,
+        )
         last_updates = range(0, job.recipe.steps + 1, job.rl.updates)
         trainer.add_callback(SaveAt(trainer, trained, job.output, last_updates))
         result = self._run(trainer, chat, trained, job)
@@ -293,7 +313,7 @@ class Rank:
     def reward(self, job: RewardJob) -> dict:
         """Learn a reward from pairs. Adds the share of pairs of the last tenth of the steps that it got right."""
         torch.manual_seed(job.seed + self.rank)
-        model = load_reward_model(job.start, torch.bfloat16 if self.bf16 else torch.float32)
+        model = load_reward_model(job.start, self._dtype)
         trained = train_parts(model, job.reward)
         chat = markup_for(job.start.model, model.config)
         arguments = RewardConfig(

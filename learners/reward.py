@@ -14,8 +14,8 @@ from learners.config import UNDERSTANDING, LearnedRewardConfig
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from vargpt_rl.data.reward_pairs import read_pairs_file
+from vargpt_rl.model.parts import VISION, VISION_PROJECTOR
 from vargpt_rl.model.reward_model import HEAD
-from vargpt_rl.stages import VISION, VISION_PROJECTOR
 
 PREFIXES = dict(zip(UNDERSTANDING, (("model.language_model.",), VISION, VISION_PROJECTOR), strict=True))
 """Prefixes of the tensors of each part, in both families."""

@@ -37,6 +37,7 @@ MARKS = {
         "slurm",
     ],
     "deepspeed": [
+        "learners/test_adapter.py",
         "learners/test_families.py",
         "learners/test_gradient_norms.py",
         "learners/test_group.py",

@@ -215,7 +215,7 @@ def test_stages_run_in_order_each_from_the_last_policy(stages, tmp_path, monkeyp
         return {"accuracy": 0.5}
 
     monkeypatch.setattr(StageContext, "step", record)
-    monkeypatch.setattr(loop, "export_model", lambda model, weights, target, files: exported.append(weights))
+    monkeypatch.setattr(loop, "export_model", lambda policy, target, files: exported.append(policy.weights))
     settings = [f"stages=[{','.join(stages)}]", "resolutions=[32,48]", "iterations=2", "dpo.control=false"]
     summary = execute(stage_context(tmp_path, *settings).session)
     keys = [key for s in stages for key in (TRAINED if s == ALIGN else [s])]

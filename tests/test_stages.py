@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses.supervised import Noise
+from vargpt_rl.model.adapter import AdapterConfig, attach, is_adapter
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
@@ -51,6 +52,21 @@ def test_editing_trains_all_that_a_loss_can_reach(model):
     freeze(model, STAGES["edit"])
     assert frozen_parts(model) == [UNREACHED, "image_tokenizer"]
     assert STAGES["edit"].text_weight > 0 and STAGES["edit"].noise != NO_NOISE
+
+
+def test_a_stage_trains_its_own_part_of_an_adapter():
+    adapter = AdapterConfig("lora", targets=["language_model", "self_attention.qkv"], full=["projectors"])
+    attach(adapted := Vargpt(tiny_config(tiny_tokenizer())), adapter)
+    names = freeze(adapted, STAGES["sft"], adapter)
+    assert {name.split(".")[0] for name in names} == {"image_decoder", "projector_in", "projector_out"}
+    assert all(is_adapter(name) and ".self_attention.qkv." in name for name in names if name.startswith("image"))
+    assert not any(map(is_adapter, filter(lambda name: name.startswith("projector"), names)))
+    assert names == sorted(name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+    assert all(name.startswith("model.language_model") for name in freeze(adapted, STAGES["understanding"], adapter))
+    only = AdapterConfig("lora", targets=["language_model"], full=["vision_tower"])
+    attach(adapted := Vargpt(tiny_config(tiny_tokenizer())), only)
+    with pytest.raises(ValueError, match="nothing of stage sft, expected some of .*image_decoder"):
+        freeze(adapted, STAGES["sft"], only)
 
 
 def test_frozen_parts_are_named_as_a_whole(model):

@@ -55,10 +55,20 @@ from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
 from vargpt_rl.driver.session import Session, StageContext, Step
-from vargpt_rl.driver.start import open_session, place, plain, prepare, resume, write_defaults
+from vargpt_rl.driver.start import (
+    base_name,
+    open_session,
+    place,
+    plain,
+    prepare,
+    resume,
+    starting_policy,
+    write_defaults,
+)
 from vargpt_rl.driver.training import swap, train_control, train_dpo, train_sft, train_stage
 from vargpt_rl.page.render import update_page
 from vargpt_rl.stages import ALIGN, STAGES, Learns
+from vargpt_rl.storage.adapter import write_adapter
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.export import best_folder, export_model, read_best
 
@@ -153,7 +163,7 @@ def run_stage(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
 def execute(session: Session) -> dict:
     """Run all stages in order and export the model; return the summary."""
     config = session.config
-    policy = Policy(session.inputs.model)
+    policy = starting_policy(session)
     stages: dict[str, dict] = {}
     iterations: list[dict] = []
     understanding: dict[str, dict] = {}
@@ -170,7 +180,9 @@ def execute(session: Session) -> dict:
             iterations.append(results)
         understanding["after"] = asked.step("after", answer_questions, policy)
     files = generation_files(config, policy.model, config.last_resolution)
-    export_model(policy.model, policy.weights, session.run.directory / "model", files)
+    export_model(policy, session.run.directory / "model", files)
+    if policy.adapter is not None:
+        write_adapter(policy, session.run.directory / "adapter", base_name(session), files)
     folders = {size: best_folder(session.run.directory, size) for size in dict.fromkeys(config.resolutions)}
     best = [{"path": f"best/{size}", **note} for size, at in folders.items() if (note := read_best(at))]
     return {

@@ -11,13 +11,9 @@ from enum import StrEnum, auto
 from torch import nn
 
 from vargpt_rl.losses.supervised import Noise
+from vargpt_rl.model.adapter import AdapterConfig
+from vargpt_rl.model.parts import DECODER, LANGUAGE, PROJECTORS, VISION, VISION_PROJECTOR
 
-PROJECTORS = ("projector_in.", "projector_out.")
-DECODER = ("image_decoder.",)
-LANGUAGE = ("model.language_model.", "lm_head.")
-# Of v1.1 and v1, whose vision towers have different names.
-VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
-VISION_PROJECTOR = ("model.visual.merger.", "model.multi_modal_projector.")
 LANGUAGE_INPUTS = "language_inputs"
 """Name by which a user freezes all that the language model reads of images, so that it needs no backward pass."""
 _LANGUAGE_INPUTS = (
@@ -195,10 +191,11 @@ def stages_of(run: Sequence[str]) -> list[Stage]:
     return [stage for stage in _ROWS if (ALIGN if stage.at is At.ITERATIONS else stage.name) in run]
 
 
-def freeze(model: nn.Module, stage: Stage) -> list[str]:
+def freeze(model: nn.Module, stage: Stage, adapter: AdapterConfig | None = None) -> list[str]:
     """Let only the stage's parameters train, if a loss can reach them; return their names, sorted.
 
-    ValueError if a prefix matches no parameter.
+    With an ``adapter``, which the model has, only what of it and its full parts is the stage's. ValueError if a prefix
+    matches no parameter, or if the adapter leaves nothing to train.
     """
     for prefix in stage.trains:
         if not any(name.startswith(prefix) for name, _ in model.named_parameters()):
@@ -206,9 +203,15 @@ def freeze(model: nn.Module, stage: Stage) -> list[str]:
     trained = []
     for name, parameter in model.named_parameters():
         reached = not name.startswith((UNREACHED, *stage.frozen, *getattr(model, "unreached", ())))
-        parameter.requires_grad_(reached and any(name.startswith(prefix) for prefix in stage.trains))
+        allowed = adapter is None or adapter.trains(name)
+        parameter.requires_grad_(allowed and reached and any(name.startswith(prefix) for prefix in stage.trains))
         if parameter.requires_grad:
             trained.append(name)
+    if adapter is not None and not trained:
+        raise ValueError(
+            f"adapter.targets={adapter.targets} adapter.full={adapter.full}: nothing of stage {stage.name}, expected "
+            f"some of {[name for trained in stage.trains for name in _names(trained)]}"
+        )
     return sorted(trained)
 
 

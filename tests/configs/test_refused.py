@@ -50,6 +50,7 @@ COUNTS = [
     "learner.save_every",
     "learner.keep_last",
     "learner.keep_every",
+    "adapter.rank",
     "dpo.min_pairs",
     "dpo.credit_scales",
     "rl.prompts",
@@ -73,6 +74,7 @@ FROM_ZERO = [
     "rl.refills",
 ]
 ABOVE_ZERO = [
+    "adapter.alpha",
     "sft.recipe.lr",
     "tokenizer.lr",
     "dpo.beta",
@@ -132,6 +134,11 @@ WORDS = {
     "sft.checkpoints": "[1.5]",
     "sft.shares": "[-0.5]",
     "dpo.loss_weights": "[nan]",
+    "adapter.kind": "dora",
+    "adapter.dropout": "1",
+    "adapter.full": "[language]",
+    "adapter.targets": "[image_tokenizer]",
+    "at.256.adapter.rank": "4",
 }
 BAD = [
     *((key, value) for key in COUNTS for value in ("0", "-1")),
@@ -158,6 +165,21 @@ def test_every_number_of_a_run_has_a_range():
         kind = kind_at(LoopConfig, key.split("."))
         numbers = "int" in str(kind) or "float" in str(kind)
         assert not numbers or expectations(kind), f"{key} takes any number"
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (["adapter.full=[projectors]"], "projectors is in adapter.targets too"),
+        (["stages=[tokenizer,align]"], "tokenizer trains the image tokenizer, which takes no adapter"),
+        (["align.methods=[reward,grpo]"], "a learned reward trains whole weights"),
+        (["adapter.reference=learner", "dpo.recipe.zero=3"], "dpo.recipe.zero=3, which splits the weights"),
+    ],
+)
+def test_what_an_adapter_cannot_do_is_one_line(others, told, capsys):
+    assert main(["adapter=lora", *others]) == 2
+    message = capsys.readouterr().err
+    assert told in message and "expected" in message.replace("leave it out", "expected") and message.count("\n") == 1
 
 
 TYPOS = {

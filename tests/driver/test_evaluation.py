@@ -106,9 +106,7 @@ def test_images_are_kept_without_an_exact_check(tmp_path):
 
 def test_the_best_is_kept_by_resolution_and_the_last_method(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(
-        evaluation, "keep_best", lambda start, weights, folder, note, files: kept.append((folder, note))
-    )
+    monkeypatch.setattr(evaluation, "keep_best", lambda policy, folder, note, files: kept.append((folder, note)))
     methods = "align.methods=[dpo,reward,grpo]"
     it = stage_context(tmp_path, methods, "reward.path=rewards.shapes:shapes_reward")
     for moment in ("after_sft", "after_dpo", "after_grpo"):

@@ -46,6 +46,26 @@ def settings(folder, sources, checkpoint, tmp_path):
     return make
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["adapter.targets=[language_model,blocks.9.qkv]"], r"blocks\.9\.qkv fits no linear layer, expected parts"),
+        (["adapter.targets=[projectors]", "adapter.full=[image_decoder]", "sft.frozen=[image_decoder]"], None),
+        (["adapter.targets=[image_decoder]"], "nothing of stage pretrain, expected some of"),
+        (["adapter.targets=[image_decoder,projectors]"], "nothing of stage understanding"),
+    ],
+)
+def test_an_adapter_must_fit_the_model_and_the_stages(checkpoint, tmp_path, changes, told):
+    stages = [] if told is not None else ["stages=[pretrain,align]"]
+    config = load_config(["adapter=lora", f"checkpoint={checkpoint}", f"runs={tmp_path}", *stages, *changes])
+    if told is None:
+        gather(config)
+        return
+    with pytest.raises(ValueError, match=told) as error:
+        gather(config)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_of_records_has_a_stream_and_prompts(settings):
     found = gather(settings())
     assert found.stream.tasks == {"lines": "generation", "tars": "generation", "questions": "understanding"}

@@ -47,6 +47,13 @@ def test_workers_can_go_back(swap):
     assert swap.it.pool.published == ["language", "control", "sft"]
 
 
+def test_a_set_that_an_earlier_one_overwrites_is_sent_again(swap, tmp_path, sets):
+    sets["start"] = save_checkpoint(tmp_path / "start", {name: torch.zeros(2) for name in "ld"})
+    swap("start", "language", "sft")
+    swap("start", "language")
+    assert swap.it.pool.published == ["language", "sft", "start", "language"]
+
+
 def test_going_back_to_the_starting_model_is_refused(swap):
     swap("sft")
     with pytest.raises(RuntimeError, match="do not set"):

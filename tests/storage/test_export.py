@@ -7,7 +7,7 @@ import torch
 
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.storage import export
-from vargpt_rl.storage.checkpoint import save_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
 from vargpt_rl.storage.export import export_model, keep_best, read_best
 
 
@@ -24,9 +24,10 @@ def note(value: float, iteration: int = 0) -> dict:
 
 
 def test_the_best_is_the_model_that_was_measured(checkpoint, policies, tmp_path):
-    name, (first, second) = policies
-    keep_best(str(checkpoint), [first, second], tmp_path / "best", note(0.5))
-    export_model(str(checkpoint), [first, second], tmp_path / "model")
+    name, sets = policies
+    policy = Policy(str(checkpoint), tuple(sets))
+    keep_best(policy, tmp_path / "best", note(0.5))
+    export_model(policy, tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {path.name for path in (tmp_path / "best").iterdir()} == names | {"best.json"}
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("best", "model")]
@@ -38,20 +39,20 @@ def test_the_best_is_the_model_that_was_measured(checkpoint, policies, tmp_path)
 def test_only_a_strictly_better_one_replaces_it(monkeypatch, tmp_path):
     exported = []
 
-    def fake_export(start, weights, target, notes):
+    def fake_export(policy, target, notes):
         target.mkdir(exist_ok=True)
         (target / export.BEST).write_text(json.dumps(notes[export.BEST]))
         exported.append(notes[export.BEST]["value"])
 
     monkeypatch.setattr(export, "export_model", fake_export)
     for iteration, value in enumerate([0.5, 0.5, 0.4, float("nan"), 0.6, float("inf"), 0.6]):
-        keep_best("start", [], tmp_path / "best", note(value, iteration))
+        keep_best(Policy("start"), tmp_path / "best", note(value, iteration))
         assert read_best(tmp_path / "best")["iteration"] == (0 if iteration < 4 else 4)
     assert exported == [0.5, 0.6]
 
 
 def test_nan_is_never_the_best(tmp_path):
-    keep_best("nowhere", [], tmp_path / "best", note(float("nan")))
+    keep_best(Policy("nowhere"), tmp_path / "best", note(float("nan")))
     assert read_best(tmp_path / "best") is None
 
 
@@ -59,7 +60,7 @@ def test_one_that_was_being_replaced_is_not_lost(tmp_path):
     old = tmp_path / ".best.old"
     old.mkdir()
     (old / "best.json").write_text(json.dumps(note(0.9)))
-    keep_best("nowhere", [], tmp_path / "best", note(0.8, iteration=1))
+    keep_best(Policy("nowhere"), tmp_path / "best", note(0.8, iteration=1))
     assert read_best(tmp_path / "best") == note(0.9) and not old.exists()
 
 
@@ -68,8 +69,8 @@ def test_what_was_there_stays_until_the_new_is_whole(checkpoint, tmp_path):
     target.mkdir()
     (target / "old").write_text("old")
     with pytest.raises(ValueError, match="incomplete"):
-        export_model(str(checkpoint), [tmp_path / "nothing"], target)
+        export_model(Policy(str(checkpoint), (tmp_path / "nothing",)), target)
     assert [path.name for path in target.iterdir()] == ["old"]
-    export_model(str(checkpoint), [], target)
+    export_model(Policy(str(checkpoint)), target)
     assert not (target / "old").exists() and (target / "model.safetensors").exists()
     assert not list(tmp_path.glob(".model*"))

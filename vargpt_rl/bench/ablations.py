@@ -32,7 +32,8 @@ from vargpt_rl.driver.training import train_sft, train_stage
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.evaluate.wording import with_bounds
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.stages import PROJECTORS, STAGES, VISION_PROJECTOR
+from vargpt_rl.model.parts import PROJECTORS, VISION_PROJECTOR
+from vargpt_rl.stages import STAGES
 from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
 from vargpt_rl.storage.files import write_atomically
 

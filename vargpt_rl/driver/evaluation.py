@@ -128,7 +128,7 @@ def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> N
         "resolution": it.resolution,
     }
     files = generation_files(it.session.config, policy.model, it.resolution)
-    keep_best(policy.model, policy.weights, best_folder(it.run.directory, it.resolution), note, files)
+    keep_best(policy, best_folder(it.run.directory, it.resolution), note, files)
 
 
 # Measures

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from configs.schema import LoopConfig
 from vargpt_rl.driver.report import closing_table, stage_table
+from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.drawing_defaults import FILE, read_defaults, with_defaults
 from vargpt_rl.stages import STAGES, Learns
 
@@ -50,6 +51,7 @@ A unified visual autoregressive model: it writes text token by token and draws i
 - Data: {kind}
 - Stages: {stages}; {iterations} iterations at {resolutions} px, by {methods}
 - Reward: {reward}
+- Weights: {weights}
 - All settings: `config.yaml`; `vargpt-rl run` with them repeats the run
 
 {results}
@@ -65,6 +67,14 @@ def markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     rows += [list(map(str, cells)) for cells in zip(*(column.cells for column in table.columns), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _trained(adapter: AdapterConfig) -> str:
+    """Say in a card what trained."""
+    if not adapter.is_on:
+        return "the model's own, in the parts that each stage trains"
+    parts = ", ".join(adapter.targets)
+    return f"a low-rank adapter of rank {adapter.rank} of {parts}, merged here; alone in the run's `adapter/`"
 
 
 def write_card(directory: Path, config: LoopConfig, summary: dict) -> None:
@@ -96,6 +106,7 @@ def write_card(directory: Path, config: LoopConfig, summary: dict) -> None:
         resolutions=", ".join(map(str, config.resolutions)),
         methods=", ".join(config.align.methods),
         reward=f"`{config.reward.path}`" if config.reward.path else "none",
+        weights=_trained(config.adapter),
         results="\n".join(f"## {str(table.title).capitalize()}\n\n{markdown(table)}" for table in tables),
     )
     ModelCard(text).save(folder / "README.md")

@@ -188,10 +188,11 @@ def rows_of(
 ) -> list[dict]:
     """Return the images as rows of a batch, with the log-probabilities that the learner takes.
 
-    ``learned`` counts the optimizer steps behind the weights that drew; ``reference`` scores images.
+    ``learned`` counts the optimizer steps behind the weights that drew; ``reference`` scores images, unless the learner
+    scores the reference itself.
     """
     by_scale: list[list[float] | None] = [None] * len(batch.samples)
-    if it.config.rl.kl or "reference" in method.takes:
+    if (it.config.rl.kl or "reference" in method.takes) and not it.config.adapter.scores_in_learner:
         scores = reference([(sample.prompt, sample.bits) for sample in batch.samples])
         by_scale = [image.by_scale for image in scores]
     return [

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
 from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
-from configs.stages import SupervisedStage
+from configs.stages import DpoStage, SftStage, SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.captioned import CaptionedConfig, CaptionedSource
 from vargpt_rl.data.preferences import read_table
@@ -23,7 +23,8 @@ from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.model.whole import check_values, check_whole
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
-from vargpt_rl.stages import ALIGN, Learns, Stage, stages_of
+from vargpt_rl.stages import ALIGN, STAGES, Learns, Stage, freeze, stages_of
+from vargpt_rl.storage.adapter import adapted_on_meta, is_adapter_folder, write_merged
 from vargpt_rl.storage.reward_base import check_understanding
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,20 @@ def check_resolutions(model: str, resolutions: list[int]) -> None:
         raise ValueError(f"resolutions={list(resolutions)}: {error}") from error
 
 
+def check_adapter(config: LoopConfig, model: str) -> None:
+    """ValueError for an adapter that does not fit the model of this directory, or that a stage cannot train."""
+    with_adapter = adapted_on_meta(model, config.adapter)
+    for stage in stages_of(config.stages):
+        block = getattr(config, stage.block)
+        if stage.name not in config.align.left_out:
+            frozen = block.frozen if isinstance(block, SftStage | DpoStage) else ()
+            freeze(with_adapter, stage.without(frozen), config.adapter)
+    if config.runs_rl:
+        freeze(with_adapter, STAGES["dpo"].without(config.rl.frozen), config.adapter)
+    if config.rollout.uses_vllm:
+        raise ValueError("rollout.text_engine: vllm takes no adapter; expected transformers")
+
+
 def check_learned_reward(config: LoopConfig, model: str) -> None:
     """ValueError for a model without an understanding half, or a table that a reward cannot be learned from."""
     check_understanding(model)
@@ -112,12 +127,17 @@ def gather(config: LoopConfig) -> Inputs:
         model = str(make_fresh_v1(config.directory / "start", config.resolutions[0], config.seed))
     else:
         model = check_model(config.checkpoint)
+    if is_adapter_folder(model):
+        start = config.directory / "start"
+        model = str(start.resolve() if start.is_dir() else write_merged(Path(model), start))
     try:
         check_whole(Path(model))
         check_values(Path(model))
     except ValueError as error:
         raise ValueError(f"checkpoint={config.checkpoint}: {error}") from error
     check_resolutions(model, config.resolutions)
+    if config.adapter.is_on:
+        check_adapter(config, model)
     if config.rollout.uses_vllm and not isinstance(load_config(model), Qwen2VLConfig):
         raise ValueError("rollout.text_engine: vllm serves models of type 'vargpt' alone; expected transformers")
     if "reward" in config.align.methods and ALIGN in config.stages:

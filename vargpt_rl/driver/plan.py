@@ -15,7 +15,7 @@ ANSWER = 100.0
 
 def planned_steps(config: LoopConfig) -> dict[str, float]:
     """Return the steps of a run by name, as ``vargpt_rl.driver.run`` records them, with their weights."""
-    steps: dict[str, float] = {}
+    steps: dict[str, float] = {"adapter": 0.0} if config.adapter.is_on else {}
     answering = config.evaluation.questions * ANSWER
     for name in config.stages:
         if name != ALIGN:

@@ -58,7 +58,7 @@ def plan_samples(it: StageContext, policy: Policy) -> SamplePlan:
     """
     settings = it.config.preference
     final = policy.weights[-1]
-    earlier = Policy(policy.model, policy.weights[:-1])
+    earlier = replace(policy, weights=policy.weights[:-1])
     checkpoints = [final.with_name(f"step-{step:06d}") for step in it.config.sft.saved_steps()]
     prompts = it.inputs.prompts or it.source.prompts("train", settings.count, _seed(it, Purpose.PROMPTS))
     prompts = [prompt for prompt in prompts[: settings.count] for _ in range(settings.samples)]

@@ -1,8 +1,10 @@
 """Start of a run: settings and inputs checked, workers and learner ranks placed and started."""
 
 import logging
+from pathlib import Path
 
 import ray
+import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -21,6 +23,9 @@ from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
+from vargpt_rl.model.hub import TINY_V1
+from vargpt_rl.storage.adapter import write_fresh_adapter
+from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lock import lock_folder
 
@@ -101,6 +106,7 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         inputs.model,
         inputs.source,
         places=worker_places,
+        adapter=config.adapter if config.adapter.is_on else None,
         progress=part,
         note=run.note,
         wait=False,
@@ -117,3 +123,24 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
     pool.wait_until_ready()
     weights = WeightSync(pool, text, run)
     return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)
+
+
+def base_name(session: Session) -> str:
+    """Return the name by which others find the model that a run started from: its hub name, else its directory."""
+    given = session.config.checkpoint
+    is_made = given == TINY_V1 or Path(given).is_dir()
+    return session.inputs.model if is_made else given
+
+
+def starting_policy(session: Session) -> Policy:
+    """Return the policy that a run starts from: the model, with an adapter that has no effect yet, if it trains one.
+
+    The adapter's first weights are a set of their own, so that workers can go back to them.
+    """
+    config, model = session.config, session.inputs.model
+    if not config.adapter.is_on:
+        return Policy(model)
+    weights = session.run.directory / "checkpoints" / "adapter" / "final"
+    dtype = torch.bfloat16 if config.learner.bf16 else torch.float32
+    session.run.step("adapter", lambda: write_fresh_adapter(model, config.adapter, weights, config.seed, dtype))
+    return Policy(model, (weights,), config.adapter)

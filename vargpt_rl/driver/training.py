@@ -4,9 +4,11 @@ import shutil
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from learners.config import Recipe
 from learners.group import RunningJob
+from learners.image_policy import RESHAPED_TOLERANCE
 from learners.jobs import DpoJob, SftJob, TokenizerJob
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.data.preferences import part_path, prompts_of, read_table
@@ -16,7 +18,7 @@ from vargpt_rl.driver.corpus import open_corpus
 from vargpt_rl.driver.prompts import edit_records
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
-from vargpt_rl.driver.weights import verify_swap
+from vargpt_rl.driver.weights import PROBE_TOLERANCE, verify_swap
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_config
 from vargpt_rl.model.prompt import REPLY
@@ -188,7 +190,9 @@ def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
     """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
     swapped = it.swap_to(policy)
     if "probe" in trained:
-        swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"])
+        dtype = torch.bfloat16 if it.config.learner.bf16 else torch.float32
+        tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else PROBE_TOLERANCE
+        swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"], tolerance)
     return swapped
 
 

@@ -59,8 +59,10 @@ class WeightSync:
         if stale := self.owners.keys() - wanted.keys():
             raise RuntimeError(f"workers hold {len(stale)} tensors that {weights} do not set, among them {min(stale)}")
         swap = {"version": version, "bytes": 0, "seconds": 0.0, "verified": True}
+        held = dict(self.owners)
         for directory in weights:
-            if any(self.owners.get(name) != directory for name, owner in wanted.items() if owner == directory):
+            if any(held.get(name) != directory for name, owner in wanted.items() if owner == directory):
+                held |= _owners([directory])
                 version = max(version, self.pool.version) + 1
                 report = _publish(self.pool, directory / WEIGHTS, version, "swap", log)
                 if self.text:
@@ -87,13 +89,13 @@ def _publish(pool: RolloutPool, path: Path, version: int, stage: str, log: Log) 
     return report
 
 
-def verify_swap(pool: RolloutPool, probe: Probe, learner: float) -> float:
+def verify_swap(pool: RolloutPool, probe: Probe, learner: float, tolerance: float = PROBE_TOLERANCE) -> float:
     """Return the largest difference, in nats, between the learner's and the workers' score of the probe.
 
     RuntimeError if it is above the tolerance: the workers do not hold the weights that were trained.
     """
     workers = pool.probe(probe.prompt, probe.bits, probe.resolution)
     worst = max(abs(value - learner) for value in workers)
-    if not worst <= PROBE_TOLERANCE + 1e-6 * abs(learner):
+    if not worst <= tolerance + 1e-6 * abs(learner):
         raise RuntimeError(f"after the swap workers score the probe {workers}, the learner {learner}")
     return worst

@@ -6,7 +6,7 @@ A directory without that marker is never read. Tensors are hashed once, when the
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import filterfalse
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vargpt_rl.common.failpoints import point
+from vargpt_rl.model.adapter import AdapterConfig, attach, fuse
+from vargpt_rl.model.families import family_of, load_config
+from vargpt_rl.model.unified import Unified
 from vargpt_rl.storage.files import atomic_dir, check_free_space
 from vargpt_rl.storage.hashes import file_hashes, tensor_hash
 
@@ -24,14 +27,18 @@ MARKER = "COMPLETE"
 
 @dataclass(frozen=True)
 class Policy:
-    """A model directory and the weight sets applied to it, in order: later sets override earlier ones."""
+    """A model directory and the weight sets applied to it, in order: later sets override earlier ones.
+
+    With an ``adapter`` the sets hold its tensors, and those of parts that train in full beside it.
+    """
 
     model: str
     weights: tuple[Path, ...] = ()
+    adapter: AdapterConfig | None = None
 
     def plus(self, weights: Path) -> "Policy":
         """Return this policy with one more weight set applied."""
-        return Policy(self.model, (*self.weights, weights))
+        return replace(self, weights=(*self.weights, weights))
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -112,3 +119,26 @@ def load_weights_into(
                     expected = tuple(own[name].shape) if name in own else "no such tensor"
                     raise ValueError(f"{path}: tensor {name} of shape {tuple(tensor.shape)}, the model has {expected}")
                 own[name].copy_(tensor)
+
+
+def load_policy(
+    policy: Policy, dtype: torch.dtype | str, kind: type[Unified] | None = None, dropout: bool = False
+) -> Unified:
+    """Load a policy's model, as its family's class or as ``kind``, with the weight sets applied.
+
+    An adapter stays beside the weights; with ``dropout``, its own is in force in training mode.
+    """
+    kind = kind or family_of(load_config(policy.model)).model
+    model = kind.from_pretrained(policy.model, dtype=dtype)
+    if policy.adapter is not None:
+        attach(model, policy.adapter, dropout)
+    load_weights_into(model, policy.weights)
+    return model
+
+
+def load_fused(policy: Policy, dtype: torch.dtype | str) -> Unified:
+    """Load a policy's model with its adapter, if it has one, put into the weights."""
+    model = load_policy(policy, dtype)
+    if policy.adapter is not None:
+        fuse(model)
+    return model

@@ -3,11 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from vargpt_rl.model.families import load_model
-from vargpt_rl.storage.checkpoint import load_weights_into
+from vargpt_rl.storage.checkpoint import Policy, load_fused
 from vargpt_rl.storage.files import atomic_dir, restore_dir
 
 BEST = "best.json"
@@ -18,16 +16,15 @@ def best_folder(run: Path, resolution: int) -> Path:
     return run / "best" / str(resolution)
 
 
-def export_model(start: str, weights: Sequence[Path], target: Path, notes: dict[str, dict] | None = None) -> None:
-    """Write the start model with the weight sets applied, and its tokenizer files.
+def export_model(policy: Policy, target: Path, notes: dict[str, dict] | None = None) -> None:
+    """Write the start model with the weight sets applied, an adapter merged, and its tokenizer files.
 
     ``notes`` maps names of extra JSON files to their contents. An older ``target`` is kept until the new one is whole.
     """
-    model = load_model(start, "auto")
-    load_weights_into(model, weights)
+    model = load_fused(policy, "auto")
     with atomic_dir(target) as folder:
         without_weights = shutil.ignore_patterns("model*.safetensors", "*.safetensors.index.json")
-        shutil.copytree(start, folder, ignore=without_weights, dirs_exist_ok=True)
+        shutil.copytree(policy.model, folder, ignore=without_weights, dirs_exist_ok=True)
         model.save_pretrained(folder)
         for name, content in (notes or {}).items():
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -46,9 +43,7 @@ def read_best(directory: Path) -> dict | None:
         raise ValueError(f"{path} is damaged ({error}): remove {directory}") from error
 
 
-def keep_best(
-    start: str, weights: Sequence[Path], directory: Path, note: dict, files: dict[str, dict] | None = None
-) -> None:
+def keep_best(policy: Policy, directory: Path, note: dict, files: dict[str, dict] | None = None) -> None:
     """Export a policy to ``directory`` if its ``note["value"]`` is strictly higher than the recorded one.
 
     ``files`` are further JSON files of it.
@@ -56,4 +51,4 @@ def keep_best(
     restore_dir(directory)
     best = read_best(directory)
     if math.isfinite(note["value"]) and (best is None or note["value"] > best["value"]):
-        export_model(start, weights, directory, {BEST: note} | (files or {}))
+        export_model(policy, directory, {BEST: note} | (files or {}))

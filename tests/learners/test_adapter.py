@@ -1,0 +1,177 @@
+"""Adapters on two real ranks: a stage trains its matrices alone, and a worker scores as the learner does."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from actors.worker import Worker
+from learners.config import DpoConfig, LearnerConfig, Recipe
+from learners.group import LearnerGroup
+from learners.jobs import DpoJob, training_checkpoints
+from tests.helpers.streams import corpus_of, sft_job
+from tests.helpers.tiny import BITS, Patches
+from vargpt_rl.data.preferences import write_table
+from vargpt_rl.data.samples import Probe, Prompt
+from vargpt_rl.model.adapter import AdapterConfig, is_adapter
+from vargpt_rl.model.bits import pack
+from vargpt_rl.model.scales import token_count
+from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.storage.adapter import adapted_on_meta, write_fresh_adapter
+from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
+
+SIDE = 64
+PROMPT = Prompt("p", "a red circle", "Here:")
+STEPS = 2
+LORA = AdapterConfig("lora", rank=4, dropout=0.3, targets=["language_model", "image_decoder"], full=["projectors"])
+RECIPE = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-2, warmup_ratio=0.0, zero=2, gradient_checkpointing=1)
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint, tmp_path_factory) -> Policy:
+    """A policy whose adapter has an effect in the decoder, as after an earlier stage."""
+    weights = tmp_path_factory.mktemp("adapter") / "final"
+    write_fresh_adapter(str(checkpoint), LORA, weights, 0, torch.float32)
+    return Policy(str(checkpoint), (weights,), LORA)
+
+
+def unseen(line: dict) -> None:
+    """Ignore a line of the learner's log."""
+
+
+def worker_of(policy: Policy) -> Worker:
+    """A worker that holds a policy."""
+    worker = Worker(policy.model, Patches(), threads=1, adapter=policy.adapter)
+    for weights in policy.weights:
+        worker.model.load_state_dict(load_file(check_checkpoint(weights)), strict=False)
+    return worker
+
+
+def images(worker: Worker, count: int) -> list[bytes]:
+    tokens = token_count(worker.image_tokenizer.schedule_for(SIDE))
+    rng = np.random.default_rng(2)
+    return [pack(rng.integers(0, 2, (tokens, BITS), np.uint8), 2) for _ in range(count)]
+
+
+def table_of(worker: Worker, path: Path) -> None:
+    """Write four pairs of random images, scored by a worker in the learner's micro-batches."""
+    drawn = images(worker, 8)
+    rows = []
+    for at in range(0, 8, 4):
+        scores = worker.score([(PROMPT, packed) for packed in drawn[at : at + 4]], SIDE)
+        for i in range(2):
+            row = {"pair_id": f"pair-{at + i}", "prompt_id": f"prompt-{at + i}", "prompt": PROMPT.text}
+            row |= {"reply": PROMPT.reply, "resolution": SIDE, "sampling": "{}", "reference_version": 0}
+            for side, j in {"chosen": i, "rejected": 2 + i}.items():
+                row |= {f"{side}_bits": drawn[at + j], f"{side}_source": "test", f"{side}_reward": None}
+                row |= {f"{side}_seed": None, f"{side}_version": None}
+                row[f"reference_{side}_logp"] = scores[j].total
+                row[f"reference_{side}_by_scale"] = scores[j].by_scale
+            rows.append(row)
+    write_table(path, rows)
+
+
+@pytest.fixture(scope="module")
+def probe(start) -> Probe:
+    return Probe(PROMPT, images(worker_of(start), 1)[0], SIDE)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    features = np.random.default_rng(0).standard_normal((12, BITS, SIDE // 16, SIDE // 16))
+    return corpus_of(tmp_path_factory.mktemp("corpus"), features).at(SIDE)
+
+
+@pytest.fixture(scope="module")
+def group():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    group = LearnerGroup(LearnerConfig(ranks=2, save_every=1), {"CPU": 0.5}, threads=1, use_gpu=False)
+    yield group
+    group.close()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(group):
+    """A single rank."""
+    alone = LearnerGroup(LearnerConfig(ranks=1), {"CPU": 0.5}, threads=1, use_gpu=False)
+    yield alone
+    alone.close()
+
+
+@pytest.fixture(scope="module")
+def tuned(group, start, corpus, probe, tmp_path_factory) -> tuple[Policy, dict]:
+    """The policy after SFT of the adapter, with dropout and every block recomputed; and the result."""
+    output = tmp_path_factory.mktemp("sft")
+    result = group.run(sft_job("sft", start, corpus, RECIPE, output, probe), unseen)
+    return start.plus(output / "final"), result
+
+
+def test_sft_trains_the_matrices_of_its_own_parts(tuned, start, probe):
+    policy, result = tuned
+    trained = load_file(check_checkpoint(policy.weights[-1]))
+    assert sorted(trained) == freeze(adapted_on_meta(start.model, LORA), STAGES["sft"], LORA)
+    assert all(is_adapter(name) != name.startswith("projector_") for name in trained)
+    assert not any(name.startswith("model.") for name in trained)
+    before = load_file(check_checkpoint(start.weights[0]))
+    # The first step moves no first matrix: where the second is 0, it has no gradient.
+    moved = {name for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
+    assert {name for name in trained if ".lora_A." not in name} <= moved
+    assert result["frozen"] == ["image_tokenizer", "lm_head", "model"]
+    assert result["probe"] == pytest.approx(worker_of(policy).score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)
+    assert result["probe"] != pytest.approx(worker_of(start).score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-2)
+
+
+def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(group, tuned, start, corpus, probe, tmp_path):
+    policy, whole = tuned
+    shutil.copytree(training_checkpoints(policy.weights[-1].parent), training_checkpoints(tmp_path / "again"))
+    lines: list[dict] = []
+    resumed = group.run(sft_job("sft", start, corpus, RECIPE, tmp_path / "again", probe), lines.append)
+    assert [line["step"] for line in lines if "loss" in line] == [2]
+    expected, found = (load_file(check_checkpoint(path)) for path in (policy.weights[-1], tmp_path / "again/final"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert resumed["probe"] == whole["probe"]
+
+
+def dpo_job(start: Policy, probe: Probe, folder: Path, zero: int) -> DpoJob:
+    """A job on pairs that a worker with the start has scored."""
+    table_of(worker_of(start), folder / "pairs.parquet")
+    return DpoJob(
+        start=start,
+        table=folder / "pairs.parquet",
+        recipe=replace(RECIPE, zero=zero, lr=1e-3),
+        dpo=DpoConfig(),
+        output=folder / "dpo",
+        seed=0,
+        probe=probe,
+    )
+
+
+def test_one_rank_has_the_gradients_of_two(group, alone, tuned, probe, tmp_path):
+    policy = replace(tuned[0], adapter=replace(LORA, reference="learner"))
+    job = dpo_job(policy, probe, tmp_path, 2)
+    found = []
+    for number, ranks in enumerate((group, alone)):
+        lines: list[dict] = []
+        result = ranks.run(replace(job, output=tmp_path / str(number)), lines.append)
+        assert result["step0_max_abs_logratio"] == 0.0, "the reference is the same pass"
+        found.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
+    assert len(found[0]) == STEPS
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_dpo_continues_the_adapter_from_its_own_scores(group, tuned, probe, tmp_path, zero):
+    policy, _ = tuned
+    result = group.run(dpo_job(policy, probe, tmp_path, zero), unseen)
+    assert result["step0_max_abs_logratio"] <= 1e-4, "dropout is off, and the reference is the policy"
+    assert result["loss_first"] == pytest.approx(np.log(2), abs=1e-4)
+    assert result["loss_last"] < result["loss_first"]
+    trained = worker_of(policy.plus(tmp_path / "dpo/final"))
+    assert result["probe"] == pytest.approx(trained.score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)
