@@ -2,10 +2,10 @@
 
 ``source=DIR target=DIR to=hf`` converts a release of either family (config.json of type ``vargpt_qwen2_vl`` or
 ``vargpt_llava``, one safetensors file or shards with an index) to a directory that ``from_pretrained`` reads;
-``to=release`` converts back. Every tensor is copied bit by bit in its own dtype. Tensors that the model does not use
-are kept in ``unused.safetensors``, and the release's config.json as ``release_config.json``; if these are missing, as
-in a model trained here, converting back writes neutral tensors and a new config.json. Errors are one line that names
-file and tensor; exit code 2.
+``to=release`` converts back. With ``to=hf`` an adapter's folder becomes a model directory, merged into its base. Every
+tensor is copied bit by bit in its own dtype. Tensors that the model does not use are kept in ``unused.safetensors``,
+and the release's config.json as ``release_config.json``; if these are missing, as in a model trained here, converting
+back writes neutral tensors and a new config.json. Errors are one line that names file and tensor; exit code 2.
 """
 
 import enum
@@ -26,6 +26,7 @@ from vargpt_rl.model.families import FAMILIES, family_of, load_config
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.release.v1_1_config import Release
 from vargpt_rl.release.v1_config import V1Release
+from vargpt_rl.storage.adapter import is_adapter_folder, write_merged
 from vargpt_rl.storage.sharded import (
     OTHER_FILES,
     TOKENIZER_FILES,
@@ -181,8 +182,14 @@ def hf_to_release(source: Path, target: Path) -> None:
 
 def convert(command: Conversion) -> None:
     """Run one conversion."""
+    source, target = Path(command.source), Path(command.target)
+    if is_adapter_folder(source):
+        if command.to is Target.release:
+            raise ValueError(f"source={source}: an adapter, expected a model directory; convert it with to=hf first")
+        print(f"adapter and base merged: {write_merged(source, target)}")
+        return
     way = release_to_hf if command.to is Target.hf else hf_to_release
-    way(Path(command.source), Path(command.target))
+    way(source, target)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from vargpt_rl.model.prompt import REPLY, ChatTemplate, VisionInputs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.whole import check_whole
+from vargpt_rl.storage.adapter import adapter_base, apply_adapter, is_adapter_folder
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -172,6 +173,8 @@ class Conversation:
 def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Unified, ChatTemplate]:
     """Load the model of a directory or hub name (`model_folder`) for inference, and its chat template.
 
+    An adapter's folder is merged into its base.
+
     ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. Raises ValueError
     if the directory does not have a complete model of either family.
     """
@@ -179,8 +182,11 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
     logging.disable_progress_bar()  # of seconds, even on the tiny model
     folder = model_folder(checkpoint)
     try:
-        family = family_of(check_whole(folder))
-        model = family.model.from_pretrained(folder, dtype=kind)
+        base = adapter_base(folder) if is_adapter_folder(folder) else folder
+        family = family_of(check_whole(base))
+        model = family.model.from_pretrained(base, dtype=kind)
+        if base != folder:
+            apply_adapter(model, folder, base)
         chat = family.markup(str(folder), model.config)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error
