@@ -26,6 +26,15 @@ def test_plans_the_full_size_model_without_its_weights(capsys):
     assert "pretrain" not in printed and "torch 2." in printed
 
 
+def test_an_adapter_fits_one_gpu_of_80_gb(capsys):
+    assert doctor.main(["experiment=vargpt_v1_1_lora_1gpu", "gpus=1", "gpu_memory_gib=79.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "the run fits into 1 GPUs of 79.1 GiB" in printed
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["256"] and "yes" in line]
+    assert [row[1] for row in rows] == ["sft", "dpo", "rl"]
+    assert all(row[3:] == ["no", "no", "yes", "yes"] for row in rows)
+
+
 def test_explains_a_run_that_does_not_fit(checkpoint, capsys):
     small = [checkpoint, "resolutions=[32]", "iterations=1", "stages=[align]"]
     assert doctor.main([*small, "gpus=4", "gpu_memory_gib=1"]) == 1

@@ -25,7 +25,7 @@ from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.settings import Count, Positive
-from vargpt_rl.memory.fit import Devices, refusal
+from vargpt_rl.memory.fit import Devices, Load, loads, refusal
 from vargpt_rl.memory.inputs import TEXT_TOKENS
 from vargpt_rl.memory.plan import RELEASE, SIZES, MemoryPlan, model_config, plan
 from vargpt_rl.memory.rollout import RolloutMemory
@@ -141,6 +141,24 @@ def rollout_table(rollouts: list[RolloutMemory]) -> Table:
     return table
 
 
+CARDS = {"24 GB": 23.6, "48 GB": 47.4, "80 GB": 79.1, "141 GB": 139.8}
+"""Usual sizes of GPUs, with the GiB that programs find on them."""
+
+
+def card_table(need: MemoryPlan, config: LoopConfig) -> Table:
+    """Build the table of what the fullest GPU holds in each stage, and which cards it fits."""
+    table = _table("the fullest GPU, in GiB, and the cards that it fits", ["px", "stage"], ["sum", *CARDS])
+    fullest: dict[tuple[str, int], Load] = {}
+    for load in loads(need, config.rollout, config.learner, config.placement, on_gpu=True):
+        key = load.training.stage, load.training.resolution
+        if load.ranks and (key not in fullest or load.total > fullest[key].total):
+            fullest[key] = load
+    for (stage, resolution), load in fullest.items():
+        fits = ["yes" if load.total <= size * GIB else "no" for size in CARDS.values()]
+        table.add_row(str(resolution), stage, f"{load.total / GIB:.1f}", *fits)
+    return table
+
+
 def notes(found: MemoryPlan) -> str:
     """Explain the tables' sums."""
     return (
@@ -188,6 +206,8 @@ def examine(arguments: list[str]) -> int:
     shown = [training for training in need.training if asked.stage in (None, training.stage)]
     console.print(training_table(shown))
     console.print(rollout_table(need.rollouts))
+    if devices.gpus:
+        console.print(card_table(need, config))
     console.print(notes(need), highlight=False)
     reason = verdict(need, config, devices)
     where = f"{devices.gpus} GPUs of" if devices.gpus else "this machine's"

@@ -97,6 +97,24 @@ def test_the_grpo_experiment_has_nothing_of_the_demos():
     assert config.align.left_out == {"sft", "dpo", "sft_on_winners"}
 
 
+def test_the_adapter_experiment_has_nothing_of_the_demos():
+    given = ["checkpoint=x", "evaluation.reward.path=rewards.technical:sharpness", *RECORDS]
+    given += ["resolutions=[256,512]", "iterations=2", "+data.sources.drawings.files=[x.jsonl]"]
+    config = load_config(["experiment=vargpt_v1_1_lora_1gpu", *given])
+    assert config.adapter.is_on and config.placement.is_colocated
+    for resolution, batches in ((256, (8, 4, 8)), (512, (2, 1, 4))):
+        at = config.at_resolution(resolution)
+        assert tuple(getattr(at, block).recipe.micro_batch for block in ("sft", "dpo", "rl")) == batches
+        assert (at.sft.recipe.steps, at.dpo.recipe.steps, at.rl.recipe.steps) == (1000, 250, 200)
+        assert (at.rl.credit_scales, at.preference.count, at.evaluation.prompts) == (5, 8000, 120)
+
+
+def test_an_adapter_is_a_group_of_settings():
+    assert load_config([]).adapter.kind == "none"
+    config = load_config(["adapter=lora", "adapter.rank=4", "adapter.targets=[self_attention.qkv]"])
+    assert (config.adapter.kind, config.adapter.rank, config.adapter.targets) == ("lora", 4, ["self_attention.qkv"])
+
+
 def test_every_stage_of_the_papers_experiment_can_learn_from_records():
     given = [*RECORDS, "+data.sources.drawings.files=[x.jsonl]", "+data.sources.edits={files:[y.jsonl],layout:editing}"]
     config = load_config(["experiment=vargpt_v1_1", "checkpoint=x", *given])

@@ -202,6 +202,23 @@ def test_plan_counts_less_for_frozen_language_inputs(config):
     assert all(less < 0.9 * whole for less, whole in pairs)
 
 
+def test_an_adapter_has_states_for_its_own_tensors_alone(config):
+    lora = ["adapter=lora", "adapter.rank=2", "adapter.serving=merged", "adapter.reference=learner"]
+    plans = [
+        memory.plan(load_config([*SETTINGS, "stages=[align]", *more]), config, on_gpu=on_gpu)
+        for more, on_gpu in (([], True), (lora, True), (lora, False))
+    ]
+    for whole, adapted in zip(plans[0].training, plans[1].training, strict=True):
+        assert adapted.optimizer < whole.optimizer / 3 and adapted.gradients < whole.gradients / 3
+        assert whole.weights < adapted.weights < 1.2 * whole.weights
+        assert adapted.activations > 0
+    assert plans[1].rollouts[0].weights == plans[1].training[0].whole
+    assert plans[2].rollouts[0].weights > 1.2 * plans[2].training[0].whole, "originals of merged layers"
+    settings = load_config([*SETTINGS, "stages=[align]", *lora])
+    for need, limit in zip(plans[1].training, memory.bound(settings, config, on_gpu=True).training, strict=True):
+        assert need.total <= limit.total
+
+
 def test_bound_is_no_less_than_plan(config):
     settings = load_config([*SETTINGS, ALL, "edit.recipe.micro_batch=8"])
     bound, plan = memory.bound(settings, config, False), memory.plan(settings, config, False)

@@ -71,21 +71,27 @@ class Load:
         return " and ".join(f"{count} {name}{'s' * (count > 1)} of {need}" for count, name, need in groups if count)
 
 
-def fullest(
+def loads(
     plan: MemoryPlan, rollout: RolloutConfig, learner: LearnerConfig, placement: PlacementConfig, on_gpu: bool
-) -> Load:
-    """Find the largest load of a device: all processes on a CPU, or those that the placement puts on one GPU."""
+) -> list[Load]:
+    """List the loads of a device: all processes on a CPU, or those that the placement puts on one GPU."""
     counts = [(rollout.workers, learner.ranks)]
     if on_gpu:
         filled = per_gpu(rollout, learner.gpus_per_rank, placement)
         counts = [(min(workers, rollout.workers), min(ranks, learner.ranks)) for workers, ranks in filled]
     by_resolution = {need.resolution: need for need in plan.rollouts}
-    loads = [
+    return [
         Load(workers, by_resolution[training.resolution], ranks, training)
         for workers, ranks in counts
         for training in plan.training
     ]
-    return max(loads, key=lambda load: load.total)
+
+
+def fullest(
+    plan: MemoryPlan, rollout: RolloutConfig, learner: LearnerConfig, placement: PlacementConfig, on_gpu: bool
+) -> Load:
+    """Find the largest load of a device."""
+    return max(loads(plan, rollout, learner, placement, on_gpu), key=lambda load: load.total)
 
 
 def refusal(plan: MemoryPlan, config: LoopConfig, devices: Devices) -> str | None:

@@ -19,6 +19,7 @@ from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, policy_loss, preference_
 from vargpt_rl.memory.rollout import RolloutMemory, rollout
 from vargpt_rl.memory.tracker import META, meta_model
 from vargpt_rl.memory.training import TrainingMemory, activations, parameter_sizes, states
+from vargpt_rl.model.adapter import AdapterConfig, attach, base_linear, lora_layers
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.hub import TINY_V1
@@ -119,8 +120,11 @@ class _Case:
         ranks = self.settings.learner.ranks
         dtype = _dtype(self.settings)
         accumulates = self.recipe.accumulation(ranks) > 1
-        sizes = parameter_sizes(whole, self.stage)
+        adapter = self.settings.adapter
+        sizes = parameter_sizes(whole, self.stage, adapter if adapter.is_on else None)
         held = states(sizes, dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        if adapter.scores_in_learner and self.stage.name in ("dpo", "rl"):  # the trained tensors at the start
+            held["buffers"] += sum(n for n, is_trained in sizes if is_trained) * dtype.itemsize
         if self.encodes:
             copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
             held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
@@ -172,8 +176,8 @@ def trains(config: LoopConfig) -> bool:
 
 def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> MemoryPlan:
     """Estimate every stage and the workers; with ``compare`` also activations with the opposite checkpointing."""
-    whole = _on_meta(model)
-    small = meta_model(model, _dtype(config))
+    whole = _on_meta(model, _adapter(config))
+    small = meta_model(model, _dtype(config), _adapter(config))
     cases = list(_cases(config))
     if not cases:
         raise ValueError(
@@ -186,9 +190,9 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
         training.append(case.need(whole, on_gpu, activations(small, case.stage, case.loss, kept), other))
     settings = {case.resolution: case.settings for case in cases}
     edited = {case.resolution: case.settings.data.seen_side for case in cases if case.edits}
+    worker = training[0].whole + _originals(config, whole, on_gpu)
     rollouts = [
-        rollout(small, training[0].whole, px, at.rollout.batch_size, at.sampling, edited.get(px, 0))
-        for px, at in settings.items()
+        rollout(small, worker, px, at.rollout.batch_size, at.sampling, edited.get(px, 0)) for px, at in settings.items()
     ]
     return MemoryPlan(training, rollouts)
 
@@ -197,8 +201,8 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
     """Bound ``plan`` from above with one loss and one sampling pass: every stage trains all parameters on the most rows
     at the highest resolution.
     """
-    whole = _on_meta(model)
-    small = meta_model(model, _dtype(config))
+    whole = _on_meta(model, _adapter(config))
+    small = meta_model(model, _dtype(config), _adapter(config))
     cases = list(_cases(config))
     images = max(case.images for case in cases)
     questions = max(case.rows - case.images for case in cases)
@@ -218,10 +222,26 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
         (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
     )
     training = [case.need(whole, on_gpu, kept) for case in cases]
-    worker = rollout(small, training[0].whole, resolution, rows, sampling, edits * config.data.seen_side)
+    weights = training[0].whole + _originals(config, whole, on_gpu)
+    worker = rollout(small, weights, resolution, rows, sampling, edits * config.data.seen_side)
     return MemoryPlan(training, [replace(worker, resolution=case.resolution) for case in cases])
 
 
-def _on_meta(model: PreTrainedConfig) -> Unified:
+def _adapter(config: LoopConfig) -> AdapterConfig | None:
+    return config.adapter if config.adapter.is_on else None
+
+
+def _originals(config: LoopConfig, whole: Unified, on_gpu: bool) -> int:
+    """Return the bytes of the originals of merged layers, which a worker keeps in the machine's memory."""
+    if on_gpu or not config.adapter.is_merged:
+        return 0
+    layers = lora_layers(whole).values()
+    return sum(base_linear(layer).weight.numel() for layer in layers) * _dtype(config).itemsize
+
+
+def _on_meta(model: PreTrainedConfig, adapter: AdapterConfig | None = None) -> Unified:
     with META:
-        return family_of(model).model(model)
+        made = family_of(model).model(model)
+        if adapter is not None:
+            attach(made, adapter)
+    return made

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
+from vargpt_rl.model.adapter import AdapterConfig, attach
 from vargpt_rl.model.families import family_of
 from vargpt_rl.model.unified import Unified
 
@@ -43,12 +44,14 @@ class MetaModel:
     model: Unified
     stacks: tuple[tuple[nn.ModuleList, int], ...]
     """Each stack and its real number of blocks."""
+    adapter: AdapterConfig | None = None
+    """Settings of the model's adapter, if it has one."""
     results: dict[tuple, tuple] = field(default_factory=dict)
     """Cache of operators' results by their arguments."""
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> MetaModel:
-    """Build the model of ``config`` on the meta device."""
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, adapter: AdapterConfig | None = None) -> MetaModel:
+    """Build the model of ``config`` on the meta device, with an ``adapter`` as in SFT."""
     small = copy.deepcopy(config)
     kind = family_of(config).model
     depths = {}
@@ -60,7 +63,10 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> MetaModel:
             settings.layer_types = settings.layer_types[:BLOCKS]
     with META:
         model = kind(small).to(dtype)
-    return MetaModel(model, tuple((model.get_submodule(blocks), depth) for blocks, depth in depths.items()))
+        if adapter is not None:
+            attach(model, adapter, dropout=True)
+    stacks = tuple((model.get_submodule(blocks), depth) for blocks, depth in depths.items())
+    return MetaModel(model, stacks, adapter)
 
 
 class _Held:

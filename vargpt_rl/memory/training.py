@@ -14,6 +14,7 @@ import torch
 from learners.config import Recipe
 from vargpt_rl.memory.tracker import MetaModel, counting
 from vargpt_rl.memory.units import RUNTIME, breakdown, gib
+from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.stages import Stage, freeze
 
@@ -97,9 +98,9 @@ def states(
     return found
 
 
-def parameter_sizes(model: Unified, stage: Stage) -> list[tuple[int, bool]]:
-    """Return each parameter's number of elements and whether the stage trains it."""
-    freeze(model, stage)
+def parameter_sizes(model: Unified, stage: Stage, adapter: AdapterConfig | None = None) -> list[tuple[int, bool]]:
+    """Return each parameter's number of elements and whether the stage trains it, or its part of an ``adapter``."""
+    freeze(model, stage, adapter)
     return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
 
 
@@ -116,7 +117,7 @@ def activations(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.T
 
 def _peak(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], recompute: bool) -> int:
     model = meta.model.train()
-    freeze(model, stage)
+    freeze(model, stage, meta.adapter)
     if recompute:
         model.gradient_checkpointing_enable()
     else:
