@@ -79,7 +79,7 @@ def test_reports_as_the_papers_do_and_runs_tasks_once(command, stand_in, result,
     assert (job["limit"], job["weights"], job["checkpoint"]) == (7, row["weights"], row["checkpoint"])
     table = (tmp_path / "out/lmms.md").read_text()
     assert "| MMBench | POPE adv | MME | GQA | docvqa_val anls |" in table
-    assert "| 66.00 | 50.00 ± 12.50 | 1234.5 | 25.00 ± 1.00 | 0.75 |" in table
+    assert "| 66.00 | 50.00 (25.50 to 74.50) | 1234.5 | 25.00 (23.04 to 26.96) | 0.75 |" in table
     assert "| VARGPT-v1.1 (7B+2B) (reported) | 81.01 | 84.40 | 1684.1 | 66.20 | - |" in table
     assert "VILA-U (7B) (reported) | - | - | 1401.8 | - | - |" in table
     assert "Liquid" in table and "LWM" not in table
