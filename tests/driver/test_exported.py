@@ -35,13 +35,13 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     for name in ("iter-00.png", "iter-00-pairs.png"):
         (tmp_path / "samples" / name).write_bytes(name.encode())
-    after = {"overall": 0.75, "overall_stderr": 0.05, "n": 120}
+    after = {"overall": 0.75, "overall_low": 0.67, "overall_high": 0.82, "n": 120}
     summary = {"stages": {}, "iterations": [{"resolution": 128, "eval": {"after_sft": after}}]}
     write_card(tmp_path, config, summary)
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.library_name == "vargpt_rl" and "grpo" in card.data.tags
     assert "from `tiny`" in card.text and "rewards.shapes:shapes_reward" in card.text
-    assert "| 0 | 128 | after SFT | 120 | 0.750 ± 0.050 |" in card.text
+    assert "| 0 | 128 | after SFT | 120 | 0.750 (0.67 to 0.82) |" in card.text
     assert (tmp_path / "model/samples.png").read_bytes() == b"iter-00.png"
 
 

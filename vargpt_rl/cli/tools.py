@@ -39,7 +39,7 @@ DESCRIBE = Program(
     name="describe",
     module="vargpt_rl.data.preferences",
     summary="Describe the preference pairs of a table.",
-    examples=("vargpt-rl data describe runs/demo/preferences/iter-00.parquet",),
+    examples=("vargpt-rl data describe runs/shapes-128-256/preferences/iter-00.parquet",),
 )
 TEST = Program(
     name="test",
