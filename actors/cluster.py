@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
@@ -52,6 +53,16 @@ def connect() -> None:
     with contextlib.chdir(code if Path(package).is_dir() else "."):
         ray.init(**options)
     handle_signals()  # again: Ray sets that of SIGTERM itself
+
+
+def kill_process(pid: int, began: float) -> None:
+    """Kill a process of this node and its children, unless the id is now another's, which began at another time."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == began:
+            for each in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
 
 
 def nodes() -> list[Resources]:

@@ -85,12 +85,19 @@ class WorkerGroup:
         self._starting: dict[ray.ObjectRef, _Start] = {}
         self._running: dict[ray.ObjectRef, Call] = {}  # stragglers' calls of earlier jobs too
         self._dead: set[ActorHandle] = set()
+        self._started_once = False
         self.handles = [self._start(place) for place in range(plan.workers)]
 
     def wait_until_ready(self) -> None:
-        """Wait for the workers that were started first; errors of their start are raised."""
-        ray.get([worker.status.remote() for worker in self.handles], timeout=self.config.call_timeout_s)
-        self._starting.clear()
+        """Wait for the workers that were started first; one that does not come up in time is replaced.
+
+        Errors of loading the model are raised, and RuntimeError after too many replacements.
+        """
+        now = time.monotonic()  # the caller may have done other work since they were started
+        self._starting = {ref: start._replace(since=now) for ref, start in self._starting.items()}
+        while self._starting:
+            self.wait()
+        self._started_once = True
 
     # Calls
 
@@ -222,7 +229,9 @@ class WorkerGroup:
         start = self._starting.pop(ref)
         try:
             ray.get([*start.replayed, ref])
-        except LOST:
+        except LOST as error:
+            if not self._started_once and "creation task" in str(error):  # an error of the model, which would recur
+                raise
             self.replace(start.worker, "starting")
 
 

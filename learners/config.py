@@ -177,6 +177,9 @@ class LearnerConfig:
     """Peak of one rank's device in TFLOP/s, of which ``time/mfu`` is the share; null measures a matrix product."""
     start_timeout_s: Positive = 300.0
     """Longest wait for the ranks' resources and for their start."""
+    stall_timeout_s: Positive = 1800.0
+    """Longest wait without progress of a stage (a line in its log): then ranks or their data workers hang, and are
+    restarted. It must cover loading the model, a step, and saving; three times the longest step is always allowed."""
     save_every: Count | None = 200
     """Steps between training checkpoints; null saves one only when a signal stops the run."""
     keep_last: Count = 2

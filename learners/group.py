@@ -1,8 +1,9 @@
 """A learner group: ranks as Ray actors in one placement group, driven as one.
 
 Every job goes to all ranks; the driver follows the main rank's log while it waits. When a rank dies, its peers hang in
-a collective call: all ranks are restarted and the job resumes from its last training checkpoint. Errors of the job
-itself are not retried: they reach the caller as raised.
+a collective call: all ranks are restarted and the job resumes from its last training checkpoint. So they are if the
+log says nothing for too long while the driver waits: a rank, or a process that reads its data, then hangs. Errors of
+the job itself are not retried: they reach the caller as raised.
 """
 
 import json
@@ -15,11 +16,12 @@ from pathlib import Path
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster import LOST, Note, Place, unnoted
+from actors.cluster import LOST, Note, Place, kill_process, unnoted
 from learners.checkpoints import last_checkpoint
 from learners.config import LearnerConfig
-from learners.jobs import Job, TokenizerJob, save_request, training_checkpoints
+from learners.jobs import Job, RankProcess, TokenizerJob, save_request, training_checkpoints
 
 OnLog = Callable[[dict], None]
 JobSteps = Generator[list[ray.ObjectRef], None, dict]
@@ -30,11 +32,50 @@ SETTLE_S = 30.0
 Ray may need half a minute to notice that a whole node is gone."""
 
 
+SLOWEST = 3
+"""A step may take this many times as long as the longest one before it."""
+
+
+class StalledError(Exception):
+    """The ranks of a job make no progress."""
+
+
+class Patience:
+    """Judges whether a job makes progress, by the seconds that the driver has waited without a line in its log.
+
+    Only waiting counts: an online job waits in turn for the driver, which then does other work.
+    """
+
+    def __init__(self, limit_s: float):
+        self.limit_s = limit_s
+        self.begin()
+
+    def begin(self) -> None:
+        """Start anew, with a job or after a restart."""
+        self.longest = 0.0
+        self.waited = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Count a wait of the driver."""
+        self.waited += seconds
+
+    def see_progress(self) -> None:
+        """Count a line of the log."""
+        self.longest = max(self.longest, self.waited)
+        self.waited = 0.0
+
+    def check(self) -> None:
+        """Raise StalledError after more than ``limit_s`` seconds and several times the longest step."""
+        if self.waited > max(self.limit_s, SLOWEST * self.longest):
+            raise StalledError(f"no progress in {self.waited:.0f} s")
+
+
 class RunningJob:
     """A job that runs beside other work of the driver, which polls it with `look`."""
 
-    def __init__(self, steps: JobSteps):
+    def __init__(self, steps: JobSteps, patience: Patience):
         self.steps = steps
+        self.patience = patience
         self.value: dict | None = None
         self.look()
 
@@ -49,7 +90,10 @@ class RunningJob:
     def wait(self, timeout_s: float) -> bool:
         """Follow the job's log after at most ``timeout_s``; False once the job is done."""
         if waiting := self.look():
+            began = time.monotonic()
             ray.wait(waiting, timeout=timeout_s)
+            # A driver that was itself stopped has waited no longer than it meant to.
+            self.patience.wait(min(time.monotonic() - began, 2 * timeout_s))
         return bool(self.look())
 
     def result(self) -> dict:
@@ -87,10 +131,16 @@ class LearnerGroup:
         self.places = places or [Place(self.group, i) for i in range(config.ranks)]
         self.restarts = 0
         self.ranks: list[ray.actor.ActorHandle] = []
-        self.pids: list[int] = []
+        self.processes: list[RankProcess] = []
+        self.patience = Patience(config.stall_timeout_s)
         self.save_request: Path | None = None
         self.waiting: list[ray.ObjectRef] = []
         self._start_ranks()
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks."""
+        return [process.pid for process in self.processes]
 
     def _start_ranks(self) -> None:
         if not self.use_gpu:
@@ -104,8 +154,12 @@ class LearnerGroup:
             .remote(i, self.config, self.threads, self.use_gpu)
             for i, place in enumerate(self.places)
         ]
-        host, port = ray.get(self.ranks[0].address.remote(), timeout=limit)
-        self.pids = ray.get([rank.join.remote(host, port) for rank in self.ranks], timeout=limit)
+        try:
+            host, port = ray.get(self.ranks[0].address.remote(), timeout=limit)
+            self.processes = ray.get([rank.join.remote(host, port) for rank in self.ranks], timeout=limit)
+        except GetTimeoutError as error:
+            self._stop()
+            raise RuntimeError(f"the learner ranks did not start in learner.start_timeout_s={limit:g} s") from error
 
     def run(self, job: Job, on_log: OnLog) -> dict:
         """Run a job to its end; returns the main rank's result."""
@@ -113,7 +167,7 @@ class LearnerGroup:
 
     def start(self, job: Job, on_log: OnLog) -> RunningJob:
         """Start a job without waiting for it."""
-        return RunningJob(self._steps(job, on_log))
+        return RunningJob(self._steps(job, on_log), self.patience)
 
     def checkpoint(self, timeout_s: float) -> None:
         """Ask the running job, if any, to save a checkpoint after its current step; wait at most ``timeout_s``."""
@@ -136,10 +190,14 @@ class LearnerGroup:
                 if not self.ranks:
                     self._start_ranks()
                 return (yield from self._attempt(self._resumed(job), on_log))
-            except LOST as error:
+            except (*LOST, StalledError) as error:
                 self._stop()
+                why = ""
+                if isinstance(error, StalledError):
+                    self._kill_processes()
+                    why = f" ({error})"
                 self.restarts += 1
-                self.note(f"learner rank lost during {job.kind}: restart {self.restarts} of {limit}", restart=True)
+                self.note(f"learner rank lost during {job.kind}{why}: restart {self.restarts} of {limit}", restart=True)
                 if self.restarts > limit:
                     self.close()
                     raise RuntimeError(f"a learner rank was lost more than {limit} times, now in {job.kind}") from error
@@ -165,15 +223,29 @@ class LearnerGroup:
             self.save_request.unlink(missing_ok=True)
         results = [rank.run.remote(job) for rank in (self.ranks[:1] if alone else self.ranks)]
         self.waiting = list(results)
+        self.patience.begin()
         while self.waiting:
             yield self.waiting
             done, self.waiting = ray.wait(self.waiting, timeout=0)
-            log.poll()
+            if log.poll() or done:
+                self.patience.see_progress()
+            self.patience.check()
             if any(map(_error, done)):
                 ray.wait(results, num_returns=len(results), timeout=SETTLE_S)
                 errors = list(filter(None, map(_error, results)))
                 raise next((error for error in errors if isinstance(error, LOST)), errors[0])
         return ray.get(results[0])
+
+    def _kill_processes(self) -> None:
+        """Kill the ranks' processes on their nodes: one that is stopped (SIGSTOP) does not read Ray's own request."""
+        refs = [
+            ray.remote(kill_process)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(process.node, soft=True))
+            .remote(process.pid, process.began)
+            for process in self.processes
+        ]
+        ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S)
+        self.processes = []
 
     def _stop(self) -> None:
         for rank in self.ranks:
@@ -207,11 +279,15 @@ class LogFollower:
         self.offset = 0
         path.unlink(missing_ok=True)
 
-    def poll(self) -> None:
+    def poll(self) -> int:
+        """Pass on the new lines; return their number."""
+        count = 0
         if not self.path.exists():
-            return
+            return count
         with self.path.open() as file:
             file.seek(self.offset)
             while (line := file.readline()).endswith("\n"):
                 self.offset = file.tell()
                 self.on_log(json.loads(line))
+                count += 1
+        return count

@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from learners.config import DpoConfig, LearnedRewardConfig, Recipe, RlConfig
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.storage.checkpoint import Policy
+
+
+class RankProcess(NamedTuple):
+    """The process of a rank: its id, Ray's id of its node, and when it began (seconds since the epoch)."""
+
+    pid: int
+    node: str
+    began: float
 
 
 def training_checkpoints(output: Path) -> Path:

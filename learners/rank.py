@@ -29,6 +29,7 @@ from learners.jobs import (
     DpoJob,
     Job,
     PolicyGradientJob,
+    RankProcess,
     RewardJob,
     SftJob,
     TokenizerJob,
@@ -112,15 +113,15 @@ class Rank:
         """This node's address in the cluster and a free port, where the ranks rendezvous with rank 0."""
         return ray.util.get_node_ip_address(), free_port()
 
-    def join(self, host: str, port: int) -> int:
-        """Join the process group; returns the process id."""
+    def join(self, host: str, port: int) -> RankProcess:
+        """Join the process group; returns the process."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # By default gloo listens where the host's name resolves to: on many systems that is the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
         # gloo suffices on CPUs; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
-        return os.getpid()
+        return RankProcess(os.getpid(), ray.get_runtime_context().get_node_id(), psutil.Process().create_time())
 
     def run(self, job: Job) -> dict:
         """Run a job; returns its result, the same kind of dict on every rank."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +264,34 @@ def test_lost_ranks_restart_and_resume_bitwise(group, faults, start, corpus, pro
     with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
         other.run(replace(job, output=tmp_path / "again"), lambda line: None)
     assert not killed.exists() and not (tmp_path / "again/final").exists()
+
+
+@pytest.mark.parametrize("how", ["stopped", "hanging"])
+def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, start, corpus, probe, tmp_path, how):
+    """One of two ranks is stopped by a signal, or hangs in its own code: its peer waits for it and lives on."""
+    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
+    group.run(job, lambda line: None)
+    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
+    noted = []
+    other = LearnerGroup(
+        config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
+    )
+    first = list(other.pids)
+
+    def stop(line: dict) -> None:
+        if line["step"] == 1 and not noted and how == "stopped":
+            os.kill(first[1], signal.SIGSTOP)
+
+    if how == "hanging":
+        ask(faults, "cut/rank-1/step-2", "hang")
+    other.run(replace(job, output=tmp_path / "cut"), stop)
+    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    ((event, restart),) = noted
+    assert re.fullmatch(r"learner rank lost during sft \(no progress in 4\d s\): restart 1 of 1", event) and restart
+    assert not any(psutil.pid_exists(pid) for pid in first), "a stopped process would keep its memory"
+    other.close()
 
 
 def test_a_job_resumes_from_a_checkpoint_saved_on_request(group, start, corpus, probe, tmp_path):

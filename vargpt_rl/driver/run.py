@@ -31,7 +31,10 @@ FREE = tuple(
     f"{key}: "
     for key in (
         *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
-        *(f"learner.{key}" for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s")),
+        *(
+            f"learner.{key}"
+            for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s", "stall_timeout_s")
+        ),
         *(f"tracking.{key}" for key in ("wandb", "project", "table_rows", "images")),
         *(f"placement.{key}" for key in ("kind", "strategy")),
         "learner.gpus_per_rank",
