@@ -24,6 +24,7 @@ from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.memory import available_memory
 from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.memory.fit import Devices, Load, loads, refusal
 from vargpt_rl.memory.inputs import TEXT_TOKENS
@@ -61,11 +62,6 @@ def found_gpus() -> list[tuple[str, int]]:
     return [(gpu.name, gpu.total_memory) for gpu in properties]
 
 
-def machine_memory() -> int:
-    """Return this machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def planned(asked: DoctorSettings, found: list[tuple[str, int]]) -> Devices:
     """Return the devices to plan for. ValueError if the memory of requested GPUs is unknown."""
     gpus = asked.gpus or len(found)
@@ -74,7 +70,7 @@ def planned(asked: DoctorSettings, found: list[tuple[str, int]]) -> Devices:
     if asked.gpu_memory_gib is not None and not gpus:
         raise ValueError(f"gpu_memory_gib={asked.gpu_memory_gib:g}: expected gpus=N too, since no GPU was found")
     each = asked.gpu_memory_gib * GIB if asked.gpu_memory_gib else min((size for _, size in found), default=0)
-    return Devices(gpus, int(each), machine_memory())
+    return Devices(gpus, int(each), available_memory())
 
 
 def warnings(installed: dict[str, str]) -> list[str]:
@@ -100,7 +96,7 @@ def about(found: list[tuple[str, int]]) -> list[str]:
     installed = installed_versions()
     versions = [f"{package} {installed.get(package, 'not installed')}" for package in PACKAGES]
     gpus = [f"GPU {i}: {name}, {size / GIB:.1f} GiB" for i, (name, size) in enumerate(found)] or ["no GPU"]
-    machine = f"{os.cpu_count()} CPU cores, {machine_memory() / GIB:.1f} GiB of memory"
+    machine = f"{os.cpu_count()} CPU cores, {available_memory() / GIB:.1f} GiB of memory"
     python = f"python {platform.python_version()}"
     return [", ".join([python, *versions]), *warnings(installed), *gpus, machine]
 

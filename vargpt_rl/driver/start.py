@@ -15,6 +15,7 @@ from actors.text_engine import start_text_engine
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
+from vargpt_rl.common.memory import available_memory
 from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
 from vargpt_rl.driver.plan import planned_steps
 from vargpt_rl.driver.run import Run
@@ -84,7 +85,10 @@ def devices() -> Devices:
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     each = ray.get(ray.remote(num_gpus=1)(gpu_memory).remote()) if gpus else 0
-    return Devices(gpus, each, int(found["memory"] + found["object_store_memory"]))
+    memory = int(found["memory"] + found["object_store_memory"])
+    if len(nodes()) == 1:  # which may be in a container that has less than its machine
+        memory = min(memory, available_memory())
+    return Devices(gpus, each, memory)
 
 
 def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> Session:
