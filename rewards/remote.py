@@ -6,11 +6,16 @@ The environment variable REWARD_TOKEN, if set, is sent as a bearer token.
 """
 
 import base64
+import contextlib
+import http.client
+import ipaddress
 import json
 import os
+import socket
+import threading
 import urllib.request
-from collections.abc import Sequence
-from urllib.error import HTTPError, URLError
+from collections.abc import Callable, Iterator, Sequence
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -30,13 +35,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class HttpReward:
-    """The reward at ``url``, such as http://host:8000/score. ``timeout_s`` is for one socket operation.
+    """The reward at ``url``, such as http://host:8000/score. ``timeout_s`` is for the whole request and its answer.
 
-    OSError if the server does not answer or refuses, ValueError for a malformed answer.
+    A server on the loopback is never asked through a proxy. OSError if the server does not answer or refuses,
+    ValueError for a malformed answer.
     """
 
     def __init__(self, url: str, timeout_s: float = 60.0):
-        if urlsplit(url).scheme not in ("http", "https"):
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isprintable()
+        except ValueError:  # a port that is none, or half an IPv6 address
+            valid = False
+        if not valid or " " in url:
             raise ValueError(f"url={url}: expected http://... or https://...")
         self.url, self.timeout_s = url, timeout_s
 
@@ -47,19 +58,127 @@ class HttpReward:
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(self.url, body, headers)
+        return _scores(self._ask(request), len(images))
+
+    def _ask(self, request: urllib.request.Request) -> bytes:
+        """Return the body of the answer. OSError if there is none in time."""
+        host = urlsplit(self.url).hostname or ""
+        direct = [urllib.request.ProxyHandler({})] if _is_loopback(host) else []
+        with _deadline(self.timeout_s) as (expired, watch):
+            opener = urllib.request.build_opener(_NoRedirect, _Http(watch), _Https(watch), *direct)
+            try:
+                with opener.open(request, timeout=self.timeout_s) as answer:
+                    text = answer.read(MAX_ANSWER)
+            except HTTPError as error:
+                raise OSError(f"{self.url} answered {error.code}: {self._shown(error)}") from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if expired.is_set() or isinstance(error, TimeoutError):
+                    raise TimeoutError(f"{self.url}: no answer in {self.timeout_s:g} s") from error
+                raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+            if expired.is_set():
+                raise TimeoutError(f"{self.url}: no answer in {self.timeout_s:g} s")
+        return text
+
+    @staticmethod
+    def _shown(error: HTTPError) -> str:
+        """Return a server's words without the token, which it may repeat: errors are written to the summary."""
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as answer:
-                text = answer.read(MAX_ANSWER)
-        except HTTPError as error:
-            raise OSError(f"{self.url} answered {error.code}: {error.read(500).decode(errors='replace')}") from error
-        except URLError as error:
-            raise OSError(f"{self.url}: {error.reason}") from error
-        return _scores(text)
+            said = error.read(500).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            return "(no text)"
+        token = os.environ.get(TOKEN)
+        return said.replace(token, "...") if token else said
 
 
-def _scores(text: bytes) -> list[float | None]:
+def _scores(text: bytes, count: int) -> list[float | None]:
     try:
         scores = json.loads(text)["scores"]
+        if not isinstance(scores, list) or any(type(score) not in (int, float, type(None)) for score in scores):
+            raise ValueError("scores are not a list of numbers or null")
+        if len(scores) != count:
+            raise ValueError(f"{len(scores)} scores for {count} images")
         return [None if score is None else float(score) for score in scores]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f'expected {{"scores": [numbers or null]}}, got {text[:100]!r}') from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+Watch = Callable[[socket.socket], None]
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Watch]]:
+    """Yield an event that is set after ``seconds``, and a function for the sockets that are shut down then.
+
+    A timeout of a socket is for one operation, which a server that sends a byte now and then never exceeds.
+    """
+    expired = threading.Event()
+    sockets: list[socket.socket] = []
+
+    def end() -> None:
+        expired.set()
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired, sockets.append
+    finally:
+        timer.cancel()
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection that shows its socket to ``watch``."""
+
+    watch: Watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.watch(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    """The same over TLS."""
+
+    watch: Watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.watch(self.sock)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+    def _connection(self, host: str, **options) -> _Connection:
+        connection = _Connection(host, **options)
+        connection.watch = self.watch
+        return connection
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+    def _connection(self, host: str, **options) -> _SecureConnection:
+        connection = _SecureConnection(host, **options)
+        connection.watch = self.watch
+        return connection

@@ -2,9 +2,11 @@
 
 ``options={"key": value}`` (JSON) go to a class's constructor. GET /health answers once the server is up. If the
 environment variable REWARD_TOKEN is set, /score requires it as a bearer token; hosts other than the loopback need it.
-Requests are scored one at a time. Needs the extra ``serve``.
+Requests are scored one at a time. Connections, requests in memory, their pixels and the time to send one are bounded.
+Needs the extra ``serve``.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -37,6 +39,15 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 128 * 2**20  # bytes
 MAX_IMAGES = 256
 MAX_PIXELS = 4096 * 4096  # of one image
+MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
+HELD = 4
+"""Requests whose body is in memory; the others wait unread."""
+CONNECTIONS = 256
+"""More are refused with 503."""
+BODY_S = 60.0
+"""Seconds in which a request must have sent its body."""
+SHUTDOWN_S = 10
+"""Seconds that running requests have after SIGTERM."""
 
 
 @dataclass
@@ -53,9 +64,14 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
     """Build the server of one reward."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     one_at_a_time = threading.Lock()
+    held = asyncio.Semaphore(HELD)
 
-    def answer(images: list[Image.Image], prompts: list[str]) -> dict[str, list[float | None]]:
-        with one_at_a_time:
+    def answer(body: bytes) -> dict[str, list[float | None]]:
+        with one_at_a_time:  # decoded images too are held for one request at a time
+            try:
+                images, prompts = _read(body)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from error
             scores = reward(images, prompts)
         if len(scores) != len(images):
             raise ValueError(f"the reward returned {len(scores)} values for {len(images)} images")
@@ -63,7 +79,7 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
         return {"scores": [number if math.isfinite(number) else None for number in numbers]}
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.post("/score")
@@ -71,16 +87,19 @@ def make_app(reward: Reward, token: str | None) -> FastAPI:
         given = request.headers.get("authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, f"expected the server's {TOKEN} as a bearer token")
-        body = await _body(request)
-        try:
-            images, prompts = await run_in_threadpool(_read, body)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        try:
-            return await run_in_threadpool(answer, images, prompts)
-        except Exception as error:  # of the plug-in: the client gets the message, the log the traceback
-            logger.exception("the reward failed")
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        async with held:
+            try:
+                async with asyncio.timeout(BODY_S):
+                    body = await _body(request)
+            except TimeoutError as error:
+                raise HTTPException(408, f"the request was not sent within {BODY_S:g} s") from error
+            try:
+                return await run_in_threadpool(answer, body)
+            except HTTPException:
+                raise
+            except Exception as error:  # of the plug-in: the client gets the message, the log the traceback
+                logger.exception("the reward failed")
+                raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
     return app
 
@@ -100,6 +119,8 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
         given = json.loads(body)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: too deeply nested") from error
     if not isinstance(given, dict) or given.keys() != {"images", "prompts"}:
         raise ValueError('expected {"images": [...], "prompts": [...]}')
     images, prompts = given["images"], given["prompts"]
@@ -108,10 +129,12 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
             raise ValueError(f"{name}: expected a list of strings")
     if len(images) != len(prompts) or len(images) > MAX_IMAGES:
         raise ValueError(f"{len(images)} images, {len(prompts)} prompts: expected equally many, at most {MAX_IMAGES}")
-    decoded = []
+    decoded: list[Image.Image] = []
+    room = MAX_REQUEST_PIXELS
     for i, image in enumerate(images):
         try:
-            decoded.append(from_png(base64.b64decode(image, validate=True), MAX_PIXELS))
+            decoded.append(from_png(base64.b64decode(image, validate=True), min(MAX_PIXELS, room)))
+            room -= decoded[-1].width * decoded[-1].height
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"images[{i}]: {error}") from error
     return decoded, prompts
@@ -123,7 +146,15 @@ def serve(command: Serve) -> None:
     if not token and not _loopback(command.host):
         raise ValueError(f"host={command.host}: set the environment variable {TOKEN} to serve other machines")
     reward = make_plugin(command.path, _options(command.options))
-    uvicorn.run(make_app(reward, token), host=command.host, port=command.port, log_level="warning")
+    uvicorn.run(
+        make_app(reward, token),
+        host=command.host,
+        port=command.port,
+        log_level="warning",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
 
 
 def _options(text: str) -> dict[str, object]:

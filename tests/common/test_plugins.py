@@ -1,5 +1,7 @@
+import importlib.util
 import os
 import pickle
+import py_compile
 import sys
 
 import pytest
@@ -99,6 +101,50 @@ def test_a_file_that_others_can_change_is_not_run(plugin, tmp_path, monkeypatch)
         load_plugin("mine.py:ones")
     tmp_path.chmod(0o755)
     load_plugin("mine.py:ones")
+
+
+@pytest.mark.parametrize("open_to_all", ["deep", "links", "links/link.py's target folder"])
+def test_no_folder_or_link_on_the_way_may_be_open_to_all(tmp_path, monkeypatch, open_to_all):
+    deep, links = tmp_path / "deep" / "er", tmp_path / "links"
+    deep.mkdir(parents=True)
+    links.mkdir()
+    (deep / "mine.py").write_text(PLUGIN)
+    (links / "link.py").symlink_to(deep / "mine.py")
+    load_plugin(f"{links}/link.py:ones")
+    load_plugin(f"{deep}/mine.py:ones")
+    folder = {"deep": tmp_path / "deep", "links": links}.get(open_to_all, deep)
+    folder.chmod(0o777)
+    with pytest.raises(ValueError, match=f"{folder} can be written by every user here"):
+        load_plugin(f"{links}/link.py:ones")
+    folder.chmod(0o755)
+    if os.getuid() == 0:
+        os.chown(folder, 12345, -1)
+        with pytest.raises(ValueError, match=f"{folder} can be written by every user here, or belongs to another"):
+            load_plugin(f"{links}/link.py:ones")
+
+
+def test_a_module_that_others_can_change_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "shared_module.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError, match=f"'shared_module:ones': {tmp_path} can be written by every user here"):
+        load_plugin("shared_module:ones")
+    tmp_path.chmod(0o755)
+    load_plugin("shared_module:ones")
+    sys.modules.pop("shared_module")
+
+
+def test_compiled_code_beside_a_plugin_is_not_run(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def which(images, prompts):\n    return 'source'\n")
+    time = file.stat()
+    other = tmp_path / "other.py"
+    other.write_text("def which(images, prompts):\n    return 'poison'\n")
+    os.utime(other, ns=(time.st_atime_ns, time.st_mtime_ns))
+    cached = importlib.util.cache_from_source(str(file))
+    py_compile.compile(str(other), cfile=cached)
+    os.utime(file, ns=(time.st_atime_ns, time.st_mtime_ns))
+    assert load_plugin(f"{file}:which")([], []) == "source"
 
 
 def test_errors_of_the_plugin_itself_are_its_own(plugin, monkeypatch, tmp_path):

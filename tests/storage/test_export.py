@@ -1,6 +1,9 @@
 """Models as directories: written whole, and the best of several kept."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.storage import export
 from vargpt_rl.storage.checkpoint import Policy, save_checkpoint
-from vargpt_rl.storage.export import export_model, keep_best, read_best
+from vargpt_rl.storage.export import export_model, files_beside_weights, keep_best, read_best
 
 
 @pytest.fixture
@@ -34,6 +37,53 @@ def test_the_best_is_the_model_that_was_measured(checkpoint, policies, tmp_path)
     assert weights[0] == weights[1]
     assert (Vargpt.from_pretrained(tmp_path / "best").get_parameter(name) == 1).all()
     assert json.loads((tmp_path / "best/best.json").read_text()) == note(0.5)
+
+
+def test_only_known_files_of_the_model_are_copied(checkpoint, tmp_path):
+    start = Path(shutil.copytree(checkpoint, tmp_path / "start"))
+    os.mkfifo(start / "pipe")
+    (start / "dangling").symlink_to("nowhere")
+    (start / "self").symlink_to("self")
+    (tmp_path / "secret").write_text("a key")
+    (start / "id_rsa").symlink_to(tmp_path / "secret")
+    (start / "outside").symlink_to(tmp_path)
+    (start / "notes.txt").write_text("mine")
+    export_model(Policy(str(start)), tmp_path / "model")
+    export_model(Policy(str(checkpoint)), tmp_path / "plain")
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names and "tokenizer.json" in names
+
+
+@pytest.mark.parametrize("what", ["link", "dangling", "pipe", "folder"])
+def test_known_files_that_lead_elsewhere_are_refused(checkpoint, tmp_path, what):
+    start = Path(shutil.copytree(checkpoint, tmp_path / "start"))
+    (tmp_path / "secret").write_text("a key")
+    file = start / "merges.txt"
+    match what:
+        case "link":
+            file.symlink_to(tmp_path / "secret")
+        case "dangling":
+            file.symlink_to("nowhere")
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+    with pytest.raises(ValueError, match=r"merges.txt: expected a plain file"):
+        files_beside_weights(start)
+    file.unlink() if what != "folder" else file.rmdir()
+    (start / "own").write_text("")
+    file.symlink_to("own")
+    assert file in files_beside_weights(start)
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+    root = tmp_path / "models--org--name"
+    (root / "blobs").mkdir(parents=True)
+    (root / "blobs" / "abc").write_text("{}")
+    snapshot = root / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert files_beside_weights(snapshot) == [snapshot / "config.json"]
 
 
 def test_only_a_strictly_better_one_replaces_it(monkeypatch, tmp_path):

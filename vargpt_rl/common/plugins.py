@@ -1,11 +1,12 @@
 """Load plug-ins that a config names by path: rewards, preference builders, data sources.
 
 A path is "package.module:Name" or "file.py:name", the file relative to the working directory. A file that other users
-can write is not run.
+can write or replace, on the whole way to it, is not run.
 """
 
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -14,13 +15,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 REWARD = ("images", "prompts")
 """Arguments of a reward."""
 BUILDER = ("samples", "winners", "sample_rewards", "winner_rewards")
 """Arguments of a preference builder."""
+
+
+TRUSTED = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[2])
+"""Where the interpreter, its libraries and this project's code lie: whoever can write there needs no plug-in."""
 
 
 def load_plugin(path: str) -> Any:
@@ -42,6 +47,11 @@ def load_plugin(path: str) -> Any:
 def _import(path: str, where: str) -> ModuleType:
     if not all(part.isidentifier() for part in where.split(".")):
         raise ValueError(f"plugin {path!r}: {where!r} is neither a module's name nor a .py file")
+    spec = importlib.util.find_spec(where.partition(".")[0])
+    if spec is not None and spec.origin is not None and spec.has_location:
+        file = Path(spec.origin)
+        if not any(file.is_relative_to(place) for place in TRUSTED):
+            _check_own(path, file)
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
@@ -51,15 +61,22 @@ def _import(path: str, where: str) -> ModuleType:
         raise ValueError(f"plugin {path!r}: there is no module {error.name!r}") from error
 
 
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Loads a module from its source alone."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load_file(path: str, where: str) -> ModuleType:
+    if not Path(where).is_file():
+        raise ValueError(f"plugin {path!r}: there is no file {Path(where).resolve()}")
+    _check_own(path, Path(where))
     file = Path(where).resolve()
-    if not file.is_file():
-        raise ValueError(f"plugin {path!r}: there is no file {file}")
-    _check_own(path, file)
     name = f"plugin_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"plugin {path!r}: {file} is no Python file")
+    # Not by way of __pycache__, whose files are run instead of the source and need not be of its author.
+    spec = importlib.util.spec_from_loader(name, _FromSource(name, str(file)), origin=str(file))
+    assert spec is not None and spec.loader is not None  # a loader was given
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look up their module while they are created. It is removed again afterwards: other processes cannot
     # import it, and cloudpickle pickles by value only what it finds in no module.
@@ -72,13 +89,38 @@ def _load_file(path: str, where: str) -> ModuleType:
 
 
 def _check_own(path: str, file: Path) -> None:
-    """Raise ValueError if any user of the machine can write or replace the file."""
-    own = file.stat()
-    folder = file.parent.stat()
-    shared = bool(folder.st_mode & stat.S_IWOTH)  # like /tmp, where only owners can replace their files
-    trusted = folder.st_mode & stat.S_ISVTX and own.st_uid in (0, os.getuid())
-    if own.st_mode & stat.S_IWOTH or (shared and not trusted):
-        raise ValueError(f"plugin {path!r}: {file} can be written by every user here; expected it not to (chmod o-w)")
+    """Raise ValueError if another user of the machine can write or replace the file, or a folder or link to it."""
+    for place in _way(file):
+        if _is_others(place):
+            raise ValueError(
+                f"plugin {path!r}: {place} can be written by every user here, or belongs to another; expected it to be "
+                f"yours, not writable by others (chmod o-w)"
+            )
+
+
+def _way(file: Path) -> list[Path]:
+    """Return everything that decides what ``file`` is: itself, its folders, links among them and their targets."""
+    found: dict[Path, None] = {}
+    unseen = [Path(os.path.abspath(file))]
+    while unseen:
+        way = unseen.pop()
+        for place in [way, *way.parents]:
+            if place in found:
+                continue
+            found[place] = None
+            if place.is_symlink():
+                unseen.append(Path(os.path.abspath(place.parent / os.readlink(place))))
+    return list(found)
+
+
+def _is_others(place: Path) -> bool:
+    """Tell whether a user other than this one and root can write a file, or put another into its place."""
+    own = place.lstat()
+    if own.st_uid not in (0, os.getuid()):
+        return True
+    if stat.S_ISLNK(own.st_mode) or not own.st_mode & stat.S_IWOTH:
+        return False
+    return not (stat.S_ISDIR(own.st_mode) and own.st_mode & stat.S_ISVTX)  # as /tmp: only owners replace their files
 
 
 def make_plugin(path: str, options: dict[str, object], arguments: Sequence[str] = REWARD) -> Callable:

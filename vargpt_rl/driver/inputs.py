@@ -25,6 +25,7 @@ from vargpt_rl.model.whole import check_values, check_whole
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, STAGES, Learns, Stage, freeze, stages_of
 from vargpt_rl.storage.adapter import adapted_on_meta, is_adapter_folder, write_merged
+from vargpt_rl.storage.export import files_beside_weights
 from vargpt_rl.storage.reward_base import check_understanding
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def gather(config: LoopConfig) -> Inputs:
     try:
         check_whole(Path(model))
         check_values(Path(model))
+        files_beside_weights(Path(model))
     except ValueError as error:
         raise ValueError(f"checkpoint={config.checkpoint}: {error}") from error
     check_resolutions(model, config.resolutions)

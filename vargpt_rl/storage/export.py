@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,23 @@ from vargpt_rl.storage.checkpoint import Policy, load_fused
 from vargpt_rl.storage.files import atomic_dir, restore_dir
 
 BEST = "best.json"
+BESIDE_WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a model directory that an export takes over."""
 
 
 def best_folder(run: Path, resolution: int) -> Path:
@@ -23,11 +41,30 @@ def export_model(policy: Policy, target: Path, notes: dict[str, dict] | None = N
     """
     model = load_fused(policy, "auto")
     with atomic_dir(target) as folder:
-        without_weights = shutil.ignore_patterns("model*.safetensors", "*.safetensors.index.json")
-        shutil.copytree(policy.model, folder, ignore=without_weights, dirs_exist_ok=True)
+        for file in files_beside_weights(Path(policy.model)):
+            shutil.copyfile(file, folder / file.name)
         model.save_pretrained(folder)
         for name, content in (notes or {}).items():
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def files_beside_weights(folder: Path) -> list[Path]:
+    """Return a model directory's tokenizer and settings files, which an export copies; others stay behind.
+
+    ValueError for one that is no plain file, or a link that leaves the folder (or the cache of the hub around it): what
+    it leads to must not get into a model that is given away.
+    """
+    root = folder.resolve()
+    allowed = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache links to its blobs
+    found = []
+    for name in BESIDE_WEIGHTS:
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if not file.is_file() or not file.resolve().is_relative_to(allowed):
+            raise ValueError(f"{file}: expected a plain file of the model, got a link that leaves it or no file")
+        found.append(file)
+    return found
 
 
 def read_best(directory: Path) -> dict | None:
