@@ -54,14 +54,17 @@ class Patience:
         """Start anew, with a job or after a restart."""
         self.longest = 0.0
         self.waited = 0.0
+        self.began = False
 
     def wait(self, seconds: float) -> None:
         """Count a wait of the driver."""
         self.waited += seconds
 
     def see_progress(self) -> None:
-        """Count a line of the log."""
-        self.longest = max(self.longest, self.waited)
+        """Count a line of the log. What comes before the first is no step: the model is loaded."""
+        if self.began:
+            self.longest = max(self.longest, self.waited)
+        self.began = True
         self.waited = 0.0
 
     def check(self) -> None:

@@ -96,6 +96,7 @@ def test_a_file_that_others_can_change_is_not_run(plugin, tmp_path, monkeypatch)
         os.chown(file, 12345, -1)
         with pytest.raises(ValueError, match="every user"):
             load_plugin("mine.py:ones")
+        os.chown(file, os.getuid(), -1)
     tmp_path.chmod(0o777)
     with pytest.raises(ValueError, match="every user"):
         load_plugin("mine.py:ones")

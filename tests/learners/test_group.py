@@ -289,7 +289,7 @@ def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, s
     expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     ((event, restart),) = noted
-    assert re.fullmatch(r"learner rank lost during sft \(no progress in 4\d s\): restart 1 of 1", event) and restart
+    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", event) and restart
     assert not any(psutil.pid_exists(pid) for pid in first), "a stopped process would keep its memory"
     other.close()
 

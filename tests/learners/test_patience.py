@@ -5,7 +5,7 @@ from learners.group import Patience, StalledError
 
 def test_waits_without_progress_add_up():
     patience = Patience(10)
-    for _ in range(3):
+    for _ in range(10):
         patience.wait(1)
         patience.check()
     patience.see_progress()
@@ -20,6 +20,7 @@ def test_waits_without_progress_add_up():
 
 def test_slow_steps_are_not_taken_for_a_hang():
     patience = Patience(10)
+    patience.see_progress()
     patience.wait(8)
     patience.see_progress()
     patience.wait(24)
