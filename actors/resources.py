@@ -10,7 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil
 
+import torch
+
 from actors.config import PlacementConfig, RolloutConfig
+from vargpt_rl.common.dtypes import chosen_dtype
 
 Resources = dict[str, float]
 """Resources of a node as Ray reports them: ``CPU``, ``GPU``, ..."""
@@ -81,18 +84,19 @@ def plan(
     rollout: RolloutConfig,
     ranks: int,
     gpus_per_rank: float = 1.0,
-    bf16: bool = False,
+    dtype: str = "fp32",
     placement: PlacementConfig | None = None,
 ) -> Placement:
     """Fit the workers and the learner ranks into the nodes.
 
-    ``bf16`` is the learners': workers score references in the same dtype, or step 0 of DPO would not be the identity.
+    ``dtype`` (`vargpt_rl.common.dtypes`) is that of workers and learners, or step 0 of DPO would not be the identity.
     ValueError if they need more GPUs than there are.
     """
     placement = placement or PlacementConfig()
     workers = rollout.workers
     cpus = [node.get("CPU", 0.0) for node in nodes if node.get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    bf16 = chosen_dtype(dtype, bool(gpus)) == torch.bfloat16
     text_gpus = ceil(rollout.text_gpus) if gpus and rollout.uses_vllm else 0
     workers_per_bundle = per_gpu(rollout, gpus_per_rank, placement)[0][0] if gpus else 1
     if placement.is_colocated:

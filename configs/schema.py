@@ -22,6 +22,7 @@ from configs.stages import (
 )
 from learners.config import LearnerConfig
 from learners.methods import ONLINE
+from vargpt_rl.common.dtypes import DTYPES
 from vargpt_rl.common.settings import Between, Count, CountOrNone, FolderName, MultipleOf, OneOf, merge, parse
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.adapter import AdapterConfig
@@ -179,6 +180,12 @@ class LoopConfig:
     """Seed of everything random."""
     checkpoint: str = TINY
     """Starting model: "tiny", "tiny_v1", a model directory or a hub name."""
+    dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
+    """Of workers and learners: auto, fp32 or bf16.
+
+    auto is bf16 on GPUs and on CPUs that multiply bf16 matrices (AMX, AVX512-BF16), else fp32. In bf16, learners keep
+    fp32 master weights.
+    """
     stages: list[Annotated[str, OneOf(*RUN_STAGES)]] = field(
         default_factory=lambda: ["pretrain", "understanding", "align"]
     )

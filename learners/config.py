@@ -171,8 +171,6 @@ class LearnerConfig:
     """Processes that share each batch."""
     gpus_per_rank: Positive = 1.0
     """GPUs reserved per rank, if the cluster has any."""
-    bf16: bool = False
-    """Train in bfloat16 instead of float32."""
     peak_tflops: Positive | None = None
     """Peak of one rank's device in TFLOP/s, of which ``time/mfu`` is the share; null measures a matrix product."""
     start_timeout_s: Positive = 300.0

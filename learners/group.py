@@ -121,8 +121,10 @@ class LearnerGroup:
         use_gpu: bool,
         places: list[Place] | None = None,
         note: Note = unnoted,
+        bf16: bool = False,
     ):
         self.config = config
+        self.bf16 = bf16
         self.bundle = bundle
         self.threads = threads
         self.use_gpu = use_gpu
@@ -154,7 +156,7 @@ class LearnerGroup:
         self.ranks = [
             ray.remote(Rank)
             .options(num_cpus=self.bundle.get("CPU", 0), num_gpus=self.bundle.get("GPU", 0), scheduling_strategy=place)
-            .remote(i, self.config, self.threads, self.use_gpu)
+            .remote(i, self.config, self.threads, self.use_gpu, self.bf16)
             for i, place in enumerate(self.places)
         ]
         try:

@@ -98,13 +98,13 @@ def interface(address: str) -> str:
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
-    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool):
+    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool, bf16: bool = False):
         ranks = config.ranks
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
         self.rank = rank
         self.ranks = ranks
         self.use_gpu = use_gpu
-        self.bf16 = config.bf16
+        self.bf16 = bf16
         self.config = config
         torch.set_num_threads(threads)
         self.peak = 1e12 * config.peak_tflops if config.peak_tflops else 0.0

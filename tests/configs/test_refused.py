@@ -127,7 +127,7 @@ WORDS = {
     "resolutions": "[100,256]",
     "name": "..",
     "sft.recipe.gradient_checkpointing": "-1",
-    "learner.bf16": "half",
+    "dtype": "half",
     "sft.recipe.steps": "many",
     "rollout.workers": "1.5",
     "seed": "1,2",

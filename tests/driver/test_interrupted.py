@@ -29,10 +29,10 @@ WRITES = [
 ]
 
 
-def go(folder, name: str, *points: str) -> list[list]:
+def go(folder, name: str, *points: str, settings: tuple[str, ...] = ()) -> list[list]:
     """Each start's point (``end`` for a start that runs to the end), exit code, whether it was missed, and seconds."""
-    settings = [f"runs={folder}", f"checkpoint={folder}/model", f"name={name}", *SMALL.split()]
-    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(settings), *points]
+    arguments = [f"runs={folder}", f"checkpoint={folder}/model", f"name={name}", *SMALL.split(), *settings]
+    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(arguments), *points]
     environment = os.environ | {VARIABLE: str(folder / f"{name}-faults"), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
     assert ran.returncode == 0, ran.stderr[-3000:]

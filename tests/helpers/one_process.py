@@ -26,6 +26,7 @@ from learners.rank import Rank
 from rewards.combined import KeptRewards
 from tests.helpers.faults import ask
 from vargpt_rl import loop
+from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
 from vargpt_rl.driver import judging
@@ -99,8 +100,8 @@ def own_scorers(reward):
 class OwnRank(LearnerGroup):
     """The group's interface to a rank in this process."""
 
-    def __init__(self, config, note):
-        self.rank, self.note = Rank(0, config, threads=1, use_gpu=False), note
+    def __init__(self, config, note, bf16):
+        self.rank, self.note, self.bf16 = Rank(0, config, threads=1, use_gpu=False, bf16=bf16), note, bf16
         self.rank.join(ray.util.get_node_ip_address(), free_port())
 
     def start(self, job, on_log):
@@ -120,7 +121,8 @@ def start(arguments: list[str]) -> None:
     judging.scorers = own_scorers
     config, inputs, run = prepare(arguments)
     resume(run)
-    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1))
+    bf16 = chosen_dtype(config.dtype, on_gpu=False) == torch.bfloat16
+    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1, bf16=bf16))
     session = Session(
         config=config,
         inputs=inputs,
@@ -128,7 +130,7 @@ def start(arguments: list[str]) -> None:
         pool=pool,
         text=None,
         weights=WeightSync(pool, None, run),
-        learners=OwnRank(config.learner, run.note),
+        learners=OwnRank(config.learner, run.note, bf16),
         rewards=OwnRewards(),
     )
     run.finish(loop.execute(session))

@@ -219,7 +219,7 @@ def test_a_loaded_model_talks(checkpoint, model):
     assert not loaded.training
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    halved, chat = load(checkpoint, "cpu", "bfloat16")
+    halved, chat = load(checkpoint, "cpu", "bf16")
     assert halved.dtype == torch.bfloat16
     _, image = Conversation(halved, chat, SIZE).say("a star", [RED], draw=True)
     assert image.image.size == SIZE[::-1]

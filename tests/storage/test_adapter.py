@@ -89,9 +89,9 @@ def test_peft_loads_a_shared_adapter(tuned, shared):
 
 def test_a_shared_adapter_is_a_checkpoint(tuned, shared, tmp_path):
     ours = load_fused(tuned, torch.float32).state_dict()
-    model, chat = load(shared, "cpu", "float32")
+    model, chat = load(shared, "cpu", "fp32")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
-    assert chat.tokenizer.get_vocab() == load(tuned.model, "cpu", "float32")[1].tokenizer.get_vocab()
+    assert chat.tokenizer.get_vocab() == load(tuned.model, "cpu", "fp32")[1].tokenizer.get_vocab()
     written = load_model(write_merged(shared, tmp_path / "merged"), "auto").state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in written.items())
     card = (shared / "README.md").read_text()
@@ -122,14 +122,14 @@ def test_an_adapter_that_does_not_fit_is_refused(shared, file, changes, told):
         adapter_base(shared)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=told):
-        load(shared, "cpu", "float32")
+        load(shared, "cpu", "fp32")
 
 
 def test_an_adapter_of_another_base_is_refused(family, shared, tmp_path):
     other = family.make(tmp_path / "other", 1)
     spoil(shared, "adapter_config.json", base_model_name_or_path=str(other))
     with pytest.raises(ValueError, match="was trained on other weights"):
-        load(shared, "cpu", "float32")
+        load(shared, "cpu", "fp32")
 
 
 def test_the_base_hash_is_that_of_values(family, tmp_path):

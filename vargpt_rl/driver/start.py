@@ -73,7 +73,7 @@ def place(config: LoopConfig, inputs: Inputs) -> Placement:
         config.rollout,
         learner.ranks,
         gpus_per_rank=learner.gpus_per_rank,
-        bf16=learner.bf16,
+        dtype=config.dtype,
         placement=config.placement,
     )
     check_fits(config, model_config(inputs.model), devices())
@@ -122,6 +122,7 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         placement.use_gpu,
         places=rank_places,
         note=run.note,
+        bf16=placement.bf16,
     )
     text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note)
     pool.wait_until_ready()
@@ -145,6 +146,6 @@ def starting_policy(session: Session) -> Policy:
     if not config.adapter.is_on:
         return Policy(model)
     weights = session.run.directory / "checkpoints" / "adapter" / "final"
-    dtype = torch.bfloat16 if config.learner.bf16 else torch.float32
+    dtype = torch.bfloat16 if session.learners.bf16 else torch.float32
     session.run.step("adapter", lambda: write_fresh_adapter(model, config.adapter, weights, config.seed, dtype))
     return Policy(model, (weights,), config.adapter)

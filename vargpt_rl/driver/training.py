@@ -190,7 +190,7 @@ def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
     """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
     swapped = it.swap_to(policy)
     if "probe" in trained:
-        dtype = torch.bfloat16 if it.config.learner.bf16 else torch.float32
+        dtype = torch.bfloat16 if it.session.learners.bf16 else torch.float32
         tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else PROBE_TOLERANCE
         swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"], tolerance)
     return swapped

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from transformers import logging
 
+from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
 from vargpt_rl.model.families import family_of
 from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next, to_images
@@ -29,8 +30,6 @@ from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.model.whole import check_whole
 from vargpt_rl.storage.adapter import adapter_base, apply_adapter, is_adapter_folder
-
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -175,7 +174,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
 
     An adapter's folder is merged into its base.
 
-    ``device`` auto is a GPU if there is one; ``dtype`` auto is bfloat16 there and float32 on a CPU. Raises ValueError
+    ``device`` auto is a GPU if there is one; for ``dtype`` see `vargpt_rl.common.dtypes`. Raises ValueError
     if the directory does not have a complete model of either family.
     """
     place, kind = device_and_dtype(device, dtype)
@@ -195,14 +194,11 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolve names and ``auto`` on this machine. Raises ValueError for a device that it does not have."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    chosen_dtype(dtype, False)  # raises for an unknown one
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # no such name, no such device, or a torch built without it
         raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
-    if dtype == "auto":
-        dtype = "bfloat16" if place.type == "cuda" else "float32"
-    return place, getattr(torch, dtype)
+    return place, chosen_dtype(dtype, place.type == "cuda")

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from configs.schema import LoopConfig
 from configs.stages import DpoStage, SftStage
 from learners.config import Recipe
+from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.losses.supervised import Noise, sft_loss
 from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, policy_loss, preference_loss
 from vargpt_rl.memory.rollout import RolloutMemory, rollout
@@ -118,7 +119,7 @@ class _Case:
     def need(self, whole: Unified, on_gpu: bool, kept: int, otherwise: int | None = None) -> TrainingMemory:
         """Estimate a rank's memory, given its activations."""
         ranks = self.settings.learner.ranks
-        dtype = _dtype(self.settings)
+        dtype = _dtype(self.settings, on_gpu)
         accumulates = self.recipe.accumulation(ranks) > 1
         adapter = self.settings.adapter
         sizes = parameter_sizes(whole, self.stage, adapter if adapter.is_on else None)
@@ -142,8 +143,8 @@ class _Case:
         )
 
 
-def _dtype(config: LoopConfig) -> torch.dtype:
-    return torch.bfloat16 if config.learner.bf16 else torch.float32
+def _dtype(config: LoopConfig, on_gpu: bool) -> torch.dtype:
+    return chosen_dtype(config.dtype, on_gpu)
 
 
 def _cases(config: LoopConfig) -> Iterator[_Case]:
@@ -177,7 +178,7 @@ def trains(config: LoopConfig) -> bool:
 def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: bool = False) -> MemoryPlan:
     """Estimate every stage and the workers; with ``compare`` also activations with the opposite checkpointing."""
     whole = _on_meta(model, _adapter(config))
-    small = meta_model(model, _dtype(config), _adapter(config))
+    small = meta_model(model, _dtype(config, on_gpu), _adapter(config))
     cases = list(_cases(config))
     if not cases:
         raise ValueError(
@@ -202,7 +203,7 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
     at the highest resolution.
     """
     whole = _on_meta(model, _adapter(config))
-    small = meta_model(model, _dtype(config), _adapter(config))
+    small = meta_model(model, _dtype(config, on_gpu), _adapter(config))
     cases = list(_cases(config))
     images = max(case.images for case in cases)
     questions = max(case.rows - case.images for case in cases)
@@ -236,7 +237,7 @@ def _originals(config: LoopConfig, whole: Unified, on_gpu: bool) -> int:
     if on_gpu or not config.adapter.is_merged:
         return 0
     layers = lora_layers(whole).values()
-    return sum(base_linear(layer).weight.numel() for layer in layers) * _dtype(config).itemsize
+    return sum(base_linear(layer).weight.numel() for layer in layers) * _dtype(config, on_gpu).itemsize
 
 
 def _on_meta(model: PreTrainedConfig, adapter: AdapterConfig | None = None) -> Unified:
