@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -38,6 +39,7 @@ RESUME = "resume"
 def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> LoopConfig:
     """Compose ``configs/loop.yaml`` with ``key=value`` overrides and check the result.
 
+    A value that is given for all resolutions wins over one that a file has for one of them, under ``at``.
     With ``resume=FOLDER``, the settings are those of the run in that folder, wherever it was begun, instead.
     ``assumed`` are values for keys that an experiment leaves empty, where they are not given. Secrets are refused.
     """
@@ -60,6 +62,9 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
         else:
             values.append((override, _nested(key, text, override)))
     composed = _compose(groups) if saved is None else _saved(saved, groups)
+    given = [nested for override, nested in values if not override.startswith("~")]
+    for at_one_resolution, nested in product(composed.at.values(), given):
+        _drop(at_one_resolution, nested)
     for override, nested in values:
         _merge(composed, override, nested)
     for key, value in (assumed or {}).items():
@@ -71,6 +76,15 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
         raise ValueError(" ".join(str(error).split())) from error
     config.check_resolutions()
     return config
+
+
+def _drop(settings: DictConfig, given: Mapping[str, Any]) -> None:
+    """Remove the keys of ``given`` from settings."""
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), DictConfig):
+            _drop(settings[key], value)
+        else:
+            settings.pop(key, None)
 
 
 def _merge(composed: DictConfig, override: str, nested: dict[str, Any]) -> None:

@@ -242,3 +242,20 @@ def test_at_changes_settings_at_its_resolution_only():
     assert config.at_resolution(512).sft.recipe.steps == 7
     assert config.at_resolution(64).dpo.beta == 0.5
     assert config.at_resolution(128).sft.recipe == config.sft.recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "batch"),
+    [
+        ([], 36, 16),
+        (["sft.recipe.steps=250"], 250, 16),
+        (["sft.recipe={steps:250,batch:32}"], 250, 32),
+        (["sft.recipe.steps=250", "at.256.sft.recipe.steps=7"], 7, 16),
+        (["at.256.sft.recipe.steps=7", "sft.recipe.steps=250"], 7, 16),
+        (["experiment=quick", "sft.recipe.steps=250"], 250, 16),
+        (["~at", "sft.recipe.steps=250"], 250, 32),
+    ],
+)
+def test_what_a_command_gives_wins_over_a_files_value_for_one_resolution(given, steps, batch):
+    recipe = load_config(given).at_resolution(256).sft.recipe
+    assert (recipe.steps, recipe.batch) == (steps, batch)
