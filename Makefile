@@ -81,7 +81,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[serve,simulate]'
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml $(INSTALLED)

@@ -335,9 +335,12 @@ class Rank:
         return result | {"train_accuracy": sum(last) / len(last)}
 
     def tokenizer(self, job: TokenizerJob) -> dict:
-        """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps)."""
+        """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps).
+
+        It trains in fp32, and its weights are saved in the run's dtype.
+        """
         torch.manual_seed(job.seed)
-        model, losses = self._model(job.start), []
+        model, losses = load_policy(job.start, torch.float32), []
         log = WriteLog(job.output / "log.jsonl")
 
         def on_step(step: int, loss: float) -> None:
@@ -349,7 +352,10 @@ class Rank:
         train_image_tokenizer(model.image_tokenizer, batches, job.steps, job.lr, on_step)
         save_checkpoint(
             job.output / "final",
-            {f"image_tokenizer.{name}": tensor for name, tensor in model.image_tokenizer.state_dict().items()},
+            {
+                f"image_tokenizer.{name}": tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in model.image_tokenizer.state_dict().items()
+            },
         )
         return {
             "loss_first": sum(losses[:10]) / len(losses[:10]),

@@ -17,7 +17,7 @@ def test_a_run_in_bf16_starts_dpo_at_its_reference(tmp_path):
     go(tmp_path, "half", "end", settings=("dtype=bf16",))
     found = json.loads((tmp_path / "half/summary.json").read_text())["iterations"][0]
     assert found["dpo"]["step0_max_abs_logratio"] <= LOG_PROB_TOLERANCE[torch.bfloat16]
-    assert found["dpo"]["loss_last"] != found["dpo"]["loss_first"], "small updates are not lost: masters are in fp32"
+    assert found["dpo"]["loss_last"] != found["dpo"]["loss_first"]
     for stage in ("sft", "dpo"):
         assert found[stage]["swap"]["verified"] and found[stage]["swap"]["probe_difference"] <= 0.5
     weights = load_file(tmp_path / "half/checkpoints/iter-00-dpo/final/weights.safetensors")

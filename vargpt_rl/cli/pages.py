@@ -55,9 +55,9 @@ PAIRS = Program(
     --summary says what the labels show, --export writes them with the columns of Pick-a-Pic.
     """,
     examples=(
-        "vargpt-rl pairs runs/demo",
-        "vargpt-rl pairs demo --summary",
-        "vargpt-rl pairs demo --export labelled.parquet",
+        "vargpt-rl pairs runs/shapes-128-256",
+        "vargpt-rl pairs shapes-128-256 --summary",
+        "vargpt-rl pairs shapes-128-256 --export labelled.parquet",
     ),
 )
 RunName = Annotated[str, typer.Argument(metavar="RUN", autocompletion=complete_runs)]

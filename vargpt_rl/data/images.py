@@ -101,16 +101,17 @@ def _kind(file: BinaryIO) -> str | None:
 def _in_srgb(image: Image.Image) -> Image.Image:
     """Convert colours from the image's own ICC profile to sRGB. A damaged or unfitting profile is ignored."""
     data = image.info.pop("icc_profile", None)
-    if not data:
+    if not data or image.mode.startswith(("I", "F")):  # profiles are of 8 bits
         return image
     try:
         profile = ImageCms.getOpenProfile(io.BytesIO(data))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        plain = image
         if image.mode not in ("L", "RGB", "CMYK"):
-            image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            plain = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+        converted = ImageCms.profileToProfile(plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         logger.debug("an ICC profile is ignored: %s", error)
         return image

@@ -1,6 +1,7 @@
 """Inputs of a run besides settings: a starting model, data, plug-ins. All are checked before any worker starts."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vargpt_rl.data.records.stream import EDITS, RecordStream, task_of
 from vargpt_rl.data.reward_pairs import check_split
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource, Source, prompts_from_file
+from vargpt_rl.driver.run import CONFIG
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.model.whole import check_values, check_whole
@@ -124,12 +126,16 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
 
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
+    start = config.directory / "start"
+    if (
+        start.is_dir() and not (config.directory / CONFIG).exists()
+    ):  # left by a start that was refused
+        shutil.rmtree(start)
     if config.checkpoint == TINY_V1:
-        model = str(make_fresh_v1(config.directory / "start", config.resolutions[0], config.seed))
+        model = str(make_fresh_v1(start, config.resolutions[0], config.seed))
     else:
         model = check_model(config.checkpoint)
     if is_adapter_folder(model):
-        start = config.directory / "start"
         model = str(start.resolve() if start.is_dir() else write_merged(Path(model), start))
     try:
         check_whole(Path(model))

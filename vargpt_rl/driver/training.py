@@ -8,7 +8,7 @@ import torch
 
 from learners.config import Recipe
 from learners.group import RunningJob
-from learners.image_policy import RESHAPED_TOLERANCE
+from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE
 from learners.jobs import DpoJob, SftJob, TokenizerJob
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.data.preferences import part_path, prompts_of, read_table
@@ -191,7 +191,8 @@ def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
     swapped = it.swap_to(policy)
     if "probe" in trained:
         dtype = torch.bfloat16 if it.session.learners.bf16 else torch.float32
-        tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else PROBE_TOLERANCE
+        exact = max(PROBE_TOLERANCE, LOG_PROB_TOLERANCE[dtype])
+        tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else exact
         swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"], tolerance)
     return swapped
 

@@ -174,8 +174,8 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
 
     An adapter's folder is merged into its base.
 
-    ``device`` auto is a GPU if there is one; for ``dtype`` see `vargpt_rl.common.dtypes`. Raises ValueError
-    if the directory does not have a complete model of either family.
+    ``device`` auto is a GPU if there is one; ``dtype`` auto is bf16 there and fp32 on a CPU, where an image then hardly
+    ever depends on its batch. Raises ValueError if the directory does not have a complete model of either family.
     """
     place, kind = device_and_dtype(device, dtype)
     logging.disable_progress_bar()  # of seconds, even on the tiny model
@@ -201,4 +201,4 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # no such name, no such device, or a torch built without it
         raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
-    return place, chosen_dtype(dtype, place.type == "cuda")
+    return place, chosen_dtype("fp32" if dtype == "auto" and place.type == "cpu" else dtype, place.type == "cuda")

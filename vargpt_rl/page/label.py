@@ -4,6 +4,7 @@ Keys: 1 left, 2 right, 3 alike, 4 both bad, u undo, s skip. Sides are shuffled a
 disk before the next pair is shown. Several raters may use several browsers.
 """
 
+import threading
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException
@@ -51,6 +52,31 @@ def show_task(run: RunContents, rater: str) -> dict[str, object]:
     return found | {"finished": False, "prompt": task.row.prompt, "left": left, "right": right}
 
 
+def keep_answer(run: RunContents, answer: Answer) -> dict[str, object]:
+    """Write an answer, unless another tab of the rater was quicker; return what to show next."""
+    shown = show_task(run, answer.rater)
+    if answer.position != shown["position"] or shown["finished"]:
+        return shown
+    task = tasks_for(labelled_pairs(run), answer.rater)[answer.position]
+    try:
+        winner = winner_of(answer.side, task.flipped)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+    add_label(
+        run.folder,
+        Label(
+            pair_id=task.row.pair_id,
+            stage=task.stage,
+            winner=winner,
+            rater=answer.rater,
+            seconds=round(answer.seconds, 2),
+            flipped=task.flipped,
+            again=task.again,
+        ),
+    )
+    return show_task(run, answer.rater)
+
+
 def make_app(folder: Path, token: str) -> FastAPI:
     """Return the app on which the pairs of a run are labelled. ValueError if no images of pairs are kept."""
     run = read_run(folder)
@@ -59,10 +85,11 @@ def make_app(folder: Path, token: str) -> FastAPI:
             f"{folder}: there is nothing to label, as no images of pairs are kept here (tracking.table_rows)"
         )
     app = private_app(token)
+    writing = threading.Lock()  # two tabs of one rater
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        return render_template("label.html", name=run.name, token=token)
+        return render_template("label.html", name=run.name)
 
     @app.get("/next")
     def following(rater: str) -> dict[str, object]:
@@ -70,33 +97,15 @@ def make_app(folder: Path, token: str) -> FastAPI:
 
     @app.post("/label")
     def label(answer: Answer) -> dict[str, object]:
-        shown = show_task(run, answer.rater)
-        if answer.position != shown["position"] or shown["finished"]:  # another tab was quicker
-            return shown
-        task = tasks_for(labelled_pairs(run), answer.rater)[answer.position]
-        try:
-            winner = winner_of(answer.side, task.flipped)
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from error
-        add_label(
-            folder,
-            Label(
-                pair_id=task.row.pair_id,
-                stage=task.stage,
-                winner=winner,
-                rater=answer.rater,
-                seconds=round(answer.seconds, 2),
-                flipped=task.flipped,
-                again=task.again,
-            ),
-        )
-        return show_task(run, answer.rater)
+        with writing:
+            return keep_answer(run, answer)
 
     @app.post("/undo")
     def back(rater: str) -> dict[str, object]:
-        show_task(run, rater)  # refuses a name that is none
-        undo(folder, rater)
-        return show_task(run, rater)
+        with writing:
+            show_task(run, rater)  # refuses a name that is none
+            undo(folder, rater)
+            return show_task(run, rater)
 
     return app
 

@@ -34,8 +34,8 @@ FOLLOWED = (
 
 
 def version_of(folder: Path) -> str:
-    """Return a digest of names, sizes and times of the followed files."""
-    digest = hashlib.blake2b(digest_size=8)
+    """Return a digest of names, sizes and times of the followed files, and of whether the run is alive."""
+    digest = hashlib.blake2b(read_run(folder).status.encode(), digest_size=8)
     for pattern in FOLLOWED:
         for path in sorted(folder.glob(pattern)):
             try:

@@ -170,9 +170,6 @@ class RecordIterator(Iterator):
                 self._next_block()
             place, row = self._block[self._used]
             self._used += 1
-            if isinstance(row, LeftOut):
-                self._quarantine.add(place, row.found, row.reason, lost=False)
-                continue
             self._seen += 1
             try:
                 item = self._apply_steps(row)
@@ -213,10 +210,13 @@ class RecordIterator(Iterator):
     def _read_block(self) -> None:
         block: list[tuple[_Cursor, str, Any]] = []
         size = 0
-        for found_row in islice(self._rows, self._reading.block):
-            block.append(found_row)
-            size += _held_bytes(found_row[2])
-            if size > BLOCK_BYTES:
+        for cursor, place, row in self._rows:
+            if isinstance(row, LeftOut):  # no row: after a resume it may come again
+                self._quarantine.add(place, row.found, row.reason, lost=False)
+                continue
+            block.append((cursor, place, row))
+            size += _held_bytes(row)
+            if len(block) == self._reading.block or size > BLOCK_BYTES:
                 break
         self._end = block[-1][0] if block else self._begin
         found = [(place, row) for _, place, row in block]

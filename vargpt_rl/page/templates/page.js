@@ -117,7 +117,10 @@ async function follow(address) {
   }
 }
 async function refresh() {
-  const fresh = new DOMParser().parseFromString(await (await fetch(location.href + "&part=1")).text(), "text/html");
+  const part = new URL(location.href);
+  part.hash = "";
+  part.searchParams.set("part", "1");
+  const fresh = new DOMParser().parseFromString(await (await fetch(part)).text(), "text/html");
   byId("figures").textContent = fresh.getElementById("figures").textContent;
   for (const section of fresh.querySelectorAll("main > section")) {
     const old = byId(section.id);
