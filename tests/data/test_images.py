@@ -92,6 +92,14 @@ def test_colours_are_converted_from_the_images_own_profile(tmp_path, mode):
         assert pixel == read_image(plain).getpixel((4, 4))
 
 
+def test_an_image_whose_profile_does_not_fit_is_left_as_it_is(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(path, icc_profile=swapped_profile())
+    assert read_image(path).getpixel((4, 4)) == (30000 >> 8,) * 3
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(path, icc_profile=swapped_profile()[:200])
+    assert read_image(path).getpixel((4, 4)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("profile", [b"", b"no profile", swapped_profile()[:200]], ids=["empty", "words", "cut off"])
 def test_damaged_profiles_are_ignored_and_srgb_is_exact(tmp_path, profile):
     path = tmp_path / "a.png"

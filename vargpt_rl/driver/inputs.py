@@ -127,9 +127,7 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
 def gather(config: LoopConfig) -> Inputs:
     """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
     start = config.directory / "start"
-    if (
-        start.is_dir() and not (config.directory / CONFIG).exists()
-    ):  # left by a start that was refused
+    if start.is_dir() and not (config.directory / CONFIG).exists():  # left by a start that was refused
         shutil.rmtree(start)
     if config.checkpoint == TINY_V1:
         model = str(make_fresh_v1(start, config.resolutions[0], config.seed))

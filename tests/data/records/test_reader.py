@@ -1,7 +1,9 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -70,6 +72,23 @@ def test_a_state_at_any_place_is_exact(folder, kind):
         items = iter(world.records(folder, kind, reading))
         assert [record.id for record in islice(items, place)] == whole[:place]
         resumed = iter(world.records(folder, kind, reading))
+        resumed.load_state_dict(items.state_dict())
+        assert [record.id for record in resumed] == whole[place:]
+
+
+def test_members_of_other_kinds_do_not_move_a_resumed_stream(folder, tmp_path):
+    for path in folder.glob("*.tar"):
+        shutil.copy(path, tmp_path)
+        with tarfile.open(tmp_path / path.name, "a") as archive:
+            for stem in sorted({name.partition(".")[0] for name in archive.getnames()}):
+                world.add(archive, f"{stem}.npy", b"other")
+    reading = ReadOptions(block=5)
+    whole = [record.id for record in world.records(tmp_path, "webdataset", reading)]
+    assert sorted(whole) == sorted(ALL)
+    for place in (1, 5, 7, 13):
+        items = iter(world.records(tmp_path, "webdataset", reading))
+        assert [record.id for record in islice(items, place)] == whole[:place]
+        resumed = iter(world.records(tmp_path, "webdataset", reading))
         resumed.load_state_dict(items.state_dict())
         assert [record.id for record in resumed] == whole[place:]
 
