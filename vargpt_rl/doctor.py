@@ -141,8 +141,8 @@ CARDS = {"24 GB": 23.6, "48 GB": 47.4, "80 GB": 79.1, "141 GB": 139.8}
 """Usual sizes of GPUs, with the GiB that programs find on them."""
 
 
-def card_table(need: MemoryPlan, config: LoopConfig) -> Table:
-    """Build the table of what the fullest GPU holds in each stage, and which cards it fits."""
+def card_table(need: MemoryPlan, config: LoopConfig, only: str | None) -> Table:
+    """Build the table of what the fullest GPU holds in each stage, or in one, and which cards it fits."""
     table = _table("the fullest GPU, in GiB, and the cards that it fits", ["px", "stage"], ["sum", *CARDS])
     fullest: dict[tuple[str, int], Load] = {}
     for load in loads(need, config.rollout, config.learner, config.placement, on_gpu=True):
@@ -150,6 +150,8 @@ def card_table(need: MemoryPlan, config: LoopConfig) -> Table:
         if load.ranks and (key not in fullest or load.total > fullest[key].total):
             fullest[key] = load
     for (stage, resolution), load in fullest.items():
+        if only not in (None, stage):
+            continue
         fits = ["yes" if load.total <= size * GIB else "no" for size in CARDS.values()]
         table.add_row(str(resolution), stage, f"{load.total / GIB:.1f}", *fits)
     return table
@@ -203,7 +205,7 @@ def examine(arguments: list[str]) -> int:
     console.print(training_table(shown))
     console.print(rollout_table(need.rollouts))
     if devices.gpus:
-        console.print(card_table(need, config))
+        console.print(card_table(need, config, asked.stage))
     console.print(notes(need), highlight=False)
     reason = verdict(need, config, devices)
     where = f"{devices.gpus} GPUs of" if devices.gpus else "this machine's"

@@ -328,7 +328,8 @@ def test_a_job_follows_batches_drawn_with_its_own_weights(runs, checkpoint):
 def test_a_job_cut_between_batches_resumes_bitwise(runs):
     (result, lines, weights), (again, rest, resumed) = runs["whole"], runs["resumed"]
     assert [line["step"] for line in rest] == [3]
-    assert {**rest[0], "epoch": 1.0} == lines[-1]
+    timeless = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in (rest[0], lines[-1])]
+    assert timeless[0] | {"epoch": 1.0} == timeless[1]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
     assert again["probe"] == result["probe"]
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import ray
 from PIL import Image
+from ray.exceptions import RayActorError
 
 from configs.load import load_config
 from rewards.combined import KeptRewards, Total, WeightedSum, scorers, weighted_sum
@@ -229,6 +230,8 @@ def test_kept_rewards_stay_loaded_and_report_each_use(cluster, plugin):
     third(images(2), ["a"] * 2)
     assert [live.report()["pid"]["scored"] for live in (first, second, third)] == [8, 8, 2]
     ray.kill(first.server)
+    with pytest.raises(RayActorError):
+        ray.get([first.server.stats.remote() for _ in range(100)])  # the kill takes a moment
     again = kept.use(reward)
     assert again(images(3), ["a"] * 3) != pids and again.report()["pid"]["scored"] == 3
     ray.kill(again.server)

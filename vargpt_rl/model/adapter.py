@@ -12,15 +12,16 @@ Shape legend: O outputs and I inputs of a linear layer, r rank.
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from vargpt_rl.common.settings import Between, Count, OneOf, Positive
 from vargpt_rl.model.parts import IMAGE_TOKENIZER, PARTS
+
+if TYPE_CHECKING:  # peft takes a second to load, and only a model with an adapter needs it
+    from peft.tuners.lora import Linear as LoraLinear
 
 NAME = "default"
 """Name of the adapter in peft's layers, and so in the names of its tensors."""
@@ -126,6 +127,8 @@ def attach(model: nn.Module, config: AdapterConfig, dropout: bool = False) -> No
     Its outputs stay the same to the bit. Names of its own weights gain ``.base_layer``. Without ``dropout``, scores are
     exact in training mode too.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by r
@@ -153,8 +156,10 @@ def fresh_tensors(model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, 
     return found
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module) -> "dict[str, LoraLinear]":
     """Return the layers of a model that have matrices, by name."""
+    from peft.tuners.lora import Linear as LoraLinear
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -165,14 +170,14 @@ def merged_weight(base_OI: torch.Tensor, a_rI: torch.Tensor, b_Or: torch.Tensor,
     return (base_OI.float() + scale * (b_Or.float() @ a_rI.float())).to(base_OI.dtype)
 
 
-def base_linear(layer: LoraLinear) -> nn.Linear:
+def base_linear(layer: "LoraLinear") -> nn.Linear:
     """Return the layer that has matrices, without them."""
     linear = layer.get_submodule("base_layer")
     assert isinstance(linear, nn.Linear)  # see `target_modules`
     return linear
 
 
-def _merged(layer: LoraLinear, base_OI: torch.Tensor) -> torch.Tensor:
+def _merged(layer: "LoraLinear", base_OI: torch.Tensor) -> torch.Tensor:
     a_rI, b_Or = (layer.get_parameter(f"lora_{side}.{NAME}.weight") for side in "AB")
     return merged_weight(base_OI, a_rI, b_Or, layer.scaling[NAME])
 

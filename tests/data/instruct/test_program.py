@@ -171,7 +171,7 @@ LLM = ("method=llm", "endpoint=http://127.0.0.1:1/v1", "model=m")
         (["captions=bad.parquet", "method=template"], "bad.parquet: not a Parquet file"),
         (["captions=t.csv", "method=template", "caption_field=text"], "caption_field=text: no such column in t.csv"),
         (["captions=t.csv", "method=template", "id_field=key"], "id_field=key: no such column in t.csv"),
-        (["captions=t.csv"], "method, out are not given"),
+        (["captions=t.csv"], "method is not given: expected method=..."),
         (["captions=t.csv", "method=magic"], "method=magic"),
         (["captions=t.csv", "method=template", "sed=1"], "sed=1"),
         (["captions=t.csv", "method=template", "seed=one"], "seed=one"),
