@@ -20,7 +20,7 @@ from actors.pool import RolloutPool
 from actors.published import PublishedWeights
 from actors.weights import every
 from actors.worker import Worker
-from learners.group import LearnerGroup, LogFollower
+from learners.group import LearnerGroup, LogFollower, Patience
 from learners.jobs import PolicyGradientJob
 from learners.rank import Rank
 from rewards.combined import KeptRewards
@@ -102,6 +102,7 @@ class OwnRank(LearnerGroup):
 
     def __init__(self, config, note, bf16):
         self.rank, self.note, self.bf16 = Rank(0, config, threads=1, use_gpu=False, bf16=bf16), note, bf16
+        self.patience = Patience(config.stall_timeout_s)
         self.rank.join(ray.util.get_node_ip_address(), free_port())
 
     def start(self, job, on_log):
