@@ -18,6 +18,7 @@ RUNS = [
     ["align.methods=[grpo]", "align.sft=false", REWARD],
     ["align.methods=[reward,grpo]"],
     ["align.methods=[dpo,reward]"],
+    ["resolutions=[32,48]", "iterations=2", "at.48.dpo.control=false", "at.48.align.methods=[grpo]", REWARD],
 ]
 
 

@@ -140,6 +140,8 @@ def test_the_plan_of_the_page_is_that_of_the_loop():
         ["align.methods=[dpo,reward,grpo]"],
         ["stages=[align,edit]", "align.methods=[dpo]", "dpo.control=false"],
         ["align.methods=[dpo,reward]", "dpo.min_pairs=64"],
+        ["at.256.dpo.control=false", "at.256.align.methods=[dpo]"],
+        ["adapter.kind=lora", "stages=[align]"],
     ):
         config = load_config(settings)
         assert expected_steps(plain(config)) == list(planned_steps(config)), settings

@@ -1,6 +1,6 @@
 """The steps of a run, in order, by its settings: what ``vargpt_rl.loop`` does, as names in ``state.json``.
 
-Free of torch, so that a page is made in moments.
+Free of torch, so that a page is made in moments. The progress of a run (`vargpt_rl.driver.plan`) has them from here.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ PAIRED = ("sample", "judge", "pair")
 
 def expected_steps(config: dict[str, Any]) -> list[str]:
     """Return the names of all steps of a run with these settings; empty without settings."""
-    steps: list[str] = []
+    steps = ["adapter"] if config.get("adapter", {}).get("kind", "none") != "none" else []
     stages = config.get("stages", [])
     for stage in stages:
         if stage == "align":
@@ -24,9 +24,17 @@ def expected_steps(config: dict[str, Any]) -> list[str]:
 
 def _align(config: dict[str, Any], asked_before: bool) -> list[str]:
     steps = [] if asked_before else ["understands/before"]
+    resolutions = config["resolutions"]
     for k in range(config["iterations"]):
-        steps += [f"iter-{k:02d}/{step}" for step in _iteration(config)]
+        settings = _at_resolution(config, resolutions[min(k, len(resolutions) - 1)])
+        steps += [f"iter-{k:02d}/{step}" for step in _iteration(settings)]
     return [*steps, "understands/after"]
+
+
+def _at_resolution(config: dict[str, Any], resolution: int) -> dict[str, Any]:
+    """Return the settings that steps depend on, with those that ``at`` has for a resolution."""
+    given = config.get("at", {}).get(str(resolution), {})
+    return {part: config.get(part, {}) | given.get(part, {}) for part in ("align", "dpo", "learned_reward")}
 
 
 def _iteration(config: dict[str, Any]) -> list[str]:
