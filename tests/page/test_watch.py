@@ -1,6 +1,8 @@
 """The live page: it follows a run, survives torn lines, and answers nobody else."""
 
 import json
+import socket
+import subprocess
 import threading
 import time
 
@@ -46,6 +48,18 @@ def test_a_torn_line_changes_the_version_and_breaks_nothing(run):
         file.write('{"time": 1.0, "stage": "dpo", "st')
     assert client.get("/version?token=secret").json() != before
     assert f"9 of {TOTAL} steps" in client.get("/?token=secret").text
+
+
+def test_a_process_that_dies_changes_the_version_and_the_page(run):
+    client = TestClient(make_app(run, "secret"), base_url="http://127.0.0.1")
+    holder = subprocess.Popen(["sleep", "60"])
+    (run / ".lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": holder.pid}))
+    before = client.get("/version?token=secret").json()
+    assert ">running<" in client.get("/?token=secret").text
+    holder.kill()
+    holder.wait()
+    assert client.get("/version?token=secret").json() != before
+    assert ">stopped<" in client.get("/?token=secret").text
 
 
 def test_a_later_version_leaves_the_library_out(run):

@@ -57,6 +57,15 @@ class PairRow:
         return self.chosen_reward - self.rejected_reward
 
 
+def holder_lives(folder: Path) -> bool | None:
+    """Tell whether the process that holds a run lives; None if it is on another machine, False if there is none."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text())
+        return psutil.pid_exists(holder["pid"]) if holder["host"] == socket.gethostname() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @dataclass(kw_only=True)
 class RunContents:
     """A run directory as read: settings, finished steps, metrics, events. Files of images are read when asked for."""
@@ -102,13 +111,10 @@ class RunContents:
         return "running" if not self.ended and self._is_held() else "stopped"
 
     def _is_held(self) -> bool:
-        try:
-            holder = json.loads((self.folder / HOLDER).read_text())
-            if holder["host"] == socket.gethostname():
-                return psutil.pid_exists(holder["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return bool(self.metrics) and time.time() - self.metrics[-1]["time"] < QUIET_S
+        lives = holder_lives(self.folder)
+        if lives is None:
+            return bool(self.metrics) and time.time() - self.metrics[-1]["time"] < QUIET_S
+        return lives
 
     @property
     def stages(self) -> list[str]:

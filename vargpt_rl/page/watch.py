@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from vargpt_rl.common.usage import print_usage_if_asked
-from vargpt_rl.page.contents import read_run
+from vargpt_rl.page.contents import holder_lives, read_run
 from vargpt_rl.page.render import render
 from vargpt_rl.page.serving import new_token, private_app, serve
 
@@ -34,8 +34,11 @@ FOLLOWED = (
 
 
 def version_of(folder: Path) -> str:
-    """Return a digest of names, sizes and times of the followed files, and of whether the run is alive."""
-    digest = hashlib.blake2b(read_run(folder).status.encode(), digest_size=8)
+    """Return a digest of names, sizes and times of the followed files, and of whether the run's process lives.
+
+    It is asked for every 1.5 s, so no file but the holder's is read.
+    """
+    digest = hashlib.blake2b(str(holder_lives(folder)).encode(), digest_size=8)
     for pattern in FOLLOWED:
         for path in sorted(folder.glob(pattern)):
             try:
