@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from vargpt_rl.common.logs import RECORD
+from vargpt_rl.evaluate.wording import MOMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ KNOWN_AFTER_S = 0.5
 """Seconds after which the speed of a part is told."""
 MOST = 0.95
 """Share of a step that its first part stands for."""
-TITLES = {
+TITLES = {moment: f"evaluate {name}" for moment, name in MOMENTS.items()} | {
     "sft": "SFT",
     "after_sft": "evaluate",
     "sample": "sample images",
@@ -29,10 +30,8 @@ TITLES = {
     "dpo": "DPO",
     "control": "control (SFT on winners)",
     "after_control": "evaluate control",
-    "after_dpo": "evaluate DPO",
     "grid": "sample grid",
     "grpo": "GRPO",
-    "after_grpo": "evaluate GRPO",
     "understands": "questions",
 }
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.logs import RECORD
-from vargpt_rl.evaluate.wording import gain_of, verdict, with_bounds
+from vargpt_rl.evaluate.wording import MOMENTS, gain_of, verdict, with_bounds
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
@@ -59,13 +59,8 @@ def stage_table(stages: dict[str, dict]) -> Table:
     return table
 
 
-MOMENTS = {
-    "after_sft": "SFT",
-    "sft_on_winners": "control",
-    "after_dpo": "DPO",
-    **{f"after_{name}": method.title for name, method in ONLINE.items()},
-}
-"""Names of the measured policies of an iteration, by their key in its results."""
+CONTROL = "sft_on_winners"
+"""Key of the control among an iteration's results."""
 
 
 def closing_table(summary: dict) -> Table:
@@ -120,7 +115,7 @@ def _measured(summary: dict) -> list[tuple[int, dict, str, dict]]:
         (k, iteration, name, result)
         for k, iteration in enumerate(summary["iterations"])
         for key, name in MOMENTS.items()
-        if (result := iteration["eval"].get(key))
+        if (result := iteration["eval"].get(CONTROL if key == "control" else key))
     ]
 
 

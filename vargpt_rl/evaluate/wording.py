@@ -6,6 +6,15 @@ Z = 1.959964
 """Half the width of a 95 % interval in standard errors."""
 SHOWN_BELOW = 0.05
 """p-value of the sign test below which a difference counts as shown."""
+MOMENTS = {
+    "after_sft": "SFT",
+    "control": "control",
+    "after_dpo": "DPO",
+    "after_rft": "RFT",
+    "after_online_dpo": "online DPO",
+    "after_grpo": "GRPO",
+}
+"""Titles of the moments at which policies are measured, the control being SFT on the winners."""
 
 
 def with_bounds(result: Mapping[str, float], key: str) -> str:

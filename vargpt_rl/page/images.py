@@ -5,18 +5,9 @@ from dataclasses import dataclass, field
 
 from vargpt_rl.common.averages import interval
 from vargpt_rl.evaluate.paired import ScoredImage, compare
-from vargpt_rl.evaluate.wording import gain_of, verdict
+from vargpt_rl.evaluate.wording import MOMENTS, gain_of, verdict
 from vargpt_rl.page.contents import RunContents
 
-MOMENTS = {
-    "after_sft": "SFT",
-    "control": "control",
-    "after_dpo": "DPO",
-    "after_grpo": "GRPO",
-    "after_rft": "RFT",
-    "after_online_dpo": "online DPO",
-}
-"""Titles of moments, the control being SFT on the winners."""
 BASELINES = ("after_sft", "control")
 """Moments that later ones are compared with."""
 EVERY = "all"
