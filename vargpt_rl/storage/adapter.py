@@ -19,6 +19,7 @@ from vargpt_rl.model.families import family_of, load_config
 from vargpt_rl.model.hub import check_model
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint, save_checkpoint
+from vargpt_rl.storage.export import files_beside_weights
 from vargpt_rl.storage.files import atomic_dir
 from vargpt_rl.storage.hashes import set_checksum, tensor_hash
 from vargpt_rl.storage.sharded import (
@@ -210,7 +211,7 @@ def write_merged(folder: Path, target: Path) -> Path:
     base = adapter_base(folder)
     tensors = stored_in_folder(base) | merged_tensors(folder, base)
     with new_model_dir(target) as unfinished:
-        without_weights = shutil.ignore_patterns("model*.safetensors", "*.safetensors.index.json")
-        shutil.copytree(base, unfinished, ignore=without_weights, dirs_exist_ok=True)
+        for file in files_beside_weights(base):
+            shutil.copyfile(file, unfinished / file.name)
         save_sharded(tensors, unfinished)
     return target.resolve()
