@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -141,6 +142,11 @@ class LearnerGroup:
         self.save_request: Path | None = None
         self.waiting: list[ray.ObjectRef] = []
         self._start_ranks()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the ranks' products and of the weights that they save."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def pids(self) -> list[int]:

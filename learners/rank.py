@@ -155,8 +155,7 @@ class Rank:
     def _peak(self) -> float:
         """Operations per second of a matrix product in this process: given, or measured before its first job."""
         if not self.peak:
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
-            self.peak = matrix_peak("cuda" if self.use_gpu else "cpu", dtype)
+            self.peak = matrix_peak("cuda" if self.use_gpu else "cpu", self._dtype)
         return self.peak
 
     def _run(

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 import ray
-import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -146,6 +145,6 @@ def starting_policy(session: Session) -> Policy:
     if not config.adapter.is_on:
         return Policy(model)
     weights = session.run.directory / "checkpoints" / "adapter" / "final"
-    dtype = torch.bfloat16 if session.learners.bf16 else torch.float32
+    dtype = session.learners.dtype
     session.run.step("adapter", lambda: write_fresh_adapter(model, config.adapter, weights, config.seed, dtype))
     return Policy(model, (weights,), config.adapter)

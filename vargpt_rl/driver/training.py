@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from learners.config import Recipe
 from learners.group import RunningJob
@@ -190,7 +189,7 @@ def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
     """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
     swapped = it.swap_to(policy)
     if "probe" in trained:
-        dtype = torch.bfloat16 if it.session.learners.bf16 else torch.float32
+        dtype = it.session.learners.dtype
         exact = max(PROBE_TOLERANCE, LOG_PROB_TOLERANCE[dtype])
         tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else exact
         swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"], tolerance)
