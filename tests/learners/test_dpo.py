@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from learners.config import DpoConfig
 from learners.dpo import ImageDpoTrainer, log_prob_scale
 from learners.image_policy import ImagePolicy
+from tests.helpers.dpo import cpu_dpo_config
 from tests.helpers.tiny import BITS
 from vargpt_rl.common.settings import parse
 from vargpt_rl.data.batches import PairCollator
@@ -71,21 +72,10 @@ def shared_model(checkpoint):
 @pytest.fixture
 def trainer(checkpoint, chat, tmp_path):
     def build(model, norm="sum", alpha=0.0, scales=None, **settings) -> ImageDpoTrainer:
-        arguments = DPOConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            precompute_ref_log_probs=True,
-            max_length=None,
-            report_to="none",
-            remove_unused_columns=False,
-            gradient_checkpointing=False,
-            bf16=False,
-            **settings,
-        )
         return ImageDpoTrainer(
             settings=DpoConfig(logp_norm=norm, credit_alpha=alpha, credit_scales=scales),
             model=model,
-            args=arguments,
+            args=cpu_dpo_config(tmp_path, **settings),
             data_collator=PairCollator(chat, scales),
             pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
             processing_class=chat.tokenizer,

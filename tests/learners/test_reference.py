@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
-from trl import DPOConfig
 
 from learners.config import DpoConfig, RlConfig
 from learners.dpo import ImageDpoTrainer
@@ -18,6 +17,7 @@ from learners.image_policy import ImagePolicy
 from learners.methods import ONLINE
 from learners.policy_batches import PolicyBatches
 from learners.reference import StartWeights
+from tests.helpers.dpo import cpu_dpo_config
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.model.adapter import AdapterConfig, attach, is_adapter
@@ -79,22 +79,12 @@ def pairs(policy, chat):
 
 
 def dpo_trainer(policy, chat, folder, reference) -> ImageDpoTrainer:
-    arguments = DPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        precompute_ref_log_probs=True,
-        max_length=None,
-        report_to="none",
-        remove_unused_columns=False,
-        gradient_checkpointing=False,
-        bf16=False,
-    )
     return ImageDpoTrainer(
         settings=DpoConfig(),
         pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
         reference=reference,
         model=policy,
-        args=arguments,
+        args=cpu_dpo_config(folder),
         data_collator=PairCollator(chat),
         processing_class=chat.tokenizer,
     )
