@@ -27,7 +27,7 @@ Choice = dict[int, tuple[float, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredImages:
-    """What a loss sees of the images of a micro-batch.
+    """The images of a micro-batch, as a loss sees them.
 
     Log-probabilities [N, P] are means over the symbols of a part, weighted by credit: under the policy (with
     gradients), under the sampler, and under the reference. The last two are None unless the method or its settings ask

@@ -77,7 +77,7 @@ class RewardStats:
             self.errors.setdefault(reason, message)
 
     def report(self, before: "RewardStats") -> dict[str, Any]:
-        """What was counted after ``before``, as JSON."""
+        """The counts since ``before``, as JSON."""
         scored = self.scored - before.scored
         unscored = self.unscored - before.unscored
         return {

@@ -36,7 +36,7 @@ class Verdict(Protocol):
 
     @property
     def reason(self) -> str:
-        """What is wrong; empty if nothing is."""
+        """The reason why it is wrong; empty if it is not."""
         ...
 
 
