@@ -93,6 +93,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(mark)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: a compressor may write the time into them, and workers must collect the same ids."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _started_clusters_are_marked(request):
     """Fail a test that starts Ray without a mark, which would slow down `make test-fast`."""
