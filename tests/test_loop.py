@@ -94,12 +94,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> Path:
-    """A run that was killed in the middle of its first SFT, then of its first DPO, and which the same command then
-    completed.
-    """
+    """A run that was killed in the middle of its first DPO, and which the same command then completed."""
     directory = folder / "test"
-    for stage in ("sft", "dpo"):
-        kill_where_it_hangs(folder, f"iter-00-{stage}/rank-0/step-2")
+    kill_where_it_hangs(folder, "iter-00-dpo/rank-0/step-2")
     assert not (directory / "summary.json").exists()
     again = run(folder)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -111,7 +108,7 @@ def finished(folder) -> Path:
 def test_a_killed_driver_goes_on_and_completes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "complete"
-    assert summary["events"] == [f"resuming after iter-00/{step}" for step in ("before", "pair")]
+    assert summary["events"] == ["resuming after iter-00/pair"]
     assert [iteration["resolution"] for iteration in summary["iterations"]] == [32, 48]
     for iteration in summary["iterations"]:
         assert iteration["pairs"]["built"] + iteration["pairs"]["dropped"] == 8
@@ -205,7 +202,7 @@ def test_dpo_overlaps_the_making_of_its_pairs(folder):
     assert {name for step in steps for name in step["pairs"]} == set(table.pair_id)
 
 
-@pytest.mark.parametrize("stages", [s for n in range(1, 6) for s in combinations(RUN_STAGES, n)], ids="+".join)
+@pytest.mark.parametrize("stages", [s for n in (1, 2, 5) for s in combinations(RUN_STAGES, n)], ids="+".join)
 def test_stages_run_in_order_each_from_the_last_policy(stages, tmp_path, monkeypatch):
     asked, exported = [], []
 
@@ -264,10 +261,9 @@ def test_a_learned_reward_precedes_the_methods_that_use_it(tmp_path, monkeypatch
 
 
 def test_a_killed_stage_resumes_inside(finished):
-    for stage, steps in (("sft", 4), ("dpo", 3)):
-        lines = (finished / f"checkpoints/iter-00-{stage}/log.jsonl").read_text().splitlines()
-        trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]
-        assert trained and trained == list(range(trained[0], steps + 1)) and trained[0] > 1, "by its last start"
+    lines = (finished / "checkpoints/iter-00-dpo/log.jsonl").read_text().splitlines()
+    trained = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+    assert trained and trained == list(range(trained[0], 4)) and trained[0] > 1, "by its last start"
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["iterations"][0]["dpo"]["steps"] == 3
     assert not list(finished.glob("checkpoints/*/trainer")), "nothing is kept of what is done"
