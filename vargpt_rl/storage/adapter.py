@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
 from vargpt_rl.model.adapter import NAME, AdapterConfig, attach, fresh_tensors, merged_weight, target_modules
 from vargpt_rl.model.families import family_of, load_config
@@ -83,6 +82,8 @@ def write_adapter(policy: Policy, target: Path, base: str, files: dict[str, dict
 
     An older ``target`` is kept until the new one is whole.
     """
+    from peft import LoraConfig  # takes a second, which a run without adapters need not wait for
+
     adapter = policy.adapter
     if adapter is None:
         raise ValueError(f"{policy.model}: the policy has no adapter")

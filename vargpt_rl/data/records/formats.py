@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_from_disk
 
 from vargpt_rl.data.records.images import InArchive
 
@@ -277,6 +276,8 @@ def _scalar_size(value: pa.Scalar) -> int:
 
 
 def _saved_rows(path: Path, part: int, start: int, step: int) -> Rows:
+    from datasets import load_from_disk  # takes a second, which other formats need not wait for
+
     try:
         data = load_from_disk(str(path)).with_format("arrow")  # which leaves images encoded
     except (pa.ArrowException, OSError) as error:
