@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Name bytes by their argument: a compressor may write the time into them, and workers must collect the same ids."""
+    """Name bytes by their argument: gzip writes the time into them, and all workers must collect the same ids."""
     return argname if isinstance(val, bytes) else None
 
 
