@@ -15,6 +15,8 @@ from actors.transport import WeightTransfer
 from actors.weights import WeightLayout, checksum_of_set
 from actors.worker import BaseWorker
 from vargpt_rl.data.images import ImageSource
+from vargpt_rl.model.adapter import AdapterConfig
+from vargpt_rl.text.adapted import MergedLayers
 from vargpt_rl.text.layout import check_set, is_text
 from vargpt_rl.text.vllm_engine import VllmEngine
 
@@ -23,7 +25,10 @@ BATCH = 256
 
 
 class VllmWorker(BaseWorker):
-    """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16. It takes no adapter."""
+    """vLLM with the language half of ``checkpoint`` (a directory), in fp32 or bf16.
+
+    The matrices of an ``adapter`` are merged into the checkpoint's weights, whatever the workers do with them.
+    """
 
     engine: VllmEngine
 
@@ -35,19 +40,24 @@ class VllmWorker(BaseWorker):
         use_gpu: bool = False,
         bf16: bool = False,
         version_required: int = 0,
-        adapter: None = None,
+        adapter: AdapterConfig | None = None,
     ):
         torch.set_num_threads(threads)
         engine = VllmEngine(checkpoint, torch.bfloat16 if bf16 else torch.float32)
+        self._layers = None if adapter is None else MergedLayers(checkpoint, adapter)
         super().__init__(engine, source, "cuda" if use_gpu else "cpu", version_required)
 
     def check_layout(self, layout: WeightLayout) -> None:
-        check_set(layout.shapes, self.engine.shapes)
+        if self._layers is not None:
+            self._layers.check(layout.shapes)
+        else:
+            check_set(layout.shapes, self.engine.shapes)
 
     def load_weights(self, version: int, transfer: WeightTransfer) -> str:
         """Swap into vLLM. It fuses its own tensors, so the checksum is of the received ones, once they are loaded."""
         tensors = {name: tensor for chunk in transfer.chunks() for name, tensor in chunk.items()}
-        self.engine.swap(version, tensors)
+        for part in [tensors] if self._layers is None else self._layers.chunks(tensors):
+            self.engine.swap(version, part)
         return checksum_of_set(tensors)
 
 
@@ -58,11 +68,20 @@ def start_text_engine(
     source: ImageSource,
     progress: Progress | None = None,
     note: Note = unnoted,
+    adapter: AdapterConfig | None = None,
 ) -> RolloutPool | None:
-    """Start vLLM's pool; None if the rollout workers write text themselves."""
+    """Start vLLM's pool, for the sets of an ``adapter`` if there is one; None if the workers write text themselves."""
     if plan.text is None:
         return None
     settings = replace(config, batch_size=BATCH)
     return RolloutPool(
-        settings, plan.text, checkpoint, source, progress=progress, kind=VllmWorker, takes=is_text, note=note
+        settings,
+        plan.text,
+        checkpoint,
+        source,
+        progress=progress,
+        kind=VllmWorker,
+        takes=is_text,
+        adapter=adapter,
+        note=note,
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from actors.config import RolloutConfig
 from actors.pool import RolloutPool
 from actors.resources import plan
-from actors.text_engine import start_text_engine
+from actors.text_engine import VllmWorker, start_text_engine
 from actors.transport import SharedFileTransfer
 from actors.weights import checksum, layout_of
 from actors.worker import BaseWorker, Worker
@@ -20,9 +20,11 @@ from tests.helpers.driver import stage_context
 from tests.helpers.vllm import needs_vllm
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.driver.evaluation import answer_questions
+from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.prompt import REPLY
-from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.adapter import write_fresh_adapter
+from vargpt_rl.storage.checkpoint import WEIGHTS, Policy, save_checkpoint
 from vargpt_rl.text.layout import is_text
 
 SIDE = 224
@@ -98,6 +100,26 @@ def test_vllm_equals_transformers_after_every_swap(text, worker, sets):
     assert said[0][1] == said[1][1] != said[2][1], "and the language model's what is said before them"
     assert None in said[2][1] and len(set(said[2][1])) > 5
     assert understood == drawn and report.bytes == 0, "what draws does not concern it"
+
+
+@needs_vllm
+def test_vllm_writes_with_the_adapter_that_the_workers_have(tmp_path):
+    adapter = AdapterConfig("lora", rank=4, targets=["language_model"])
+    write_fresh_adapter(str(EMBEDDED), adapter, tmp_path / "start", 0, torch.float32)
+    torch.manual_seed(0)
+    fresh = load_file(tmp_path / "start" / WEIGHTS)
+    noisy = {name: 0.3 * torch.randn_like(tensor) for name, tensor in fresh.items()}
+    save_checkpoint(tmp_path / "tuned", noisy)
+    engine = VllmWorker(str(EMBEDDED), SOURCE, threads=2, adapter=adapter)
+    worker = Worker(str(EMBEDDED), SOURCE, threads=2, adapter=adapter)
+    said = []
+    for version, name in enumerate(("start", "tuned", "start"), start=1):
+        path = tmp_path / name / WEIGHTS
+        for each in (engine, worker):
+            each.receive(version, checksum(path), SharedFileTransfer(layout_of(path), path))
+        said.append(engine.answer(ASKED, SIDE))
+        assert said[-1] == worker.answer(ASKED, SIDE), name
+    assert said[0] == said[2] != said[1]
 
 
 @needs_vllm

@@ -103,13 +103,14 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
     run.progress.say(f"starting {len(placement.worker_bundles)} workers and {config.learner.ranks} learner ranks")
     worker_places, rank_places = reserve(placement, config.learner.start_timeout_s)
     part = run.progress.part
+    adapter = config.adapter if config.adapter.is_on else None
     pool = RolloutPool(
         config.rollout,
         placement,
         inputs.model,
         inputs.source,
         places=worker_places,
-        adapter=config.adapter if config.adapter.is_on else None,
+        adapter=adapter,
         progress=part,
         note=run.note,
         wait=False,
@@ -123,7 +124,9 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         note=run.note,
         bf16=placement.bf16,
     )
-    text = start_text_engine(config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note)
+    text = start_text_engine(
+        config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note, adapter=adapter
+    )
     pool.wait_until_ready()
     weights = WeightSync(pool, text, run)
     return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)

@@ -15,7 +15,7 @@ def is_text(name: str) -> bool:
     return name.startswith(_HALF)
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """Return the name of vLLM's layer that contains a tensor."""
     return _FUSED.sub(lambda part: _PLACE.get(part[0], "gate_up_proj"), name.rpartition(".")[0])
 
@@ -30,9 +30,9 @@ def check_set(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[i
             raise ValueError(f"{name}: the model has no such tensor")
         if tuple(shape) != tuple(model[name]):
             raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(model[name])}")
-    layers = set(map(_layer, shapes))
-    if missing := _first(name for name in model if _layer(name) in layers and name not in shapes):
-        raise ValueError(f"{missing} is missing: the set has other tensors of layer {_layer(missing)}")
+    layers = set(map(layer_of, shapes))
+    if missing := _first(name for name in model if layer_of(name) in layers and name not in shapes):
+        raise ValueError(f"{missing} is missing: the set has other tensors of layer {layer_of(missing)}")
 
 
 def _first(names: Iterable[str]) -> str | None:
