@@ -1,7 +1,7 @@
 import pytest
 
 from vargpt_rl.common import memory
-from vargpt_rl.common.memory import available_memory
+from vargpt_rl.common.memory import available_memory, forget_peak, peak_memory
 
 GIB = 2**30
 
@@ -39,3 +39,13 @@ def test_the_lowest_limit_counts(groups, own, files):
 def test_without_a_limit_it_is_the_machines(groups, files):
     groups("4:memory:/\n0::/\n", files)
     assert available_memory() > GIB
+
+
+def test_the_peak_is_that_since_it_was_forgotten():
+    forget_peak()
+    before = peak_memory()
+    held = b"1" * (200 * 2**20)
+    assert peak_memory() > before + 150 * 2**20
+    del held
+    forget_peak()
+    assert peak_memory() < before + 100 * 2**20

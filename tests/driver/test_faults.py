@@ -41,7 +41,7 @@ STEPS = [
     *(f"iter-00/{step}" for step in Step if step != Step.REWARD),
     "understands/after",
 ]
-TIMES = ("seconds", "images_per_second", "time", "mfu")
+TIMES = ("seconds", "images_per_second", "time", "mfu", "peak_memory")
 """Fields of a summary that differ between equal runs."""
 DEADLINE_S = 600.0
 

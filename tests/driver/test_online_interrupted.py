@@ -64,7 +64,7 @@ def go(folder, name: str, *points: str) -> tuple[dict, dict[str, torch.Tensor], 
 def timeless(value):
     """Leave out times, and versions, which count swaps: a resumed run makes fewer or more."""
     if isinstance(value, dict):
-        left_out = ("seconds", "seconds_per_update", "waited", "version")
+        left_out = ("seconds", "seconds_per_update", "waited", "version", "peak_memory")
         return {key: timeless(each) for key, each in value.items() if key not in left_out}
     return value
 

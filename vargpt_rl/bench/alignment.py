@@ -33,6 +33,8 @@ SHARED = (
     f"evaluations/{ITERATION}-{Step.AFTER_SFT}.jsonl",
 )
 """Files that the steps after SFT's evaluation need from earlier steps."""
+ADAPTER = "checkpoints/adapter"
+"""The first weights of an adapter, needed too by a run that trains one."""
 
 BASE = "dpo"
 """The variant that trains SFT and the control, which the others share."""
@@ -152,7 +154,7 @@ def fork(source: Path, target: Path) -> None:
     state["steps"] = {step: state["steps"][step] for step in steps[: last + 1]}
     state |= {"config": None, "summary": None, "logs": {}}
     with atomic_dir(target) as unfinished:
-        for name in SHARED:
+        for name in [*SHARED, *([ADAPTER] if (source / ADAPTER).exists() else [])]:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
             copy(source / name, unfinished / name)
@@ -236,13 +238,13 @@ def table(results: Sequence[Mapping[str, Outcome]]) -> str:
         scores = [_mean([image.score for image in policy.images]) for policy in policies]
         cells = [
             name,
-            _spread(scores),
+            spread(scores),
             "-" if name == "SFT" else _gain(results, name, "SFT"),
             "-" if name in ("SFT", "control") else _gain(results, name, "control"),
             ", ".join("-" if score is None else f"{score:.3f}" for score in scores),
-            _spread([policy.diversity for policy in policies]),
-            _spread([policy.questions for policy in policies]),
-            _spread([policy.seconds for policy in policies], digits=0),
+            spread([policy.diversity for policy in policies]),
+            spread([policy.questions for policy in policies]),
+            spread([policy.seconds for policy in policies], digits=0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -255,14 +257,22 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _gain(results: Sequence[Mapping[str, Outcome]], name: str, baseline: str) -> str:
     """Format the paired gain of a policy over another."""
+    return pooled_gain([(result[name].images, result[baseline].images) for result in results])
+
+
+def pooled_gain(pairs: Sequence[tuple[list[ScoredImage], list[ScoredImage]]]) -> str:
+    """Format the gain of images over their baseline, paired image by image, given both of each seed.
+
+    The first error is over the images of all seeds, the second, in brackets, over the seeds' mean gains.
+    """
     pooled: list[ScoredImage] = []
     base: list[ScoredImage] = []
     by_seed = []
-    for seed, result in enumerate(results):
-        gain = paired_gain(result[name].images, result[baseline].images)
+    for seed, (images, baseline) in enumerate(pairs):
+        gain = paired_gain(images, baseline)
         by_seed += [gain[0]] if gain else []
-        pooled += [_of_seed(image, seed) for image in result[name].images]
-        base += [_of_seed(image, seed) for image in result[baseline].images]
+        pooled += [_of_seed(image, seed) for image in images]
+        base += [_of_seed(image, seed) for image in baseline]
     total = paired_gain(pooled, base)
     if total is None:
         return "-"
@@ -275,7 +285,8 @@ def _of_seed(image: ScoredImage, seed: int) -> ScoredImage:
     return ScoredImage(prompt_id=f"{seed}/{image.prompt_id}", prompt=image.prompt, seed=image.seed, score=image.score)
 
 
-def _spread(values: list[float | None], digits: int = 3) -> str:
+def spread(values: list[float | None], digits: int = 3) -> str:
+    """Format a mean, with the standard deviation over seeds."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

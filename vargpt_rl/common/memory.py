@@ -1,10 +1,13 @@
-"""Memory that this process may use: the machine's, or the limit of the container or job that it runs in."""
+"""Memory that this process may use, the machine's or the limit of its container or job, and the most that it used."""
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 def available_memory() -> int:
@@ -35,3 +38,14 @@ def _limits() -> list[int]:
         if text.isdigit():  # else "max"
             found.append(int(text))
     return found
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count from now on, where the system can forget a peak."""
+    with suppress(OSError):  # not Linux, or a container that forbids it: the peak is then that of the whole process
+        CLEAR.write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
