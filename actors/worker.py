@@ -191,8 +191,9 @@ class Worker(BaseWorker):
     ):
         torch.set_num_threads(threads)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        model = load_policy(Policy(checkpoint, adapter=adapter), dtype)
-        self.model = model.to("cuda" if use_gpu else "cpu").eval()
+        device = "cuda" if use_gpu else "cpu"
+        model = load_policy(Policy(checkpoint, adapter=adapter), dtype, device=device)
+        self.model = model.to(device).eval()
         self._merged = MergedAdapter(self.model) if adapter is not None and adapter.is_merged else None
         self.chat = markup_for(checkpoint, self.model.config)
         self.image_tokenizer = self.model.image_tokenizer

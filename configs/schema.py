@@ -5,8 +5,11 @@ Defaults are the embedded demo: the tiny model on the shapes world, sized for tw
 
 import copy
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
+
+import torch
 
 from actors.config import PlacementConfig, RolloutConfig
 from configs.stages import (
@@ -20,9 +23,9 @@ from configs.stages import (
     pretrain_defaults,
     understanding_defaults,
 )
-from learners.config import LearnerConfig
+from learners.config import LearnerConfig, Recipe
 from learners.methods import ONLINE
-from vargpt_rl.common.dtypes import DTYPES
+from vargpt_rl.common.dtypes import DTYPES, chosen_dtype
 from vargpt_rl.common.settings import Between, Count, CountOrNone, FolderName, MultipleOf, OneOf, merge, parse
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.adapter import AdapterConfig
@@ -166,6 +169,13 @@ class TrackingConfig:
         moments = ["last", "after_sft", *(f"after_{method}" for method in METHODS if method != "reward")]
         if moment not in moments or not metric:
             raise ValueError(f"tracking.best={self.best}: expected MOMENT.METRIC with one of {moments}, or null")
+
+
+def _check_bitsandbytes(setting: str, on_gpu: bool, expected: str) -> None:
+    if not on_gpu:
+        raise ValueError(f"{setting}: bitsandbytes is used on GPUs, of which there are none; expected {expected}")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{setting}: bitsandbytes is not installed here; pip install 'vargpt-rl[qlora]' brings it")
 
 
 @dataclass
@@ -312,13 +322,15 @@ class LoopConfig:
         for stage in stages_of(self.stages):
             if stage.learns is Learns.IMAGES or stage.name in self.align.left_out:
                 continue
-            self._check_batch(stage.block)
+            self._check_recipe(stage.block)
             if stage.learns is Learns.QUESTIONS and self.data.kind != "records":
                 self._check_drawing_share(stage.block)
 
-    def _check_batch(self, block: str) -> None:
+    def _check_recipe(self, block: str) -> None:
+        recipe: Recipe = getattr(self, block).recipe
         try:
-            getattr(self, block).recipe.accumulation(self.learner.ranks)
+            recipe.accumulation(self.learner.ranks)
+            recipe.check_options()
         except ValueError as error:
             raise ValueError(f"{block}.recipe: {error}") from error
 
@@ -348,11 +360,36 @@ class LoopConfig:
                     f"adapter.reference=learner with {block}.recipe.zero=3, which splits the weights: expected zero 0, "
                     f"1 or 2, or adapter.reference=workers"
                 )
+        for block in self.recipes:
+            if self.adapter.four_bit and getattr(self, block).recipe.zero == 3:
+                raise ValueError(
+                    f"adapter.four_bit={self.adapter.four_bit} with {block}.recipe.zero=3, which splits the weights: "
+                    f"expected zero 0, 1 or 2"
+                )
         if "reward" in self.align.methods and ALIGN in self.stages:
             raise ValueError(
                 "align.methods containing reward with an adapter: a learned reward trains whole weights, expected "
                 "adapter=none"
             )
+
+    def check_devices(self, on_gpu: bool) -> None:
+        """ValueError for settings that need GPUs, or bitsandbytes, where there is none."""
+        for block in self.recipes:
+            optimizer = getattr(self, block).recipe.optimizer
+            if optimizer != "adamw":
+                _check_bitsandbytes(f"{block}.recipe.optimizer={optimizer}", on_gpu, "adamw")
+        if self.adapter.is_on and self.adapter.four_bit:
+            _check_bitsandbytes(f"adapter.four_bit={self.adapter.four_bit}", on_gpu, "[]")
+            if chosen_dtype(self.dtype, on_gpu) != torch.bfloat16:
+                raise ValueError(f"dtype={self.dtype} with adapter.four_bit={self.adapter.four_bit}: expected bf16")
+
+    @property
+    def recipes(self) -> list[str]:
+        """The blocks whose recipes DeepSpeed trains in this run."""
+        rows = [row for row in stages_of(self.stages) if row.learns is not Learns.IMAGES]
+        blocks = [row.block for row in rows if row.name not in self.align.left_out]
+        learned = ["learned_reward"] if ALIGN in self.stages and "reward" in self.align.methods else []
+        return list(dict.fromkeys([*blocks, *learned, *(["rl"] if self.runs_rl else [])]))
 
     @property
     def runs_dpo(self) -> bool:
@@ -369,7 +406,7 @@ class LoopConfig:
         methods = self.align.methods
         if "reward" not in methods or ALIGN not in self.stages:
             return
-        self._check_batch("learned_reward")
+        self._check_recipe("learned_reward")
         if self.learned_reward.table is not None:
             return
         if not self.align.sft:
@@ -401,7 +438,12 @@ class LoopConfig:
             )
         if self.rl.staleness and self.placement.is_colocated:
             raise ValueError("rl.staleness=1 is for placement=split: in colocated, workers and ranks take turns")
-        self._check_batch("rl")
+        self._check_recipe("rl")
+        if self.rl.recipe.ema is not None and self.rl.guard.validate_every is not None:
+            raise ValueError(
+                f"rl.recipe.ema={self.rl.recipe.ema:g} with rl.guard.validate_every: the result is the average or the "
+                f"weights of the best validation, expected one of them to be null"
+            )
         images = self.rl.prompts * self.rl.group
         if self.rl.recipe.batch < images:
             raise ValueError(

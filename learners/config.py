@@ -15,6 +15,8 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 """Scheduler types of ``transformers`` that need no further arguments."""
+OPTIMIZERS = {"adamw": None, "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+"""Optimizers, by ``transformers``' names for those of bitsandbytes; None is its default, torch's AdamW."""
 LOSS_TYPES = (
     "sigmoid",
     "sft",
@@ -65,6 +67,13 @@ class Recipe:
 
     Every second block needs about half of the memory between none and all, for half of the time.
     """
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
+    """AdamW with moments in fp32; ``adamw_8bit``: in 8 bits (arXiv 2110.02861, by bitsandbytes, on GPUs alone), 2 bytes
+    a trained parameter instead of 8; ``paged_adamw_8bit``: these leave the GPU while its memory is short, until the
+    stage is resumed."""
+    offload: bool = False
+    """Keep the optimizer's states, with ZeRO 2 or 3, in the machine's memory and update there: a GPU then holds neither
+    moments nor fp32 copies nor gradients, 16 bytes a trained parameter, and each step waits for the CPU."""
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per step on each rank. ValueError unless the batch divides evenly."""
@@ -74,6 +83,20 @@ class Recipe:
                 f"expected a batch divisible by {self.micro_batch * ranks}"
             )
         return self.batch // (self.micro_batch * ranks)
+
+    ema: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] | None = None
+    """Decay of an exponential moving average of the trained tensors, which then is the stage's result: what samples
+    after SFT, what the next stage starts from, what is evaluated and exported. Online methods draw with the trained
+    weights themselves while they train. null averages nothing. Not with ZeRO 3."""
+
+    def check_options(self) -> None:
+        """ValueError for settings that do not go together."""
+        if self.offload and self.zero < 2:
+            raise ValueError(f"offload=true with zero={self.zero}: expected zero 2 or 3")
+        if self.offload and self.optimizer != "adamw":
+            raise ValueError(f"offload=true with optimizer={self.optimizer}, which updates on the GPU: expected adamw")
+        if self.ema is not None and self.zero == 3:
+            raise ValueError(f"ema={self.ema:g} with zero=3, which splits the weights: expected zero 0, 1 or 2")
 
     def arithmetic(self, ranks: int) -> str:
         """The number of steps and the composition of a batch, in words."""

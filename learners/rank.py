@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Container
 from pathlib import Path
 
 import deepspeed
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, RewardConfig
 
+from learners.average import AverageWeights
 from learners.config import LearnerConfig, Recipe
 from learners.dpo import ImageDpoTrainer
 from learners.flops import matrix_peak
@@ -43,8 +45,9 @@ from learners.reference import StartWeights
 from learners.resume import SaveEvery
 from learners.reward import ShownImageRewardTrainer, pairs_dataset, train_parts
 from learners.sft import SftTrainer
-from learners.training import SaveAt, finish, save_trained, training_arguments
+from learners.training import SaveAt, finish, in_force, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
+from vargpt_rl.common.memory import forget_peak, peak_memory
 from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.data.reward_pairs import RewardPairCollator
@@ -95,6 +98,11 @@ def interface(address: str) -> str:
     raise ValueError(f"no network interface of {socket.gethostname()} has the address {address}")
 
 
+def _average(model: torch.nn.Module, trained: list[str], recipe: Recipe) -> AverageWeights | None:
+    """The average of the trained tensors, if the recipe asks for one."""
+    return None if recipe.ema is None else AverageWeights(model, trained, recipe.ema)
+
+
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
@@ -140,7 +148,8 @@ class Rank:
     def _model(self, start: Policy, policy: bool = False) -> Unified:
         """The start of a job, as a ``policy`` for preference and online training, where nothing is random."""
         kind = family_of(load_config(start.model)).model
-        return load_policy(start, self._dtype, POLICIES[kind] if policy else kind, dropout=not policy)
+        device = "cuda" if self.use_gpu else "cpu"
+        return load_policy(start, self._dtype, POLICIES[kind] if policy else kind, dropout=not policy, device=device)
 
     @staticmethod
     def _reference(model: Unified, start: Policy, trained: list[str]) -> StartWeights | None:
@@ -158,18 +167,40 @@ class Rank:
             self.peak = matrix_peak("cuda" if self.use_gpu else "cpu", self._dtype)
         return self.peak
 
+    def _forget_peak_memory(self) -> None:
+        forget_peak()
+        if self.use_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak_memory(self) -> int:
+        """Most bytes of the GPU's tensors, or on a CPU of the process, since `_forget_peak_memory`."""
+        return torch.cuda.max_memory_allocated() if self.use_gpu else peak_memory()
+
     def _run(
-        self, trainer, chat: ChatTemplate, trained: list[str], job: SftJob | DpoJob | PolicyGradientJob | RewardJob
+        self,
+        trainer,
+        chat: ChatTemplate,
+        trained: list[str],
+        job: SftJob | DpoJob | PolicyGradientJob | RewardJob,
+        saves: Container[int] = (),
+        samples_average: bool = True,
     ) -> dict:
+        """Train, and save the result. After the steps ``saves`` weights that sample are saved too: the average, if one
+        is kept, or with ``samples_average`` false the trained ones."""
         output = job.output
+        average = trainer.average = _average(trainer.model, trained, job.recipe)
+        if average is not None:
+            trainer.add_callback(average)  # first: the others save it
+        trainer.add_callback(SaveAt(trainer, trained, output, saves, average if samples_average else None))
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
         trainer.clock.peak = self._peak()
         trainer.keep = self.config.keep_last, self.config.keep_every
         trainer.add_callback(SaveEvery(self.config.save_every, save_request(output)))
+        self._forget_peak_memory()
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         seconds = time.time() - trainer.began
-        save_trained(trainer, trained, output / "final")
+        save_trained(trainer, trained, output / "final", average)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {
             "loss_first": losses[0] if losses else None,
@@ -179,9 +210,11 @@ class Rank:
             "time": trainer.clock.total,
             **trainer.clock.whole(),
             "trained_tensors": len(trained),
+            "peak_memory": self._peak_memory(),
         }
         if not isinstance(job, RewardJob):  # a reward model draws nothing
-            result["probe"] = self._score(trainer, chat, job.probe)
+            with in_force(average):
+                result["probe"] = self._score(trainer, chat, job.probe)
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
@@ -229,8 +262,7 @@ class Rank:
                 ignore_data_skip=True,  # the loader has a state of its own
             ),
         )
-        trainer.add_callback(SaveAt(trainer, trained, job.output, list(job.save_steps)))
-        return self._run(trainer, chat, trained, job) | {"frozen": frozen}
+        return self._run(trainer, chat, trained, job, saves=job.save_steps) | {"frozen": frozen}
 
     def dpo(self, job: DpoJob) -> dict:
         """Train a preference stage.
@@ -304,8 +336,7 @@ class Rank:
             args=arguments,
         )
         last_updates = range(0, job.recipe.steps + 1, job.rl.updates)
-        trainer.add_callback(SaveAt(trainer, trained, job.output, last_updates))
-        result = self._run(trainer, chat, trained, job)
+        result = self._run(trainer, chat, trained, job, saves=last_updates, samples_average=False)
         worst = torch.tensor([trainer.first_update_max_abs_log_ratio], dtype=torch.float64, device=arguments.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return result | {"first_update_max_abs_log_ratio": worst.item(), "waited": batches.waited}

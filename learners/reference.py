@@ -4,11 +4,25 @@ With an adapter these are small, so the reference needs no second model. At an a
 adapter without effect, that is, the model with the adapter off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def replaced(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Put ``values`` in the place of parameters, without gradients."""
+    trained = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter, own in zip(parameters, trained, strict=True):
+            parameter.data = own
 
 
 class StartWeights:
@@ -22,12 +36,5 @@ class StartWeights:
     def in_force(self) -> Iterator[None]:
         """Put the copies in the place of the trained tensors, without gradients."""
         self._start = [start.to(own) for start, own in zip(self._start, self._parameters, strict=True)]
-        trained = [parameter.data for parameter in self._parameters]
-        try:
-            for parameter, start in zip(self._parameters, self._start, strict=True):
-                parameter.data = start
-            with torch.no_grad():
-                yield
-        finally:
-            for parameter, own in zip(self._parameters, trained, strict=True):
-                parameter.data = own
+        with replaced(self._parameters, self._start):
+            yield

@@ -22,6 +22,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from learners.average import AverageWeights
 from learners.checkpoints import mark, prune
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import check_free_space, replace_dir, sync_tree
@@ -79,6 +80,8 @@ class Resumable(MixedInto):
     """Names of numeric attributes of this rank that are saved and restored."""
     began = 0.0
     """Start of training (``time.time()``), shifted so that time between runs does not count."""
+    average: AverageWeights | None = None
+    """Moving average of the trained tensors, saved and restored with them."""
     keep: tuple[int, int | None] = (2, None)
     """Arguments of `learners.checkpoints.prune`: number of newest checkpoints kept, and step interval kept for good."""
 
@@ -105,6 +108,8 @@ class Resumable(MixedInto):
         if main:
             torch.save(self.lr_scheduler.state_dict(), unfinished / SCHEDULER_NAME)
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            if self.average is not None:
+                self.average.save(unfinished)
         self.accelerator.wait_for_everyone()
         sync_tree(unfinished)  # on every rank: each may run on its own machine
         self.accelerator.wait_for_everyone()
@@ -130,6 +135,8 @@ class Resumable(MixedInto):
             for name, value in own["kept"].items():
                 setattr(self, name, value)
             self.began -= own["seconds"]
+            if self.average is not None:
+                self.average.load(folder)
             if self.loader is not None:
                 self.loader.load_state_dict(own["data"])
         return prepared

@@ -1,6 +1,7 @@
 """Shared by all trainers: training arguments, DeepSpeed configuration, and saving trained weights."""
 
 from collections.abc import Container
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,8 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from learners.config import Recipe
+from learners.average import AverageWeights
+from learners.config import OPTIMIZERS, Recipe
 from vargpt_rl.storage.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_
         gradient_checkpointing=recipe.gradient_checkpointing > 0,
         gradient_checkpointing_kwargs={"every_n_layers": max(1, recipe.gradient_checkpointing)},
         deepspeed=deepspeed_config(recipe, bf16),
+        **_optimizer(recipe),
         bf16=bf16,
         use_cpu=not use_gpu,
         seed=seed,
@@ -48,13 +51,26 @@ def training_arguments(recipe: Recipe, ranks: int, seed: int, output: Path, use_
     )
 
 
+def _optimizer(recipe: Recipe) -> dict[str, str]:
+    """The argument that names another optimizer than torch's AdamW, if the recipe asks for one."""
+    name = OPTIMIZERS[recipe.optimizer]
+    return {} if name is None else {"optim": name}
+
+
 def deepspeed_config(recipe: Recipe, bf16: bool) -> dict:
-    """ZeRO with torch's AdamW; the rest follows the training arguments."""
+    """ZeRO with an optimizer from the training arguments, which give the rest too.
+
+    Offloaded, torch's fused AdamW updates on the CPU. DeepSpeed's own is no faster, has to be compiled at the first
+    start, and rounds differently after a resume.
+    """
+    zero: dict[str, object] = {"stage": recipe.zero}
+    if recipe.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": recipe.zero},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
@@ -84,27 +100,41 @@ def gather_weights(model: PreTrainedModel, names: list[str], main: bool) -> dict
     return copies
 
 
-class SaveAt(TrainerCallback):
-    """Save the trained tensors at given steps, under ``folder/step-NNNNNN``."""
+def in_force(average: AverageWeights | None) -> AbstractContextManager[None]:
+    """Put an average, if there is one, in the place of the trained tensors."""
+    return nullcontext() if average is None else average.in_force()
 
-    def __init__(self, trainer: Trainer, names: list[str], folder: Path, steps: Container[int]):
+
+class SaveAt(TrainerCallback):
+    """Save the trained tensors, or their ``average``, at given steps, under ``folder/step-NNNNNN``."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        names: list[str],
+        folder: Path,
+        steps: Container[int],
+        average: AverageWeights | None = None,
+    ):
         self.trainer = trainer
         self.names = names
         self.folder = folder
         self.steps = steps
+        self.average = average
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)  # step 0 too, if it is asked for
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
-            save_trained(self.trainer, self.names, self.folder / f"step-{state.global_step:06d}")
+            save_trained(self.trainer, self.names, self.folder / f"step-{state.global_step:06d}", self.average)
 
 
-def save_trained(trainer: Trainer, names: list[str], directory: Path) -> None:
-    """Write the trained tensors as a checkpoint; every rank must call it."""
+def save_trained(trainer: Trainer, names: list[str], directory: Path, average: AverageWeights | None = None) -> None:
+    """Write the trained tensors, or their ``average``, as a checkpoint; every rank must call it."""
     main = trainer.is_world_process_zero()
-    tensors = gather_weights(trainer.accelerator.unwrap_model(trainer.model), names, main)
+    with in_force(average):
+        tensors = gather_weights(trainer.accelerator.unwrap_model(trainer.model), names, main)
     if main:
         save_checkpoint(directory, tensors)
     trainer.accelerator.wait_for_everyone()

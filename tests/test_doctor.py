@@ -35,6 +35,14 @@ def test_an_adapter_fits_one_gpu_of_80_gb(capsys):
     assert all(row[3:] == ["no", "no", "yes", "yes"] for row in rows)
 
 
+def test_an_adapter_beside_4_bits_fits_one_gpu_of_24_gb(capsys):
+    assert doctor.main(["experiment=vargpt_v1_1_lora_24gb", "gpus=1", "gpu_memory_gib=23.6"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["256"] and "yes" in line]
+    assert [row[1] for row in rows] == ["sft", "dpo", "rl"] and all(row[3:] == ["yes"] * 4 for row in rows)
+    assert all(float(row[2]) < 22 for row in rows), "with room for what the plan leaves out"
+
+
 def test_explains_a_run_that_does_not_fit(checkpoint, capsys):
     small = [checkpoint, "resolutions=[32]", "iterations=1", "stages=[align]"]
     assert doctor.main([*small, "gpus=4", "gpu_memory_gib=1"]) == 1

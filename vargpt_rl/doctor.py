@@ -175,6 +175,11 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
             resources.plan(found, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
         except ValueError as error:
             return str(error)
+    try:
+        for resolution in config.resolutions:
+            config.at_resolution(resolution).check_devices(devices.gpus > 0)
+    except ValueError as error:
+        return str(error)
     return refusal(need, config, devices)
 
 

@@ -109,6 +109,19 @@ def test_the_adapter_experiment_has_nothing_of_the_demos():
         assert (at.rl.credit_scales, at.preference.count, at.evaluation.prompts) == (5, 8000, 120)
 
 
+def test_the_smallest_experiment_is_the_other_in_4_bits():
+    given = ["checkpoint=x", "evaluation.reward.path=rewards.technical:sharpness", *RECORDS]
+    given += ["resolutions=[256,512]", "iterations=2", "+data.sources.drawings.files=[x.jsonl]"]
+    small, large = (load_config([f"experiment=vargpt_v1_1_lora_{name}", *given]) for name in ("24gb", "1gpu"))
+    assert small.adapter.four_bit == ["language_model", "vision_tower", "image_decoder"]
+    for resolution, batches in ((256, (4, 2, 8)), (512, (1, 1, 4))):
+        at, other = small.at_resolution(resolution), large.at_resolution(resolution)
+        for block, micro in zip(("sft", "dpo", "rl"), batches, strict=True):
+            recipe = getattr(at, block).recipe
+            assert recipe.micro_batch == micro and getattr(other, block).recipe.micro_batch >= micro
+            assert (recipe.lr, recipe.batch) == (getattr(other, block).recipe.lr, getattr(other, block).recipe.batch)
+
+
 def test_an_adapter_is_a_group_of_settings():
     assert load_config([]).adapter.kind == "none"
     config = load_config(["adapter=lora", "adapter.rank=4", "adapter.targets=[self_attention.qkv]"])

@@ -173,6 +173,13 @@ def test_every_number_of_a_run_has_a_range():
         (["adapter.full=[projectors]"], "projectors is in adapter.targets too"),
         (["stages=[tokenizer,align]"], "tokenizer trains the image tokenizer, which takes no adapter"),
         (["align.methods=[reward,grpo]"], "a learned reward trains whole weights"),
+        (
+            ["adapter.four_bit=[language_model]", "adapter.serving=merged"],
+            "nothing merges into 4 bits, expected applied",
+        ),
+        (["adapter.four_bit=[vision_tower]", "adapter.full=[vision_tower]"], "vision_tower is in adapter.four_bit too"),
+        (["adapter.four_bit=[projectors]"], "projectors"),
+        (["adapter.four_bit=[language_model]", "sft.recipe.zero=3"], "sft.recipe.zero=3, which splits the weights"),
         (["adapter.reference=learner", "dpo.recipe.zero=3"], "dpo.recipe.zero=3, which splits the weights"),
     ],
 )
@@ -180,6 +187,32 @@ def test_what_an_adapter_cannot_do_is_one_line(others, told, capsys):
     assert main(["adapter=lora", *others]) == 2
     message = capsys.readouterr().err
     assert told in message and "expected" in message.replace("leave it out", "expected") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["sft.recipe.offload=true", "sft.recipe.zero=1"], "sft.recipe: offload=true with zero=1: expected zero 2 or"),
+        (["sft.recipe.offload=true", "sft.recipe.optimizer=adamw_8bit"], "which updates on the GPU: expected adamw"),
+        (["dpo.recipe.ema=0.9", "dpo.recipe.zero=3"], "ema=0.9 with zero=3, which splits the weights: expected"),
+        ([*RL, "rl.recipe.ema=0.9", "rl.guard.validate_every=1"], "rl.recipe.ema=0.9 with rl.guard.validate_every"),
+        (["sft.recipe.optimizer=muon"], "sft.recipe.optimizer=muon: expected one of adamw, adamw_8bit"),
+    ],
+)
+def test_options_of_a_recipe_that_exclude_each_other_are_one_line(settings, told, capsys):
+    assert main(settings) == 2
+    message = capsys.readouterr().err
+    assert told in message and "expected" in message and message.count("\n") == 1
+
+
+def test_what_needs_a_gpu_is_refused_without_one():
+    config = load_config([*RL, "rl.recipe.optimizer=adamw_8bit", "dpo.recipe.optimizer=adamw_8bit"])
+    with pytest.raises(ValueError, match=r"^rl\.recipe\.optimizer=adamw_8bit: .* GPUs.*; expected adamw$"):
+        config.check_devices(on_gpu=False)
+    quantised = load_config(["adapter=lora", "adapter.four_bit=[language_model]", "dtype=fp32"])
+    with pytest.raises(ValueError, match=r"^adapter\.four_bit=\['language_model'\]: .*; expected \[\]$"):
+        quantised.check_devices(on_gpu=False)
+    load_config(["learned_reward.recipe.optimizer=adamw_8bit"]).check_devices(on_gpu=False)
 
 
 TYPOS = {

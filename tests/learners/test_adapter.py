@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from actors.worker import Worker
-from learners.config import DpoConfig, LearnerConfig, Recipe
+from learners.config import DpoConfig, LearnerConfig, Recipe, RlConfig
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob, training_checkpoints
+from learners.jobs import DpoJob, PolicyGradientJob, training_checkpoints
+from learners.resume import SafeReader
 from tests.helpers.streams import corpus_of, sft_job
 from tests.helpers.tiny import BITS, Patches
+from vargpt_rl.data.policy_batches import batch_path, write_policy_batch
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.samples import Probe, Prompt
 from vargpt_rl.model.adapter import AdapterConfig, is_adapter
@@ -137,6 +139,42 @@ def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(group, tuned, start, c
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert resumed["probe"] == whole["probe"]
+    (kept,) = training_checkpoints(policy.weights[-1].parent).glob("checkpoint-*")
+    states = kept / (kept / "latest").read_text() / "mp_rank_00_model_states.pt"
+    assert SafeReader().load(str(states))["module"].keys() == expected.keys(), (
+        "matrices and projectors, all that trains"
+    )
+
+
+def test_an_average_is_the_result_and_resumes_bitwise(group, tuned, start, corpus, probe, tmp_path):
+    pytest.importorskip("bitsandbytes")  # moments in 8 bits resume too
+    recipe = replace(RECIPE, ema=0.9, optimizer="adamw_8bit")
+    whole = group.run(sft_job("sft", start, corpus, recipe, tmp_path / "whole", probe), unseen)
+    shutil.copytree(training_checkpoints(tmp_path / "whole"), training_checkpoints(tmp_path / "again"))
+    resumed = group.run(sft_job("sft", start, corpus, recipe, tmp_path / "again", probe), unseen)
+    average, again, last = (
+        load_file(check_checkpoint(path))
+        for path in (tmp_path / "whole/final", tmp_path / "again/final", tuned[0].weights[-1])
+    )
+    assert all(torch.equal(again[name], tensor) for name, tensor in average.items())
+    assert resumed["probe"] == whole["probe"]
+    worker = worker_of(start.plus(tmp_path / "whole/final"))
+    assert whole["probe"] == pytest.approx(worker.score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)
+    before = load_file(check_checkpoint(start.weights[0]))
+    moved = [((average[name] - before[name]).norm(), (last[name] - before[name]).norm()) for name in average]
+    assert 0 < sum(own for own, _ in moved) < 0.9 * sum(other for _, other in moved), "between start and end"
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_offloaded_states_give_the_same_weights(group, start, corpus, probe, tmp_path, zero):
+    plain = replace(RECIPE, zero=zero)
+    results, weights = [], []
+    for name, recipe in (("kept", plain), ("offloaded", replace(plain, offload=True))):
+        results.append(group.run(sft_job("sft", start, corpus, recipe, tmp_path / name, probe), unseen))
+        weights.append(load_file(check_checkpoint(tmp_path / name / "final")))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    assert results[1]["probe"] == pytest.approx(results[0]["probe"], abs=1e-3)
 
 
 def dpo_job(start: Policy, probe: Probe, folder: Path, zero: int) -> DpoJob:
@@ -153,17 +191,20 @@ def dpo_job(start: Policy, probe: Probe, folder: Path, zero: int) -> DpoJob:
     )
 
 
-def test_one_rank_has_the_gradients_of_two(group, alone, tuned, probe, tmp_path):
+def test_ranks_and_zero_stages_have_the_same_gradients(group, alone, tuned, probe, tmp_path):
     policy = replace(tuned[0], adapter=replace(LORA, reference="learner"))
     job = dpo_job(policy, probe, tmp_path, 2)
+    split = replace(job, start=tuned[0], recipe=replace(job.recipe, zero=3))  # with the workers' reference
     found = []
-    for number, ranks in enumerate((group, alone)):
+    for name, ranks, each in (("two", group, job), ("one", alone, job), ("zero 3", group, split)):
         lines: list[dict] = []
-        result = ranks.run(replace(job, output=tmp_path / str(number)), lines.append)
-        assert result["step0_max_abs_logratio"] == 0.0, "the reference is the same pass"
+        result = ranks.run(replace(each, output=tmp_path / name), lines.append)
+        same_pass = each is job
+        assert result["step0_max_abs_logratio"] <= (0.0 if same_pass else 1e-4), name
         found.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
     assert len(found[0]) == STEPS
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-3)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -175,3 +216,34 @@ def test_dpo_continues_the_adapter_from_its_own_scores(group, tuned, probe, tmp_
     assert result["loss_last"] < result["loss_first"]
     trained = worker_of(policy.plus(tmp_path / "dpo/final"))
     assert result["probe"] == pytest.approx(trained.score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rft"])
+def test_online_methods_train_the_adapter_without_dropout(group, tuned, probe, tmp_path, method):
+    policy, _ = tuned
+    worker = worker_of(policy)
+    drawn = images(worker, 4)
+    scores = [score for at in (0, 2) for score in worker.score([(PROMPT, each) for each in drawn[at : at + 2]], SIDE)]
+    rows = [
+        {"prompt_id": str(i), "prompt": PROMPT.text, "reply": PROMPT.reply, "resolution": SIDE, "bits": drawn[i],
+         "seed": i, "sampling": "{}", "tau": 1.0, "version": 0, "learner_step": 0, "group": i // 2, "reward": i % 2,
+         "advantage": [2.0 * (i % 2) - 1], "sampler_by_scale": scores[i].by_scale, "reference_by_scale": None}
+        for i in range(4)
+    ]  # fmt: skip
+    write_policy_batch(batch_path(tmp_path, 0), rows)
+    job = PolicyGradientJob(
+        start=policy,
+        batches=tmp_path,
+        recipe=replace(RECIPE, steps=1, lr=1e-3),
+        rl=RlConfig(),
+        output=tmp_path / "rl",
+        seed=0,
+        probe=probe,
+        method=method,
+    )
+    result = group.run(job, unseen)
+    assert result["first_update_max_abs_log_ratio"] <= 2e-3, "the learner scores as the worker that drew"
+    trained, before = (load_file(check_checkpoint(path)) for path in (tmp_path / "rl/final", policy.weights[-1]))
+    assert trained.keys() == before.keys() and any(not torch.equal(before[name], own) for name, own in trained.items())
+    after = worker_of(policy.plus(tmp_path / "rl/final"))
+    assert result["probe"] == pytest.approx(after.score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)

@@ -99,6 +99,30 @@ def test_gpu_allocates_whole_buckets_and_cpu_only_used_ones():
     assert on_cpu["buffers"] == 4 * 3 * 1000
 
 
+def test_8_bit_moments_take_a_quarter():
+    sizes = [(1_000_000, True), (9_000_000, False)]
+    found = {
+        name: states(sizes, torch.bfloat16, 2, 1, accumulates=True, on_gpu=True, optimizer=name)["optimizer"]
+        for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")
+    }
+    assert found["adamw"] == 12_000_000 and found["paged_adamw_8bit"] == found["adamw_8bit"]
+    assert 6_000_000 < found["adamw_8bit"] < 6_100_000
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_offloaded_states_leave_the_gpu_and_not_the_machine(zero):
+    sizes = [(6_000_000, True), (2_000_000, True), (9_000_000, False)]
+    kept, offloaded, on_cpu = (
+        states(sizes, torch.bfloat16, zero, 1, accumulates=True, on_gpu=on_gpu, offload=offload)
+        for on_gpu, offload in ((True, False), (True, True), (False, True))
+    )
+    assert offloaded["gradients"] == offloaded["optimizer"] == offloaded["update"] == 0
+    assert offloaded["weights"] == kept["weights"]
+    saved = 8_000_000 * 2 if zero == 2 else 0  # the last micro-batch's gradients
+    assert offloaded["buffers"] == kept["buffers"] - saved + 6_000_000 * 2
+    assert on_cpu == states(sizes, torch.bfloat16, zero, 1, accumulates=True, on_gpu=False)
+
+
 # Activations
 
 
@@ -217,6 +241,14 @@ def test_an_adapter_has_states_for_its_own_tensors_alone(config):
     settings = load_config([*SETTINGS, "stages=[align]", *lora])
     for need, limit in zip(plans[1].training, memory.bound(settings, config, on_gpu=True).training, strict=True):
         assert need.total <= limit.total
+
+
+def test_an_average_takes_fp32_of_what_trains(config):
+    given = [*SETTINGS, "stages=[align]", "adapter=lora", "learner.ranks=1"]
+    plans = [memory.plan(load_config([*given, *more]), config, on_gpu=True) for more in ([], ["sft.recipe.ema=0.9"])]
+    for plain, averaged in zip(plans[0].training, plans[1].training, strict=True):
+        wanted = plain.gradients if plain.stage == "sft" else 0
+        assert averaged.buffers - plain.buffers == wanted
 
 
 def test_bound_is_no_less_than_plan(config):

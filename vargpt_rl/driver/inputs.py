@@ -88,8 +88,8 @@ def check_adapter(config: LoopConfig, model: str) -> None:
             freeze(with_adapter, stage.without(frozen), config.adapter)
     if config.runs_rl:
         freeze(with_adapter, STAGES["dpo"].without(config.rl.frozen), config.adapter)
-    if config.rollout.uses_vllm:
-        raise ValueError("rollout.text_engine: vllm takes no adapter; expected transformers")
+    if config.rollout.uses_vllm and config.adapter.four_bit:
+        raise ValueError("rollout.text_engine: vllm holds nothing in 4 bits (adapter.four_bit); expected transformers")
 
 
 def check_learned_reward(config: LoopConfig, model: str) -> None:

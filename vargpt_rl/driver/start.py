@@ -75,6 +75,8 @@ def place(config: LoopConfig, inputs: Inputs) -> Placement:
         dtype=config.dtype,
         placement=config.placement,
     )
+    for resolution in dict.fromkeys(config.resolutions):
+        config.at_resolution(resolution).check_devices(placement.use_gpu)
     check_fits(config, model_config(inputs.model), devices())
     return placement
 

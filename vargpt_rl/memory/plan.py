@@ -23,6 +23,7 @@ from vargpt_rl.memory.training import TrainingMemory, activations, parameter_siz
 from vargpt_rl.model.adapter import AdapterConfig, attach, base_linear, lora_layers
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.families import family_of, load_config
+from vargpt_rl.model.four_bit import BYTES, four_bit_layers
 from vargpt_rl.model.hub import TINY_V1
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified
@@ -123,9 +124,23 @@ class _Case:
         accumulates = self.recipe.accumulation(ranks) > 1
         adapter = self.settings.adapter
         sizes = parameter_sizes(whole, self.stage, adapter if adapter.is_on else None)
-        held = states(sizes, dtype, self.recipe.zero, ranks, accumulates, on_gpu)
+        held = states(
+            sizes,
+            dtype,
+            self.recipe.zero,
+            ranks,
+            accumulates=accumulates,
+            on_gpu=on_gpu,
+            optimizer=self.recipe.optimizer,
+            offload=self.recipe.offload,
+        )
         if adapter.scores_in_learner and self.stage.name in ("dpo", "rl"):  # the trained tensors at the start
             held["buffers"] += sum(n for n, is_trained in sizes if is_trained) * dtype.itemsize
+        if self.recipe.ema is not None:
+            held["buffers"] += 4 * sum(n for n, is_trained in sizes if is_trained)
+        saved, dequantised = four_bit_bytes(whole, adapter, dtype)
+        held |= {"whole": held["whole"] - saved, "weights": held["weights"] - saved}
+        held["buffers"] += dequantised
         if self.encodes:
             copied = sum(parameter.numel() for parameter in whole.image_tokenizer.parameters()) * dtype.itemsize
             held |= {"whole": held["whole"] + copied, "weights": held["weights"] + copied}
@@ -141,6 +156,14 @@ class _Case:
             activations=kept,
             otherwise=otherwise,
         )
+
+
+def four_bit_bytes(model: Unified, adapter: AdapterConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes that parts in 4 bits save, and those of the largest weight while it is used."""
+    if not adapter.is_on:
+        return 0, 0
+    sizes = [model.get_parameter(f"{name}.weight").numel() for name in four_bit_layers(model, adapter.four_bit)]
+    return round(sum(sizes) * (dtype.itemsize - BYTES)), max(sizes, default=0) * dtype.itemsize
 
 
 def _dtype(config: LoopConfig, on_gpu: bool) -> torch.dtype:
@@ -191,7 +214,8 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
         training.append(case.need(whole, on_gpu, activations(small, case.stage, case.loss, kept), other))
     settings = {case.resolution: case.settings for case in cases}
     edited = {case.resolution: case.settings.data.seen_side for case in cases if case.edits}
-    worker = training[0].whole + _originals(config, whole, on_gpu)
+    dequantised = four_bit_bytes(whole, config.adapter, _dtype(config, on_gpu))[1]
+    worker = training[0].whole + _originals(config, whole, on_gpu) + dequantised
     rollouts = [
         rollout(small, worker, px, at.rollout.batch_size, at.sampling, edited.get(px, 0)) for px, at in settings.items()
     ]
@@ -223,7 +247,8 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
         (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
     )
     training = [case.need(whole, on_gpu, kept) for case in cases]
-    weights = training[0].whole + _originals(config, whole, on_gpu)
+    dequantised = four_bit_bytes(whole, config.adapter, _dtype(config, on_gpu))[1]
+    weights = training[0].whole + _originals(config, whole, on_gpu) + dequantised
     worker = rollout(small, weights, resolution, rows, sampling, edits * config.data.seen_side)
     return MemoryPlan(training, [replace(worker, resolution=case.resolution) for case in cases])
 

@@ -61,12 +61,27 @@ class TrainingMemory:
         return breakdown(self, names)
 
 
+MOMENTS_8_BIT = 2 * (1 + 4 / 256)
+"""Bytes of two moments per trained parameter, in 8 bits: each block of 256 has a scale in fp32."""
+MOMENTS = {"adamw": 8.0, "adamw_8bit": MOMENTS_8_BIT, "paged_adamw_8bit": MOMENTS_8_BIT}
+"""Bytes of AdamW's moments per trained parameter. Paged ones count in full: each step needs them, and after a resume
+they stay on the GPU."""
+
+
 def states(
-    sizes: list[tuple[int, bool]], dtype: torch.dtype, zero: int, ranks: int, accumulates: bool, on_gpu: bool
+    sizes: list[tuple[int, bool]],
+    dtype: torch.dtype,
+    zero: int,
+    ranks: int,
+    accumulates: bool,
+    on_gpu: bool,
+    optimizer: str = "adamw",
+    offload: bool = False,
 ) -> dict[str, int]:
     """Compute all of ``TrainingMemory`` but activations from each parameter's size and whether it is trained.
 
-    ``accumulates``: a step has several micro-batches. A CPU allocates only the part of a buffer that is written.
+    ``accumulates``: a step has several micro-batches. A CPU allocates only the part of a buffer that is written. On a
+    GPU, ``offload`` leaves the gradient of one parameter at a time; on a CPU it moves nothing.
     """
     width = dtype.itemsize
     is_half = width < 4
@@ -81,12 +96,12 @@ def states(
         "whole": total * width,
         "weights": total * width,
         "gradients": (own if zero >= 2 else trained) * width,
-        "optimizer": own * (8 + master),
+        "optimizer": round(own * (MOMENTS[optimizer] + master)),
         "buffers": 0,
         "update": own * 4 if is_half else 0,
     }
+    again = own if accumulates else 0  # the last micro-batch's gradients, next to their sum
     if zero in (1, 2):
-        again = own if accumulates else 0  # the last micro-batch's gradients, next to their sum
         found |= {"buffers": (reduced + again) * width, "update": own * step}
     if zero == 3:
         gathered = min(total, LIVE_PARAMETERS)
@@ -95,6 +110,10 @@ def states(
             "buffers": (reduced + gathered) * width,
             "update": bucket * width + min(own, SUB_GROUP) * step,
         }
+    if offload and on_gpu:
+        largest = max((n for n, is_trained in sizes if is_trained), default=0)
+        buffers = found["buffers"] - (again * width if zero == 2 else 0) + largest * width
+        found |= {"gradients": 0, "optimizer": 0, "update": 0, "buffers": buffers}
     return found
 
 

@@ -22,6 +22,7 @@ from vargpt_rl.model.parts import IMAGE_TOKENIZER, PARTS
 
 if TYPE_CHECKING:  # peft takes a second to load, and only a model with an adapter needs it
     from peft.tuners.lora import Linear as LoraLinear
+    from transformers import PreTrainedModel
 
 NAME = "default"
 """Name of the adapter in peft's layers, and so in the names of its tensors."""
@@ -50,7 +51,15 @@ class AdapterConfig:
     swap, which draws as fast as without an adapter and rounds to the weights' dtype."""
     reference: Annotated[str, OneOf("workers", "learner")] = "workers"
     """Who scores the reference of DPO and online methods: the ``workers``, or the ``learner`` with its own model and
-    the adapter as the stage found it, which takes a forward pass more and no swap. Not with ZeRO 3."""
+    the adapter as the stage found it, for a forward pass more in each micro-batch. Online methods then need no swap to
+    the reference and back; in DPO the workers' scores, which come with the pairs, only check the learner's. Not with
+    ZeRO 3."""
+
+    four_bit: list[Annotated[str, OneOf("language_model", "vision_tower", "image_decoder")]] = field(
+        default_factory=list
+    )
+    """Parts whose frozen linear layers are held in 4 bits (QLoRA, by bitsandbytes, on GPUs alone), in the workers too.
+    Needs ``serving=applied``, bf16, and ZeRO 0 to 2. Exports merge into the original weights."""
 
     def __post_init__(self):
         if not self.targets:
@@ -60,6 +69,13 @@ class AdapterConfig:
                 f"adapter.targets={self.targets}: the image tokenizer takes no adapter, since all images are encoded "
                 f"with it; expected some of {', '.join(PARTS)}"
             )
+        if self.four_bit and self.serving == "merged":
+            raise ValueError(
+                f"adapter.serving=merged with adapter.four_bit={self.four_bit}: nothing merges into 4 bits, expected "
+                f"applied"
+            )
+        if both := set(self.four_bit) & set(self.full):
+            raise ValueError(f"adapter.full={self.full}: {min(both)} is in adapter.four_bit too, expected it in one")
         if both := set(self.targets) & set(self.full):
             raise ValueError(f"adapter.full={self.full}: {min(both)} is in adapter.targets too, expected it in one")
 
@@ -121,8 +137,8 @@ def _fits(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def attach(model: nn.Module, config: AdapterConfig, dropout: bool = False) -> None:
-    """Add the matrices to a model, in the dtype of its layers, and freeze everything.
+def attach(model: "PreTrainedModel", config: AdapterConfig, dropout: bool = False) -> None:
+    """Add the matrices to a model, in its dtype, and freeze everything.
 
     Its outputs stay the same to the bit. Names of its own weights gain ``.base_layer``. Without ``dropout``, scores are
     exact in training mode too.
@@ -137,6 +153,9 @@ def attach(model: nn.Module, config: AdapterConfig, dropout: bool = False) -> No
     )
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(lora, model, NAME)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):  # peft takes the dtype of the layer, and that of one in 4 bits is no float
+            parameter.data = parameter.data.to(model.dtype)
     model.requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.model.adapter import AdapterConfig, attach, fuse
 from vargpt_rl.model.families import family_of, load_config
+from vargpt_rl.model.four_bit import quantise
 from vargpt_rl.model.unified import Unified
 from vargpt_rl.storage.files import atomic_dir, check_free_space
 from vargpt_rl.storage.hashes import file_hashes, tensor_hash
@@ -122,23 +123,30 @@ def load_weights_into(
 
 
 def load_policy(
-    policy: Policy, dtype: torch.dtype | str, kind: type[Unified] | None = None, dropout: bool = False
+    policy: Policy,
+    dtype: torch.dtype | str,
+    kind: type[Unified] | None = None,
+    dropout: bool = False,
+    device: str = "cpu",
 ) -> Unified:
     """Load a policy's model, as its family's class or as ``kind``, with the weight sets applied.
 
-    An adapter stays beside the weights; with ``dropout``, its own is in force in training mode.
+    An adapter stays beside the weights; with ``dropout``, its own is in force in training mode. Parts that it wants in
+    4 bits are quantised on ``device`` and stay there.
     """
     kind = kind or family_of(load_config(policy.model)).model
     model = kind.from_pretrained(policy.model, dtype=dtype)
     if policy.adapter is not None:
+        quantise(model, policy.adapter.four_bit, device)
         attach(model, policy.adapter, dropout)
     load_weights_into(model, policy.weights)
     return model
 
 
 def load_fused(policy: Policy, dtype: torch.dtype | str) -> Unified:
-    """Load a policy's model with its adapter, if it has one, put into the weights."""
-    model = load_policy(policy, dtype)
+    """Load a policy's model with its adapter, if it has one, put into the weights, all of them in ``dtype``."""
+    whole = policy.adapter and replace(policy.adapter, four_bit=[])
+    model = load_policy(replace(policy, adapter=whole), dtype)
     if policy.adapter is not None:
         fuse(model)
     return model
