@@ -247,3 +247,14 @@ def test_online_methods_train_the_adapter_without_dropout(group, tuned, probe, t
     assert trained.keys() == before.keys() and any(not torch.equal(before[name], own) for name, own in trained.items())
     after = worker_of(policy.plus(tmp_path / "rl/final"))
     assert result["probe"] == pytest.approx(after.score([(PROMPT, probe.bits)], SIDE)[0].total, abs=1e-3)
+
+
+def test_the_learner_scores_in_4_bits_as_the_worker_does(alone, tuned, probe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    policy = replace(tuned[0], adapter=replace(LORA, four_bit=["language_model", "image_decoder"]))
+    result = alone.run(dpo_job(policy, probe, tmp_path, 2), unseen)
+    assert result["step0_max_abs_logratio"] <= 1e-4 and result["loss_last"] < result["loss_first"]
+    trained = policy.plus(tmp_path / "dpo/final")
+    whole = replace(trained, adapter=LORA)
+    small, large = (worker_of(each).score([(PROMPT, probe.bits)], SIDE)[0].total for each in (trained, whole))
+    assert result["probe"] == pytest.approx(small, abs=1e-3) and abs(small - large) > 0.01
