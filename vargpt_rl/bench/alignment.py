@@ -50,7 +50,7 @@ VARIANTS: dict[str, list[str]] = {
         "preference.builder=rewards.preferences:best_of_n",
         "preference.samples=4",
     ],
-    "online_dpo": [*ONLINE, "align.methods=[online_dpo]", COARSE],
+    "online_dpo": [*ONLINE, "align.methods=[online_dpo]", COARSE, "rl.recipe.lr=2e-5"],
     "rft": [*ONLINE, "align.methods=[rft]", COARSE],
     "grpo": [*ONLINE, "align.methods=[grpo]", COARSE],
     "grpo_alpha_0": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.credit_alpha=0"],
