@@ -9,12 +9,13 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors import text_engine
 from actors.config import RolloutConfig
 from actors.pool import RolloutPool
 from actors.resources import plan
-from actors.text_engine import VllmWorker, start_text_engine
+from actors.text_engine import start_text_engine
 from actors.transport import SharedFileTransfer
-from actors.weights import checksum, layout_of
+from actors.weights import WeightLayout, checksum, layout_of
 from actors.worker import BaseWorker, Worker
 from tests.helpers.driver import stage_context
 from tests.helpers.vllm import needs_vllm
@@ -103,23 +104,23 @@ def test_vllm_equals_transformers_after_every_swap(text, worker, sets):
 
 
 @needs_vllm
-def test_vllm_writes_with_the_adapter_that_the_workers_have(tmp_path):
+def test_vllm_writes_with_the_adapter_that_the_workers_have(text, tmp_path):
     adapter = AdapterConfig("lora", rank=4, targets=["language_model"])
     write_fresh_adapter(str(EMBEDDED), adapter, tmp_path / "start", 0, torch.float32)
     torch.manual_seed(0)
     fresh = load_file(tmp_path / "start" / WEIGHTS)
-    noisy = {name: 0.3 * torch.randn_like(tensor) for name, tensor in fresh.items()}
-    save_checkpoint(tmp_path / "tuned", noisy)
-    engine = VllmWorker(str(EMBEDDED), SOURCE, threads=2, adapter=adapter)
+    save_checkpoint(tmp_path / "tuned", {name: 0.3 * torch.randn_like(tensor) for name, tensor in fresh.items()})
+    engine = start_text_engine(text.config, SimpleNamespace(text=text.plan), str(EMBEDDED), SOURCE, adapter=adapter)
     worker = Worker(str(EMBEDDED), SOURCE, threads=2, adapter=adapter)
     said = []
     for version, name in enumerate(("start", "tuned", "start"), start=1):
         path = tmp_path / name / WEIGHTS
-        for each in (engine, worker):
-            each.receive(version, checksum(path), SharedFileTransfer(layout_of(path), path))
-        said.append(engine.answer(ASKED, SIDE))
+        assert engine.publish(path, version).verified
+        worker.receive(version, checksum(path), SharedFileTransfer(layout_of(path), path))
+        said.append(engine.run(BaseWorker.answer, ASKED, SIDE))
         assert said[-1] == worker.answer(ASKED, SIDE), name
     assert said[0] == said[2] != said[1]
+    engine.close()
 
 
 @needs_vllm
@@ -153,3 +154,29 @@ def test_evaluation_questions_use_the_engine(text, worker, tmp_path):
     engine = stage_context(tmp_path / "engine", *settings, pool=SimpleNamespace(), text=counting, source=SOURCE)
     assert answer_questions(engine, Policy("")) == theirs
     assert len(asked) == 1 and theirs["n"] == 64
+
+
+class RecordingEngine:
+    """Keeps what is swapped into it."""
+
+    def __init__(self, folder: str, dtype: torch.dtype):
+        self.shapes: dict = {}
+        self.swapped: dict[str, torch.Tensor] = {}
+
+    def swap(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
+        self.swapped |= tensors
+
+
+def test_an_adapters_set_reaches_the_engine_as_whole_layers(monkeypatch, tmp_path):
+    monkeypatch.setattr(text_engine, "VllmEngine", RecordingEngine)
+    adapter = AdapterConfig("lora", rank=2, targets=["q_proj"])
+    write_fresh_adapter(str(EMBEDDED), adapter, tmp_path / "start", 0, torch.float32)
+    fresh = load_file(tmp_path / "start" / WEIGHTS)
+    tuned = save_checkpoint(tmp_path / "tuned", {name: tensor + 0.1 for name, tensor in fresh.items()})
+    path = tuned / WEIGHTS
+    worker = text_engine.VllmWorker(str(EMBEDDED), SOURCE, threads=1, adapter=adapter)
+    worker.receive(1, checksum(path, is_text), SharedFileTransfer(layout_of(path, is_text), path))
+    assert worker.status()["checksum"] == checksum(path, is_text)
+    assert {name.split(".")[-2] for name in worker.engine.swapped} == {"q_proj", "k_proj", "v_proj"}
+    with pytest.raises(ValueError, match="expected a pair of matrices"):
+        worker.check_layout(WeightLayout({"model.language_model.other.lora_A.default.weight": (2, 8)}, {}))
