@@ -3,7 +3,8 @@
 ``time/mfu`` is the share of the peak that the model's operations take (`learners.flops`), of the time without waiting.
 
 Only accounting: nothing is synchronised for it. On a GPU, whose kernels run beside Python, a part may hold time that
-belongs to an earlier one; their sum is right.
+belongs to an earlier one. The trainer's own work between the parts (callbacks, logging, saving), and kernels that end
+during it, are in none: the sum is less than the time that passed, and ``mfu`` so much larger.
 """
 
 import time

@@ -1,15 +1,19 @@
 """The GPU benchmark runs at tiny size on a CPU, with a plain checkout's packages alone."""
 
+import gc
 import json
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vargpt_rl.bench.gpu import Bench, GpuRow, make_model, markdown, parse, sized_config
+from vargpt_rl.bench import gpu
+from vargpt_rl.bench.gpu import Bench, GpuRow, MasterWeights, make_model, markdown, measure_steps, parse, sized_config
 from vargpt_rl.bench.gpu_checks import attention_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -47,13 +51,42 @@ def test_a_plain_checkout_measures_everything(tmp_path):
     assert table in done.stdout and table.count("\n| ") == len(works) + 2
 
 
-def test_a_measurement_near_the_deadline_is_left_out():
-    bench = Bench(
-        make_model(sized_config(True, 1.0), torch.device("cpu"), torch.float32), torch.device("cpu"), 1.0, 0.0
-    )
+def tiny_bench(out: Path) -> Bench:
+    device = torch.device("cpu")
+    return Bench(make_model(sized_config(True, 1.0), device, torch.float32), device, 1.0, 0.0, out)
+
+
+def test_a_measurement_near_the_deadline_is_left_out(tmp_path):
+    bench = tiny_bench(tmp_path)
     row = GpuRow("sampling", 256, 4)
     assert not bench.attempt(row, lambda row: pytest.fail("ran"), expected_s=1.0)
     assert row.note.startswith("left out") and bench.rows == [row]
+
+
+def test_files_are_written_after_each_row(tmp_path):
+    bench = tiny_bench(tmp_path)
+    for count in (1, 2):
+        bench.add(GpuRow("sampling", 256, count, seconds=0.5))
+        assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == count
+        assert (tmp_path / "gpu.md").read_text().count("| sampling |") == count
+
+
+def test_masters_of_one_stage_are_gone_in_the_next(tmp_path, monkeypatch):
+    made = []
+
+    def masters(model):
+        weights = MasterWeights(model)
+        made.append(weakref.ref(weights))
+        return weights
+
+    monkeypatch.setattr(gpu, "MasterWeights", masters)
+    bench = tiny_bench(tmp_path)
+    bench.ends = time.monotonic() + 1000
+    for stage in ("dpo", "sft"):
+        assert not any(reference() for reference in made)
+        measure_steps(bench, sized_config(True, 1.0), stage, [32], [1])
+        gc.collect()
+    assert [row.work for row in bench.rows] == ["DPO step", "SFT step"] and all(row.seconds for row in bench.rows)
 
 
 def test_math_attention_is_not_a_flash_kernel():

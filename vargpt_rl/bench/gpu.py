@@ -9,8 +9,8 @@ random weights in bf16 (fp32 on a CPU) and the size of the release, or the state
 - hashing the tensors that DPO trains, and swapping them into the model from a file;
 - log-probabilities of the same bits in bf16 and fp32.
 
-It prints one Markdown table and writes ``gpu.md`` and ``gpu.json``. A measurement that would end after the deadline, or
-does not fit into memory, has a row that says so.
+It prints one Markdown table and writes ``gpu.md`` and ``gpu.json``, again after each row, so that a run that is cut has
+what it measured. A measurement that would end after the deadline, or does not fit into memory, has a row that says so.
 """
 
 import argparse
@@ -85,6 +85,10 @@ class Bench:
     """Operations per second of a matrix product."""
     ends: float
     """Deadline in seconds of ``time.monotonic``."""
+    out: Path
+    """Folder of the files."""
+    facts: dict[str, str | float | None] = field(default_factory=dict)
+    """Device, versions and sizes, for the files' heading."""
     rows: list[GpuRow] = field(default_factory=list)
 
     def left(self) -> float:
@@ -113,11 +117,30 @@ class Bench:
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
+    def add(self, row: GpuRow) -> None:
+        """Take a row that is filled in, and write the files."""
+        self.rows.append(row)
+        logger.info("%s %s px, batch %s: %s s %s", row.work, row.resolution, row.batch, row.seconds, row.note)
+        self.write()
+
+    def table(self) -> str:
+        """Format the facts and the rows so far."""
+        written = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in self.facts.items()}
+        heading = ", ".join(f"{name} {value}" for name, value in written.items())
+        return f"{heading}\n\n{markdown(self.rows)}\n"
+
+    def write(self) -> None:
+        """Write ``gpu.md`` and ``gpu.json``."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        found = self.facts | {"rows": [asdict(row) for row in self.rows]}
+        (self.out / "gpu.md").write_text(self.table())
+        (self.out / "gpu.json").write_text(json.dumps(found, indent=1))
+
     def attempt(self, row: GpuRow, function: Callable[[GpuRow], None], expected_s: float) -> bool:
         """Fill in a row, or say why not; False if it did not fit or there was no time."""
-        self.rows.append(row)
         if self.left() - RESERVE_S < expected_s:
             row.note = f"left out: expected {expected_s:.0f} s, too close to the deadline"
+            self.add(row)
             return False
         self.reset_memory()
         try:
@@ -125,7 +148,7 @@ class Bench:
         except torch.cuda.OutOfMemoryError:
             row.note = "out of memory"
         row.memory = self.peak_memory()
-        logger.info("%s %s px, batch %s: %s s %s", row.work, row.resolution, row.batch, row.seconds, row.note)
+        self.add(row)
         return not row.note
 
 
@@ -250,38 +273,39 @@ class MasterWeights:
             master.grad = None
 
 
-def measure_steps(bench: Bench, config: VargptConfig, resolutions: list[int], micro_batches: list[int]) -> None:
-    """Train a few steps of DPO (pairs) and SFT (images)."""
+def measure_steps(
+    bench: Bench, config: VargptConfig, stage: str, resolutions: list[int], micro_batches: list[int]
+) -> None:
+    """Train a few steps of DPO (pairs) or SFT (images). The optimizer's state is gone afterwards."""
     model = bench.model.train()
-    for stage, rows_of in (("dpo", 2), ("sft", 1)):
-        freeze(model, STAGES[stage])
-        weights = MasterWeights(model)
-        for resolution in resolutions:
-            last_s = 0.0
-            for count in micro_batches:
+    freeze(model, STAGES[stage])
+    weights = MasterWeights(model)
+    rows_of = 2 if stage == "dpo" else 1
+    for resolution in resolutions:
+        last_s = 0.0
+        for count in micro_batches:
 
-                def train(row: GpuRow, rows: int = rows_of * count, stage: str = stage, weights=weights) -> None:
-                    assert row.resolution is not None
-                    loss, ids_BT = losses(bench, stage, row.resolution, rows)
+            def train(row: GpuRow, rows: int = rows_of * count) -> None:
+                assert row.resolution is not None
+                loss, ids_BT = losses(bench, stage, row.resolution, rows)
 
-                    def once() -> None:
-                        loss().backward()
-                        weights.step()
+                def once() -> None:
+                    loss().backward()
+                    weights.step()
 
-                    once()  # makes the optimizer's state
-                    row.seconds = sorted(bench.timed(once) for _ in range(STEPS))[STEPS // 2]
-                    flops = step_flops(model, shape_of(model, ids_BT, schedule_for(row.resolution)))
-                    row.share = flops / row.seconds / bench.peak
-                    row.speed = f"{rows / row.seconds:.2f} rows/s"
+                once()  # makes the optimizer's state
+                row.seconds = sorted(bench.timed(once) for _ in range(STEPS))[STEPS // 2]
+                flops = step_flops(model, shape_of(model, ids_BT, schedule_for(row.resolution)))
+                row.share = flops / row.seconds / bench.peak
+                row.speed = f"{rows / row.seconds:.2f} rows/s"
 
-                row = GpuRow(f"{stage.upper()} step", resolution, count)
-                row.plan = planned(config, stage, resolution, rows_of * count, model.dtype)
-                if not bench.attempt(row, train, last_s * (STEPS + 1) * 4):
-                    model.zero_grad()
-                    break
-                last_s = row.seconds or 0.0
-        del weights
-        model.zero_grad()
+            row = GpuRow(f"{stage.upper()} step", resolution, count)
+            row.plan = planned(config, stage, resolution, rows_of * count, model.dtype)
+            if not bench.attempt(row, train, last_s * (STEPS + 1) * 4):
+                model.zero_grad()
+                break
+            last_s = row.seconds or 0.0
+    model.zero_grad()
 
 
 def measure_checks(bench: Bench, resolution: int, folder: Path) -> None:
@@ -291,14 +315,14 @@ def measure_checks(bench: Bench, resolution: int, folder: Path) -> None:
     loss, ids_BT = losses(bench, "dpo", resolution, 2)
     found = attention_kernels(lambda: loss().backward(), bench.device)
     model.zero_grad()
-    bench.rows.append(GpuRow("attention of a DPO step", resolution, 1, note=found))
+    bench.add(GpuRow("attention of a DPO step", resolution, 1, note=found))
     model.eval()
     swapped = hash_and_swap(model, trained, folder, bench.synchronize)
     for work, (seconds, size) in swapped.items():
         speed = f"{size / seconds / 1e9:.2f} GB/s"
-        bench.rows.append(GpuRow(work, seconds=seconds, speed=speed, note=f"{size / 1e9:.2f} GB"))
+        bench.add(GpuRow(work, seconds=seconds, speed=speed, note=f"{size / 1e9:.2f} GB"))
     note = precision(model, ids_BT, resolution)
-    bench.rows.append(GpuRow("log-probabilities, bf16 against fp32", resolution, 2, note=note))
+    bench.add(GpuRow("log-probabilities, bf16 against fp32", resolution, 2, note=note))
 
 
 def markdown(rows: list[GpuRow]) -> str:
@@ -344,28 +368,24 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config, fraction = fitting(options, device, dtype)
-    bench = Bench(make_model(config, device, dtype), device, matrix_peak(device, dtype), began + options.deadline)
-    size = sum(parameter.numel() for parameter in bench.model.parameters())
-    measure_sampling(bench, options.resolutions, sorted(options.batches))
-    measure_steps(bench, config, options.resolutions, sorted(options.micro_batches))
-    options.out.mkdir(parents=True, exist_ok=True)
-    measure_checks(bench, options.resolutions[0], options.out)
-    facts = {
+    peak = matrix_peak(device, dtype)
+    bench = Bench(make_model(config, device, dtype), device, peak, began + options.deadline, options.out)
+    bench.facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": size,
+        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
         "layers of the release": None if options.tiny else fraction,
-        "peak TFLOP/s": bench.peak / 1e12,
-        "seconds": time.monotonic() - began,
+        "peak TFLOP/s": peak / 1e12,
     }
-    written = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in facts.items()}
-    heading = ", ".join(f"{name} {value}" for name, value in written.items())
-    table = f"{heading}\n\n{markdown(bench.rows)}\n"
-    print(table)
-    (options.out / "gpu.md").write_text(table)
-    (options.out / "gpu.json").write_text(json.dumps(facts | {"rows": [asdict(row) for row in bench.rows]}, indent=1))
+    measure_sampling(bench, options.resolutions, sorted(options.batches))
+    for stage in ("dpo", "sft"):
+        measure_steps(bench, config, stage, options.resolutions, sorted(options.micro_batches))
+    measure_checks(bench, options.resolutions[0], options.out)
+    bench.facts["seconds"] = time.monotonic() - began
+    bench.write()
+    print(bench.table())
     return 0
 
 
