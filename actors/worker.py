@@ -32,6 +32,7 @@ from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import joined, shown_image
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt, Sample
+from vargpt_rl.data.states import write_states
 from vargpt_rl.model.adapter import AdapterConfig, MergedAdapter
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import markup_for
@@ -286,10 +287,13 @@ class Worker(BaseWorker):
         return [None if isinstance(image := self._load(key, side), Image.Image) else image for key in keys]
 
     @serving
-    def score(self, items: list[PromptedBits], resolution: int, tau: float = 1.0) -> list[ImageScore]:
+    def score(
+        self, items: list[PromptedBits], resolution: int, tau: float = 1.0, states: Path | None = None
+    ) -> list[ImageScore]:
         """Log-probability of each image's own tokens given its prompt, teacher-forced, never unconditional.
 
-        It is that of the logits divided by the temperature ``tau``.
+        It is that of the logits divided by the temperature ``tau``. ``states`` is a folder to store the language
+        model's states in (`vargpt_rl.data.states`).
         """
         schedule = self.image_tokenizer.schedule_for(resolution)
         tokens = token_count(schedule)
@@ -298,7 +302,10 @@ class Worker(BaseWorker):
         ids_BT, mask_BT = self._rows(rows, "right", multiple=8)
         labels_BLs = self._labels(items, tokens)
         drawing = replayed(labels_BLs, (resolution, resolution))
-        logits = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen).image_logits
+        output = self.model(ids_BT, mask_BT, drawing, text_logits=False, **seen)
+        logits = output.image_logits
+        if states is not None:
+            self._store(states, items, ids_BT, output.states)
         log_probs_BLs = symbol_log_probs(logits if tau == 1 else logits / tau, labels_BLs)
         return [
             ImageScore(*score)
@@ -309,6 +316,13 @@ class Worker(BaseWorker):
                 strict=True,
             )
         ]
+
+    def _store(self, folder: Path, items: list[PromptedBits], ids_BT: torch.Tensor, states_BTH: torch.Tensor) -> None:
+        """Write the states of each row up to its image's last token."""
+        drawn_BT = ids_BT == self.model.config.image_gen_pad_token_id
+        ends = (drawn_BT * torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device)).amax(1).tolist()
+        for (prompt, bits), end, states_TH in zip(items, ends, states_BTH, strict=True):
+            write_states(folder, (prompt.text, prompt.reply, bits), states_TH[:end])
 
     @serving
     def reward(self, items: list[PromptedBits], resolution: int, rewards: Rewards) -> list[float | None]:

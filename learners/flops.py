@@ -75,11 +75,12 @@ def step_flops(model: Unified, shape: PassShape) -> int:
     count = _linear(language, lambda name: positions, learns)
     if shape.text_logits:
         count += _linear(model.lm_head, lambda name: positions, learns)
-    count += _linear(model.projector_in, lambda name: tokens, learns)
+    if model.has_language_model:
+        count += _linear(model.projector_in, lambda name: tokens, learns)
     crosses = any(name.endswith("cross_attention.kv") for name, _ in decoder.named_modules())
     count += _linear(model.projector_out, lambda name: tokens + crosses * context, learns)
     count += _linear(decoder, of_decoder, True)
-    causal = shape.rows * shape.length**2 // 2
+    causal = shape.rows * shape.length**2 // 2 * model.has_language_model
     text = config.text_config
     count += _attention(causal, text.hidden_size, text.num_hidden_layers, learns)
     seen = sum(h * w * token_count(shape.schedule[: k + 1]) for k, (h, w) in enumerate(shape.schedule))

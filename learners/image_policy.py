@@ -56,18 +56,20 @@ class _ScoresImages(MixedInto):
         credit_L: torch.Tensor | None = None,
         scales: int | None = None,
         tau: float = 1.0,
+        states: torch.Tensor | None = None,
         **ignored,
     ) -> ScoredOutput:
         """Score integers [B, L, s], ``bits``, of square images of ``resolution`` pixels.
 
         ``credit_L`` weighs the log-probabilities of tokens in ``log_probs``, but not those by scale. ``scales`` limits
-        the pass to that many coarse scales, whose tokens ``bits`` then holds. Logits are divided by ``tau``.
+        the pass to that many coarse scales, whose tokens ``bits`` then holds. Logits are divided by ``tau``. With
+        ``states`` [B, T, H] of an earlier pass, the language model is not run.
         """
         side = int(resolution)
         schedule = self.image_tokenizer.schedule_for(side)[:scales]
         symbols = self.config.image_tokenizer_config.symbols
         drawing = replayed(bits, (side, side), scales)
-        output = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False)
+        output = super().forward(input_ids, attention_mask, drawing=drawing, text_logits=False, states=states)
         assert output.image_logits is not None  # a pass with a drawing returns them
         logits = output.image_logits / tau
         log_probs_BLs = symbol_log_probs(logits, bits)
@@ -89,6 +91,7 @@ class _ScoresImages(MixedInto):
             is_top1=spread(hits_BLs.all(-1)),
             log_probs_BK=scale_sums(log_probs_BLs, schedule),
             accuracy_BK=scale_means(hits_BLs.float(), schedule),
+            states=output.states,
         )
 
 

@@ -67,6 +67,8 @@ class DpoJob:
     """Training checkpoint to resume from; set by the learner group."""
     parts: int = 1
     """Number of parts in which the table arrives."""
+    states: Path | None = None
+    """Folder of the language model's states (`vargpt_rl.data.states`) of pairs and probe; None computes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.data.reward_pairs import RewardPairCollator
 from vargpt_rl.data.samples import Probe
+from vargpt_rl.data.states import padded_states
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.families import family_of, load_config, markup_for
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
@@ -106,7 +107,7 @@ def _average(model: torch.nn.Module, trained: list[str], recipe: Recipe) -> Aver
 class Rank:
     """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
 
-    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool, bf16: bool = False):
+    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool, bf16: bool):
         ranks = config.ranks
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
         self.rank = rank
@@ -213,15 +214,19 @@ class Rank:
             "peak_memory": self._peak_memory(),
         }
         if not isinstance(job, RewardJob):  # a reward model draws nothing
+            stored = job.states if isinstance(job, DpoJob) else None
             with in_force(average):
-                result["probe"] = self._score(trainer, chat, job.probe)
+                result["probe"] = self._score(trainer, chat, job.probe, stored)
         finish(trainer)
         unset_hf_deepspeed_config()
         return result
 
     @torch.no_grad()
-    def _score(self, trainer, chat: ChatTemplate, probe: Probe) -> float:
-        """Log-probability of the probe under the trained weights, in nats. Every rank must call it (ZeRO-3 gathers)."""
+    def _score(self, trainer, chat: ChatTemplate, probe: Probe, stored: Path | None) -> float:
+        """Log-probability of the probe under the trained weights, in nats. Every rank must call it (ZeRO-3 gathers).
+
+        ``stored`` is the folder of the language model's states, if they are stored.
+        """
         tokenizer, engine = chat.config.image_tokenizer_config, trainer.deepspeed
         engine.eval()
         tokens = token_count(tokenizer.schedule_for(probe.resolution))
@@ -230,7 +235,11 @@ class Rank:
         row = row.to(engine.device)
         mask = torch.ones_like(row)  # pads after the image cannot influence it: attention is causal
         if isinstance(trainer, ImageDpoTrainer | PolicyGradientTrainer):
-            return engine(row, mask, labels, torch.tensor(probe.resolution)).log_probs_BK.sum().item()
+            given = {}
+            if stored is not None:
+                drawn = probe.prompt.text, probe.prompt.reply, probe.bits
+                given["states"] = padded_states(stored, [drawn], row.shape[1]).to(engine.device)
+            return engine(row, mask, labels, torch.tensor(probe.resolution), **given).log_probs_BK.sum().item()
         drawing = replayed(labels, (probe.resolution,) * 2)
         logits = engine(row, mask, drawing=drawing, text_logits=False).image_logits
         return image_log_probs(symbol_log_probs(logits, labels)).item()
@@ -272,6 +281,8 @@ class Rank:
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
         trained = freeze(model, STAGES["dpo"].without(job.dpo.frozen), job.start.adapter)
+        if job.states is not None:
+            model.drop_language_model()
         chat = markup_for(job.start.model, model.config)
         arguments = DPOConfig(
             **self._common(job.recipe, job.seed, job.output),
@@ -291,7 +302,7 @@ class Rank:
             rounded=job.start.adapter is not None and job.start.adapter.is_merged,
             model=model,
             args=arguments,
-            data_collator=PairCollator(chat, job.dpo.credit_scales),
+            data_collator=PairCollator(chat, job.dpo.credit_scales, job.states),
             processing_class=chat.tokenizer,
         )
         result = self._run(trainer, chat, trained, job)

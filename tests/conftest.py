@@ -51,6 +51,7 @@ MARKS = {
         "driver/test_interrupted.py",
         "driver/test_online_faults.py",
         "driver/test_online_interrupted.py",
+        "driver/test_stored_states.py",
         "test_loop.py",
         "test_loop_v1.py",
     ],

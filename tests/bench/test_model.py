@@ -7,4 +7,4 @@ def test_tiny_benchmark_prints_a_row_per_work(capsys):
     assert main(["--tiny", "--batches", "1", "2", "--resolutions", "32"]) == 0
     printed = capsys.readouterr().out
     assert "batch 1" in printed and "batch 2" in printed
-    assert printed.count("DPO step") == 2
+    assert printed.count("DPO step") == 3

@@ -215,6 +215,21 @@ def test_what_needs_a_gpu_is_refused_without_one():
     load_config(["learned_reward.recipe.optimizer=adamw_8bit"]).check_devices(on_gpu=False)
 
 
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ([], "dpo.stored_states=true with dpo.frozen=[]: expected language_inputs among the frozen parts"),
+        (
+            ["dpo.frozen=[language_inputs]", "adapter=lora"],
+            "stored_states=true with an adapter: expected adapter=none",
+        ),
+    ],
+)
+def test_states_are_stored_of_a_frozen_language_model_alone(others, told, capsys):
+    assert main(["dpo.stored_states=true", *others]) == 2
+    assert told in capsys.readouterr().err
+
+
 TYPOS = {
     "resolutoins=[128]": "resolutions",
     "sft.recpie.steps=4": "sft.recipe",

@@ -61,7 +61,7 @@ class WorkersDouble:
     def check(self, items, resolution, check) -> list:
         return check([Image.new("RGB", (64, 64), "white")] * len(items), [prompt for prompt, _ in items])
 
-    def score(self, items, resolution, tau=1.0) -> list[ImageScore]:
+    def score(self, items, resolution, tau=1.0, states=None) -> list[ImageScore]:
         return [ImageScore(-1.0, [-1.0], [0.5])] * len(items)
 
     def reply(self, texts, max_new_tokens) -> list[str | None]:

@@ -245,7 +245,7 @@ def test_malformed_batches_are_refused(policy, chat, tmp_path, change, message):
 
 def train(member: int, address: tuple[str, int], config: LearnerConfig, job: PolicyGradientJob, results) -> None:
     """One rank, in a process of its own."""
-    rank = Rank(member, config, threads=1, use_gpu=False)
+    rank = Rank(member, config, threads=1, use_gpu=False, bf16=False)
     rank.join(*address)
     results.put((member, rank.run(job)))
 

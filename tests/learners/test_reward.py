@@ -39,7 +39,7 @@ def pairs_in(folder: Path) -> Path:
 
 def learn(address: tuple[str, int], job: RewardJob, results) -> None:
     """The only rank of a job, in a process of its own."""
-    rank = Rank(0, LearnerConfig(ranks=1, save_every=CUT), threads=1, use_gpu=False)
+    rank = Rank(0, LearnerConfig(ranks=1, save_every=CUT), threads=1, use_gpu=False, bf16=False)
     rank.join(*address)
     results.put(rank.run(job))
 

@@ -35,6 +35,8 @@ from vargpt_rl.stages import STAGES, freeze
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from learners.image_policy import ScoredOutput
+
 TOLERANCE = 0.15
 TEXT = 32
 """Text tokens per row."""
@@ -68,24 +70,35 @@ CASES = (
 )
 
 
+def enlarged(
+    *, width: int, feed_forward: int, layers: int, heads: int, key_value_heads: int, depth: int
+) -> VargptConfig:
+    """Return the embedded model's configuration with a larger language model and a visual decoder as wide.
+
+    ``depth`` counts the decoder's blocks; heads are 64 wide.
+    """
+    config = VargptConfig.from_pretrained(EMBEDDED)
+    text = config.text_config
+    text.hidden_size = width
+    text.intermediate_size = feed_forward
+    text.num_hidden_layers = layers
+    text.num_attention_heads = heads
+    text.num_key_value_heads = key_value_heads
+    text.layer_types = ["full_attention"] * layers
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
+    config.vision_config.hidden_size = width
+    config.decoder_config.width = width
+    config.decoder_config.depth = depth
+    config.decoder_config.heads = heads
+    return config
+
+
 def model_config(name: str) -> VargptConfig:
     """Return the configuration of the embedded model, or of one with about 340 million parameters."""
-    config = VargptConfig.from_pretrained(EMBEDDED)
-    if name == "middle":
-        text = config.text_config
-        decoder = config.decoder_config
-        text.hidden_size = 1024
-        text.intermediate_size = 2816
-        text.num_hidden_layers = 12
-        text.num_attention_heads = 16
-        text.num_key_value_heads = 4
-        text.layer_types = ["full_attention"] * text.num_hidden_layers
-        text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
-        text.initializer_range = 0.02  # the embedded model's, for narrow layers, overflows gradients
-        config.vision_config.hidden_size = text.hidden_size
-        decoder.width = 1024
-        decoder.depth = 10
-        decoder.heads = 16
+    if name == "tiny":
+        return VargptConfig.from_pretrained(EMBEDDED)
+    config = enlarged(width=1024, feed_forward=2816, layers=12, heads=16, key_value_heads=4, depth=10)
+    config.text_config.initializer_range = 0.02  # the embedded model's, for narrow layers, overflows gradients
     return config
 
 
@@ -108,18 +121,40 @@ def estimate(case: Case) -> int:
     return need.total - RUNTIME
 
 
-def real_loss(case: Case, model: "Vargpt | DeepSpeedEngine", module: Vargpt, resolution: int) -> torch.Tensor:
-    """Compute the learner's loss of ``model``, which is ``module`` or DeepSpeed's engine around it."""
+def real_loss(
+    case: Case,
+    model: "Vargpt | DeepSpeedEngine",
+    module: Vargpt,
+    resolution: int,
+    states_BTH: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the learner's loss of ``model``, which is ``module`` or DeepSpeed's engine around it.
+
+    DPO may be given the language model's states.
+    """
     inputs = batch(module, case.rows, case.rows, resolution, text=TEXT)
     stage = STAGES[case.stage]
     if case.stage != "dpo":
         return sft_loss(model, inputs, stage.noise, stage.text_weight)[0]
-    tokens = token_count(schedule_for(resolution))
-    depth = module.config.image_tokenizer_config.bits
-    bits = torch.zeros(case.rows, tokens, depth, dtype=torch.uint8)
-    scored = model(inputs["input_ids"], inputs["attention_mask"], bits, torch.tensor(resolution))
+    scored = score(model, module, inputs, resolution, states_BTH)
+    assert scored.log_probs is not None  # a policy returns them
     chosen, rejected = scored.log_probs.sum(1).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean()
+
+
+def score(
+    model: "Vargpt | DeepSpeedEngine",
+    module: Vargpt,
+    inputs: dict[str, torch.Tensor],
+    resolution: int,
+    states_BTH: torch.Tensor | None = None,
+) -> "ScoredOutput":
+    """Score images of zeros, as DPO does."""
+    tokens = token_count(schedule_for(resolution))
+    rows = len(inputs["input_ids"])
+    bits = torch.zeros(rows, tokens, module.config.image_tokenizer_config.bits, dtype=torch.uint8)
+    side = torch.tensor(resolution)
+    return model(inputs["input_ids"], inputs["attention_mask"], bits, side, states=states_BTH)
 
 
 def real_model(case: Case) -> tuple[Vargpt, torch.optim.Optimizer]:

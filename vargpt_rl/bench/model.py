@@ -15,7 +15,7 @@ import torch
 
 from learners.image_policy import ImagePolicy
 from vargpt_rl.bench.harness import peak_memory, results_table
-from vargpt_rl.bench.memory import Case, real_loss
+from vargpt_rl.bench.memory import Case, enlarged, real_loss, score
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.memory.inputs import batch
 from vargpt_rl.model.configuration import VargptConfig
@@ -32,19 +32,7 @@ MIB = 2**20
 
 def bench_config() -> VargptConfig:
     """Return the configuration of the benchmark's model."""
-    config = VargptConfig.from_pretrained(EMBEDDED)
-    text = config.text_config
-    text.hidden_size = 512
-    text.intermediate_size = 2048
-    text.num_hidden_layers = 8
-    text.num_attention_heads = 8
-    text.num_key_value_heads = 2
-    text.layer_types = ["full_attention"] * text.num_hidden_layers
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
-    config.vision_config.hidden_size = text.hidden_size
-    config.decoder_config.width = 512
-    config.decoder_config.depth = 8
-    config.decoder_config.heads = 8
+    config = enlarged(width=512, feed_forward=2048, layers=8, heads=8, key_value_heads=2, depth=8)
     tokenizer = config.image_tokenizer_config
     tokenizer.base_channels = 32
     tokenizer.channel_multipliers = (1, 2, 4, 4, 4)
@@ -77,10 +65,18 @@ def draw(model: Vargpt, resolution: int, rows: int) -> None:
     to_images(model, drawn.summed_Bdhw)
 
 
-def step(model: ImagePolicy, resolution: int) -> None:
+def step(model: ImagePolicy, resolution: int, states_BTH: torch.Tensor | None = None) -> None:
     """Compute the gradients of a DPO step on one pair."""
     model.zero_grad()
-    real_loss(Case("", "dpo", 0, resolution, 1), model, model, resolution).backward()
+    real_loss(Case("", "dpo", 0, resolution, 1), model, model, resolution, states_BTH).backward()
+
+
+def states_of(model: ImagePolicy, resolution: int) -> torch.Tensor:
+    """Compute the language model's states [B, T, H] of the pair of `step`."""
+    with torch.no_grad():
+        states_BTH = score(model, model, batch(model, 2, 2, resolution, text=TEXT), resolution).states
+    assert states_BTH is not None  # a policy returns them
+    return states_BTH
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,11 +104,17 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = cpu_seconds(draw, model, resolution, rows) / rows
             add(f"image, guidance 3, batch {rows}", resolution, seconds, "")
         model.train()
-        for work, frozen in {"DPO step": (), f"DPO step, {LANGUAGE_INPUTS} frozen": (LANGUAGE_INPUTS,)}.items():
+        works: dict[str, tuple[tuple[str, ...], bool]] = {
+            "DPO step": ((), False),
+            f"DPO step, {LANGUAGE_INPUTS} frozen": ((LANGUAGE_INPUTS,), False),
+            "DPO step, states stored": ((LANGUAGE_INPUTS,), True),
+        }
+        for work, (frozen, stored) in works.items():
             freeze(model, STAGES["dpo"].without(frozen))
-            seconds = cpu_seconds(step, model, resolution)
+            given = (states_of(model, resolution),) if stored else ()
+            seconds = cpu_seconds(step, model, resolution, *given)
             model.zero_grad()
-            add(work, resolution, seconds, f"{peak_memory(step, model, resolution) / MIB:.0f}")
+            add(work, resolution, seconds, f"{peak_memory(step, model, resolution, *given) / MIB:.0f}")
     wide_console().print(table)
     return 0
 

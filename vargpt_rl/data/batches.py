@@ -10,6 +10,7 @@ index), d latent channels, h w latent grid.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.mixture import pack
 from vargpt_rl.data.samples import Prompt
+from vargpt_rl.data.states import padded_states
 from vargpt_rl.model.bits import unpack
 from vargpt_rl.model.prompt import IGNORED, ChatTemplate, EncodedText, VisionInputs
 from vargpt_rl.model.scales import STRIDE, token_count
@@ -153,16 +155,21 @@ class PairCollator:
     """Collate rows of the preference table into a batch ordered [all chosen, all rejected].
 
     ``completion_mask`` is 1 at image tokens only: it is the image-token mask of DPO. With ``scales``, images are cut to
-    that many coarse scales; the references stay those of all scales.
+    that many coarse scales; the references stay those of all scales. ``states`` is a folder of stored states, which
+    become ``states`` [B, T, H].
     """
 
-    def __init__(self, chat: ChatTemplate, scales: int | None = None):
+    def __init__(self, chat: ChatTemplate, scales: int | None = None, states: Path | None = None):
         self.chat = chat
         self.scales = scales
+        self.states = states
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         packed = [pair[key] for key in ("chosen_bits", "rejected_bits") for pair in pairs]
         batch = _drawn_rows(self.chat, pairs * 2, packed, self.scales)
+        if self.states is not None:
+            drawn = [(pair["prompt"], pair["reply"], bits) for pair, bits in zip(pairs * 2, packed, strict=True)]
+            batch["states"] = padded_states(self.states, drawn, batch["input_ids"].shape[1])
         batch["completion_mask"] = (batch["input_ids"] == self.chat.config.image_gen_pad_token_id).long()
         for side in ("chosen", "rejected"):
             logps = [pair[f"reference_{side}_logp"] for pair in pairs]

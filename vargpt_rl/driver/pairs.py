@@ -44,7 +44,8 @@ def pair(it: StageContext, policy: Policy, judged: dict) -> dict:
     it.swap_to(policy)
     rollouts = read_rollouts(it.rollouts / SAMPLES)
     rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
-    counts = write_pairs(it, it.table(), rollouts, it.inputs.builder, rewards, it.config.dpo.recipe.micro_batch)
+    micro_batch = it.config.dpo.recipe.micro_batch
+    counts = write_pairs(it, it.table(), rollouts, it.inputs.builder, rewards, micro_batch, states=it.states)
     describe_pairs(it)
     return counts | ({"rewards": judged} if judged else {})
 
@@ -57,12 +58,13 @@ def write_pairs(
     rewards: Rewards,
     micro_batch: int,
     part: bool = False,
+    states: Path | None = None,
 ) -> dict:
     """Build pairs, score both sides with the weights in the workers, and write the table; return what became of all.
 
     Rows are in random order and scored in the micro-batches that the learner trains on first: at step 0 both run the
-    same kernels on the same shapes and agree to the last bit, or nearly. ValueError if there is no pair, unless this
-    is only ``part`` of a table.
+    same kernels on the same shapes and agree to the last bit, or nearly. The workers store the language model's states
+    in ``states``, if that is given. ValueError if there is no pair, unless this is only ``part`` of a table.
     """
     samples = rollouts.samples
     pairs, dropped = builder(samples, rollouts.winners, rewards.samples, rewards.winners)
@@ -77,18 +79,20 @@ def write_pairs(
         "dropped_by_reason": dict(dropped),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, _scored_rows(it, [pairs[i] for i in order], micro_batch), origin)
+    write_table(path, _scored_rows(it, [pairs[i] for i in order], micro_batch, states), origin)
     return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
 
 
-def _scored_rows(it: StageContext, pairs: list[PreferencePair], micro_batch: int) -> list[dict[str, object]]:
+def _scored_rows(
+    it: StageContext, pairs: list[PreferencePair], micro_batch: int, states: Path | None
+) -> list[dict[str, object]]:
     """Return the pairs as rows of the table, with the log-probabilities that the weights in the workers give them."""
     groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
     items: list[PromptedBits] = []
     for group in groups:  # ordered like the learner's batches: [all chosen, all rejected]
         items += [(each.prompt, each.chosen.bits) for each in group]
         items += [(each.prompt, each.rejected.bits) for each in group]
-    scores = iter(it.pool.run(Worker.score, items, it.resolution, batch_size=2 * micro_batch))
+    scores = iter(it.pool.run(Worker.score, items, it.resolution, 1.0, states, batch_size=2 * micro_batch))
     rows = []
     for group in groups:
         chosen = [next(scores) for _ in group]
@@ -180,7 +184,9 @@ class PairRounds:
         rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts))
         rewards, self.rewards_report = judge_rollouts(self.it, rollouts, reward)
         micro_batch = self.it.config.dpo.recipe.micro_batch
-        write_pairs(self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True)
+        write_pairs(
+            self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True, states=self.it.states
+        )
 
     def join(self) -> dict:
         """Join the parts to the table; return what became of all samples, and the speed of drawing them."""

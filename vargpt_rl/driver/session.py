@@ -166,6 +166,11 @@ class StageContext:
         return self.run.directory / "evaluations" / f"{self.name}-{moment}.jsonl"
 
     @property
+    def states(self) -> Path | None:
+        """The folder of the language model's states of this iteration's pairs; None if they are not stored."""
+        return self.run.directory.resolve() / "states" / self.name if self.config.dpo.stored_states else None
+
+    @property
     def rollouts(self) -> Path:
         """The folder of this iteration's samples, until its pairs are built."""
         return self.run.directory / "rollouts" / self.name

@@ -17,6 +17,7 @@ from vargpt_rl.driver.corpus import open_corpus
 from vargpt_rl.driver.prompts import edit_records
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.driver.stored_states import complete_states
 from vargpt_rl.driver.weights import PROBE_TOLERANCE, verify_swap
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_config
@@ -159,7 +160,10 @@ def train_dpo(it: StageContext, policy: Policy) -> dict:
 
 
 def start_dpo(it: StageContext, policy: Policy, parts: int = 1) -> RunningJob:
-    """Start DPO on the preference table, or on the ``parts`` that it will have."""
+    """Start DPO on the preference table, or on the ``parts`` that it will have. The workers hold ``policy``."""
+    probe = random_probe(it)
+    if it.states is not None:
+        complete_states(it, it.states, probe)
     job = DpoJob(
         start=policy,
         table=it.table(),
@@ -167,8 +171,9 @@ def start_dpo(it: StageContext, policy: Policy, parts: int = 1) -> RunningJob:
         dpo=it.config.dpo,
         output=it.checkpoint(Step.DPO),
         seed=it.config.seed + it.index,
-        probe=random_probe(it),
+        probe=probe,
         parts=parts,
+        states=it.states,
     )
     return it.session.learners.start(job, follow(it, Step.DPO, it.config.dpo.recipe, it.config.learner.ranks))
 
@@ -179,6 +184,8 @@ def finish_dpo(it: StageContext, policy: Policy, job: RunningJob | None) -> dict
     shutil.rmtree(it.rollouts, ignore_errors=True)  # the pairs are recorded
     result = (job or start_dpo(it, policy)).result()
     shutil.rmtree(part_path(it.table(), 0).parent, ignore_errors=True)
+    if it.states is not None:
+        shutil.rmtree(it.states, ignore_errors=True)
     return result
 
 

@@ -60,7 +60,8 @@ def log_probs(model: Unified, inputs: dict, resolution: int, scales: int | None 
     tokens = token_count(tokenizer.schedule_for(resolution)[:scales])
     labels = torch.zeros(len(ids), tokens, tokenizer.symbols.depth, dtype=torch.uint8)
     drawing = replayed(labels, (resolution, resolution), scales)
-    logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False).image_logits
+    states = inputs.get("states")
+    logits = model(ids, inputs["attention_mask"], drawing=drawing, text_logits=False, states=states).image_logits
     return image_log_probs(symbol_log_probs(logits, labels))
 
 

@@ -46,6 +46,8 @@ def model_config(checkpoint: str, resolution: int = 256) -> PreTrainedConfig:
     return SIZES[checkpoint](resolution) if checkpoint in SIZES else load_config(checkpoint)
 
 
+LANGUAGE_PARTS = ("model.", "lm_head.")
+"""Name prefixes of what a learner of stored states drops."""
 RL = replace(STAGES["dpo"], name="rl")
 """Online methods: they train the parts that DPO trains."""
 
@@ -79,6 +81,11 @@ class _Case:
         return getattr(self.settings, self.stage.name).recipe
 
     @property
+    def reads_states(self) -> bool:
+        """Tell whether the rank reads stored states and holds no language model."""
+        return self.stage.name == "dpo" and self.settings.dpo.stored_states
+
+    @property
     def encodes(self) -> bool:
         """Tell whether the rank computes the images' features itself."""
         data = self.settings.data
@@ -103,6 +110,9 @@ class _Case:
             edits=self.edits,
             scales=self.scales,
         )
+        if self.reads_states:
+            shape = *inputs["input_ids"].shape, model.config.text_config.hidden_size
+            inputs["states"] = torch.zeros(shape, device=META, dtype=model.dtype)
         if self.encodes:
             pixels = torch.zeros(self.images, 3, self.resolution, self.resolution, device=META, dtype=model.dtype)
             with torch.no_grad():
@@ -123,7 +133,8 @@ class _Case:
         dtype = _dtype(self.settings, on_gpu)
         accumulates = self.recipe.accumulation(ranks) > 1
         adapter = self.settings.adapter
-        sizes = parameter_sizes(whole, self.stage, adapter if adapter.is_on else None)
+        left_out = LANGUAGE_PARTS if self.reads_states else ()
+        sizes = parameter_sizes(whole, self.stage, adapter if adapter.is_on else None, left_out)
         held = states(
             sizes,
             dtype,
@@ -134,6 +145,8 @@ class _Case:
             optimizer=self.recipe.optimizer,
             offload=self.recipe.offload,
         )
+        if self.reads_states and not on_gpu:  # the rest is dropped before the model is moved to a GPU
+            held["whole"] = sum(parameter.numel() for parameter in whole.parameters()) * dtype.itemsize
         if adapter.scores_in_learner and self.stage.name in ("dpo", "rl"):  # the trained tensors at the start
             held["buffers"] += sum(n for n, is_trained in sizes if is_trained) * dtype.itemsize
         if self.recipe.ema is not None:
@@ -217,7 +230,8 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
     dequantised = four_bit_bytes(whole, config.adapter, _dtype(config, on_gpu))[1]
     worker = training[0].whole + _originals(config, whole, on_gpu) + dequantised
     rollouts = [
-        rollout(small, worker, px, at.rollout.batch_size, at.sampling, edited.get(px, 0)) for px, at in settings.items()
+        rollout(small, worker, px, at.rollout.images_at_once, at.sampling, edited.get(px, 0))
+        for px, at in settings.items()
     ]
     return MemoryPlan(training, rollouts)
 
@@ -242,7 +256,7 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
         edits=edits,
     )
     kept = activations(small, widest.stage, widest.loss, 0)
-    rows = max(case.settings.rollout.batch_size for case in cases)
+    rows = max(case.settings.rollout.images_at_once for case in cases)
     sampling = max(
         (case.settings.sampling for case in cases), key=lambda sampling: family_of(model).model.guided(sampling.cfg)
     )

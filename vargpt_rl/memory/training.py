@@ -117,10 +117,19 @@ def states(
     return found
 
 
-def parameter_sizes(model: Unified, stage: Stage, adapter: AdapterConfig | None = None) -> list[tuple[int, bool]]:
-    """Return each parameter's number of elements and whether the stage trains it, or its part of an ``adapter``."""
+def parameter_sizes(
+    model: Unified, stage: Stage, adapter: AdapterConfig | None = None, without: tuple[str, ...] = ()
+) -> list[tuple[int, bool]]:
+    """Return each parameter's number of elements and whether the stage trains it, or its part of an ``adapter``.
+
+    Parameters whose names start with one of ``without`` are left out.
+    """
     freeze(model, stage, adapter)
-    return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return [
+        (parameter.numel(), parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+        if not (without and name.startswith(without))
+    ]
 
 
 def activations(meta: MetaModel, stage: Stage, loss: Callable[[Unified], torch.Tensor], checkpointing: int) -> int:

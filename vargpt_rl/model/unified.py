@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -63,10 +63,12 @@ class Drawing(NamedTuple):
 
 @dataclass
 class VargptOutput(CausalLMOutputWithPast):
-    """Adds ``image_logits`` float [N, L, s * values] (see ``Symbols``) and the drawing's labels, if any."""
+    """Adds ``image_logits`` float [N, L, s * values] (see ``Symbols``), the drawing's labels, if any, and the language
+    model's ``states`` [B, T, H]."""
 
     image_logits: torch.Tensor | None = None
     image_labels: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 def replayed(labels_NLs: torch.Tensor, size: tuple[int, int], scales: int | None = None) -> "MakesDrawing":
@@ -90,6 +92,10 @@ class DrawnReader(Protocol):
 
     def read_drawn(self, embeds_BnH: torch.Tensor) -> torch.Tensor:
         """Read drawn tokens and return their states [B, n, H]."""
+        ...
+
+    def read_drawn_beside(self, embeds_BnH: torch.Tensor, alone_BnH: torch.Tensor) -> torch.Tensor:
+        """Read drawn tokens, and in the same pass others that see only themselves: [2B, n, H]."""
         ...
 
 
@@ -172,6 +178,7 @@ class Unified(ABC, MixedInto):
         past_key_values: Cache | None = None,
         text_logits: bool = True,
         blocks: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
         **kwargs,
     ) -> VargptOutput:
         """Run a teacher-forced pass if there is a ``drawing``, else the transformers model that this is mixed into.
@@ -179,13 +186,14 @@ class Unified(ABC, MixedInto):
         With a drawing, the int64 [B, T] ids contain N runs of L ``image_gen_pad``; raises ValueError if they do not
         fit it. ``blocks`` int64 [B, T] numbers the texts that share a row: they do not attend to one another. In v1.1
         drawings are in the first block of their row; in v1 drawings and understood images are in rows of one block.
+        With ``states`` [B, T, H] of an earlier pass over the same rows, the language model is not run.
         """
         if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
         if drawing is not None:
             assert input_ids is not None and attention_mask is not None  # drawings are in rows of token ids
             return self._teacher_forced(
-                input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks
+                input_ids, attention_mask, drawing, pixel_values, image_grid_thw, text_logits, blocks, states
             )
         if position_ids is None and past_key_values is None and input_ids is not None:
             attention_mask, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
@@ -211,6 +219,7 @@ class Unified(ABC, MixedInto):
         image_grid_thw: torch.Tensor | None,
         text_logits: bool,
         blocks: torch.Tensor | None,
+        states: torch.Tensor | None,
     ) -> VargptOutput:
         if not isinstance(drawing, Drawing):
             drawing = drawing(self)  # inside the pass, where ZeRO-3 has gathered the image tokenizer's weights
@@ -221,25 +230,36 @@ class Unified(ABC, MixedInto):
         if unconditional_N is None:
             unconditional_N = torch.full((len(first_N2),), self.draws_unconditionally, device=input_ids.device)
         condition = self.image_decoder.condition(unconditional_N)
-        words_NLC = self.image_decoder.words(drawing.inputs_NLd.to(condition.start_N1C.dtype), slice(1, tokens))
-        drawn_NLH = self.projector_in(torch.cat([condition.start_N1C, words_NLC], dim=1))
-
         pads_BT = input_ids == self.config.image_gen_pad_token_id
-        embeds_BTH = self.embed(input_ids, pixel_values, image_grid_thw)
-        embeds_BTH = embeds_BTH.masked_scatter(pads_BT[..., None], drawn_NLH.to(embeds_BTH.dtype))
-        mask_BT, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
-        hidden_BTH = self.model.language_model(
-            inputs_embeds=embeds_BTH,
-            attention_mask=mask_BT,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-
-        y_NLC = self.projector_out(hidden_BTH[pads_BT].view_as(drawn_NLH))
-        context = self.context(hidden_BTH, attention_mask, first_N2)
+        if states is None:
+            words_NLC = self.image_decoder.words(drawing.inputs_NLd.to(condition.start_N1C.dtype), slice(1, tokens))
+            drawn_NLH = self.projector_in(torch.cat([condition.start_N1C, words_NLC], dim=1))
+            embeds_BTH = self.embed(input_ids, pixel_values, image_grid_thw)
+            embeds_BTH = embeds_BTH.masked_scatter(pads_BT[..., None], drawn_NLH.to(embeds_BTH.dtype))
+            mask_BT, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
+            states = self.model.language_model(
+                inputs_embeds=embeds_BTH,
+                attention_mask=mask_BT,
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        y_NLC = self.projector_out(states[pads_BT].view(len(first_N2), tokens, -1))
+        context = self.context(states, attention_mask, first_N2)
         logits = self.image_decoder(y_NLC, condition, context, schedule, drawing.drop_path, tokens=slice(tokens))
-        words = self.lm_head(hidden_BTH) if text_logits else None
-        return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs)
+        words = self.lm_head(states) if text_logits else None
+        return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs, states=states)
+
+    @property
+    def has_language_model(self) -> bool:
+        """Tell whether the model still has its language model."""
+        return next(self.model.parameters(), None) is not None
+
+    def drop_language_model(self) -> None:
+        """Free language model, text head and vision tower: a pass then needs ``states``, and no text logits."""
+        empty: Any = nn.Module()
+        empty.language_model = nn.Module()
+        self.model = empty
+        self.lm_head = nn.Module()
 
     def enable_input_require_grads(self) -> None:
         """Do nothing. Recomputation here needs no inputs with gradients, and a frozen language model no graph."""

@@ -1,0 +1,34 @@
+"""DPO on states that the workers have stored makes the weights that DPO with a language model makes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.driver.test_faults import TIMES
+from tests.driver.test_interrupted import go
+from tests.helpers.tiny import tiny_checkpoint
+
+FROZEN = "dpo.frozen=[language_inputs]"
+
+
+@pytest.mark.timeout(600)
+def test_stored_states_change_no_number(tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    go(tmp_path, "computed", "end", settings=(FROZEN,))
+    killed = "iter-00-dpo/rank-0/step-2"
+    go(tmp_path, "stored", killed, "end", settings=(FROZEN, "dpo.stored_states=true"))
+    weights, results, events = {}, {}, {}
+    for name in ("computed", "stored"):
+        weights[name] = load_file(tmp_path / name / "checkpoints/iter-00-dpo/final/weights.safetensors")
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        dpo = summary["iterations"][0]["dpo"]
+        results[name] = {key: value for key, value in dpo.items() if key not in (*TIMES, "swap", "waited")}
+        events[name] = summary["events"]
+    assert results["stored"] == results["computed"] and results["stored"]["step0_max_abs_logratio"] == 0
+    assert weights["stored"].keys() == weights["computed"].keys()
+    assert all(torch.equal(weights["stored"][name], tensor) for name, tensor in weights["computed"].items())
+    told = [event for event in events["stored"] if event.startswith("dpo.stored_states: ")]
+    assert told and told[0].startswith("dpo.stored_states: 17 images in ")
+    assert not list((tmp_path / "stored/states").glob("*")), "deleted once DPO is recorded"
