@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive
+from vargpt_rl.common.settings import Between, Count, CountOrNone, Either, NotNegative, OneOf, Positive, at_least
+
+AUTO = "auto"
+"""Value of ``rollout.batch_size`` that has the driver find it."""
 
 
 @dataclass
@@ -17,8 +20,12 @@ class RolloutConfig:
     gpus_per_worker: Annotated[float, Between(0, 1, includes_low=False)] = 1.0
     """GPUs of one worker, above 0 and at most 1: 0.5 puts two workers on a GPU. Ignored without GPUs."""
 
-    batch_size: Count = 16
-    """Images that a worker computes at once."""
+    batch_size: Annotated[int | str, Either(at_least(1), OneOf(AUTO))] = 16
+    """Images that a worker computes at once, or auto.
+
+    auto tries growing batches when the workers have started, as far as the memory plan allows, and takes the smallest
+    that is nearly as fast as any. It is recorded with the run, since an image depends on its batch through rounding.
+    """
 
     max_restarts: CountOrNone = 3
     """Workers replaced before the run fails: of the whole pool, in one start of a run."""
@@ -48,6 +55,11 @@ class RolloutConfig:
 
     text_gpus: NotNegative = 1.0
     """GPUs of the vLLM process."""
+
+    @property
+    def images_at_once(self) -> int:
+        """``batch_size`` as a number; 1 for auto, which the driver replaces once the workers have started."""
+        return 1 if isinstance(self.batch_size, str) else self.batch_size
 
     @property
     def uses_vllm(self) -> bool:

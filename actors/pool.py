@@ -30,6 +30,7 @@ from actors.worker_group import AnyWorker, State, WorkerGroup
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.adapter import AdapterConfig
+from vargpt_rl.model.generate import SamplingConfig
 
 Progress = Callable[[str, int, int], None]
 """Called after every batch with (method, items done, items in all)."""
@@ -113,7 +114,7 @@ class RolloutPool:
         more than ``max_restarts`` deaths; an exception of the method itself is raised at once.
         """
         name, workers = method.__name__, self.workers
-        job = BatchJob(items, batch_size or self.config.batch_size, repeatable=method in REPEATABLE)
+        job = BatchJob(items, batch_size or self.config.images_at_once, repeatable=method in REPEATABLE)
         args = tuple(ray.put(arg) if callable(arg) else arg for arg in args)  # rewards: sent to each node once
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=self.progress is not None) as bar:
             try:
@@ -187,6 +188,12 @@ class RolloutPool:
             reason = str(error).splitlines()[-1]
             self.workers.tell(f"broadcast of version {version} failed, sending to each worker instead: {reason}")
             return None
+
+    def time_batch(self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: SamplingConfig) -> float:
+        """Seconds in which all workers at once sample these (prompt, seed) as one batch each."""
+        began = time.perf_counter()
+        self.workers.call_all(Worker.generate_images, jobs, resolution, sampling, "timed")
+        return time.perf_counter() - began
 
     def probe(self, prompt: Prompt, bits: bytes, resolution: int) -> list[float]:
         """One image's log-probability from every worker: equal numbers if their weights are equal."""

@@ -83,8 +83,8 @@ def plan(
     nodes: list[Resources],
     rollout: RolloutConfig,
     ranks: int,
+    dtype: str,
     gpus_per_rank: float = 1.0,
-    dtype: str = "fp32",
     placement: PlacementConfig | None = None,
 ) -> Placement:
     """Fit the workers and the learner ranks into the nodes.

@@ -348,6 +348,10 @@ class LoopConfig:
         """ValueError for what cannot train as an adapter."""
         if not self.adapter.is_on:
             return
+        if self.dpo.stored_states:
+            raise ValueError(
+                "dpo.stored_states=true with an adapter: expected adapter=none, or dpo.stored_states=false"
+            )
         for stage in stages_of(self.stages):
             if stage.learns is Learns.IMAGES:
                 raise ValueError(
@@ -502,6 +506,19 @@ class LoopConfig:
         base.at = {}
         base.resolutions = [resolution]
         return parse(LoopConfig, self.at.get(str(resolution), {}), f"at.{resolution}", base)
+
+    def with_batch_size(self, resolution: int, size: int) -> "LoopConfig":
+        """Return settings whose workers compute ``size`` images at once at a resolution."""
+        changed = copy.copy(self)
+        at = self.at.get(str(resolution), {})
+        changed.at = self.at | {str(resolution): at | {"rollout": at.get("rollout", {}) | {"batch_size": size}}}
+        return changed
+
+    def with_dtype(self, dtype: str) -> "LoopConfig":
+        """Return settings with another dtype."""
+        changed = copy.copy(self)
+        changed.dtype = dtype
+        return changed
 
     @property
     def last_resolution(self) -> int:

@@ -120,9 +120,9 @@ class LearnerGroup:
         bundle: dict[str, float],
         threads: int,
         use_gpu: bool,
+        bf16: bool,
         places: list[Place] | None = None,
         note: Note = unnoted,
-        bf16: bool = False,
     ):
         self.config = config
         self.bf16 = bf16

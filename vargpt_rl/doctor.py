@@ -172,7 +172,7 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
     if devices.gpus:
         found = [{"CPU": float(os.cpu_count() or 1), "GPU": float(devices.gpus)}]
         try:
-            resources.plan(found, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
+            resources.plan(found, config.rollout, learner.ranks, config.dtype, learner.gpus_per_rank, config.placement)
         except ValueError as error:
             return str(error)
     try:

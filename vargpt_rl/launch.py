@@ -102,7 +102,7 @@ def check_resources(job: SlurmJob, config: LoopConfig, model: str) -> None:
     """Raise ValueError if the requested resources are too small for the run."""
     node = {"CPU": float(job.cpus_per_node or max(1, job.gpus_per_node)), "GPU": float(job.gpus_per_node)}
     learner = config.learner
-    plan([node] * job.nodes, config.rollout, learner.ranks, learner.gpus_per_rank, placement=config.placement)
+    plan([node] * job.nodes, config.rollout, learner.ranks, config.dtype, learner.gpus_per_rank, config.placement)
     if job.gpus_per_node and job.gpu_memory_gib:
         gpus = Devices(job.nodes * job.gpus_per_node, int(job.gpu_memory_gib * GIB), 0)
         check_fits(config, model_config(model), gpus)

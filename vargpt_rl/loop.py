@@ -218,7 +218,7 @@ def start(arguments: list[str]) -> int:
         report_error(f"no Ray cluster: {error}")
         return 1
     try:
-        placement = place(config, inputs)
+        placement = place(config, inputs, run)
     except ValueError as error:
         report_error(error)
         return 2

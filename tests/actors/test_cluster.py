@@ -51,7 +51,7 @@ class Process:
 
 @pytest.mark.parametrize("kind", ["split", "colocated"])
 def test_a_reservation_holds_all_processes(cluster, kind):
-    decided = plan(nodes(), RolloutConfig(workers=3), ranks=2, placement=PlacementConfig(kind))
+    decided = plan(nodes(), RolloutConfig(workers=3), ranks=2, dtype="fp32", placement=PlacementConfig(kind))
     workers, ranks = reserve(decided, 30)
     assert (len(workers), len(ranks)) == (3, 2)
     free = ray.available_resources().get("CPU", 0)
@@ -67,7 +67,7 @@ def test_a_reservation_holds_all_processes(cluster, kind):
 
 
 def test_reserve_fails_in_time_without_room(cluster):
-    decided = plan([{"CPU": 8.0}], RolloutConfig(workers=2), ranks=2)
+    decided = plan([{"CPU": 8.0}], RolloutConfig(workers=2), ranks=2, dtype="fp32")
     with pytest.raises(RuntimeError, match=r"no room for .*'CPU': 2.0.* on nodes with .*'CPU': 4.0.* within 1 s"):
         reserve(decided, 1)
 

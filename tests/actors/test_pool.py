@@ -59,7 +59,11 @@ def start(cluster, checkpoint, tmp_path):
     def start(progress=None, **settings):
         config = RolloutConfig(**{"workers": 2, "batch_size": 2, **settings})
         source = deadly_patches(tmp_path / "died")
-        pools.append(RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), source, progress=progress))
+        pools.append(
+            RolloutPool(
+                config, plan([cluster], config, ranks=1, dtype="fp32"), str(checkpoint), source, progress=progress
+            )
+        )
         return pools[-1]
 
     yield start
@@ -75,6 +79,8 @@ def test_run_keeps_order_and_raises_errors_as_they_are(start, tmp_path):
     assert told[-1] == ("generate_images", 8, 8)
     assert len(told) == 3
     assert pool.run(Worker.encode, [], SIDE) == []
+
+    assert pool.time_batch(JOBS[:2], SIDE, SAMPLING) > 0
 
     drawn = [(s.prompt, s.bits) for s in samples]
     scores = pool.run(Worker.score, drawn, SIDE)
@@ -197,7 +203,9 @@ def test_a_late_batch_is_repeated_and_counts_once(cluster, checkpoint, tmp_path,
         states.append(pool.health())
 
     (tmp_path / "slow").touch()
-    pool = RolloutPool(config, plan([cluster], config, ranks=1), str(checkpoint), slow_patches(tmp_path), progress=note)
+    pool = RolloutPool(
+        config, plan([cluster], config, ranks=1, dtype="fp32"), str(checkpoint), slow_patches(tmp_path), progress=note
+    )
     try:
         keys = ["slow", *["red"] * 5]
         assert [encoded.key for encoded in pool.run(Worker.encode, keys, SIDE)] == keys

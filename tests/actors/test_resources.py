@@ -26,7 +26,7 @@ COLOCATED = PlacementConfig("colocated")
     ],
 )
 def test_without_gpus_processes_share_cpus(cpus, workers, ranks, share, threads):
-    decided = plan([{"CPU": count} for count in cpus], RolloutConfig(workers=workers), ranks)
+    decided = plan([{"CPU": count} for count in cpus], RolloutConfig(workers=workers), ranks, "fp32")
     assert decided.worker_options == {"num_cpus": share}
     assert decided.rank_bundle == {"CPU": share}
     assert decided.bundles == [{"CPU": share}] * (workers + ranks)
@@ -36,7 +36,7 @@ def test_without_gpus_processes_share_cpus(cpus, workers, ranks, share, threads)
 
 def test_split_gives_ranks_their_own_gpus():
     rollout = RolloutConfig(workers=4, gpus_per_worker=0.5)
-    decided = plan([{"CPU": 32.0, "GPU": 4.0}] * 2, rollout, ranks=6)
+    decided = plan([{"CPU": 32.0, "GPU": 4.0}] * 2, rollout, 6, "fp32")
     assert decided.use_gpu
     assert decided.worker_options == {"num_cpus": 4.0, "num_gpus": 0.5}
     assert decided.rank_bundle == {"CPU": 4.0, "GPU": 1.0}
@@ -46,11 +46,11 @@ def test_split_gives_ranks_their_own_gpus():
 
 def test_colocated_puts_a_rank_and_workers_on_each_gpu():
     rollout = RolloutConfig(workers=4, gpus_per_worker=0.25)
-    decided = plan([{"CPU": 24.0, "GPU": 2.0}], rollout, 2, 0.5, placement=COLOCATED)
+    decided = plan([{"CPU": 24.0, "GPU": 2.0}], rollout, 2, "fp32", 0.5, COLOCATED)
     assert decided.rank_bundles == [0, 1] and decided.worker_bundles == [0, 1, 0, 1]
     assert decided.bundles == [{"CPU": 12.0, "GPU": 1.0}] * 2
     assert decided.worker_options == {"num_cpus": 4.0, "num_gpus": 0.25}
-    spread = plan([{"CPU": 32.0, "GPU": 4.0}], rollout, 2, 0.5, placement=COLOCATED)
+    spread = plan([{"CPU": 32.0, "GPU": 4.0}], rollout, 2, "fp32", 0.5, COLOCATED)
     assert spread.worker_bundles == [0, 1, 2, 3]  # one GPU each if there is room
 
 
@@ -59,7 +59,7 @@ def test_too_few_gpus_names_the_sum(placement):
     share = 0.5 if placement.is_colocated else 1.0
     with pytest.raises(ValueError, match=f"need 3 GPUs in placement={placement.kind}, but the cluster has 2"):
         ranks = 3 if placement.is_colocated else 1
-        plan([{"CPU": 8.0, "GPU": 2.0}], RolloutConfig(2, share), ranks, share, placement=placement)
+        plan([{"CPU": 8.0, "GPU": 2.0}], RolloutConfig(2, share), ranks, "fp32", share, placement)
 
 
 @given(
@@ -73,7 +73,7 @@ def test_plan_fits_cluster_and_bundles(nodes, workers, ranks, share, colocated):
     resources = [{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})} for cpus, gpus in nodes]
     placement = COLOCATED if colocated else PlacementConfig()
     try:
-        decided = plan(resources, RolloutConfig(workers, share), ranks, 0.5 if colocated else 1.0, placement=placement)
+        decided = plan(resources, RolloutConfig(workers, share), ranks, "fp32", 0.5 if colocated else 1.0, placement)
     except ValueError as error:
         assert "gpus_per_rank" in str(error) or "need" in str(error)
         return
@@ -98,8 +98,8 @@ def test_plan_fits_cluster_and_bundles(nodes, workers, ranks, share, colocated):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5), "learner.gpus_per_rank=0.5"),
-        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, 0.5, placement=COLOCATED), "at most 1"),
+        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, "fp32", 0.5), "learner.gpus_per_rank=0.5"),
+        (lambda: plan([{"CPU": 8.0, "GPU": 8.0}], RolloutConfig(), 2, "fp32", 0.5, COLOCATED), "at most 1"),
     ],
 )
 def test_bad_settings_are_rejected(make, named):
@@ -111,7 +111,8 @@ def test_bad_settings_are_rejected(make, named):
     ("settings", "named"),
     [
         (RolloutConfig(workers=0), "workers=0"),
-        (RolloutConfig(batch_size=0), "batch_size=0"),
+        (RolloutConfig(batch_size=0), "batch_size=0: expected 1 or more or auto"),
+        (RolloutConfig(batch_size="most"), "batch_size=most: expected 1 or more or auto"),
         (RolloutConfig(gpus_per_worker=2), "gpus_per_worker=2: expected above 0 and at most 1"),
         (RolloutConfig(gpus_per_worker=0), "gpus_per_worker=0"),
         (RolloutConfig(reply="sing"), "reply=sing: expected one of template, generate"),
@@ -133,17 +134,22 @@ def test_generated_replies_use_vllm_if_installed(monkeypatch):
     installed(False)
     assert not RolloutConfig(reply="generate").uses_vllm
     with pytest.raises(ValueError, match="vLLM is not installed"):
-        plan([{"CPU": 2.0}], RolloutConfig(text_engine="vllm"), ranks=1)
+        plan([{"CPU": 2.0}], RolloutConfig(text_engine="vllm"), ranks=1, dtype="fp32")
     installed(True)
     assert RolloutConfig(reply="generate").uses_vllm and RolloutConfig(text_engine="vllm").uses_vllm
     assert not RolloutConfig().uses_vllm
     assert not RolloutConfig(reply="generate", text_engine="transformers").uses_vllm
-    assert plan([{"CPU": 2.0}], RolloutConfig(), ranks=1).text is None
-    assert plan([{"CPU": 2.0}], RolloutConfig(reply="generate"), ranks=1).text.worker_options == {"num_cpus": 0.0}
+    assert plan([{"CPU": 2.0}], RolloutConfig(), ranks=1, dtype="fp32").text is None
+    assert plan([{"CPU": 2.0}], RolloutConfig(reply="generate"), ranks=1, dtype="fp32").text.worker_options == {
+        "num_cpus": 0.0
+    }
 
     config = RolloutConfig(reply="generate", workers=1, text_gpus=0.5)
-    assert plan([{"CPU": 8.0, "GPU": 3.0}], config, ranks=1).text.worker_options == {"num_cpus": 0.0, "num_gpus": 0.5}
+    assert plan([{"CPU": 8.0, "GPU": 3.0}], config, ranks=1, dtype="fp32").text.worker_options == {
+        "num_cpus": 0.0,
+        "num_gpus": 0.5,
+    }
     with pytest.raises(
         ValueError, match="and vLLM of 0.5 need 3 GPUs .*, but the cluster has 2; lower rollout.text_gpus"
     ):
-        plan([{"CPU": 8.0, "GPU": 2.0}], config, ranks=1)
+        plan([{"CPU": 8.0, "GPU": 2.0}], config, ranks=1, dtype="fp32")

@@ -38,7 +38,9 @@ TEXTS = [prompt.text for prompt in SOURCE.prompts("held_out", 24, 0)]
 def text():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     config = RolloutConfig(text_engine="vllm")
-    yield start_text_engine(config, plan([ray.cluster_resources()], config, ranks=1), str(EMBEDDED), SOURCE)
+    yield start_text_engine(
+        config, plan([ray.cluster_resources()], config, ranks=1, dtype="fp32"), str(EMBEDDED), SOURCE
+    )
     ray.shutdown()
 
 

@@ -57,7 +57,7 @@ def ran(tmp_path, monkeypatch):
     monkeypatch.setattr(StageContext, "step", record)
     session = stage_context(tmp_path).session
     opened = []
-    monkeypatch.setattr(ablations, "place", lambda own, inputs: None)
+    monkeypatch.setattr(ablations, "place", lambda own, inputs, run: None)
     monkeypatch.setattr(ablations, "open_session", lambda *given: opened.append(given) or session)
     monkeypatch.setattr(ablations, "random_start", lambda *given: tmp_path / "start/final")
     configs = {variant: settings_of(variant, tmp_path, []) for variant in VARIANTS}

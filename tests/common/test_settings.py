@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vargpt_rl.common.settings import (
     Between,
     Count,
+    Either,
     FolderName,
     MultipleOf,
     OneOf,
@@ -39,6 +40,7 @@ class Kitchen:
     plates: list[Annotated[int, MultipleOf(2)]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    timer: Annotated[int | str, Either(Between(1), OneOf("auto"))] = 1
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,14 @@ class Kitchen:
         ({"oven": {"minutes": math.inf}}, "at: oven.minutes=inf: expected a number above 0"),
         ({"oven": {"volume": -math.inf}}, "at: oven.volume=-inf: expected a finite number"),
         ({"extra": {"free": math.inf}}, "at: extra.free=inf: expected a finite number"),
+        ({"timer": 0}, "at: timer=0: expected 1 or more or auto"),
+        ({"timer": "late"}, "at: timer=late: expected 1 or more or auto"),
         ({"oven": {"mode": "fam"}}, "at: oven.mode=fam: expected one of fan, grill"),
         ({"spares": {"old": {"degrees": 300}}}, "at: spares.old.degrees=300: expected 50 to 250"),
         ({"plates": [2, 3]}, "at: plates=[2, 3]: 3: expected a positive multiple of 2"),
         ({"oven": {"degres": 1}}, "at: there is no key oven.degres, did you mean oven.degrees?"),
         ({"degrees": 1}, "at: there is no key degrees, did you mean oven.degrees?"),
-        ({"sink": 1}, "at: there is no key sink, expected one of oven, spares, plates, notes, extra"),
+        ({"sink": 1}, "at: there is no key sink, expected one of oven, spares, plates, notes, extra, timer"),
         ({"oven": {"degrees": {"top": 1}}}, "at: there is no key 'top' below oven.degrees"),
         ({"oven": {"degrees": "hot"}}, "at: Value 'hot' of type 'str' could not be converted to Integer"),
     ],

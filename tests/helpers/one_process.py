@@ -54,7 +54,7 @@ class OwnPool(RolloutPool):
         self.workers = OwnWorker(config, worker)
 
     def run(self, method, items, *args, batch_size=None):
-        size = batch_size or self.config.batch_size
+        size = batch_size or self.config.images_at_once
         batches = [items[at : at + size] for at in range(0, len(items), size)]
         return [result for batch in batches for result in method(self.workers.worker, batch, *args)]
 

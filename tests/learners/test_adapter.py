@@ -92,7 +92,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def group():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    group = LearnerGroup(LearnerConfig(ranks=2, save_every=1), {"CPU": 0.5}, threads=1, use_gpu=False)
+    group = LearnerGroup(LearnerConfig(ranks=2, save_every=1), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     yield group
     group.close()
     ray.shutdown()
@@ -101,7 +101,7 @@ def group():
 @pytest.fixture(scope="module")
 def alone(group):
     """A single rank."""
-    alone = LearnerGroup(LearnerConfig(ranks=1), {"CPU": 0.5}, threads=1, use_gpu=False)
+    alone = LearnerGroup(LearnerConfig(ranks=1), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     yield alone
     alone.close()
 

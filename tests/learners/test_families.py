@@ -119,7 +119,7 @@ def table(case, worker, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def group():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     yield group
     group.close()
     ray.shutdown()

@@ -103,7 +103,7 @@ def trained(checkpoint, corpus, tmp_path_factory):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank, "Rank", Measuring)
-        group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+        group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
 
     def train(every: int, quiet: bool, zero: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
         ray.get([member.prepare.remote(every, quiet) for member in group.ranks])

@@ -128,7 +128,7 @@ def cluster(faults):
 
 @pytest.fixture(scope="module")
 def group(cluster):
-    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     yield group
     group.close()
 
@@ -246,7 +246,12 @@ def test_lost_ranks_restart_and_resume_bitwise(group, faults, start, corpus, pro
     undisturbed, noted = group.run(job, lambda line: None), []
     config = LearnerConfig(ranks=2, save_every=1, max_restarts=1)
     other = LearnerGroup(
-        config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
+        config,
+        {"CPU": 0.5},
+        threads=1,
+        use_gpu=False,
+        bf16=False,
+        note=lambda event, restart=False: noted.append((event, restart)),
     )
 
     killed = ask(faults, "cut/rank-1/step-2")
@@ -275,7 +280,12 @@ def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, s
     config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
     noted = []
     other = LearnerGroup(
-        config, {"CPU": 0.5}, threads=1, use_gpu=False, note=lambda event, restart=False: noted.append((event, restart))
+        config,
+        {"CPU": 0.5},
+        threads=1,
+        use_gpu=False,
+        bf16=False,
+        note=lambda event, restart=False: noted.append((event, restart)),
     )
     first = list(other.pids)
 
@@ -326,7 +336,7 @@ def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, star
         seed=0,
         probe=probe,
     )
-    other = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False)
+    other = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     with pytest.raises(RuntimeError, match="DPO step 0: policy and reference differ by 1 nats"):
         other.run(job, lambda line: None)
     assert not (tmp_path / "out/final").exists()
@@ -337,4 +347,4 @@ def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, star
 
 def test_a_group_that_finds_no_room_says_so(cluster):
     with pytest.raises(RuntimeError, match="no room for 2 learner ranks of {'CPU': 8}"):
-        LearnerGroup(LearnerConfig(ranks=2, start_timeout_s=1.0), {"CPU": 8}, threads=1, use_gpu=False)
+        LearnerGroup(LearnerConfig(ranks=2, start_timeout_s=1.0), {"CPU": 8}, threads=1, use_gpu=False, bf16=False)

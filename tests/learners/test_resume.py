@@ -133,7 +133,7 @@ def runs(checkpoint, data, tmp_path_factory) -> dict:
     folder, start, found = tmp_path_factory.mktemp("runs"), Policy(str(checkpoint)), {}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     for moment in ("whole", "resumed"):
-        group = LearnerGroup(LearnerConfig(ranks=2, save_every=CUT), {"CPU": 0.5}, threads=1, use_gpu=False)
+        group = LearnerGroup(LearnerConfig(ranks=2, save_every=CUT), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
         for case in CASES:
             output = folder / moment / "-".join(map(str, case))
             if moment == "resumed":  # all that a stage which is cut off after the checkpoint leaves behind

@@ -12,7 +12,7 @@ from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory import plan as memory
 from vargpt_rl.memory import tracker
-from vargpt_rl.memory.fit import Devices, check_fits, fullest
+from vargpt_rl.memory.fit import Devices, check_fits, fullest, largest_batch
 from vargpt_rl.memory.inputs import TEXT_TOKENS, batch, preference_loss
 from vargpt_rl.memory.rollout import rollout
 from vargpt_rl.memory.tracker import counting, meta_model
@@ -226,6 +226,18 @@ def test_plan_counts_less_for_frozen_language_inputs(config):
     assert all(less < 0.9 * whole for less, whole in pairs)
 
 
+def test_plan_has_no_language_model_where_states_are_stored(config):
+    found = {}
+    for stored in ("false", "true"):
+        given = [*SETTINGS, "dpo.frozen=[language_inputs]", f"dpo.stored_states={stored}"]
+        plan = memory.plan(load_config(given), config, on_gpu=True)
+        found[stored] = next(need for need in plan.training if need.stage == "dpo")
+    less, whole = found["true"], found["false"]
+    language = sum(p.numel() for n, p in Vargpt(config).named_parameters() if n.startswith(("model.", "lm_head.")))
+    assert whole.weights - less.weights == whole.whole - less.whole == language * 4
+    assert less.activations < whole.activations and less.optimizer == whole.optimizer
+
+
 def test_an_adapter_has_states_for_its_own_tensors_alone(config):
     lora = ["adapter=lora", "adapter.rank=2", "adapter.serving=merged", "adapter.reference=learner"]
     plans = [
@@ -281,6 +293,19 @@ def test_rejects_runs_that_do_not_fit_with_the_sum(config):
     message = str(error.value)
     assert "3 rollout workers of 1." in message and "2 learner ranks of 1." in message and "runtime 1.0" in message
     assert "which has 4.0 GiB" in message and "gradient_checkpointing=1" in message and "\n" not in message
+
+
+def test_the_largest_batch_is_bounded_by_memory(config):
+    settings = load_config([*SETTINGS, "rollout.batch_size=auto", "rollout.workers=1", "learner.ranks=1"])
+    need = {size: fullest_at(settings.with_batch_size(32, size), config) for size in (1, 8, 32)}
+    assert need[1] < need[8] < need[32]
+    for room, size in ((need[32], 32), (need[32] - 1, 8), (need[1], 1)):
+        assert largest_batch(settings, config, Devices(0, 0, room), 32, (1, 8, 32)) == size
+
+
+def fullest_at(settings, config) -> int:
+    there = settings.at_resolution(32)
+    return fullest(memory.plan(there, config, False), there.rollout, there.learner, there.placement, False).total
 
 
 def test_processes_share_a_gpu_by_their_shares(config):

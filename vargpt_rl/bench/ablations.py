@@ -141,7 +141,7 @@ def run_all(configs: dict[Variant, LoopConfig], inputs: Inputs, directory: Path)
     for variant, own in configs.items():
         run = Run(own.directory, plain(own))
         if session is None:
-            session = open_session(own, inputs, run, place(own, inputs))
+            session = open_session(own, inputs, run, place(own, inputs, run))
         session = replace(session, config=own, run=run, weights=WeightSync(session.pool, session.text, run))
         results.append(run_variant(variant, session, start, trained))
         write_atomically(directory / "ablations.md", markdown(results).encode())

@@ -23,7 +23,7 @@ def start(folder: str, resolution: int, *arguments: str) -> tuple[Session, Polic
         ]
     )
     connect()
-    session = open_session(config, inputs, run, replace(place(config, inputs), threads_per_worker=1))
+    session = open_session(config, inputs, run, replace(place(config, inputs, run), threads_per_worker=1))
     it = session.iteration(0)
     policy = Policy(inputs.model)
     train_sft(it, policy)

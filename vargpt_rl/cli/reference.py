@@ -4,8 +4,8 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from configs.load import load_config
 from configs.schema import LoopConfig
@@ -57,9 +57,11 @@ def type_name(kind: Any) -> str:
     names: dict[Any, str] = {list: "list", dict: "dictionary", Any: "any"}
     found = names.get(inner) or str(getattr(inner, "__name__", inner))
     arguments = get_args(inner)
-    if arguments and inner.__origin__ is list:
+    if get_origin(inner) is UnionType:
+        found = " or ".join(map(type_name, arguments))
+    elif arguments and get_origin(inner) is list:
         found = f"list of {type_name(arguments[0])}"
-    elif arguments and inner.__origin__ is dict:
+    elif arguments and get_origin(inner) is dict:
         found = "dictionary"
     return f"{found} or null" if NoneType in get_args(kind) else found
 

@@ -90,6 +90,19 @@ class OneOf:
         return f"one of {', '.join(map(str, self.choices))}"
 
 
+class Either:
+    """Values of any of several ranges, such as a count or a word."""
+
+    def __init__(self, *ranges: Expected):
+        self.ranges = ranges
+
+    def __contains__(self, value: object, /) -> bool:
+        return any(value in expected for expected in self.ranges)
+
+    def __str__(self) -> str:
+        return " or ".join(str(expected).removeprefix("one of ") for expected in self.ranges)
+
+
 @dataclass(frozen=True)
 class MultipleOf:
     """Positive multiples of ``step``."""

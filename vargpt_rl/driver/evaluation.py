@@ -100,7 +100,7 @@ def validate(it: StageContext, stage: str, step: int) -> float:
 def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:
     """Pair the held-out images with their winners, with the log-probabilities of the weights in the workers."""
     rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
-    size = it.config.rollout.batch_size
+    size = it.config.rollout.images_at_once
     report = write_pairs(it, it.table("held-out"), rollouts, external_winner, NO_REWARDS, size)
     return {"pairs": report["built"]}
 

@@ -28,7 +28,7 @@ def planned_steps(config: LoopConfig) -> dict[str, float]:
 
 def _weights(stage: str, config: LoopConfig) -> dict[str, float]:
     """Return the weights of a stage's steps; those that are not in it take no time."""
-    if stage == "adapter":
+    if stage in ("dtype", "batch_size", "adapter"):
         return {}
     if stage == "understands":
         answering = config.evaluation.questions * ANSWER

@@ -99,6 +99,7 @@ def report_speed(it: StageContext, plan: SamplePlan, images: int, seconds: float
         "images": images,
         "seconds": seconds,
         "images_per_second": images / seconds if images else None,
+        "batch_size": it.config.rollout.images_at_once,
     }
     it.log("rollout", it.index, speed)
     return speed | {"checkpoints": plan.checkpoints}

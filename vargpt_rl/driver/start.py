@@ -19,6 +19,7 @@ from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
 from vargpt_rl.driver.plan import planned_steps
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.session import Session
+from vargpt_rl.driver.settled import batch_limits, record_dtype, settled_batch_size, settled_dtype
 from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
@@ -64,20 +65,23 @@ def resume(run: Run) -> None:
         run.note(f"resuming after {list(run.state['steps'])[-1]}")
 
 
-def place(config: LoopConfig, inputs: Inputs) -> Placement:
+def place(config: LoopConfig, inputs: Inputs, run: Run) -> Placement:
     """Place workers and ranks in the cluster. ValueError if the run will not fit."""
     learner = config.learner
+    found = devices()
+    dtype = settled_dtype(config, run, on_gpu=found.gpus > 0)
     placement = plan(
         nodes(),
         config.rollout,
         learner.ranks,
+        dtype=dtype,
         gpus_per_rank=learner.gpus_per_rank,
-        dtype=config.dtype,
         placement=config.placement,
     )
+    settled = config.with_dtype(dtype)
     for resolution in dict.fromkeys(config.resolutions):
-        config.at_resolution(resolution).check_devices(placement.use_gpu)
-    check_fits(config, model_config(inputs.model), devices())
+        settled.at_resolution(resolution).check_devices(placement.use_gpu)
+    check_fits(settled, model_config(inputs.model), found)
     return placement
 
 
@@ -93,7 +97,7 @@ def devices() -> Devices:
 
 
 def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> Session:
-    """Start workers, learner ranks and the text engine side by side.
+    """Start workers, learner ranks and the text engine side by side; settle what is auto.
 
     RuntimeError if the cluster has no room in time.
     """
@@ -102,7 +106,10 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
             "held-out images are scored by the same reward that trains; evaluation.reward.path=... names another"
         )
     run.progress.plan(planned_steps(config), run.state["steps"])
+    record_dtype(config, run, placement)
     run.progress.say(f"starting {len(placement.worker_bundles)} workers and {config.learner.ranks} learner ranks")
+    settled = config.with_dtype("bf16" if placement.bf16 else "fp32")
+    limits = batch_limits(settled, run, inputs.model, devices)  # before GPUs are reserved
     worker_places, rank_places = reserve(placement, config.learner.start_timeout_s)
     part = run.progress.part
     adapter = config.adapter if config.adapter.is_on else None
@@ -122,14 +129,15 @@ def open_session(config: LoopConfig, inputs: Inputs, run: Run, placement: Placem
         placement.rank_bundle,
         placement.threads_per_worker,
         placement.use_gpu,
+        placement.bf16,
         places=rank_places,
         note=run.note,
-        bf16=placement.bf16,
     )
     text = start_text_engine(
         config.rollout, placement, inputs.model, inputs.source, progress=part, note=run.note, adapter=adapter
     )
     pool.wait_until_ready()
+    config = settled_batch_size(config, run, pool, limits)
     weights = WeightSync(pool, text, run)
     return Session(config=config, inputs=inputs, run=run, pool=pool, text=text, weights=weights, learners=learners)
 

@@ -1,5 +1,7 @@
 """Check that a run's memory estimate fits its devices, before anything starts."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +109,30 @@ def refusal(plan: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
 
 def check_fits(config: LoopConfig, model: PreTrainedConfig, devices: Devices) -> None:
     """Raise ValueError, with the sum, if a stage of the run needs more memory than there is."""
+    if reason := _excess(config, model, devices):
+        raise ValueError(reason)
+
+
+def _excess(config: LoopConfig, model: PreTrainedConfig, devices: Devices) -> str | None:
+    """Explain why a run does not fit; None if it does, or if it has no stage that can be planned."""
     on_gpu = devices.gpus > 0
     if not trains(config) or refusal(bound(config, model, on_gpu), config, devices) is None:
-        return  # the bound is quick, and enough for runs far from the limit
-    if reason := refusal(plan(config, model, on_gpu), config, devices):
-        raise ValueError(reason)
+        return None  # the bound is quick, and enough for runs far from the limit
+    return refusal(plan(config, model, on_gpu), config, devices)
+
+
+def largest_batch(
+    config: LoopConfig, model: PreTrainedConfig, devices: Devices, resolution: int, sizes: Sequence[int]
+) -> int:
+    """Return the largest of the ascending ``sizes`` of a worker's batch that fits at a resolution, at least the first.
+
+    The stages that train at other resolutions do not count.
+    """
+    there = config.at_resolution(resolution)
+
+    def does_not_fit(size: int) -> bool:
+        return _excess(there.with_batch_size(resolution, size), model, devices) is not None
+
+    if not does_not_fit(sizes[-1]):  # usually
+        return sizes[-1]
+    return sizes[bisect_left(sizes, True, lo=1, hi=len(sizes) - 1, key=does_not_fit) - 1]

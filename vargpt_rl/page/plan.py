@@ -10,7 +10,7 @@ PAIRED = ("sample", "judge", "pair")
 
 def expected_steps(config: dict[str, Any]) -> list[str]:
     """Return the names of all steps of a run with these settings; empty without settings."""
-    steps = ["adapter"] if config.get("adapter", {}).get("kind", "none") != "none" else []
+    steps = [name for name, is_recorded in _at_start(config).items() if is_recorded]
     stages = config.get("stages", [])
     for stage in stages:
         if stage == "align":
@@ -20,6 +20,16 @@ def expected_steps(config: dict[str, Any]) -> list[str]:
         else:
             steps += [stage, f"{stage}/swap", f"{stage}/eval"]
     return steps
+
+
+def _at_start(config: dict[str, Any]) -> dict[str, bool]:
+    """Return the steps before the first stage, and whether a run with these settings has them."""
+    parts = [config, *config.get("at", {}).values()]
+    return {
+        "dtype": config.get("dtype") == "auto",
+        "batch_size": any(part.get("rollout", {}).get("batch_size") == "auto" for part in parts),
+        "adapter": config.get("adapter", {}).get("kind", "none") != "none",
+    }
 
 
 def _align(config: dict[str, Any], asked_before: bool) -> list[str]:

@@ -85,10 +85,11 @@ class Costs:
         last = iterations[-1]
         there = settings.at_resolution(last["resolution"])
         drawn, dpo, swap, recipe = last["rollout"], last["dpo"], last["swap"], there.dpo.recipe
-        draw_s = drawn["seconds"] * there.rollout.workers * there.rollout.batch_size / drawn["images"]
+        batch = drawn.get("batch_size", there.rollout.images_at_once)  # runs of before did not record it
+        draw_s = drawn["seconds"] * there.rollout.workers * batch / drawn["images"]
         return replace(
             self,
-            batch=there.rollout.batch_size,
+            batch=batch,
             micro_batch=recipe.micro_batch,
             draw_s=draw_s,
             encode_s=self.encode_s * draw_s / self.draw_s,

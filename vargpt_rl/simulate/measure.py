@@ -88,7 +88,7 @@ def timed(clock: Callable[[], float], work: Callable, *args) -> float:
 def driver_costs(it: StageContext) -> tuple[float, float]:
     """CPU seconds of the driver for a batch, and for a byte of its result."""
     pool = idle_pool(it)
-    items = list(range(IDLE_BATCHES * pool.config.batch_size))
+    items = list(range(IDLE_BATCHES * pool.config.images_at_once))
 
     def work(size: int) -> float:
         return timed(time.process_time, lambda: pool.run(Idle.answer, items, size))
@@ -148,7 +148,7 @@ def measure(session: Session, policy: Policy) -> Costs:
     """The costs, from a worker and a rank at work."""
     it = iteration_named(session, "costs")
     pool = it.pool
-    batch = it.config.rollout.batch_size
+    batch = it.config.rollout.images_at_once
     side = it.resolution
     dispatch_s, byte_s = driver_costs(it)
     prompts = it.source.prompts("train", BATCHES * batch, 1)
