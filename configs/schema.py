@@ -25,6 +25,7 @@ from configs.stages import (
 )
 from learners.config import LearnerConfig, Recipe
 from learners.methods import ONLINE
+from rewards.preferences import HUMAN
 from vargpt_rl.common.dtypes import DTYPES, chosen_dtype
 from vargpt_rl.common.settings import Between, Count, CountOrNone, FolderName, MultipleOf, OneOf, merge, parse
 from vargpt_rl.data.config import DataConfig
@@ -56,10 +57,6 @@ class AlignConfig:
     def __post_init__(self):
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"align.methods={self.methods}: expected some of {list(METHODS)}, each at most once")
-        if "dpo" in self.methods and not self.sft:
-            raise ValueError(
-                "align.sft=false with align.methods containing dpo: its samples are from SFT's checkpoints"
-            )
 
     @property
     def online(self) -> list[str]:
@@ -102,12 +99,24 @@ class PreferenceConfig:
     Matched by file name (captioned data) or by the prompt's id, as in ``<id>.png`` (records; a held-out record without
     one there has its own image as winner). Letter case, Unicode normal form and ending may differ.
     """
+    pairs: str | None = None
+    """File or folder of pairs that people have judged: two images, a prompt, who won (Pick-a-Pic, HPDv2, JSON lines).
+
+    All of them replace samples, winners and builder: nothing is drawn for pairs. See docs/preferences.md.
+    """
+    pair_images: str | None = None
+    """Folder in which the images that ``pairs`` names are; null is the folder of the file."""
     prompts: str | None = None
     """File of prompts, instead of the data source's own."""
     count: Count = 128
     """Prompts per iteration."""
     samples: Count = 1
     """Samples of each prompt."""
+
+    @property
+    def asks_people(self) -> bool:
+        """Tell whether people label the pairs."""
+        return self.builder == HUMAN
 
 
 @dataclass
@@ -237,6 +246,8 @@ class LoopConfig:
             raise ValueError("checkpoint is not set: expected checkpoint=DIR or org/name")
         self._check_stages()
         self._check_iterations()
+        self._check_own_pairs()
+        self._check_asked()
         self._check_data()
         self._check_recipes()
         self._check_overlap()
@@ -248,6 +259,40 @@ class LoopConfig:
                 f"evaluation.reward.path={self.reward.path}: that is the training reward, expected another"
             )
 
+    def _check_asked(self) -> None:
+        """ValueError for what does not go with pairs that people label."""
+        if not (self.preference.asks_people and ALIGN in self.stages and self.align.learns_pairs):
+            return
+        if self.dpo.min_pairs is not None:
+            raise ValueError(f"dpo.min_pairs={self.dpo.min_pairs} with {HUMAN}, which waits for people: leave it out")
+        if self.preference.samples < 2 and self.preference.options.get("against", "samples") == "samples":
+            raise ValueError(
+                f"preference.samples={self.preference.samples}: {HUMAN} compares samples of a prompt, expected at "
+                "least 2, or +preference.options.against=winners"
+            )
+
+    def _check_own_pairs(self) -> None:
+        """ValueError for what does not go with pairs that came from files, or needs them."""
+        if self.preference.pairs is None:
+            if self.data.kind == "pairs":
+                raise ValueError("preference.pairs is not set: data=pairs needs it")
+            if "dpo" in self.align.methods and not self.align.sft:
+                raise ValueError(
+                    "align.sft=false with align.methods containing dpo: its samples are from SFT's checkpoints; "
+                    "expected align.sft=true or preference.pairs=..."
+                )
+            return
+        if ALIGN not in self.stages or not self.align.learns_pairs:
+            raise ValueError(f"preference.pairs with align.methods={self.align.methods}: expected dpo or reward in it")
+        if self.preference.builder != PreferenceConfig.builder:
+            raise ValueError(
+                f"preference.builder={self.preference.builder} with preference.pairs, which has no samples"
+            )
+        if self.dpo.min_pairs is not None:
+            raise ValueError(
+                f"dpo.min_pairs={self.dpo.min_pairs} with preference.pairs, which are all there: leave it out"
+            )
+
     def check_resolutions(self) -> None:
         """ValueError for a bad setting under ``at``, and for what does not fit the images of a resolution."""
         for resolution in self.at:
@@ -256,6 +301,8 @@ class LoopConfig:
             if "adapter" in self.at[resolution]:
                 key = next(iter(self.at[resolution]["adapter"]), "KEY")
                 raise ValueError(f"at.{resolution}.adapter.{key}: a run has one adapter, expected adapter.{key}=VALUE")
+            if given := {"pairs", "pair_images"} & self.at[resolution].get("preference", {}).keys():
+                raise ValueError(f"at.{resolution}.preference.{min(given)}: a run has one set of pairs")
             if int(resolution) not in self.resolutions:  # no stage runs with it: keys and ranges alone
                 merge(LoopConfig, self.at[resolution], f"at.{resolution}", replace(self, at={}))
         for pixels in self.resolutions:
@@ -276,14 +323,17 @@ class LoopConfig:
 
     def _check_data(self) -> None:
         """ValueError for what the stages need and the kind of data lacks."""
-        winners = {"preference.winners": self.preference.winners}
-        if self.data.kind == "captioned":
-            needed = {"data.captions": self.data.captions, "data.images": self.data.images} | winners
-            self._check_set(needed, f"data=captioned needs {', '.join(needed)}")
+        winners = {} if self.preference.pairs else {"preference.winners": self.preference.winners}
+        if self.data.kind in ("captioned", "pairs"):
             for stage in stages_of(self.stages):
                 if stage.learns in (Learns.QUESTIONS, Learns.EDITS):
                     lacking = "questions" if stage.learns is Learns.QUESTIONS else "edited images"
-                    raise ValueError(f"stages: {stage.name} needs {lacking}, which data=captioned lacks; leave it out")
+                    raise ValueError(
+                        f"stages: {stage.name} needs {lacking}, which data={self.data.kind} lacks; leave it out"
+                    )
+        if self.data.kind == "captioned":
+            needed = {"data.captions": self.data.captions, "data.images": self.data.images} | winners
+            self._check_set(needed, f"data=captioned needs {', '.join(needed)}")
         if self.data.kind == "records":
             self.data.records()
             for stage in stages_of(self.stages):
@@ -412,6 +462,8 @@ class LoopConfig:
             return
         self._check_recipe("learned_reward")
         if self.learned_reward.table is not None:
+            return
+        if self.preference.pairs is not None:
             return
         if not self.align.sft:
             raise ValueError(

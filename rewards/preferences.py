@@ -23,6 +23,8 @@ from typing import Protocol
 
 from vargpt_rl.data.samples import Prompt, Sample, Winner
 
+HUMAN = "rewards.preferences:human"
+"""The builder whose pairs people label before a run goes on."""
 Built = tuple[list["PreferencePair"], Counter[str]]
 RewardValue = float | None
 
@@ -64,7 +66,7 @@ class PreferencePair:
             "prompt": self.prompt.text,
             "reply": self.prompt.reply,
             "resolution": self.rejected.resolution,
-            "sampling": json.dumps(self.samples[-1].sampling, sort_keys=True),
+            "sampling": json.dumps(self.samples[-1].sampling if self.samples else {}, sort_keys=True),
             "reference_version": reference_version,
         }
         sides = {
@@ -283,6 +285,48 @@ def mixed(
     surplus = from_winners[outer:] + from_samples[inner:]
     dropped["over its share"] += sum(len(pair.samples) for pair in surplus)
     return from_winners[:outer] + from_samples[:inner], +dropped
+
+
+def human(
+    samples: Sequence[Sample],
+    winners: dict[str, Winner],
+    sample_rewards: Sequence[RewardValue] | None,
+    winner_rewards: dict[str, RewardValue] | None,
+    *,
+    against: str = "samples",
+    share: float = 1.0,
+) -> Built:
+    """Pairs for people to label: two samples of a prompt each, or, ``against`` "winners", those of `external_winner`.
+
+    Which image is called chosen means nothing until people have said so. The run waits until a ``share`` of the pairs
+    has an answer, and pairs without a winner are dropped. ValueError for another ``against``, and for a share outside
+    0 to 1.
+    """
+    if against not in ("samples", "winners"):
+        raise ValueError(f"against={against}: expected samples or winners")
+    if isinstance(share, bool) or not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected a share above 0, at most 1")
+    if against == "winners":
+        return external_winner(samples, winners, sample_rewards, winner_rewards)
+    own = [None] * len(samples) if sample_rewards is None else [_scored(value) for value in sample_rewards]
+    groups: dict[tuple[str, int], dict[str, tuple[Sample, RewardValue]]] = defaultdict(dict)
+    dropped: Counter[str] = Counter()
+    for sample, value in zip(samples, own, strict=True):
+        group = groups[sample.prompt.id, sample.resolution]
+        if pair_id(sample) in group:
+            dropped["duplicate pair id"] += 1
+        else:
+            group[pair_id(sample)] = (sample, value)
+    pairs = []
+    for group in groups.values():
+        each = list(group.values())
+        for (first, one), (second, other) in zip(each[::2], each[1::2], strict=False):
+            if first.bits == second.bits:
+                dropped["identical bits"] += 2
+            else:
+                pairs.append(PreferencePair(pair_id(second), first, second, one, other))
+        dropped["without a partner"] += len(each) % 2
+    return pairs, +dropped
 
 
 def _check(rewards: Sequence[RewardValue] | None, name: str, margin: float = 0.0) -> None:

@@ -236,7 +236,9 @@ def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeyp
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
     it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
     align(it, Policy(""))
-    skipped = {Step.REWARD} | (set() if control else {step for step in Step if "control" in step})
+    skipped = {Step.REWARD, Step.ENCODE, Step.PROPOSE} | (
+        set() if control else {step for step in Step if "control" in step}
+    )
     assert asked == [step for step in Step if step not in skipped]
 
 
@@ -297,7 +299,7 @@ def test_prompts_to_which_the_model_begins_no_image_get_the_customary_words(fini
 
 
 def test_images_model_and_tracking_are_there(finished):
-    for name in ("iter-00.png", "iter-00-pairs.png", "iter-01-pairs.png"):
+    for name in ("iter-00.png",):
         assert (finished / "samples" / name).stat().st_size > 1000
     assert Vargpt.from_pretrained(finished / "model").config.model_type == "vargpt"
     assert list((finished / "wandb").glob("offline-run-*/files/media/table/pairs/table_*.json"))

@@ -1,8 +1,8 @@
 """The iterated SFT/DPO loop (VARGPT-v1.1, section 3.2, Fig. 6): ``python -m vargpt_rl.loop [key=value ...]``.
 
 Every step is recorded when it is done; the same command resumes after the last one. Exit codes: 0 done, 1 failed, 2 a
-setting or an input is wrong (no worker was started), 75 stopped by SIGTERM, SIGHUP or SIGUSR2 (EX_TEMPFAIL: try again),
-130 stopped by Ctrl-C.
+setting or an input is wrong (no worker was started), 75 stopped by SIGTERM, SIGHUP or SIGUSR2 (EX_TEMPFAIL: try again)
+or waiting for people's labels, 130 stopped by Ctrl-C.
 """
 
 import os
@@ -44,13 +44,15 @@ from ray.exceptions import RayError
 from actors.cluster import connect
 from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
-from vargpt_rl.common.logs import configure_logging, end_log, keep_log
+from vargpt_rl.common.logs import RECORD, configure_logging, end_log, keep_log
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.exported import generation_files, write_card
 from vargpt_rl.driver.grids import edit_grid, sample_grid
 from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.labelled import LabelsNeeded, pair_labelled, propose, waits_for_labels
 from vargpt_rl.driver.learned import train_reward
 from vargpt_rl.driver.online import forget_batches, train_online
+from vargpt_rl.driver.own_pairs import encode_own_pairs, pair_own
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
 from vargpt_rl.driver.sampling import sample
@@ -84,6 +86,8 @@ def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
         sft = it.step(Step.SFT, train_sft, policy)
         policy = it.adopt(policy, Step.SFT)
         results["sft"] = {**sft, "swap": it.step(Step.SFT_SWAP, swap, policy, sft)}
+    if it.inputs.pairs is not None:
+        it.step(Step.ENCODE, encode_own_pairs, policy)
     results["eval"] = {"after_sft": it.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)}
     for method in it.config.align.methods:
         policy, found = METHODS[method](it, policy)
@@ -108,9 +112,17 @@ def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
 
 
 def make_pairs(it: StageContext, policy: Policy) -> tuple[dict, dict]:
-    """Sample, judge and pair with ``policy``, once an iteration; return the results of sampling and of pairing."""
+    """Sample, judge and pair with ``policy``, once an iteration; return the results of sampling and of pairing.
+
+    Pairs that came from files need neither samples nor winners.
+    """
+    if it.inputs.pairs is not None:
+        return {}, it.step(Step.PAIR, pair_own, policy)
     rollout = it.step(Step.SAMPLE, sample, policy)
     judged = it.step(Step.JUDGE, judge)
+    if it.config.preference.asks_people:
+        it.step(Step.PROPOSE, propose, policy)
+        return rollout, it.step(Step.PAIR, pair_labelled, policy, judged)
     return rollout, it.step(Step.PAIR, pair, policy, judged)
 
 
@@ -211,6 +223,14 @@ def start(arguments: list[str]) -> int:
         return 0
     Stop.resume = f"to go on: vargpt-rl resume {run.directory}"
     resume(run)
+    try:
+        waiting = waits_for_labels(config, run)  # before the seconds that a cluster takes
+    except ValueError as error:  # damaged labels
+        report_error(error)
+        return 2
+    if waiting:
+        print(waiting)
+        return os.EX_TEMPFAIL
     run.progress.say("starting Ray")
     try:
         connect()
@@ -236,6 +256,12 @@ def start(arguments: list[str]) -> int:
         run.progress.close()
         show(summary, run.directory)
         failed = False
+    except LabelsNeeded as needed:
+        failed = False
+        run.progress.close()
+        print(needed, flush=True)
+        RECORD.info("%s", needed)
+        return os.EX_TEMPFAIL
     except SystemExit:
         if session is not None:
             session.learners.checkpoint(SAVE_S)

@@ -18,7 +18,7 @@ from vargpt_rl.bench.gpu_checks import attention_kernels
 
 ROOT = Path(__file__).parents[2]
 ABSENT = {
-    *("accelerate", "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "pandas", "peft", "psutil", "pyarrow"),
+    *("accelerate", "datasets", "deepspeed", "hydra", "omegaconf", "pandas", "peft", "psutil", "pyarrow"),
     *("ray", "rich", "scipy", "torchdata", "torchvision", "trl", "wandb", "xxhash"),
 }
 PROGRAM = f"""

@@ -33,7 +33,7 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "samples").mkdir()
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    for name in ("iter-00.png", "iter-00-pairs.png"):
+    for name in ("iter-00.png",):
         (tmp_path / "samples" / name).write_bytes(name.encode())
     after = {"overall": 0.75, "overall_low": 0.67, "overall_high": 0.82, "n": 120}
     summary = {"stages": {}, "iterations": [{"resolution": 128, "eval": {"after_sft": after}}]}

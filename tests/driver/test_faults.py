@@ -38,7 +38,7 @@ preference.count=8 evaluation.prompts=4 evaluation.questions=4 evaluation.grid=2
 """
 STEPS = [
     "understands/before",
-    *(f"iter-00/{step}" for step in Step if step != Step.REWARD),
+    *(f"iter-00/{step}" for step in Step if step not in (Step.REWARD, Step.ENCODE, Step.PROPOSE)),
     "understands/after",
 ]
 TIMES = ("seconds", "images_per_second", "time", "mfu", "peak_memory")
@@ -177,7 +177,7 @@ def test_workers_are_killed_drawing_and_in_a_swap_and_hang_and_a_reward_never_an
     faults = {"worker/generate_images": "kill", "worker/swap": "kill", "worker/score": "hang"}
     ran = Ran(folder, "workers", "rollout.call_timeout_s=120", *reward, faults=faults)
     assert (ran.code, ran.left, ran.orphans) == (0, [], []), ran.said[-3000:]
-    rewards = "chosen_reward", "rejected_reward", "rewards", "iter-00-pairs.png"
+    rewards = "chosen_reward", "rejected_reward", "rewards"
     assert same(folder / "workers", undisturbed, but=rewards) == [
         f"worker 0 lost during {during}: restart {i} of 3"
         for i, during in enumerate(["generate_images", "receive", "score"], start=1)

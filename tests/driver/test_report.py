@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vargpt_rl.driver.report import closing_table, comparison_table, method_table, show, training_time, verdicts
+from vargpt_rl.driver.report import (
+    closing_table,
+    comparison_table,
+    fitted,
+    method_table,
+    show,
+    training_time,
+    verdicts,
+)
 
 RESULT = {
     "reward_first": 0.5,
@@ -146,3 +154,26 @@ def test_training_time_is_shared_among_parts():
 
 def test_a_run_without_training_has_no_such_line():
     assert training_time({"stages": {}, "iterations": []}) == ""
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    after = SCORE | GAIN | {"margin": -50.37, "accuracy": 0.067, "reward": 0.71, "judge": 0.52}
+    iteration = {"resolution": 256, "grpo": RESULT, "eval": {"after_sft": SCORE, "after_grpo": after}}
+    summary = NOTHING | {"iterations": [iteration] * 2}
+    for table in (closing_table(summary), comparison_table(summary), method_table(summary["iterations"])):
+        console = Console(width=width)
+        with console.capture() as caught:
+            console.print(fitted(table, width))
+        text = caught.get()
+        assert "…" not in text and max(map(len, text.splitlines())) <= width
+        cells = {str(cell) for column in table.columns for cell in column.cells} - {"-"}
+        words = " ".join(text.split())
+        assert all(" ".join(cell.split()) in words for cell in cells), words
+
+
+def test_a_narrow_terminal_names_each_value(capsys):
+    table = method_table([{"resolution": 256, "grpo": RESULT, "eval": {}}])
+    lines = str(fitted(table, 60)).splitlines()
+    assert lines[1] == "iteration 0, 256 px, GRPO"
+    assert lines[2].startswith("  reward 0.500 -> 0.750; diversity 0.200 -> 0.100;") and "judge -" not in lines[2]

@@ -30,6 +30,7 @@ from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
 from vargpt_rl.driver import judging
+from vargpt_rl.driver.labelled import LabelsNeeded
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.start import prepare, resume
 from vargpt_rl.driver.weights import WeightSync
@@ -134,7 +135,10 @@ def start(arguments: list[str]) -> None:
         learners=OwnRank(config.learner, run.note, bf16),
         rewards=OwnRewards(),
     )
-    run.finish(loop.execute(session))
+    try:
+        run.finish(loop.execute(session))
+    except LabelsNeeded:
+        os._exit(os.EX_TEMPFAIL)
 
 
 def main(arguments: list[str], points: list[str]) -> None:

@@ -27,6 +27,7 @@ CONFIG = {
     "align": {"sft": True, "methods": ["dpo", "grpo"]},
     "dpo": {"beta": 0.1, "control": True, "min_pairs": None},
     "learned_reward": {"table": None},
+    "preference": {"pairs": None},
     "reward": {"path": "rewards.shapes:shapes_reward"},
 }
 MOMENTS = {"after_sft": 0.5, "control": 0.55, "after_dpo": 0.6, "after_grpo": 0.8}
@@ -155,6 +156,8 @@ def metrics() -> list[dict]:
             )
         counts = {"reward_margin/counts": [1, 3, 2], "reward_margin/edges": [-1.0, 0.0, 1.0, 2.0]}
         summary = {"reward_margin/mean": 0.5, "reward_margin/positive": 0.8}
-        lines.append({"time": at + 40, **labels, "stage": "pairs", "step": k, **counts, **summary})
+        scales = {"reference_margin/scale_0": 0.5, "reference_margin/scale_1": -1.5}
+        sources = {"source/chosen/commercial": 1.0, "source/rejected/iter-00-sft/final": 1.0}
+        lines.append({"time": at + 40, **labels, "stage": "pairs", "step": k, **counts, **summary, **scales, **sources})
         lines.append({"time": at + 41, **labels, "stage": "swap", "step": k, "seconds": 0.2})
     return lines

@@ -142,6 +142,8 @@ def test_the_plan_of_the_page_is_that_of_the_loop():
         ["align.methods=[dpo,reward]", "dpo.min_pairs=64"],
         ["at.256.dpo.control=false", "at.256.align.methods=[dpo]"],
         ["adapter.kind=lora", "stages=[align]"],
+        ["preference.pairs=FILE", "align.methods=[dpo,reward]"],
+        ["preference.builder=rewards.preferences:human", "preference.samples=2"],
     ):
         config = load_config(settings)
         assert expected_steps(plain(config)) == list(planned_steps(config)), settings

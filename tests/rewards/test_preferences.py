@@ -14,6 +14,7 @@ from rewards.preferences import (
     best_of_n,
     check_books,
     external_winner,
+    human,
     majority_vote,
     mixed,
     pair_id,
@@ -273,3 +274,19 @@ def test_majority_vote(tmp_path):
     assert list(read_table(tmp_path / "t.parquet").rejected_reward) == [91.1, 1.0]
     with pytest.raises(ValueError, match="reward.path=rewards.combined:WeightedSum"):
         majority_vote(samples[:1], WINNERS, [1.0], {"a": 2.0})
+
+
+def test_people_are_asked_about_two_samples_of_a_prompt():
+    samples = [sample("ab"[seed // 3], bytes([seed]), seed) for seed in range(6)]
+    pairs, dropped = human(samples, {}, None, None)
+    check_books(samples, pairs, dropped)
+    assert len(pairs) == 2 and dropped == {"without a partner": 2}
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(samples[0], samples[1]), (samples[3], samples[4])]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"against": "all"}, "expected samples or winners"), ({"share": 0}, "share=0")]
+)
+def test_people_are_not_asked_with_bad_options(options, told):
+    with pytest.raises(ValueError, match=told):
+        human([], {}, None, None, **options)

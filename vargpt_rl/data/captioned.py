@@ -25,8 +25,8 @@ class CaptionedConfig:
     """File of captions: JSON lines or an array, CSV or Parquet, by its ending."""
     images: str
     """Folder of the captions' images."""
-    winners: str
-    """Folder of a stronger system's images, under the same names."""
+    winners: str | None = None
+    """Folder of a stronger system's images, under the same names; None where there are none."""
     image_field: str = "file"
     """Key of the image's name in the captions."""
     caption_field: str = "caption"
@@ -64,7 +64,9 @@ class CaptionedSource(Source):
     def __init__(self, config: CaptionedConfig, quarantine: Quarantine):
         self.config = config
         # Workers run in other directories, hence absolute.
-        self._folders = {"images": _folder(config.images), "winners": _folder(config.winners)}
+        self._folders = {"images": _folder(config.images)}
+        if config.winners is not None:
+            self._folders["winners"] = _folder(config.winners)
         names = {kind: ImageNames(folder) for kind, folder in self._folders.items()}
         self.lines = 0
         self._entries: dict[str, _Entry] = {}
@@ -80,6 +82,8 @@ class CaptionedSource(Source):
                 quarantine.add(where, shown_row(row), str(fault))
                 continue
             self._entries[entry.prompt.id] = entry
+            if "winners" not in names:
+                continue
             if entry.winner is None:
                 quarantine.add(where, shown_row(row), "caption without a winner", lost=False)
             elif len(found := names["winners"].like(entry.file)) > 1:
@@ -90,7 +94,7 @@ class CaptionedSource(Source):
             ("images", images, "image without a caption"),
             ("winners", winners, "winner without a prompt"),
         ):
-            for file in sorted(names[kind].files - used):
+            for file in sorted(names[kind].files - used) if kind in names else ():
                 quarantine.add(str(self._folders[kind] / file), file, reason, lost=False)
         self._check_usable(quarantine, keys)
 
@@ -110,7 +114,7 @@ class CaptionedSource(Source):
                 f"{config.image_field}, data.caption_field={config.caption_field} and data.id_field={config.id_field} "
                 f"are read"
             )
-        if not any(entry.winner for entry in self._entries.values()):
+        if config.winners is not None and not any(entry.winner for entry in self._entries.values()):
             example = next(iter(self._entries.values())).file
             raise ValueError(
                 f"preference.winners={config.winners}: no winner of {len(self._entries)} captions, expected names such "
@@ -137,9 +141,11 @@ class CaptionedSource(Source):
                 reason = "image's name differs from several in letter case" if found else "caption without an image"
                 raise ValueError(reason)
             (file,) = found
-        return _Entry(Prompt(identity, caption, REPLY), file, self._winner(name, names["winners"]))
+        return _Entry(Prompt(identity, caption, REPLY), file, self._winner(name, names.get("winners")))
 
-    def _winner(self, name: str, winners: ImageNames) -> str | None:
+    def _winner(self, name: str, winners: ImageNames | None) -> str | None:
+        if winners is None:
+            return None
         if self._exists("winners", name):
             return name
         found = winners.like(name)

@@ -11,8 +11,9 @@ from vargpt_rl.data.records.sources import RecordSource
 class DataConfig:
     """Settings of the training data: images, captions and conversations."""
 
-    kind: Annotated[str, OneOf("shapes", "captioned", "records")] = "shapes"
-    """shapes (drawn on demand), captioned (a folder of images) or records (streams of conversations)."""
+    kind: Annotated[str, OneOf("shapes", "captioned", "records", "pairs")] = "shapes"
+    """shapes (drawn on demand), captioned (a folder of images), records (streams of conversations) or pairs (those of
+    ``preference.pairs`` alone)."""
     captions: str | None = None
     """Captioned: file of captions. JSON lines or an array, CSV or Parquet, by its ending."""
     images: str | None = None
@@ -24,10 +25,10 @@ class DataConfig:
     id_field: str = "id"
     """Captioned: key or column of the identifier, a text or a whole number; without one it is the image's name."""
     max_bad_fraction: Share = 0.01
-    """Captioned and records: fraction of the records that may be unusable."""
+    """Captioned, records and pairs: fraction of the records that may be unusable."""
     held_out_fraction: Annotated[float, Between(0, 1, includes_high=False)] = 0.1
-    """Captioned and records: fraction that is held out for evaluation, chosen by a hash of the ids (for records: only
-    those with an image to draw)."""
+    """Captioned, records and pairs: fraction that is held out for evaluation, chosen by a hash of the ids (of
+    records only those with an image to draw, of pairs whole prompts)."""
     seen_side: Annotated[int, at_least(28)] = 224
     """Pixels a side at which images of shapes and captions are shown to the understanding path."""
     sources: dict[str, Any] = field(default_factory=dict)

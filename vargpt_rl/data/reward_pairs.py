@@ -20,8 +20,8 @@ from vargpt_rl.storage.files import write_atomically
 QUESTION = "Does this picture show: {prompt}? Answer Yes or No."
 """Question that a learned reward and the judge (`rewards.judge`) put to the model about an image."""
 PAIRS = "pairs.jsonl"
-WINNERS, OWN = "winners", "own"
-"""Kinds of pairs: a stronger system's image against a policy's, or two images of policies."""
+WINNERS, OWN, GIVEN = "winners", "own", "given"
+"""Kinds of pairs: a stronger system's image against a policy's, two images of policies, or two that came from files."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class RewardPair:
 
 
 def pair_kinds(table: pd.DataFrame) -> pd.Series:
-    """Return the kind of each row of a preference table: `WINNERS` if one of its images is a stronger system's."""
-    drawn = table.chosen_version.notna() & table.rejected_version.notna()
-    return drawn.map({True: OWN, False: WINNERS})
+    """Return the kind of each row of a preference table, by how many of its images a policy drew."""
+    drawn = table.chosen_version.notna().astype(int) + table.rejected_version.notna().astype(int)
+    return drawn.map({2: OWN, 1: WINNERS, 0: GIVEN})
 
 
 def is_held_out(prompt: str, fraction: float, seed: int) -> bool:

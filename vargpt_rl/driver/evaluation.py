@@ -18,6 +18,7 @@ from vargpt_rl.driver.grids import write_images, write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
 from vargpt_rl.driver.learned import current_reward, trains_on_check
+from vargpt_rl.driver.own_pairs import write_held_out
 from vargpt_rl.driver.pairs import write_pairs
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
 from vargpt_rl.driver.sampling import encode_winners, generate
@@ -98,7 +99,12 @@ def validate(it: StageContext, stage: str, step: int) -> float:
 
 
 def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:
-    """Pair the held-out images with their winners, with the log-probabilities of the weights in the workers."""
+    """Fix the held-out pairs with the log-probabilities of the weights in the workers.
+
+    They pair the held-out images with their winners, unless pairs came from files: then a part of those is held out.
+    """
+    if it.inputs.pairs is not None:
+        return write_held_out(it)
     rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
     size = it.config.rollout.images_at_once
     report = write_pairs(it, it.table("held-out"), rollouts, external_winner, NO_REWARDS, size)
@@ -202,7 +208,9 @@ def bit_nll(it: StageContext, policy: Policy) -> dict[str, float]:
 
 
 def preference_metrics(it: StageContext) -> dict[str, float]:
-    """Compare the weights in the workers with the reference scores of the held-out pairs."""
+    """Compare the weights in the workers with the reference scores of the held-out pairs; empty if none are."""
+    if it.inputs.pairs is not None and not it.table("held-out").exists():
+        return {}
     rows = read_table(it.table("held-out"))
     resolution = int(rows.resolution[0])
     prompts = prompts_of(rows)

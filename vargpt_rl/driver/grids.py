@@ -57,8 +57,11 @@ def compose_grid(it: StageContext, labels: list[str], captions: list[str], sourc
     return result
 
 
-def show_pairs(it: StageContext, pairs: pd.DataFrame) -> None:
-    """Keep the images of rows of a preference table for the run's page, and show the rows in wandb."""
+def show_pairs(it: StageContext, pairs: pd.DataFrame, kind: str = PAIRS) -> None:
+    """Keep the images of rows of a preference table for the run's page, and show the rows in wandb.
+
+    ``kind`` names the images: `PAIRS`, or those that people are asked about.
+    """
     if pairs.empty:
         return
     prompts = prompts_of(pairs)
@@ -69,13 +72,13 @@ def show_pairs(it: StageContext, pairs: pd.DataFrame) -> None:
         seen = it.pool.run(Worker.check, items, it.resolution, Illustrated(None))
         names = [pair_image(name, side) for name in pairs.pair_id]
         images |= dict(zip(names, (image for _, image in seen), strict=True))
-        shown[side] = [images_folder(it.run.directory, it.name, PAIRS) / name for name in names]
+        shown[side] = [images_folder(it.run.directory, it.name, kind) / name for name in names]
         for what in ("reward", "source", "version"):
             shown[f"{side} {what}"] = pairs[f"{side}_{what}"]
         shown[f"{side} reference log-prob"] = pairs[f"reference_{side}_logp"]
     shown["reference version"] = pairs.reference_version
-    write_images(it, PAIRS, images)
-    it.run.log_table("pairs/table", shown, it.labels)
+    write_images(it, kind, images)
+    it.run.log_table(f"{kind}/table", shown, it.labels)
 
 
 def write_images(it: StageContext, moment: str, images: dict[str, bytes]) -> list[str]:

@@ -13,6 +13,8 @@ from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
 from configs.stages import DpoStage, SftStage, SupervisedStage
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.captioned import CaptionedConfig, CaptionedSource
+from vargpt_rl.data.own_pairs import OwnPairs, PairImages, read_own_pairs
+from vargpt_rl.data.pair_sources import PairsSource, SourceWithPairs
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.data.records.align import RecordsSource, held_out_of
@@ -59,6 +61,8 @@ class Inputs:
     """Prompts of a file; None uses the source's own."""
     max_bad_fraction: float
     """Share of the source's records that may be unusable."""
+    pairs: OwnPairs | None = None
+    """Preference pairs that came from files; None makes pairs of samples."""
     stream: RecordStream | None
     """Records that supervised stages read; None lets them choose from ``source``."""
 
@@ -154,9 +158,18 @@ def gather(config: LoopConfig) -> Inputs:
     quarantine = Quarantine(config.directory / "quarantine.jsonl")
     prompts = prompts_from_file(Path(config.preference.prompts), quarantine) if config.preference.prompts else None
     stream = open_stream(config, model) if config.data.kind == "records" else None
+    pairs, images = open_own_pairs(config, quarantine) if config.preference.pairs else (None, None)
+    if config.data.kind == "pairs":
+        assert pairs is not None and images is not None  # checked with the settings
+        source: Source = PairsSource(pairs, images)
+    else:
+        source = make_source(config, stream, prompts or [], quarantine)
+        if pairs is not None and images is not None:
+            source = SourceWithPairs(source, pairs.lines, images)
     inputs = Inputs(
         model=model,
-        source=make_source(config, stream, prompts or [], quarantine),
+        source=source,
+        pairs=pairs,
         quarantine=quarantine,
         builder=builder,
         reward=reward,
@@ -166,10 +179,34 @@ def gather(config: LoopConfig) -> Inputs:
         stream=stream,
     )
     inputs.check_quarantine()
-    needs_winners = config.align.learns_pairs and config.preference.builder != OWN_SAMPLES
-    if ALIGN in config.stages and needs_winners and config.data.kind != "shapes":
+    if ALIGN in config.stages and needs_winners(config) and config.data.kind != "shapes":
         check_winners(config, inputs)
     return inputs
+
+
+def needs_winners(config: LoopConfig) -> bool:
+    """Tell whether pairs are made of winners."""
+    preference = config.preference
+    among_samples = preference.asks_people and preference.options.get("against", "samples") == "samples"
+    without = preference.pairs is not None or preference.builder == OWN_SAMPLES or among_samples
+    return config.align.learns_pairs and not without
+
+
+def open_own_pairs(config: LoopConfig, quarantine: Quarantine) -> tuple[OwnPairs, PairImages]:
+    """Read the pairs that came from files, and say where their images are. ValueError for what cannot be used."""
+    path = Path(str(config.preference.pairs))
+    folder = Path(config.preference.pair_images) if config.preference.pair_images else path
+    if not config.preference.pair_images and not folder.is_dir():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"preference.pair_images={folder}: no such folder of images")
+    images = PairImages(given=folder.resolve(), kept=config.directory.resolve() / "pairs")
+    data = config.data
+    try:
+        return read_own_pairs(path, images, quarantine, data.held_out_fraction, data.max_bad_fraction), images
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if "preference.pairs" in told else f"preference.pairs={path}: {told}") from error
 
 
 def check_winners(config: LoopConfig, inputs: Inputs) -> None:
@@ -201,7 +238,7 @@ def make_source(
     captions = config.data.captions
     images = config.data.images
     winners = config.preference.winners
-    assert captions is not None and images is not None and winners is not None  # checked with the settings
+    assert captions is not None and images is not None  # checked with the settings
     captioned = CaptionedConfig(
         captions=captions,
         images=images,

@@ -19,6 +19,7 @@ from rewards.learned import LearnedReward
 from vargpt_rl.common.averages import share_with_interval
 from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.reward_pairs import (
+    GIVEN,
     OWN,
     WINNERS,
     RewardPair,
@@ -86,7 +87,9 @@ def train_reward(it: StageContext, policy: Policy) -> dict:
     counts = {"pairs": len(train), "prompts": int(train.prompt.nunique()), "held_out_pairs": len(held_out)}
     describe_reward(it.checkpoint(Step.REWARD) / "final", policy, {"resolution": it.resolution, **counts})
     reward = learned_reward(it)
-    result |= counts | _pair_accuracies(_scored(it, held_out, reward)) | _agreement(it, reward)
+    result |= counts | _pair_accuracies(_scored(it, held_out, reward))
+    if it.inputs.pairs is None:  # else the held-out images are not the policy's
+        result |= _agreement(it, reward)
     it.log(f"evaluate/{Step.REWARD}", it.index, {key: result[key] for key in result if key not in ("steps", "seconds")})
     return result
 
@@ -120,7 +123,8 @@ def _pair_accuracies(pairs: ScoredPairs) -> dict[str, float]:
     """Return the accuracy on held-out pairs with its interval: of all, and of each kind that there is."""
     kinds = pair_kinds(pairs.rows).tolist()
     result: dict[str, float] = {}
-    for name, wanted in {"": (WINNERS, OWN), f"_{WINNERS}": (WINNERS,), f"_{OWN}": (OWN,)}.items():
+    every = (WINNERS, OWN, GIVEN)
+    for name, wanted in [("", every), *((f"_{kind}", (kind,)) for kind in every)]:
         chosen = [value for value, kind in zip(pairs.chosen, kinds, strict=True) if kind in wanted]
         rejected = [value for value, kind in zip(pairs.rejected, kinds, strict=True) if kind in wanted]
         if chosen:

@@ -9,6 +9,7 @@ pairs on the workers hold the final SFT weights, which are the reference. Parts 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,6 @@ from vargpt_rl.driver.sampling import (
 from vargpt_rl.driver.seeds import seeds_for
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.driver.training import finish_dpo, start_dpo
-from vargpt_rl.evaluate.pair_plot import plot_pairs
 from vargpt_rl.storage.checkpoint import Policy
 
 
@@ -71,16 +71,31 @@ def write_pairs(
     check_books(samples, pairs, dropped)
     if not (pairs or part):
         raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
-    order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
     origin = {
         "samples": len(samples),
         "prompts": len(rollouts.prompts),
         "prompts_without_winner": len(rollouts.prompts) - len(rollouts.winners),
         "dropped_by_reason": dict(dropped),
     }
+    write_scored(it, path, pairs, micro_batch, origin, states)
+    return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
+
+
+def write_scored(
+    it: StageContext,
+    path: Path,
+    pairs: list[PreferencePair],
+    micro_batch: int,
+    origin: dict[str, Any],
+    states: Path | None = None,
+) -> None:
+    """Write pairs in random order, scored with the weights in the workers, in groups of ``micro_batch`` pairs.
+
+    ``states``: see `write_pairs`.
+    """
+    order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, _scored_rows(it, [pairs[i] for i in order], micro_batch, states), origin)
-    return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
 
 
 def _scored_rows(
@@ -102,13 +117,9 @@ def _scored_rows(
 
 
 def describe_pairs(it: StageContext) -> None:
-    """Report the iteration's table: as metrics, as a plot beside the sample grid, and some pairs with their images."""
+    """Report the iteration's table: as metrics, which the page plots, and some pairs with their images."""
     table = read_table(it.table())
-    path = it.run.directory / "samples" / f"{it.name}-pairs.png"
     it.log("pairs", it.index, statistics(table))
-    path.parent.mkdir(exist_ok=True)
-    plot_pairs(table, path)
-    it.run.log_images(path)
     show_pairs(it, table.head(it.config.tracking.table_rows))
 
 

@@ -72,7 +72,9 @@ def _iteration_weights(config: LoopConfig, resolution: int) -> dict[str, float]:
     weights = {
         Step.BEFORE: DRAW * config.evaluation.grid * tokens,
         Step.SFT: _training(config.sft.recipe, resolution),
+        Step.ENCODE: 2 * SCORE * pairs * tokens,
         Step.SAMPLE: DRAW * pairs * tokens,
+        Step.PROPOSE: SCORE * pairs * tokens,
         Step.PAIR: (2 * SCORE + (DRAW if overlapped else 0)) * pairs * tokens,
         Step.DPO: 2 * _training(config.dpo.recipe, resolution),
         Step.CONTROL: _training(config.dpo.recipe, resolution),

@@ -1,15 +1,18 @@
 """The tables that a run prints at its end."""
 
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.logs import RECORD
-from vargpt_rl.evaluate.wording import MOMENTS, gain_of, verdict, with_bounds
+from vargpt_rl.evaluate.wording import MOMENTS, agreement, gain_of, verdict, with_bounds
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
@@ -151,10 +154,20 @@ def _learned(result: dict) -> str:
     names = {
         "accuracy_winners": "on held-out pairs with winners",
         "accuracy_own": "on held-out pairs of own images",
+        "accuracy_given": "on held-out pairs of people",
         "agreement": "agreement with the exact check on held-out images",
     }
     found = [f"{text} {with_bounds(result, key)}" for key, text in names.items() if key in result]
     return f"learned reward: {', '.join(found)}"
+
+
+def _people(pairs: dict) -> list[str]:
+    """Say how many pairs people have judged, what was left out, and how often each reward agrees with them."""
+    if "people" not in pairs:
+        return []
+    left_out = ", ".join(f"{count} {reason}" for reason, count in pairs["dropped_by_reason"].items() if count)
+    told = [f"{pairs['built']} pairs judged by people" + (f"; left out: {left_out}" if left_out else "")]
+    return told + [f"{name} agrees with people on {agreement(found)}" for name, found in pairs["people"].items()]
 
 
 def training_time(summary: dict) -> str:
@@ -182,7 +195,7 @@ def training_time(summary: dict) -> str:
 def next_steps(directory: Path) -> list[str]:
     """Return what to do with a finished run: files to look at and commands."""
     page = directory / "report.html"
-    grids = sorted(path for path in directory.glob("samples/*.png") if not path.stem.endswith("-pairs"))
+    grids = sorted(directory.glob("samples/*.png"))
     found = [f"look at   {path}" for path in ([page] if page.exists() else grids[-1:])]
     if (directory / "model").exists():
         found += [
@@ -197,7 +210,7 @@ def show(summary: dict, directory: Path) -> None:
     console = wide_console()
     console.record = True
     for table in _tables(summary):
-        console.print(table)
+        console.print(fitted(table, console.width))
     for line in _remarks(summary):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"{summary['seconds']:.0f} s; everything is in {directory}")
@@ -206,6 +219,30 @@ def show(summary: dict, directory: Path) -> None:
     for step in steps:
         console.print(f"  {step}", highlight=False, soft_wrap=True)
     RECORD.info("summary\n%s", console.export_text())
+
+
+def fitted(table: Table, width: int) -> Table | Text:
+    """Return a table without empty columns; its rows as lines below each other where it is wider than ``width``."""
+    kept = [column for column in table.columns if any(cell != "-" for cell in column.cells)]
+    shown = Table(title=table.title, title_justify="left")
+    for column in kept:
+        shown.add_column(column.header, justify=column.justify)
+    rows = list(zip(*(column.cells for column in kept), strict=True))
+    for row in rows:
+        shown.add_row(*row)
+    if Console(width=1000).measure(shown).maximum <= width:
+        return shown
+    lines = [str(table.title)]
+    for row in rows:
+        cells = [(str(column.header), str(cell)) for column, cell in zip(kept, row, strict=True)]
+        named = [NAMING[name].format(cell) for name, cell in cells if name in NAMING]
+        values = "; ".join(f"{name} {cell}" for name, cell in cells if name not in NAMING and cell != "-")
+        lines += [", ".join(named), *textwrap.wrap(values, width, initial_indent="  ", subsequent_indent="  ")]
+    return Text("\n".join(lines) + "\n")
+
+
+NAMING = {"#": "iteration {}", "px": "{} px", "policy": "{}", "stage": "{}", "method": "{}"}
+"""Columns that say what a row is of, and how to say so in a line."""
 
 
 def _tables(summary: dict) -> list[Table]:
@@ -225,10 +262,11 @@ def _remarks(summary: dict) -> list[str]:
     for k, iteration in enumerate(summary["iterations"]):
         if learned := iteration.get("learned_reward"):
             lines.append(f"iteration {k}: {_learned(learned)}")
+        lines += [f"iteration {k}: {told}" for told in _people(iteration.get("pairs") or {})]
     for moment, result in summary["understanding"].items():
         if result:
             lines.append(f"questions answered right {moment} the iterations: {with_bounds(result, 'accuracy')}")
-    for best in summary["best"]:
+    for best in summary["best"] or []:
         told = f"{best['metric']} {best['value']:.4g}"
         lines.append(f"{best['path']} holds the policy of iteration {best['iteration']}: {told}")
     if summary["quarantined"]:

@@ -38,6 +38,7 @@ FREE = tuple(
         *(f"tracking.{key}" for key in ("wandb", "project", "table_rows", "images")),
         *(f"placement.{key}" for key in ("kind", "strategy")),
         "learner.gpus_per_rank",
+        "preference.options.share",
         "name",
         "runs",
     )

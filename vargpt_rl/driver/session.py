@@ -27,15 +27,18 @@ from vargpt_rl.storage.checkpoint import Policy
 class Step(StrEnum):
     """Steps of an iteration, in order: their names in ``state.json``, in folders and in the summary.
 
-    An online method M (`learners.methods`) adds M, M_swap and after_M before the grid.
+    ENCODE, of pairs that came from files, replaces SAMPLE and JUDGE. PROPOSE asks people
+    about pairs. An online method M (`learners.methods`) adds M, M_swap and after_M before the grid.
     """
 
     BEFORE = "before"
     SFT = "sft"
     SFT_SWAP = "sft_swap"
+    ENCODE = "encode"
     AFTER_SFT = "after_sft"
     SAMPLE = "sample"
     JUDGE = "judge"
+    PROPOSE = "propose"
     PAIR = "pair"
     DPO = "dpo"
     CONTROL = "control"

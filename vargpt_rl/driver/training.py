@@ -74,9 +74,13 @@ def train_sft(it: StageContext, policy: Policy) -> dict:
 
 def train_control(it: StageContext, policy: Policy) -> dict:
     """Train SFT on the winners of this iteration's pairs: same start, images, steps and learning rate as DPO."""
-    rows = read_table(it.table()).drop_duplicates("prompt_id")
-    prompts = prompts_of(rows)
-    keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts]
+    rows = read_table(it.table())
+    if it.inputs.pairs is None:
+        rows = rows.drop_duplicates("prompt_id")
+        keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts_of(rows)]
+    else:
+        rows = rows.drop_duplicates(["prompt_id", "chosen_source"])
+        keys = list(zip(prompts_of(rows), rows.chosen_source, strict=True))
     records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
     stage = STAGES["sft_on_winners"]
     settings = it.config.dpo

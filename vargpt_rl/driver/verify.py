@@ -10,8 +10,9 @@ from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.sampling import SAMPLES
 from vargpt_rl.driver.session import Step
 from vargpt_rl.storage.checkpoint import check_checkpoint
+from vargpt_rl.storage.images import CANDIDATES
 
-TABLES = {Step.AFTER_SFT: "-held-out", Step.PAIR: ""}
+TABLES = {Step.AFTER_SFT: "-held-out", Step.PROPOSE: f"-{CANDIDATES}", Step.PAIR: ""}
 """Steps of an iteration that write a preference table, and the suffix of its name. Without a method that learns from
 pairs, none is written after SFT."""
 
@@ -22,7 +23,7 @@ def _check(run: Run, step: str) -> None:
     for directory in sorted([*weights.glob("step-*"), *weights.glob("final")]):
         check_checkpoint(directory)
     iteration, _, name = step.partition("/")
-    if name == Step.PAIR or (name == Step.AFTER_SFT and "pairs" in run.state["steps"][step]):
+    if name in (Step.PROPOSE, Step.PAIR) or (name == Step.AFTER_SFT and "pairs" in run.state["steps"][step]):
         read_table(run.directory / "preferences" / f"{iteration}{TABLES[Step(name)]}.parquet")
     if name in (Step.SAMPLE, Step.JUDGE) and f"{iteration}/{Step.PAIR}" not in run.state["steps"]:
         folder = run.directory / "rollouts" / iteration

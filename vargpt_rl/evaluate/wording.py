@@ -6,6 +6,7 @@ Z = 1.959964
 """Half the width of a 95 % interval in standard errors."""
 SHOWN_BELOW = 0.05
 """p-value of the sign test below which a difference counts as shown."""
+OUTCOMES = {1: "better", 0: "no difference shown", -1: "worse"}
 MOMENTS = {
     "after_sft": "SFT",
     "control": "control",
@@ -30,12 +31,38 @@ def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
     """Say what a comparison shows; ``gain`` has the keys gain, stderr, better, worse, alike and p."""
     better, worse, alike = (round(gain[key]) for key in ("better", "worse", "alike"))
     low, high = gain["gain"] - Z * gain["stderr"], gain["gain"] + Z * gain["stderr"]
-    shown = "no difference shown" if gain["p"] >= SHOWN_BELOW else "better" if better > worse else "worse"
     return (
         f"{policy} against {baseline} on the same {better + worse + alike} images: {better} better, {worse} worse, "
         f"{alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
-        f"sign test {p_value(gain['p'])}: {shown}"
+        f"sign test {p_value(gain['p'])}: {outcome(gain)}"
     )
+
+
+def outcome(gain: Mapping[str, float]) -> str:
+    """Say in words what mean and sign test show together.
+
+    The sign test counts images, the mean weighs them by how far they differ: a few large losses can outweigh many small
+    gains. Where every difference is one (right or wrong), both say the same and the exact test decides.
+    """
+    ahead = gain["better"] - gain["worse"]
+    of_images = 0 if gain["p"] >= SHOWN_BELOW else 1 if ahead > 0 else -1
+    width = Z * gain["stderr"]
+    of_mean = 1 if gain["gain"] > width else -1 if gain["gain"] < -width else 0
+    count = gain["better"] + gain["worse"] + gain["alike"]
+    if of_images == of_mean or abs(gain["gain"] * count - ahead) < 1e-6:
+        return OUTCOMES[of_images]
+    if not of_images:
+        return f"the mean is {'higher' if of_mean > 0 else 'lower'}, but not for most images: a few differ by much"
+    told = f"more images are {'better than worse' if of_images > 0 else 'worse than better'}"
+    if not of_mean:
+        return f"{told}, but no change of the mean is shown"
+    return f"{told}, but the mean is {'higher' if of_mean > 0 else 'lower'}: a few differ by much. Look at them"
+
+
+def agreement(found: Mapping[str, float]) -> str:
+    """Format how often a reward agrees with people; ``found`` has the keys right, n, low and high."""
+    right, count = found["right"], found["n"]
+    return f"{right:g} of {count:g} pairs: {right / count:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def p_value(p: float) -> str:

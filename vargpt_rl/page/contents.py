@@ -14,7 +14,7 @@ import yaml
 
 from vargpt_rl.evaluate.paired import ScoredImage, read_scores
 from vargpt_rl.page.plan import expected_steps
-from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
+from vargpt_rl.storage.images import CANDIDATES, PAIRS, images_folder, pair_image
 from vargpt_rl.storage.lock import HOLDER
 
 QUIET_S = 600.0
@@ -134,9 +134,12 @@ class RunContents:
             self._note(str(error))
             return []
 
-    def pairs(self, stage: str, limit: int) -> list[PairRow]:
-        """Return the pairs of an iteration whose images are kept, ``limit`` at most, else the first of its table."""
-        path = self.folder / "preferences" / f"{stage}.parquet"
+    def pairs(self, stage: str, limit: int, kind: str = PAIRS) -> list[PairRow]:
+        """Return the pairs of an iteration whose images are kept, ``limit`` at most, else the first of its table.
+
+        ``kind`` is `PAIRS`, or `CANDIDATES` for those that people are asked about.
+        """
+        path = self.folder / "preferences" / (f"{stage}.parquet" if kind == PAIRS else f"{stage}-{kind}.parquet")
         if not path.exists():
             return []
         import pyarrow as pa
@@ -149,9 +152,18 @@ class RunContents:
             return []
         return [PairRow(**row) for row in rows]
 
-    def pair_images(self, stage: str, pair_id: str) -> tuple[str | None, str | None]:
+    def labelled_kind(self, stage: str) -> str:
+        """Return which pairs of an iteration people label: those that it asks about, else those that it has."""
+        return CANDIDATES if images_folder(self.folder, stage, CANDIDATES).is_dir() else PAIRS
+
+    @property
+    def waits_for_labels(self) -> bool:
+        """Tell whether pairs are proposed to people and not yet built."""
+        return any(f"{stage}/propose" in self.steps and f"{stage}/pair" not in self.steps for stage in self.stages)
+
+    def pair_images(self, stage: str, pair_id: str, kind: str = PAIRS) -> tuple[str | None, str | None]:
         """Return the images of the chosen and the rejected side as data URIs; None where there is none."""
-        folder = images_folder(Path(), stage, PAIRS)
+        folder = images_folder(Path(), stage, kind)
         chosen, rejected = (self.image(str(folder / pair_image(pair_id, side))) for side in ("chosen", "rejected"))
         return chosen, rejected
 

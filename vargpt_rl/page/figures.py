@@ -31,7 +31,13 @@ def histogram(counts: Sequence[float], edges: Sequence[float], name: str, number
     return {"type": "bar", "x": middles, "y": list(counts), "width": widths, "name": name, "marker": colour}
 
 
-def bars(rows: Sequence[tuple[str, float, float]], number: int = 0) -> dict[str, Any]:
+def columns(values: Sequence[float], name: str, number: int) -> dict[str, Any]:
+    """Return a bar for each value, from 0 on."""
+    colour = {"color": COLOURS[number % len(COLOURS)], "opacity": 0.8}
+    return {"type": "bar", "x": list(range(len(values))), "y": list(values), "name": name, "marker": colour}
+
+
+def bars(rows: Sequence[tuple[str, float, float]], unit: str, number: int = 0) -> dict[str, Any]:
     """Return horizontal bars: name, begin and length of each."""
     return {
         "type": "bar",
@@ -40,7 +46,7 @@ def bars(rows: Sequence[tuple[str, float, float]], number: int = 0) -> dict[str,
         "base": [begin for _, begin, _ in rows],
         "x": [length for _, _, length in rows],
         "marker": {"color": COLOURS[number % len(COLOURS)]},
-        "hovertemplate": "%{y}: %{x:.1f} s<extra></extra>",
+        "hovertemplate": f"%{{y}}: %{{x:.3g}} {unit}<extra></extra>",
         "showlegend": False,
     }
 

@@ -47,7 +47,7 @@ def show_task(run: RunContents, rater: str) -> dict[str, object]:
     if done >= len(tasks):
         return found | {"finished": True, "summary": summarise_labels(run)}
     task = tasks[done]
-    sides = run.pair_images(task.stage, task.row.pair_id)
+    sides = run.pair_images(task.stage, task.row.pair_id, run.labelled_kind(task.stage))
     left, right = reversed(sides) if task.flipped else sides
     return found | {"finished": False, "prompt": task.row.prompt, "left": left, "right": right}
 

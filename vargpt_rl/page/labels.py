@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 from vargpt_rl.common.averages import wilson
+from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
 from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
 from vargpt_rl.storage.lines import read_records, trim
@@ -58,11 +59,11 @@ def labelled_pairs(run: RunContents) -> list[tuple[str, PairRow]]:
     """Return stage and row of every pair of a run whose images are kept, in the order of the tables."""
     found = []
     for stage in run.stages:
-        folder = run.folder / images_folder(Path(), stage, PAIRS)
-        kept = {path.name for path in folder.glob("*.webp")}
+        kind = run.labelled_kind(stage)
+        kept = {path.name for path in images_folder(run.folder, stage, kind).glob("*.webp")}
         if not kept:
             continue
-        rows = run.pairs(stage, len(kept))
+        rows = run.pairs(stage, len(kept), kind)
         found += [(stage, row) for row in rows if pair_image(row.pair_id, "chosen") in kept]
     return found
 
@@ -211,18 +212,21 @@ def summarise_labels(run: RunContents) -> list[str]:
     if (alpha := krippendorff_alpha(each)) is not None:
         lines.append(f"agreement between raters (Krippendorff's alpha): {alpha:.2f}")
     winners = majority(each)
-    decided = [winner for winner in winners.values() if winner in ("chosen", "rejected")]
+    ordered = {row.pair_id for stage, row in pairs if run.labelled_kind(stage) == PAIRS}  # else sides mean nothing
+    decided = [winner for name, winner in winners.items() if winner in ("chosen", "rejected") and name in ordered]
     if decided:
         lines.append(_share("the chosen image is preferred", decided.count("chosen"), len(decided)))
     right, count = reward_agreement([row for _, row in pairs], winners)
     if count:
         lines.append(_share("the reward prefers the image that people prefer", right, count))
+    if run.waits_for_labels:
+        lines.append(f"when all are labelled, go on: vargpt-rl resume {run.folder}")
     return lines or ["no labels yet"]
 
 
 def _share(what: str, right: float, count: int) -> str:
     low, high = wilson(right, count)
-    return f"{what} in {right:g} of {count} pairs: {right / count:.2f} ({low:.2f} to {high:.2f})"
+    return f"{what} in {agreement({'right': right, 'n': count, 'low': low, 'high': high})}"
 
 
 def export(run: RunContents, path: Path) -> int:
@@ -239,7 +243,7 @@ def export(run: RunContents, path: Path) -> int:
     for stage, row in labelled_pairs(run):
         if (winner := winners.get(row.pair_id)) in (None, "bad"):
             continue
-        folder = run.folder / images_folder(Path(), stage, PAIRS)
+        folder = images_folder(run.folder, stage, run.labelled_kind(stage))
         first = {"chosen": 1.0, "rejected": 0.0}.get(str(winner), 0.5)
         rows.append(
             {

@@ -6,6 +6,8 @@ Free of torch, so that a page is made in moments. The progress of a run (`vargpt
 from typing import Any
 
 PAIRED = ("sample", "judge", "pair")
+HUMAN = "rewards.preferences:human"
+"""Preference builder that has people label pairs, as `rewards.preferences.HUMAN`."""
 
 
 def expected_steps(config: dict[str, Any]) -> list[str]:
@@ -44,13 +46,16 @@ def _align(config: dict[str, Any], asked_before: bool) -> list[str]:
 def _at_resolution(config: dict[str, Any], resolution: int) -> dict[str, Any]:
     """Return the settings that steps depend on, with those that ``at`` has for a resolution."""
     given = config.get("at", {}).get(str(resolution), {})
-    return {part: config.get(part, {}) | given.get(part, {}) for part in ("align", "dpo", "learned_reward")}
+    parts = ("align", "dpo", "learned_reward", "preference")
+    return {part: config.get(part, {}) | given.get(part, {}) for part in parts}
 
 
 def _iteration(config: dict[str, Any]) -> list[str]:
     steps = ["before"]
     if config["align"]["sft"]:
         steps += ["sft", "sft_swap"]
+    if config["preference"].get("pairs"):
+        steps.append("encode")
     steps.append("after_sft")
     for method in config["align"]["methods"]:
         steps += [step for step in _method(config, method) if step not in steps]
@@ -60,11 +65,20 @@ def _iteration(config: dict[str, Any]) -> list[str]:
 def _method(config: dict[str, Any], method: str) -> list[str]:
     """Return the steps of a method; pairs are made once an iteration."""
     if method == "dpo":
-        made = ["pair"] if config["dpo"]["min_pairs"] else list(PAIRED)
+        made = ["pair"] if config["dpo"]["min_pairs"] else _paired(config)
         control = ["control", "control_swap", "after_control"] if config["dpo"]["control"] else []
         return [*made, "dpo", *control, "dpo_swap", "after_dpo"]
     if method == "reward":
         overlapped = config["dpo"]["min_pairs"] and "dpo" in config["align"]["methods"]
         given = config["learned_reward"]["table"] or overlapped
-        return [*([] if given else PAIRED), "reward"]
+        return [*([] if given else _paired(config)), "reward"]
     return [method, f"{method}_swap", f"after_{method}"]
+
+
+def _paired(config: dict[str, Any]) -> list[str]:
+    """Return the steps that make an iteration's pairs."""
+    preference = config["preference"]
+    if preference.get("pairs"):
+        return ["pair"]
+    asked = ["propose"] if preference.get("builder") == HUMAN else []
+    return [*PAIRED[:-1], *asked, PAIRED[-1]]

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
 from vargpt_rl.page.curves import Plot
-from vargpt_rl.page.figures import bars, figure, histogram
+from vargpt_rl.page.figures import bars, columns, figure, histogram
 
 PAIRS_SHOWN = 64
 """Pairs of an iteration in the gallery, at most."""
@@ -85,7 +86,9 @@ def _commands(run: RunContents) -> list[str]:
     if run.status == "complete":
         best = [f"vargpt-rl chat checkpoint={folder}/{each['path']}" for each in _best(run)]
         return [f"vargpt-rl chat checkpoint={folder}/model", *best]
-    return [f"vargpt-rl resume {folder}"] if run.status == "stopped" else []
+    if run.status != "stopped":
+        return []
+    return [*([f"vargpt-rl pairs {folder}"] if run.waits_for_labels else []), f"vargpt-rl resume {folder}"]
 
 
 def _best(run: RunContents) -> list[dict[str, Any]]:
@@ -155,12 +158,15 @@ def _pairs(run: RunContents, stage: str, title: str) -> PairSection:
     for key, unit in (("reward_margin", "reward"), ("reference_margin", "nats")):
         if lines and f"{key}/counts" in lines[-1]:
             section.plots.append(_histogram(lines[-1], key, unit))
+    if lines:
+        section.plots += _scales_and_sources(lines[-1])
     result = run.steps.get(f"{stage}/pair", {})
     if "built" in result:
         section.counts = [
             ("built", str(result["built"])),
             ("dropped", str(result["dropped"])),
             *((reason, str(count)) for reason, count in result.get("dropped_by_reason", {}).items()),
+            *((f"{name} agrees with people", agreement(found)) for name, found in result.get("people", {}).items()),
         ]
     return section
 
@@ -170,6 +176,22 @@ def _histogram(entry: dict[str, Any], key: str, unit: str) -> Plot:
     shown = figure([histogram(entry[f"{key}/counts"], entry[f"{key}/edges"], title, 0)], unit, "pairs")
     text = f"{title}: mean {entry[f'{key}/mean']:.3g}, above 0 in {entry[f'{key}/positive']:.0%} of the pairs"
     return Plot(title=title, figure=shown, text=text)
+
+
+def _scales_and_sources(entry: dict[str, Any]) -> list[Plot]:
+    """Plot the mean reference margin by scale, and where the images of both sides are from."""
+    found = []
+    if margins := [entry[key] for k in range(len(entry)) if (key := f"reference_margin/scale_{k}") in entry]:
+        title = "reference margin by scale, chosen less rejected"
+        text = f"{title}: {', '.join(f'{value:.3g}' for value in margins)} nats from the first scale on"
+        found.append(Plot(title=title, figure=figure([columns(margins, title, 1)], "scale", "nats"), text=text))
+    shares = [(key.removeprefix("source/"), 0.0, entry[key]) for key in entry if key.startswith("source/")]
+    if shares:
+        text = "; ".join(f"{name} {share:.0%}" for name, _, share in shares)
+        axis = {"autorange": "reversed", "automargin": True}
+        shown = figure([bars(shares, "of the pairs")], "share of pairs", "", yaxis=axis)
+        found.append(Plot(title="sources of the images", figure=shown, text=f"sources: {text}"))
+    return found
 
 
 # Time and events
@@ -224,7 +246,7 @@ def _gantt(run: RunContents) -> Plot | None:
     longest = sorted(rows, key=lambda row: -row[2])[:3]
     text = f"longest: {'; '.join(f'{name} {duration(length)}' for name, _, length in longest)}"
     reversed_axis = {"autorange": "reversed", "automargin": True}
-    shown = figure([bars(rows)], "seconds", "", yaxis=reversed_axis, height=120 + 18 * len(rows))
+    shown = figure([bars(rows, "s")], "seconds", "", yaxis=reversed_axis, height=120 + 18 * len(rows))
     return Plot(title="steps over time", figure=shown, text=text)
 
 

@@ -6,6 +6,8 @@ IMAGES = "images"
 """Folder of a run directory."""
 PAIRS = "pairs"
 """Name, instead of a moment, of the images of an iteration's pairs."""
+CANDIDATES = "candidates"
+"""Name of the images, and ending of the table, of the pairs that people are asked about."""
 
 
 def images_folder(run: Path, stage: str, moment: str) -> Path:

@@ -1,0 +1,136 @@
+"""Pairs that people label: proposed with their images, waited for, turned as people say, every sample accounted for."""
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.driver import WorkersDouble, stage_context
+from tests.helpers.tiny import tiny_checkpoint
+from vargpt_rl import loop
+from vargpt_rl.common.plugins import BUILDER, make_plugin
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.driver import labelled
+from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.labelled import LabelsNeeded, labels_missing, pair_labelled, propose
+from vargpt_rl.driver.sampling import sample
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.page.contents import read_run
+from vargpt_rl.page.labels import Label, add_label, labelled_pairs, summarise_labels
+from vargpt_rl.storage.checkpoint import Policy
+
+HUMAN = "rewards.preferences:human"
+POLICY = Policy("", (labelled.Path("run/sft/final"),))
+
+
+class SeedWorkers(WorkersDouble):
+    """Images are worth their first byte."""
+
+    def reward(self, items, resolution, rewards):
+        return [float(bits[0]) for _, bits in items]
+
+
+@pytest.fixture
+def it(tmp_path, monkeypatch):
+    """Iteration 0 with four prompts of two samples each, sampled and judged."""
+    monkeypatch.setattr(labelled, "describe_pairs", lambda it: None)
+    monkeypatch.setattr(StageContext, "swap_to", lambda self, policy: {})
+    settings = [f"preference.builder={HUMAN}", "preference.samples=2", "preference.count=4", "sft.recipe.steps=4"]
+    made = stage_context(tmp_path, *settings, pool=SeedWorkers(), builder=make_plugin(HUMAN, {}, BUILDER))
+    made.session.rewards.use = lambda reward: SimpleNamespace(report=dict)
+    rewarded = replace(made.inputs, reward=lambda images, prompts: None)
+    made = replace(made, session=replace(made.session, inputs=rewarded))
+    made.step(Step.SAMPLE, sample, POLICY)
+    made.step(Step.JUDGE, judge)
+    return made
+
+
+def answer(it, *winners, rater="ada"):
+    for pair_id, winner in zip(read_table(it.table("candidates")).pair_id, winners, strict=False):
+        add_label(
+            it.run.directory,
+            Label(pair_id=pair_id, stage=it.name, winner=winner, rater=rater, seconds=1, flipped=False, again=False),
+        )
+
+
+def test_a_run_waits_until_people_have_answered(it):
+    assert it.step(Step.PROPOSE, propose, POLICY) == {"proposed": 4}
+    with pytest.raises(LabelsNeeded) as waiting:
+        it.step(Step.PAIR, pair_labelled, POLICY, {})
+    run = it.run.directory
+    assert str(waiting.value) == (
+        f"4 of 4 pairs of iter-00 wait for labels: vargpt-rl pairs {run}; then go on: vargpt-rl resume {run}"
+    )
+    assert not it.is_done(Step.PAIR) and labels_missing(run, "iter-00", 0.5).startswith("2 of 4")
+    contents = read_run(run)
+    assert contents.waits_for_labels and len(labelled_pairs(contents)) == 4
+    assert all(contents.pair_images("iter-00", row.pair_id, "candidates")[0] for _, row in labelled_pairs(contents))
+    assert summarise_labels(contents) == [f"when all are labelled, go on: vargpt-rl resume {run}"]
+    answer(it, "chosen", None)
+    assert labels_missing(run, "iter-00", 0.5) == "", "a skipped pair is answered"
+
+
+def test_people_decide_which_image_is_chosen(it):
+    it.step(Step.PROPOSE, propose, POLICY)
+    proposed = read_table(it.table("candidates")).set_index("pair_id")
+    answer(it, "chosen", "rejected", "alike", "bad")
+    result = it.step(Step.PAIR, pair_labelled, POLICY, {"term": {}})
+    built = read_table(it.table()).set_index("pair_id")
+    first, second = proposed.index[:2]
+    assert set(built.index) == {first, second}
+    assert built.loc[first].chosen_seed == proposed.loc[first].chosen_seed
+    assert built.loc[second].chosen_seed == proposed.loc[second].rejected_seed
+    assert built.loc[second].chosen_reward == proposed.loc[second].rejected_reward
+    assert result["dropped_by_reason"] == {"people: alike": 2, "people: both bad": 2}
+    assert (result["built"], result["dropped"], result["raters"]) == (2, 4, 1) and result["rewards"] == {"term": {}}
+    margins = built.chosen_reward - built.rejected_reward
+    ahead = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+    assert result["people"]["reward"]["right"] == ahead and result["people"]["reward"]["n"] == 2
+    contents = read_run(it.run.directory)
+    assert not contents.waits_for_labels and "the reward prefers" in summarise_labels(contents)[-1]
+
+
+def test_people_without_any_preference_are_an_error(it):
+    it.step(Step.PROPOSE, propose, POLICY)
+    answer(it, *["alike"] * 4)
+    with pytest.raises(ValueError, match="people prefer neither image of any of 4 pairs"):
+        it.step(Step.PAIR, pair_labelled, POLICY, {})
+
+
+def test_the_iteration_asks_between_judging_and_pairing(it, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
+    loop.align(it, Policy(""))
+    assert asked[4:9] == ["sample", "judge", "propose", "pair", "dpo"]
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Run the loop without a cluster, up to what ``execute`` does."""
+    tiny_checkpoint(tmp_path / "model")
+    settings = [f"runs={tmp_path}", "name=run", f"checkpoint={tmp_path}/model", "resolutions=[32]", "iterations=1"]
+    settings += [f"preference.builder={HUMAN}", "preference.samples=2", "tracking.wandb=disabled", "stages=[align]"]
+    for name in ("connect", "place", "open_session"):
+        monkeypatch.setattr(loop, name, lambda *given: None)
+
+    def start(execute):
+        monkeypatch.setattr(loop, "execute", execute)
+        return loop.start(settings)
+
+    return start
+
+
+def test_a_run_that_waits_ends_with_75_and_the_commands(started, capsys):
+    def stop(session):
+        raise LabelsNeeded("4 pairs wait for labels: vargpt-rl pairs RUN; then go on: vargpt-rl resume RUN")
+
+    assert started(stop) == os.EX_TEMPFAIL
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "vargpt-rl pairs RUN" in line] and "Traceback" not in out
+
+
+def test_a_resumed_run_that_still_waits_starts_no_cluster(started, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "connect", lambda: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(loop, "waits_for_labels", lambda config, run: "4 pairs wait for labels")
+    assert started(None) == os.EX_TEMPFAIL and "wait for labels" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""Agreement of automatic rewards with people: how often a reward prefers the image of a pair that people prefer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from actors.worker import PromptedBits
+from rewards.combined import Total
+from rewards.preferences import PreferencePair
+from vargpt_rl.common.averages import wilson
+from vargpt_rl.driver.judging import score
+from vargpt_rl.driver.session import StageContext
+
+REWARD, JUDGE = "reward", "judge"
+Margins = dict[str, list[float | None]]
+"""Reward of the chosen image less that of the rejected one, for each pair, by the reward's name; None is unscored."""
+
+
+@dataclass(frozen=True)
+class ScoredSides:
+    """Pairs with the training reward of both sides, if there is one, and the margins of everything that scores them."""
+
+    pairs: list[PreferencePair]
+    margins: Margins
+
+
+def score_sides(it: StageContext, pairs: Sequence[PreferencePair]) -> ScoredSides:
+    """Score both sides of pairs by the training reward, as far as there is one, and by the judge; each image once."""
+    margins: Margins = {}
+    scored = list(pairs)
+    if it.inputs.reward:
+        values = _values(it, pairs, it.inputs.reward)
+        scored = [replace(pair, chosen_reward=c, rejected_reward=r) for pair, (c, r) in zip(pairs, values, strict=True)]
+        margins |= margins_of(values)
+    return ScoredSides(scored, margins | judge_margins(it, pairs))
+
+
+def judge_margins(it: StageContext, pairs: Sequence[PreferencePair]) -> Margins:
+    """Return the margins of the judge, if there is one."""
+    if not it.inputs.judge:
+        return {}
+    return {JUDGE: [_margin(*each) for each in _values(it, pairs, it.inputs.judge)]}
+
+
+def _values(
+    it: StageContext, pairs: Sequence[PreferencePair], reward: Callable
+) -> list[tuple[float | None, float | None]]:
+    sides: list[list[PromptedBits]] = [[(p.prompt, p.chosen.bits), (p.prompt, p.rejected.bits)] for p in pairs]
+    images = list(dict.fromkeys(image for each in sides for image in each))
+    known = dict(zip(images, score(it, images, reward)[0], strict=True))
+    return [(known[chosen], known[rejected]) for chosen, rejected in sides]
+
+
+def margins_of(values: Sequence[tuple[float | None, float | None]]) -> Margins:
+    """Return the margins of a reward, and of its terms if it is a sum of several."""
+    found: Margins = {REWARD: [_margin(*each) for each in values]}
+    names = dict.fromkeys(name for each in values for side in each if isinstance(side, Total) for name in side.terms)
+    for name in names:
+        terms = [tuple(side.terms.get(name) if isinstance(side, Total) else None for side in each) for each in values]
+        found[name] = [_margin(chosen, rejected) for chosen, rejected in terms]
+    return found
+
+
+def _margin(chosen: float | None, rejected: float | None) -> float | None:
+    return None if chosen is None or rejected is None else float(chosen) - float(rejected)
+
+
+def agreements(margins: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, float]]:
+    """Return for each reward how often it prefers the chosen image, with a 95 % interval (Wilson); ties count half.
+
+    Rewards that score no pair are left out.
+    """
+    found = {}
+    for name, values in margins.items():
+        known = [value for value in values if value is not None]
+        if known:
+            right = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in known)
+            low, high = wilson(right, len(known))
+            found[name] = {"right": right, "n": len(known), "low": low, "high": high}
+    return found

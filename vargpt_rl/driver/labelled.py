@@ -1,0 +1,164 @@
+"""Pairs that people label (builder ``rewards.preferences:human``): propose them, wait, keep those with a winner.
+
+An iteration proposes pairs of its samples and keeps their images. The run then stops (`LabelsNeeded`) until
+``vargpt-rl pairs`` has answers to enough of them. The order of the two images of a proposed pair means nothing.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from configs.schema import LoopConfig
+from rewards.preferences import Built, PreferencePair, check_books
+from vargpt_rl.data.preferences import read_table
+from vargpt_rl.data.rollouts import Rollouts, read_rollouts
+from vargpt_rl.driver.agreement import Margins, agreements, judge_margins, margins_of
+from vargpt_rl.driver.grids import show_pairs
+from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, read_rewards
+from vargpt_rl.driver.pairs import describe_pairs, write_scored
+from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.sampling import SAMPLES
+from vargpt_rl.driver.session import StageContext, Step
+from vargpt_rl.page.labels import all_labels, majority, votes
+from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.images import CANDIDATES
+
+MARGINS = "margins.json"
+"""File of the margins of rewards by proposed pair, in `StageContext.rollouts`."""
+REASONS = {"alike": "people: alike", "bad": "people: both bad", None: "people: no label or no majority"}
+"""Reasons, by what people said, why a proposed pair is none."""
+
+
+class LabelsNeeded(Exception):
+    """A run cannot go on before people have labelled pairs. The message is one line with the commands to use."""
+
+
+def propose(it: StageContext, policy: Policy) -> dict:
+    """Propose pairs of the iteration's samples to people and keep their images; ``policy`` is the reference."""
+    it.swap_to(policy)
+    rollouts, (pairs, dropped) = _proposed(it)
+    if not pairs:
+        raise ValueError(f"no pair could be proposed of {len(rollouts.samples)} samples; dropped: {dict(dropped)}")
+    margins = judge_margins(it, pairs)
+    if it.inputs.reward:
+        margins |= margins_of([(pair.chosen_reward, pair.rejected_reward) for pair in pairs])
+    by_pair = {
+        name: {pair.pair_id: value for pair, value in zip(pairs, values, strict=True)}
+        for name, values in margins.items()
+    }
+    write_atomically(it.rollouts / MARGINS, json.dumps(by_pair).encode())
+    micro_batch = it.config.dpo.recipe.micro_batch
+    write_scored(it, it.table(CANDIDATES), pairs, micro_batch, _origin(rollouts, dropped))
+    show_pairs(it, read_table(it.table(CANDIDATES)), CANDIDATES)
+    return {"proposed": len(pairs)}
+
+
+def pair_labelled(it: StageContext, policy: Policy, judged: dict) -> dict:
+    """Write the preference table of the proposed pairs that have a winner, with ``policy`` as the reference.
+
+    ``judged`` is the report of the rewards. How often they agree with people is part of the result. LabelsNeeded if too
+    few pairs are labelled.
+    """
+    if told := labels_missing(it.run.directory, it.name, _share(it.config)):
+        raise LabelsNeeded(told)
+    it.swap_to(policy)
+    rollouts, (proposed, dropped) = _proposed(it)
+    raters = all_labels(it.run.directory)
+    winners = majority([votes(labels) for labels in raters.values()])
+    pairs = []
+    for pair in proposed:
+        winner = winners.get(pair.pair_id)
+        if winner in ("chosen", "rejected"):
+            pairs.append(pair if winner == "chosen" else turned(pair))
+        else:
+            dropped[REASONS[winner]] += len(pair.samples)
+    check_books(rollouts.samples, pairs, dropped)
+    if not pairs:
+        raise ValueError(f"people prefer neither image of any of {len(proposed)} pairs: {dict(dropped)}")
+    origin = _origin(rollouts, dropped)
+    write_scored(it, it.table(), pairs, it.config.dpo.recipe.micro_batch, origin, it.states)
+    describe_pairs(it)
+    counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin, "raters": len(raters)}
+    counts["people"] = agreements(_margins(it.rollouts / MARGINS, winners))
+    return counts | ({"rewards": judged} if judged else {})
+
+
+def _proposed(it: StageContext) -> tuple[Rollouts, Built]:
+    rollouts = read_rollouts(it.rollouts / SAMPLES)
+    rewards: Rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
+    built = it.inputs.builder(rollouts.samples, rollouts.winners, rewards.samples, rewards.winners)
+    check_books(rollouts.samples, *built)
+    return rollouts, built
+
+
+def turned(pair: PreferencePair) -> PreferencePair:
+    """Return a pair with its sides exchanged."""
+    return replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_reward=pair.rejected_reward,
+        rejected_reward=pair.chosen_reward,
+    )
+
+
+def _margins(path: Path, winners: Mapping[str, str]) -> Margins:
+    """Return the margins of rewards over the pairs with a winner, of the image that people prefer less the other."""
+    signs = {"chosen": 1.0, "rejected": -1.0}
+    found: Margins = {}
+    for name, by_pair in json.loads(path.read_text()).items():
+        found[name] = [
+            None if value is None else signs[winners[pair]] * value
+            for pair, value in by_pair.items()
+            if winners.get(pair) in signs
+        ]
+    return found
+
+
+def _origin(rollouts: Rollouts, dropped: Mapping[str, int]) -> dict[str, object]:
+    return {
+        "samples": len(rollouts.samples),
+        "prompts": len(rollouts.prompts),
+        "prompts_without_winner": len(rollouts.prompts) - len(rollouts.winners),
+        "dropped_by_reason": dict(dropped),
+    }
+
+
+# Waiting for labels
+
+
+def labels_missing(run: Path, stage: str, share: float) -> str:
+    """Return what to say if fewer than a ``share`` of the proposed pairs have an answer; empty if enough have one.
+
+    A pair that a rater has skipped is answered: nobody has to decide.
+    """
+    table = pq.read_table(run / "preferences" / f"{stage}-{CANDIDATES}.parquet", columns=["pair_id"])
+    proposed = set(table["pair_id"].to_pylist())
+    answered = {label.pair_id for labels in all_labels(run).values() for label in labels} & proposed
+    missing = math.ceil(share * len(proposed)) - len(answered)
+    if missing <= 0:
+        return ""
+    return (
+        f"{missing} of {len(proposed)} pairs of {stage} wait for labels: vargpt-rl pairs {run}; "
+        f"then go on: vargpt-rl resume {run}"
+    )
+
+
+def waits_for_labels(config: LoopConfig, run: Run) -> str:
+    """Return what to say if the next step of a run needs labels that are missing; empty if it does not."""
+    done = run.state["steps"]
+    for k in range(config.iterations):
+        name = f"iter-{k:02d}"
+        if f"{name}/{Step.PROPOSE}" in done and f"{name}/{Step.PAIR}" not in done:
+            resolution = config.resolutions[min(k, len(config.resolutions) - 1)]
+            return labels_missing(run.directory, name, _share(config.at_resolution(resolution)))
+    return ""
+
+
+def _share(config: LoopConfig) -> float:
+    return float(config.preference.options.get("share", 1.0))
