@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -126,3 +127,39 @@ def test_copied_code_runs(tmp_path):
     command = [sys.executable, "-P", "-m", "slurm.where", "name=a", f"runs={tmp_path}"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(code)}, capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/a\n", done.stderr
+
+
+def test_an_installed_package_needs_no_clone(tmp_path, monkeypatch, capsys):
+    installed = tmp_path / "site-packages"
+    (installed / "slurm").mkdir(parents=True)
+    shutil.copy(ROOT / launch.TEMPLATE, installed / launch.TEMPLATE)
+    monkeypatch.setattr(launch, "ROOT", installed)
+    monkeypatch.chdir(tmp_path)
+    assert run("resolutions=[32]", "iterations=1", "--dry-run") == 0
+    text = (tmp_path / "runs/a/slurm/loop.sbatch").read_text()
+    assert f"code={installed}\n" in text and "not copied, since it is installed" in capsys.readouterr().err
+
+
+@in_a_checkout
+def test_a_wheel_has_what_a_job_needs(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "tests", "docs"))
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    assert {launch.TEMPLATE, "slurm/drive.py", "slurm/node.py", "slurm/where.py"} <= names
+    assert {"vargpt_rl/page/templates/run.html", "configs/data/pairs.yaml", "vargpt_rl/tiny/model.safetensors"} <= names
+
+
+def test_a_browser_that_cannot_be_installed_is_no_error(tmp_path):
+    environment = {"PATH": str(tmp_path), "CHROMIUM": str(tmp_path / "none")}
+    (tmp_path / "id").symlink_to(shutil.which("id"))
+    done = subprocess.run(["/bin/bash", ROOT / ".ci/browser"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "the tests of pages will be skipped" in done.stdout
+    (tmp_path / "apt-get").write_text("#!/bin/sh\nexit 100\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    (tmp_path / "timeout").symlink_to(shutil.which("timeout"))
+    done = subprocess.run(["/bin/bash", ROOT / ".ci/browser"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "cannot install Chromium here" in done.stdout

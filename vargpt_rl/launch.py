@@ -123,8 +123,12 @@ def git(*arguments: str) -> bytes:
 def snapshot(directory: Path) -> Path:
     """Copy the tracked files, as they are now, below ``directory``; return the folder. Equal code is copied once.
 
-    Untracked files are listed on stderr but not copied, since they may be data or secrets.
+    Untracked files are listed on stderr but not copied, since they may be data or secrets. An installed package is not
+    copied: the job uses it where it is.
     """
+    if not (ROOT / ".git").exists():
+        print(f"not copied, since it is installed: {ROOT}; the job runs what is there when it starts", file=sys.stderr)
+        return ROOT
     # A commit of the uncommitted changes, on no branch; empty if there are none.
     commit = git("stash", "create").decode().strip() or git("rev-parse", "HEAD").decode().strip()
     tree = git("rev-parse", f"{commit}^{{tree}}").decode().strip()
