@@ -7,7 +7,7 @@ Each line is a turn; lines may be piped in. An impossible request prints one lin
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -51,24 +51,60 @@ This checkpoint was trained on single turns: each turn is a new conversation. A 
 mark, is about the images given, else about the last one drawn."""
 
 
-class Chat:
-    """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``.
+class Talk:
+    """One user's turns with a model. ``begin`` starts a new conversation.
 
     With ``single_turns``, each turn is a conversation of its own, and a question is about the last image drawn.
     """
 
-    def __init__(self, begin: Callable[[], Conversation], out: Path, single_turns: bool = False):
+    def __init__(self, begin: Callable[[], Conversation], single_turns: bool = False):
         self.begin = begin
-        self.out = out
         self.single_turns = single_turns
         self.reset()
 
     def reset(self) -> None:
         """Start a new conversation."""
         self.conversation = self.begin()
-        self.images: list[Image.Image] = []
         self.last: list[Image.Image] = []
+
+    def say(
+        self,
+        text: str,
+        images: Sequence[Image.Image] = (),
+        draw: bool = False,
+        adjust: Callable[[Conversation], None] | None = None,
+    ) -> Reply:
+        """Take one turn, with the images shown in it; ``adjust`` sets the conversation up for it.
+
+        Raises ValueError if that is impossible.
+        """
+        shown = list(images)
+        if self.single_turns:
+            self.conversation = self.begin()
+            shown = shown or (self.last if text.endswith("?") and not draw else [])
+        if adjust:
+            adjust(self.conversation)
+        reply = self.conversation.say(text, shown, draw)
+        self.last = [part.image for part in reply if not isinstance(part, str)][-1:] or self.last
+        return reply
+
+
+class Chat:
+    """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``.
+
+    ``single_turns``: see `Talk`.
+    """
+
+    def __init__(self, begin: Callable[[], Conversation], out: Path, single_turns: bool = False):
+        self.talk = Talk(begin, single_turns)
+        self.out = out
+        self.images: list[Image.Image] = []
         self.draw = False
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.talk.reset()
+        self.images, self.draw = [], False
 
     def run(self, lines: Iterable[str]) -> None:
         """Answer line by line, until the end or /quit."""
@@ -99,7 +135,7 @@ class Chat:
             case "/reset", _:
                 self.reset()
             case "/help", _:
-                print(f"{HELP}\n{SINGLE_TURNS}" if self.single_turns else HELP, flush=True)
+                print(f"{HELP}\n{SINGLE_TURNS}" if self.talk.single_turns else HELP, flush=True)
             case _:
                 raise ValueError(f"{line}: no such command, /help lists them")
 
@@ -107,14 +143,10 @@ class Chat:
         """Take one turn, with the images attached to it."""
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
-        if self.single_turns:
-            self.conversation = self.begin()
-            images = images or (self.last if text.endswith("?") and not draw else [])
-        self.show(self.conversation.say(text, images, draw))
+        self.show(self.talk.say(text, images, draw))
 
     def show(self, reply: Reply) -> None:
         """Print words, and the paths of saved images."""
-        self.last = [part.image for part in reply if not isinstance(part, str)][-1:] or self.last
         for part in reply:
             print(part if isinstance(part, str) else self.save(part.image), flush=True)
         if not reply:

@@ -37,10 +37,17 @@ GENERATE = Program(
 CHAT = Program(
     name="chat",
     module="vargpt_rl.chat",
-    summary="Chat with a model in the terminal; lines may be piped in. /help lists the commands.",
+    summary="""
+    Chat with a model in the terminal, or in the browser.
+
+    In the terminal, lines may be piped in, and /help lists the commands. With --page, open the printed address: images,
+    seeds, sizes and two checkpoints side by side; it holds a secret and is answered on 127.0.0.1 alone. Needs the extra
+    "serve".
+    """,
     examples=(
         "vargpt-rl chat",
         "vargpt-rl chat checkpoint=runs/demo/model",
+        "vargpt-rl chat --page --beside runs/demo/model",
         'echo "a large red circle" | vargpt-rl chat',
     ),
     settings=("vargpt_rl.chat:ChatConfig",),
@@ -81,7 +88,30 @@ def add_image_commands(app: typer.Typer) -> None:
         raise typer.Exit(main_draw(prompts, given))
 
     add_program(app, GENERATE)
-    add_program(app, CHAT)
+
+    @app.command(CHAT.name, help=help_text(CHAT.summary), cls=command_class(CHAT))
+    def chat(
+        page: Annotated[bool, typer.Option("--page", help="In the browser, on a page of this machine.")] = False,
+        beside: Annotated[
+            str | None, typer.Option("--beside", help="A second checkpoint, side by side.", show_default=False)
+        ] = None,
+        port: Annotated[
+            int, typer.Option("--port", min=0, max=65535, help="Port of the page; 0 takes a free one.")
+        ] = 0,
+        settings: settings_argument(CHAT) = None,  # type: ignore[valid-type]
+    ) -> None:
+        if not page:
+            if beside or port:
+                raise typer.BadParameter("--beside and --port are for --page")
+            call(CHAT.module, settings or [])
+        from vargpt_rl.common.command import run_program
+
+        def serve(given: list[str]) -> None:
+            from vargpt_rl.cli.chat_page import serve_chat
+
+            serve_chat(given, beside, port)
+
+        raise typer.Exit(run_program(serve, settings or []))
 
     @app.command(EVAL.name, help=help_text(EVAL.summary), cls=command_class(EVAL))
     def evaluate(

@@ -85,10 +85,9 @@ class Conversation:
     ):
         self.model = model
         self.chat = chat
-        self.size = size
         self.sampling = sampling or SamplingConfig()
         self.replies = replies or ReplyConfig()
-        self.tokens = token_count(model.image_tokenizer.schedule_for(*size))
+        self.resize(size)
         self.limit = model.config.text_config.max_position_embeddings
         self.reading = GenerationState(model, 1)
         self.ids: list[int] = []
@@ -98,6 +97,11 @@ class Conversation:
         self._allowed_V = torch.arange(model.config.text_config.vocab_size) < len(chat.tokenizer)
         self._allowed_V[list(chat.tokenizer.get_added_vocab().values())] = False
         self._allowed_V[chat.end] = True
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Draw images of this (height, width) from now on. ValueError for a size that the model does not draw."""
+        self.tokens = token_count(self.model.image_tokenizer.schedule_for(*size))
+        self.size = size
 
     @torch.inference_mode()
     def say(self, text: str, images: Sequence[Image.Image] = (), draw: bool = False) -> Reply:
