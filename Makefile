@@ -3,6 +3,7 @@
 # make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
 # make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
 # make test-faults run the tests of faults of a whole run: 25 minutes on two cores
+# make test-qlora  install bitsandbytes and run the tests that need it
 # make test-vllm   install vLLM and run the tests that need it
 # make lint        check style, format, types and the lock file
 # make format      fix style and format
@@ -29,7 +30,7 @@ FAST := not ray and not deepspeed and not loop and not slow and not faults and n
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast test-faults test-slurm test-vllm setup setup-dev setup-vllm offers-vllm docs lint format lock clean
+.PHONY: help demo test test-fast test-faults test-qlora test-slurm test-vllm setup setup-dev setup-vllm offers-vllm docs lint format lock clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -47,6 +48,11 @@ test-fast: setup-dev
 
 test-slurm: setup-dev
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -v -rs $(ARGS)
+
+# Not in the development tools: peft imports it where it is, which takes every process of every test seconds.
+test-qlora: setup-dev
+	$(BIN)/python -m pip install --quiet --editable '.[qlora]'
+	$(BIN)/python -m pytest tests/model/test_four_bit.py tests/learners/test_adapter.py -k "4_bits or four_bit or average" $(ARGS)
 
 test-vllm: setup-dev setup-vllm
 	$(BIN)/python -m pytest -m vllm $(ARGS)

@@ -22,7 +22,7 @@ SIDE = 64
 PROMPT = Prompt("p", "a red circle", "Here:")
 HALF = torch.bfloat16
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra qlora)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (make test-qlora)")
 
 
 @pytest.fixture(scope="module")
