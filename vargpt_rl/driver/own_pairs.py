@@ -168,7 +168,7 @@ def write_held_out(it: StageContext) -> dict[str, int]:
     if not found.pairs:
         return {}
     origin = _origin(found.pairs, Counter())
-    write_scored(it, it.table("held-out"), found.pairs, it.config.rollout.batch_size, origin)
+    write_scored(it, it.table("held-out"), found.pairs, it.config.rollout.images_at_once, origin)
     return {"pairs": len(found.pairs)}
 
 
