@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny import BITS
-from vargpt_rl.model import generate
+from vargpt_rl.model import generate, modeling
 from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.generate import SamplingConfig, draw_bits, generate_images, to_images, to_uint8
 from vargpt_rl.model.scales import schedule_for, token_count
@@ -64,6 +64,20 @@ def test_bits_are_drawn_from_the_teacher_forced_logits(model, chat, images, monk
         ).image_logits
     # fp32: caches against one pass, at logits of a few units
     torch.testing.assert_close(torch.cat(logits, 1) * tau, forced, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_guidance_in_one_pass_is_guidance_in_two(model, chat, images, monkeypatch, seen):
+    given, grid = (images, images.image_grid_thw) if seen else (None, None)
+    rows = [chat.drawing_prompt("a star", "Here:", grid)]
+    rows += [] if seen else [chat.drawing_prompt(TEXTS[1], "")]
+    drawn = []
+    for most in (0, 4, 1000):
+        monkeypatch.setattr(modeling, "MERGED_TOKENS", most)
+        drawn.append(sample(model, chat, rows, [3, 4][: len(rows)], SamplingConfig(cfg=3.0, tau=1.0), given))
+    for other in drawn[1:]:
+        assert torch.equal(other.labels_BLs, drawn[0].labels_BLs)
+        torch.testing.assert_close(other.log_probs_BK, drawn[0].log_probs_BK, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -115,18 +115,51 @@ class GenerationState:
         mask_Bn = self.mask_BT.new_ones(embeds_BnH.shape[:2])
         return self._step(embeds_BnH, mask_Bn, self.model.positions(mask_Bn, mask_Bn) + self.next_position_B[:, None])
 
+    def read_drawn_beside(self, embeds_BnH: torch.Tensor, alone_BnH: torch.Tensor) -> torch.Tensor:
+        """Read drawn tokens, and in the same pass others at positions from 0 that see only themselves: [2B, n, H].
+
+        Each row holds both, one after the other, under a mask. The others are not remembered.
+        """
+        count = embeds_BnH.shape[1]
+        mask_Bn = self.mask_BT.new_ones(self.batch, count)
+        plain = self.model.positions(mask_Bn, mask_Bn)
+        positions = plain + self.next_position_B[:, None]
+        past_B1nT = self.mask_BT.bool()[:, None, None].expand(-1, 1, count, -1)
+        own_B1nn = mask_Bn.new_ones(self.batch, 1, count, count, dtype=torch.bool).tril()
+        hidden_B1nn, unseen_B1nT = torch.zeros_like(own_B1nn), torch.zeros_like(past_B1nT)
+        drawn_B1nT = torch.cat([past_B1nT, own_B1nn, hidden_B1nn], dim=3)
+        others_B1nT = torch.cat([unseen_B1nT, hidden_B1nn, own_B1nn], dim=3)
+        seen_B1mT = torch.cat([drawn_B1nT, others_B1nT], dim=2)
+        least = torch.finfo(embeds_BnH.dtype).min
+        mask_B1mT = torch.zeros(seen_B1mT.shape, dtype=embeds_BnH.dtype, device=embeds_BnH.device)
+        states_BmH = self._pass(
+            torch.cat([embeds_BnH, alone_BnH], dim=1),
+            mask_B1mT.masked_fill(~seen_B1mT, least),  # added to scores: every attention of transformers takes that
+            torch.cat([positions, plain], dim=-1),
+        )
+        self.cache.crop(-count)
+        states_BnH, others_BnH = states_BmH.chunk(2, dim=1)
+        self._remember(states_BnH, mask_Bn, positions)
+        return torch.cat([states_BnH, others_BnH])
+
     def _step(self, embeds_BnH, mask_Bn, positions) -> torch.Tensor:
-        self.mask_BT = torch.cat([self.mask_BT, mask_Bn], dim=1)
-        states = self.model.model.language_model(
+        states = self._pass(embeds_BnH, torch.cat([self.mask_BT, mask_Bn], dim=1), positions)
+        self._remember(states, mask_Bn, positions)
+        return states
+
+    def _pass(self, embeds_BnH, mask, positions) -> torch.Tensor:
+        return self.model.model.language_model(
             inputs_embeds=embeds_BnH,
-            attention_mask=self.mask_BT,
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+
+    def _remember(self, states_BnH, mask_Bn, positions) -> None:
+        self.mask_BT = torch.cat([self.mask_BT, mask_Bn], dim=1)
         self.next_position_B = positions[..., -1].view(-1, self.batch).amax(0) + 1  # the largest over m-rope's axes
-        self.states.append(states)
-        return states
+        self.states.append(states_BnH)
 
     def context(self) -> DecoderContext | None:
         """Return what the decoder sees of the prompt for an image that begins here, after ``image_gen_start``."""

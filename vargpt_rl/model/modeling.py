@@ -21,6 +21,10 @@ from vargpt_rl.model.decoder import Condition, DecoderContext, VisualDecoder
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
 from vargpt_rl.model.unified import DrawnReader, Projector, Unified, text_positions
 
+MERGED_TOKENS = 16
+"""Tokens of a scale up to which guidance's two language-model passes are one. A short pass takes as long as reading
+the weights; in a longer one, the scores that the mask hides cost more than that."""
+
 
 class Vargpt(Unified, Qwen2VLForConditionalGeneration):
     """The whole model. Without ``drawing``, ``forward`` is Qwen2-VL's, text generation included."""
@@ -105,6 +109,8 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
     ) -> torch.Tensor:
         """Run one scale through the language model: samples after their prompt, the unconditional branch without."""
         batch = reading.batch
+        if len(embeds_MnH) > batch and embeds_MnH.shape[1] <= MERGED_TOKENS:
+            return reading.read_drawn_beside(embeds_MnH[:batch], embeds_MnH[batch:])
         states = reading.read_drawn(embeds_MnH[:batch])
         if len(embeds_MnH) == batch:
             return states
