@@ -108,6 +108,26 @@ class RunningJob:
         return self.value
 
 
+class RankHost:
+    """The actor of a rank. DeepSpeed and the trainers are imported in its process alone, not in the driver's."""
+
+    def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool, bf16: bool):
+        if not use_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+        from learners.rank import Rank
+
+        self._rank = Rank(rank, config, threads, use_gpu, bf16)
+
+    def address(self) -> tuple[str, int]:
+        return self._rank.address()
+
+    def join(self, host: str, port: int) -> RankProcess:
+        return self._rank.join(host, port)
+
+    def run(self, job: Job) -> dict:
+        return self._rank.run(job)
+
+
 class LearnerGroup:
     """Ranks that train together, in ``places`` or, by default, in a placement group of their own.
 
@@ -154,13 +174,9 @@ class LearnerGroup:
         return [process.pid for process in self.processes]
 
     def _start_ranks(self) -> None:
-        if not self.use_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
-        from learners.rank import Rank  # imports DeepSpeed, which the driver needs only once its settings are valid
-
         limit = self.config.start_timeout_s
         self.ranks = [
-            ray.remote(Rank)
+            ray.remote(RankHost)
             .options(num_cpus=self.bundle.get("CPU", 0), num_gpus=self.bundle.get("GPU", 0), scheduling_strategy=place)
             .remote(i, self.config, self.threads, self.use_gpu, self.bf16)
             for i, place in enumerate(self.places)

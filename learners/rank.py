@@ -105,7 +105,7 @@ def _average(model: torch.nn.Module, trained: list[str], recipe: Recipe) -> Aver
 
 
 class Rank:
-    """A learner process. Plain class; ``learners.group`` makes it a Ray actor."""
+    """A learner process. Plain class; `learners.group.RankHost` is its Ray actor."""
 
     def __init__(self, rank: int, config: LearnerConfig, threads: int, use_gpu: bool, bf16: bool):
         ranks = config.ranks
