@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.driver.test_faults import TIMES
+from tests.driver.test_faults import TIMES, flip
 from tests.driver.test_interrupted import go
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -32,3 +32,17 @@ def test_stored_states_change_no_number(tmp_path):
     told = [event for event in events["stored"] if event.startswith("dpo.stored_states: ")]
     assert told and told[0].startswith("dpo.stored_states: 17 images in ")
     assert not list((tmp_path / "stored/states").glob("*")), "deleted once DPO is recorded"
+
+
+@pytest.mark.timeout(600)
+def test_states_are_stored_again_for_a_dpo_that_is_redone(tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    settings = FROZEN, "dpo.stored_states=true", "dpo.control=false"
+    go(tmp_path, "redone", "iter-00/dpo_swap", settings=settings)
+    final = tmp_path / "redone/checkpoints/iter-00-dpo/final/weights.safetensors"
+    weights = load_file(final)
+    flip(final)
+    go(tmp_path, "redone", "end", settings=settings)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(final).items())
+    told = json.loads((tmp_path / "redone/summary.json").read_text())["events"]
+    assert [event.partition(" ")[0] for event in told].count("dpo.stored_states:") == 2
