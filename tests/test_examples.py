@@ -36,6 +36,7 @@ def test_the_script_has_settings_that_exist():
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         "captioned.sh",
+        "draw_and_align.ipynb",
         "draw_and_ask.py",
         "my_reward.py",
     }
