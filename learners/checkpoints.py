@@ -7,10 +7,53 @@ A checkpoint is a folder ``checkpoint-NNNNNN`` whose marker ``COMPLETE`` (JSON) 
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vargpt_rl.storage.checkpoint import MARKER
 from vargpt_rl.storage.files import digest, write_atomically
+
+LAYOUT = "layout.json"
+"""File of the `Layout` that a checkpoint was saved with, and of the optimizer's number of updates."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is shared by its ranks. Only an equal one resumes a checkpoint bit for bit."""
+
+    ranks: int
+    micro_batch: int
+    zero: int
+    seed: int
+    """Seed of the order of supervised examples, which depends on ranks and micro-batches."""
+
+    def reads_as(self, other: "Layout") -> bool:
+        """Tell whether each rank reads the same examples in the other layout."""
+        return (self.ranks, self.micro_batch) == (other.ranks, other.micro_batch)
+
+    def shards_as(self, other: "Layout") -> bool:
+        """Tell whether each rank owns the same parts of the optimizer's state in the other layout."""
+        return (self.ranks, self.zero) == (other.ranks, other.zero)
+
+    def differences(self, other: "Layout") -> str:
+        """Return what differs from the other layout, in words; empty if nothing does."""
+        names = {"ranks": "learner.ranks", "micro_batch": "micro_batch", "zero": "zero"}
+        own, others = asdict(self), asdict(other)
+        return ", ".join(
+            f"{name}={own[key]} instead of {others[key]}" for key, name in names.items() if own[key] != others[key]
+        )
+
+
+def write_layout(folder: Path, layout: Layout, updates: int) -> None:
+    """Write a checkpoint's layout and the optimizer's number of updates."""
+    (folder / LAYOUT).write_text(json.dumps(asdict(layout) | {"updates": updates}))
+
+
+def read_layout(folder: Path) -> tuple[Layout, int]:
+    """Read a checkpoint's layout and the optimizer's number of updates."""
+    found = json.loads((folder / LAYOUT).read_text())
+    updates = found.pop("updates")
+    return Layout(**found), updates
 
 
 def _described(files: list[Path]) -> list[dict[str, int | str]]:
@@ -34,7 +77,7 @@ def check(folder: Path) -> None:
     if not (folder / MARKER).is_file():
         raise ValueError(f"training checkpoint {folder}: incomplete, expected {MARKER}")
     expected = json.loads((folder / MARKER).read_text())
-    missing = [name for name in expected if not (folder / name).is_file()]
+    missing = [name for name in (LAYOUT, *expected) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"training checkpoint {folder}: {missing[0]} is missing")
     for name, found in zip(expected, _described([folder / name for name in expected]), strict=True):

@@ -39,7 +39,7 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
 
     ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales. With a
     ``reference``, references are scored here, and the workers' are compared with them at step 0. ``rounded``: the
-    workers scored with merged weights, which are rounded.
+    workers scored with merged weights, which are rounded; so is what they scored in other micro-batches.
     """
 
     survivors = ("step0_max_abs_logratio", "_total_train_tokens")
@@ -57,7 +57,8 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         self.train_dataset = pairs
         self.record = record
         self.reference = reference
-        self.rounded = rounded
+        size = self.args.per_device_train_batch_size
+        self.rounded = rounded or pairs.micro_batch not in (None, size)
         del self.model.forward  # TRL replaces it by its fused text head; ours returns log-probabilities itself
         self.settings = settings
         self.measured: dict[str, list[float]] = defaultdict(list)

@@ -20,9 +20,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster import LOST, Note, Place, kill_process, unnoted
-from learners.checkpoints import last_checkpoint
+from learners.checkpoints import last_checkpoint, read_layout
 from learners.config import LearnerConfig
-from learners.jobs import Job, RankProcess, TokenizerJob, save_request, training_checkpoints
+from learners.jobs import (
+    Job,
+    RankProcess,
+    SftJob,
+    TokenizerJob,
+    TrainerJob,
+    layout_of,
+    save_request,
+    training_checkpoints,
+)
 
 OnLog = Callable[[dict], None]
 JobSteps = Generator[list[ray.ObjectRef], None, dict]
@@ -239,7 +248,19 @@ class LearnerGroup:
         checkpoint, refused = last_checkpoint(training_checkpoints(job.output))
         for reason in refused:
             self.note(f"{reason}; resuming from {checkpoint.name if checkpoint else 'the start of the stage'}")
+        if checkpoint is not None:
+            self._tell_layout(job, checkpoint)
         return replace(job, resume=checkpoint)
+
+    def _tell_layout(self, job: TrainerJob, checkpoint: Path) -> None:
+        """Note what resuming with another layout of ranks changes."""
+        before = read_layout(checkpoint)[0]
+        now = layout_of(job, self.config.ranks)
+        if changed := now.differences(before):
+            lost = "sums are rounded in another order"
+            if not now.reads_as(before) and isinstance(job, SftJob):
+                lost += " and the examples that follow come in a new order"
+            self.note(f"resuming {job.output.name} from {checkpoint.name} with {changed}: not bit for bit, as {lost}")
 
     def _attempt(self, job: Job, on_log: OnLog) -> JobSteps:
         """One attempt. If a rank was lost, raises that error even if its peers failed first."""

@@ -1,9 +1,12 @@
 """Jobs of a learner group. Imports no trainer and no DeepSpeed, since the driver makes these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+
+from learners.checkpoints import Layout, read_layout
 from learners.config import DpoConfig, LearnedRewardConfig, Recipe, RlConfig
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.records.stream import RecordStream
@@ -132,4 +135,18 @@ class RewardJob:
     """Training checkpoint to resume from; set by the learner group."""
 
 
-Job = SftJob | DpoJob | PolicyGradientJob | RewardJob | TokenizerJob
+TrainerJob = SftJob | DpoJob | PolicyGradientJob | RewardJob
+"""Jobs of a trainer, whose training checkpoints can be resumed."""
+Job = TrainerJob | TokenizerJob
+
+
+def layout_of(job: TrainerJob, ranks: int) -> Layout:
+    """Return how ``ranks`` share a job. One that resumes with other ranks or micro-batches has a seed of its own."""
+    layout = Layout(ranks=ranks, micro_batch=job.recipe.micro_batch, zero=job.recipe.zero, seed=job.seed)
+    if job.resume is None:
+        return layout
+    before = read_layout(job.resume)[0]
+    if layout.reads_as(before):
+        return replace(layout, seed=before.seed)
+    step = int(job.resume.name.rpartition("-")[2])
+    return replace(layout, seed=int(np.random.default_rng([job.seed, step]).integers(2**31)))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
@@ -26,7 +27,8 @@ class PairTable(torch.utils.data.Dataset):
     """The rows of ``table``, or of its ``parts`` parts as they arrive.
 
     ``rows`` holds the rows read so far (at least one), ``ids`` their pair ids, ``sizes`` the number of rows of each
-    part read, ``waited`` the seconds spent waiting for parts. ValueError for a table without a pair.
+    part read, ``waited`` the seconds spent waiting for parts, ``micro_batch`` the number of pairs that were scored
+    together, if known. ValueError for a table without a pair.
     """
 
     def __init__(self, table: Path, parts: int = 1):
@@ -36,9 +38,10 @@ class PairTable(torch.utils.data.Dataset):
         self.rows: Dataset
         self.ids: list[str] = []
         self.sizes: list[int] = []
+        self.micro_batch: int | None = None
         if table.exists():
             frame = read_table(table)
-            self._add(Dataset.from_pandas(frame, preserve_index=False))
+            self._add(frame)
             self.sizes = frame.attrs.get(ORIGIN, {}).get("parts", self.sizes)
             self.parts = len(self.sizes)
         self.first(1)
@@ -65,9 +68,12 @@ class PairTable(torch.utils.data.Dataset):
         while not path.exists():
             time.sleep(POLL_S)
         self.waited += time.monotonic() - began
-        self._add(Dataset.from_pandas(read_table(path), preserve_index=False))
+        self._add(read_table(path))
 
-    def _add(self, rows: Dataset) -> None:
+    def _add(self, frame: pd.DataFrame) -> None:
+        rows = Dataset.from_pandas(frame, preserve_index=False)
+        if not self.sizes:
+            self.micro_batch = frame.attrs.get(ORIGIN, {}).get("micro_batch")
         self.sizes.append(len(rows))
         if len(rows):
             self.rows = concatenate_datasets([self.rows, rows]) if self.ids else rows

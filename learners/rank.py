@@ -35,6 +35,8 @@ from learners.jobs import (
     RewardJob,
     SftJob,
     TokenizerJob,
+    TrainerJob,
+    layout_of,
     save_request,
     training_checkpoints,
 )
@@ -182,7 +184,7 @@ class Rank:
         trainer,
         chat: ChatTemplate,
         trained: list[str],
-        job: SftJob | DpoJob | PolicyGradientJob | RewardJob,
+        job: TrainerJob,
         saves: Container[int] = (),
         samples_average: bool = True,
     ) -> dict:
@@ -196,6 +198,7 @@ class Rank:
         trainer.add_callback(WriteLog(output / "log.jsonl"))
         trainer.add_callback(FailAt(f"{output.name}/rank-{self.rank}"))
         trainer.clock.peak = self._peak()
+        trainer.layout = layout_of(job, self.ranks)
         trainer.keep = self.config.keep_last, self.config.keep_every
         trainer.add_callback(SaveEvery(self.config.save_every, save_request(output)))
         self._forget_peak_memory()
@@ -260,10 +263,11 @@ class Rank:
             frozen = [name for name in frozen if "." not in name]
         # Without cached features the learner encodes images, with a copy: ZeRO-3 may partition the model's own.
         image_tokenizer = None if job.stream.encoded else copy.deepcopy(model.image_tokenizer)
-        mixture = job.stream.mixture(chat, job.recipe.micro_batch, job.seed, self.rank, self.ranks)
+        seed = layout_of(job, self.ranks).seed
+        mixture = job.stream.mixture(chat, job.recipe.micro_batch, seed, self.rank, self.ranks)
         trainer = SftTrainer(
             stage,
-            loader=job.stream.loader(mixture, job.seed, self.use_gpu),
+            loader=job.stream.loader(mixture, seed, self.use_gpu),
             image_tokenizer=image_tokenizer,
             model=model,
             args=TrainingArguments(

@@ -1,10 +1,13 @@
 """Saving and loading training checkpoints: an interrupted stage resumes bitwise as if it had never stopped.
 
-A checkpoint is a folder ``checkpoint-NNNNNN`` with DeepSpeed's files (trained weights and optimizer state, one file per
-rank; frozen weights come from the stage's start), the trainer's state, the learning-rate schedule, and each rank's
+A checkpoint is a folder ``checkpoint-NNNNNN`` with the trained weights and the optimizer's state (``learners.shards``;
+frozen weights come from the stage's start), the trainer's state, the learning-rate schedule, and each rank's
 random-generator states and position in the data. It is written under a temporary name, synced, marked complete
-(``learners.checkpoints``) and renamed; older ones are removed afterwards. Loading unpickles only tensors and the
-classes in ``HARMLESS``.
+(``learners.checkpoints``) and renamed; older ones are removed afterwards. What is pickled is loaded as plain values.
+
+Other ranks, micro-batches or another ZeRO stage may resume it. Weights, optimizer and schedule are then the same, but
+sums are rounded in another order. With other ranks or micro-batches, supervised stages also read their examples in a
+new random order, and their noise is new; batches of pairs and of an online method stay the same.
 """
 
 import json
@@ -15,15 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from learners.average import AverageWeights
-from learners.checkpoints import mark, prune
+from learners.checkpoints import Layout, mark, prune, read_layout, write_layout
+from learners.shards import SavedShards, load_shards, load_weights, save_shards, updates
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.storage.files import check_free_space, replace_dir, sync_tree
 
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as MixedInto
 else:
     MixedInto = object
-
-HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
-"""Classes in DeepSpeed's files that only hold plain values."""
-
-
-class SafeReader(TorchCheckpointEngine):
-    """Loads DeepSpeed's files without running code from them."""
-
-    def load(self, path: str, map_location=None):
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class SaveEvery(TrainerCallback):
@@ -66,9 +55,9 @@ class SaveEvery(TrainerCallback):
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Approximate size of a checkpoint: each trained weight, its fp32 copy and AdamW's two moments."""
+    """Approximate size of a checkpoint: fp32 weights and AdamW's two moments."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(getattr(each, "ds_numel", each.numel()) * (each.element_size() + 12) for each in trained)
+    return sum(12 * getattr(each, "ds_numel", each.numel()) for each in trained)
 
 
 class Resumable(MixedInto):
@@ -77,7 +66,9 @@ class Resumable(MixedInto):
     loader = None
     """This rank's own stateful data loader; without one, the trainer skips the examples already used."""
     survivors: tuple[str, ...] = ()
-    """Names of numeric attributes of this rank that are saved and restored."""
+    """Names of numeric attributes of this rank that are saved and restored. Other ranks take the largest of all."""
+    layout: Layout
+    """How the job is shared by its ranks."""
     began = 0.0
     """Start of training (``time.time()``), shifted so that time between runs does not count."""
     average: AverageWeights | None = None
@@ -99,7 +90,7 @@ class Resumable(MixedInto):
         stage = folder.parents[1].name
         point(f"{stage}/rank-{self.args.process_index}/save")
         self.accelerator.wait_for_everyone()
-        self.deepspeed.save_checkpoint(str(unfinished), exclude_frozen_parameters=True)
+        save_shards(self.deepspeed, unfinished)
         self._save_rng_state(str(unfinished))
         data = None if self.loader is None else self.loader.state_dict()
         kept = {name: getattr(self, name) for name in self.survivors}
@@ -110,6 +101,7 @@ class Resumable(MixedInto):
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             if self.average is not None:
                 self.average.save(unfinished)
+            write_layout(unfinished, self.layout, updates(self.deepspeed))
         self.accelerator.wait_for_everyone()
         sync_tree(unfinished)  # on every rank: each may run on its own machine
         self.accelerator.wait_for_everyone()
@@ -122,21 +114,40 @@ class Resumable(MixedInto):
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As the trainer does, except that checkpoints are loaded without the frozen weights."""
+        """As the trainer does, except that checkpoints are these."""
+        if resume_from_checkpoint is None:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self.began = time.time()
+            return prepared
+        folder = Path(resume_from_checkpoint)
+        saved = SavedShards(folder)
+        load_weights(self.model, saved)  # before the engine copies or splits them
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        layout, made = read_layout(folder)
+        load_shards(self.deepspeed, saved, made, self.layout.shards_as(layout))
+        self._load_optimizer_and_scheduler(str(folder))  # only the schedule
+        for group, rate in zip(
+            self.deepspeed.basic_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
         self.began = time.time()
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            self.deepspeed.checkpoint_engine = SafeReader()
-            if self.deepspeed.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
-                raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
-            self._load_optimizer_and_scheduler(str(folder))  # only the schedule: DeepSpeed restored the optimizer
-            own = json.loads(self._rank_file(folder).read_text())
-            for name, value in own["kept"].items():
-                setattr(self, name, value)
-            self.began -= own["seconds"]
-            if self.average is not None:
-                self.average.load(folder)
+        if self.average is not None:
+            self.average.load(folder)
+        self._resume_own(folder, layout)
+        return prepared
+
+    def _resume_own(self, folder: Path, layout: Layout) -> None:
+        """Load what each rank has of its own, from a checkpoint that was saved with this layout."""
+        files = [folder / f"rank-{rank}.json" for rank in range(layout.ranks)]
+        ranks = [json.loads(path.read_text()) for path in files]
+        if self.layout.reads_as(layout):
+            own = ranks[self.args.process_index]
+            kept = own["kept"]
             if self.loader is not None:
                 self.loader.load_state_dict(own["data"])
-        return prepared
+        else:
+            kept = {name: max(own["kept"][name] for own in ranks) for name in self.survivors}
+            torch.manual_seed(self.layout.seed + self.args.process_index)
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.began -= ranks[0]["seconds"]

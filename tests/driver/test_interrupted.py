@@ -69,10 +69,10 @@ def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     go(folder, "damaged", "iter-00/dpo")
     trainer = run / "checkpoints/iter-00-dpo/trainer"
     assert sorted(path.name for path in trainer.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
-    flip(max((trainer / "checkpoint-000002").rglob("*optim_states.pt")))
+    flip(max((trainer / "checkpoint-000002").glob("state-*.safetensors")))
     go(folder, "damaged", "end")
     again, first, _, refused = same(run, folder / "undisturbed")
     assert again.startswith(f"redoing iter-00/sft: checkpoint {weights.parent}: weights.safetensors is not what")
     assert first == "resuming after iter-00/before"
     assert refused.startswith(f"training checkpoint {trainer}/checkpoint-000002: ")
-    assert refused.endswith("is not what was written (size or blake2b differs); going on from checkpoint-000001")
+    assert refused.endswith("is not what was written (size or blake2b differs); resuming from checkpoint-000001")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from learners.checkpoints import check, last_checkpoint, mark, prune
+from learners.checkpoints import LAYOUT, Layout, check, last_checkpoint, mark, prune, read_layout, write_layout
 from learners.config import LearnerConfig
 from vargpt_rl.storage.checkpoint import MARKER
 
@@ -16,6 +16,7 @@ def folder(tmp_path) -> Path:
         checkpoint = tmp_path / f"checkpoint-{step:06d}"
         (checkpoint / "global_step").mkdir(parents=True)
         (checkpoint / "state").write_text(f"state {step}")
+        write_layout(checkpoint, Layout(ranks=2, micro_batch=4, zero=2, seed=0), step)
         (checkpoint / "global_step/optimizer.pt").write_bytes(bytes(range(step)))
         mark(checkpoint)
     return tmp_path
@@ -76,3 +77,19 @@ def test_pruning_keeps_the_newest_and_every_nth_step(folder, last, every, left):
 def test_impossible_learner_settings_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         LearnerConfig(**settings)
+
+
+def test_a_layout_tells_what_differs(folder):
+    layout, updates = read_layout(folder / "checkpoint-000004")
+    assert (layout, updates) == (Layout(ranks=2, micro_batch=4, zero=2, seed=0), 4)
+    other = Layout(ranks=1, micro_batch=4, zero=3, seed=5)
+    assert other.differences(layout) == "learner.ranks=1 instead of 2, zero=3 instead of 2"
+    assert layout.differences(layout) == "" and not other.reads_as(layout)
+    assert Layout(ranks=2, micro_batch=4, zero=0, seed=1).reads_as(layout)
+
+
+def test_a_checkpoint_without_a_layout_is_refused(folder):
+    (folder / "checkpoint-000010" / LAYOUT).unlink()
+    mark(folder / "checkpoint-000010")
+    found, (reason,) = last_checkpoint(folder)
+    assert found == folder / "checkpoint-000008" and reason.endswith(f"{LAYOUT} is missing")

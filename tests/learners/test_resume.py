@@ -1,4 +1,7 @@
-"""A stage that is interrupted and resumed in fresh processes ends with the same weights, bit for bit."""
+"""A stage that is interrupted and resumed in fresh processes ends with the same weights, bit for bit.
+
+With other ranks, micro-batches or another ZeRO stage, it resumes with the same weights and optimizer.
+"""
 
 import json
 import shutil
@@ -8,13 +11,14 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from learners.checkpoints import check
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
 from learners.jobs import DpoJob, training_checkpoints
-from learners.resume import SafeReader, checkpoint_bytes
+from learners.resume import checkpoint_bytes
+from learners.shards import MOMENTS, SavedShards
 from learners.step_times import PARTS
 from tests.helpers.streams import corpus_of, feed_of, sft_job, write_sources
 from tests.helpers.tiny import BITS
@@ -38,6 +42,12 @@ STEPS, CUT = 5, 3
 RECIPE = dict(steps=STEPS, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.25)
 CASES = [("corpus", 3), ("records", 2), ("dpo", 2), ("parts", 2)]
 """Training data, and DeepSpeed's ZeRO stage. The second of two parts arrives after a step."""
+CHANGED = [("corpus", 3), ("dpo", 2)]
+"""Cases that are also resumed by one rank, and from there after another step by two."""
+ZERO = {"fewer": {"corpus": 2, "dpo": 1}, "more": {"corpus": 0, "dpo": 3}}
+"""ZeRO stages of those."""
+ROUNDING = 2e-5
+"""Largest difference of weights by the order of sums alone; a step moves them by up to the rate, 1e-3."""
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +83,13 @@ def pair(model: Vargpt, chat: ChatFormat, number: int) -> dict:
     return row
 
 
-def run(group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], output: Path) -> tuple[dict, list[dict]]:
+def run(
+    group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], output: Path, **changes: int
+) -> tuple[dict, list[dict]]:
+    """Train a case; a corpus also saves the weights after `CUT` steps, or those it resumes from."""
     kind, zero = case
     probe = Probe(PROMPT, pack(np.random.default_rng(1).integers(0, 2, (TOKENS, BITS))), SIDE)
-    recipe, lines = Recipe(**RECIPE, zero=zero), []
+    recipe, lines = Recipe(**RECIPE | {"zero": zero} | changes), []
     if kind == "dpo":
         result = group.run(
             DpoJob(
@@ -104,7 +117,7 @@ def run(group: LearnerGroup, start: Policy, data: Path, case: tuple[str, int], o
         result = in_parts(group, job, lines)
     elif kind == "corpus":
         stream = corpus_of(output / "data", np.load(data / "features.npy"))
-        result = group.run(sft_job("sft", start, stream, recipe, output, probe), lines.append)
+        result = group.run(sft_job("sft", start, stream, recipe, output, probe, save_steps=(CUT,)), lines.append)
     else:
         feed = feed_of(output, write_sources(output / "data"), workers=1, packs=True)
         result = group.run(sft_job("understanding", start, feed, recipe, output, probe), lines.append)
@@ -127,6 +140,20 @@ def in_parts(group: LearnerGroup, job: DpoJob, lines: list[dict]) -> dict:
     return result
 
 
+class Notes:
+    """Keeps what a group notes."""
+
+    def __init__(self):
+        self.said: list[str] = []
+
+    def add(self, event: str, restart: bool = False) -> None:
+        self.said.append(event)
+
+    def take(self) -> list[str]:
+        taken, self.said = self.said, []
+        return taken
+
+
 @pytest.fixture(scope="module")
 def runs(checkpoint, data, tmp_path_factory) -> dict:
     """Of each case, folders, results and logs: of all steps at once, and of the last ones in fresh processes."""
@@ -140,6 +167,29 @@ def runs(checkpoint, data, tmp_path_factory) -> dict:
                 shutil.copytree(training_checkpoints(found["whole", case][0]), training_checkpoints(output))
             found[moment, case] = (output, *run(group, start, data, case, output))
         group.close()
+    ray.shutdown()
+    return found
+
+
+@pytest.fixture(scope="module")
+def others(runs, checkpoint, data, tmp_path_factory) -> dict:
+    """Of each changed case, folders, results, logs and notes of other ranks, which resume one after the other."""
+    folder, start, found = tmp_path_factory.mktemp("others"), Policy(str(checkpoint)), dict(runs)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    before = "whole"
+    for moment, ranks, micro_batch in (("fewer", 1, 2), ("more", 2, 4)):
+        notes = Notes()
+        config = LearnerConfig(ranks=ranks, save_every=1, keep_last=9)
+        group = LearnerGroup(config, {"CPU": 0.5}, threads=1, use_gpu=False, note=notes.add)
+        for case in CHANGED:
+            output = folder / moment / "-".join(map(str, case))
+            shutil.copytree(training_checkpoints(found[before, case][0]), training_checkpoints(output))
+            if moment == "more":  # as if it had been stopped after one step
+                shutil.rmtree(training_checkpoints(output) / "checkpoint-000005", ignore_errors=True)
+            changes = {"zero": ZERO[moment][case[0]], "micro_batch": micro_batch}
+            found[moment, case] = (output, *run(group, start, data, case, output, **changes), notes.take())
+        group.close()
+        before = moment
     ray.shutdown()
     return found
 
@@ -175,6 +225,42 @@ def test_the_order_of_pairs_is_recorded(runs):
     assert set(steps[2]) == {f"pair-{i}" for i in range(6, 12)}, "the new ones, until they were used as often"
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_other_ranks_resume_with_the_same_weights_and_optimizer(others):
+    whole = load_file(check_checkpoint(others["whole", ("corpus", 3)][0] / f"step-{CUT:06d}"))
+    resumed = load_file(check_checkpoint(others["fewer", ("corpus", 3)][0] / f"step-{CUT:06d}"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+    for moment, first in (("fewer", CUT + 1), ("more", CUT + 2)):
+        for case in CHANGED:
+            output, result, lines, notes = others[moment, case]
+            assert [line["step"] for line in lines] == list(range(first, STEPS + 1))
+            assert np.isfinite([line["loss"] for line in lines]).all() and result["steps"] == STEPS
+            (note,) = notes
+            assert note.startswith(f"resuming {output.name} from checkpoint-{first - 1:06d} with learner.ranks=")
+            assert ("in a new order" in note) == (case[0] == "corpus")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_other_ranks_train_on_the_same_pairs(others):
+    whole, _, lines = others["whole", ("dpo", 2)]
+    expected = load_file(check_checkpoint(whole / "final"))
+    for moment in ("fewer", "more"):
+        output, _, others, _ = others[moment, ("dpo", 2)]
+        assert (output / "order.jsonl").read_text() == (whole / "order.jsonl").read_text()
+        for line, other in zip(lines[-len(others) :], others, strict=True):
+            assert (
+                line["loss"] == pytest.approx(other["loss"], abs=1e-4)
+                and line["learning_rate"] == other["learning_rate"]
+            )
+        found = load_file(check_checkpoint(output / "final"))
+        worst = max((found[name] - tensor).abs().max().item() for name, tensor in expected.items())
+        assert 0 < worst < ROUNDING, moment
+
+
 def test_checkpoints_hold_no_frozen_weights(runs, checkpoint):
     folder = runs["whole", ("dpo", 2)][0]
     (kept,) = training_checkpoints(folder).glob("checkpoint-*")
@@ -185,18 +271,17 @@ def test_checkpoints_hold_no_frozen_weights(runs, checkpoint):
     files = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
     # Besides, a file a rank for its generators, and names and shapes: some 300 kB, with two ranks.
     assert checkpoint_bytes(model) <= files <= checkpoint_bytes(model) + 500_000, "the room that is asked for"
-    tag = kept / (kept / "latest").read_text()
-    module = SafeReader().load(str(tag / "mp_rank_00_model_states.pt"))["module"]
-    assert set(module) == set(load_file(folder / "final/weights.safetensors"))
+    saved = SavedShards(kept)
+    for name, tensor in load_file(folder / "final/weights.safetensors").items():
+        assert all(len(saved.read(kind, name, 0, tensor.numel())) for kind in ("weight", *MOMENTS))
     assert not list(training_checkpoints(folder).glob(".*")), "nothing unfinished is left"
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Bad:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"module": Bad()}, tmp_path / "bad.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
-        SafeReader().load(str(tmp_path / "bad.pt"))
-    assert not (tmp_path / "ran").exists()
+def test_missing_elements_of_a_checkpoint_are_named(tmp_path):
+    save_file(
+        {"weight/0/a": torch.arange(3.0), "weight/5/a": torch.arange(2.0)}, tmp_path / "state-00000-000.safetensors"
+    )
+    saved = SavedShards(tmp_path)
+    assert saved.read("weight", "a", 1, 2).tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="2 of 5 elements of a, weight, are missing"):
+        saved.read("weight", "a", 1, 5)

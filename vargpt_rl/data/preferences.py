@@ -58,7 +58,8 @@ INTEGERS = {pa.int64(): pd.Int64Dtype()}
 ORIGIN = "origin"
 """Key, in the file's metadata and in ``attrs``, of the counts that a table was made from: `ORIGIN_COUNTS`."""
 ORIGIN_COUNTS = {"samples", "prompts", "prompts_without_winner", "dropped_by_reason"}
-"""Keys of the origin. A table that was made in parts also has ``parts``, the rows of each."""
+"""Keys of the origin. A table that was made in parts also has ``parts``, the rows of each. One whose references were
+scored in the micro-batches of a learner has ``micro_batch``, the pairs in each."""
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], origin: dict[str, Any] | None = None) -> None:
@@ -131,7 +132,7 @@ def read_table(path: Path) -> pd.DataFrame:
     frame = table.select(COLUMNS.names).to_pandas(types_mapper=INTEGERS.get)
     if text := (table.schema.metadata or {}).get(ORIGIN.encode()):
         origin = json.loads(text)
-        if not isinstance(origin, dict) or origin.keys() - {"parts"} != ORIGIN_COUNTS:
+        if not isinstance(origin, dict) or origin.keys() - {"parts", "micro_batch"} != ORIGIN_COUNTS:
             raise ValueError(
                 f"{path}: metadata {ORIGIN} is {text.decode()}, expected {', '.join(sorted(ORIGIN_COUNTS))}"
             )
@@ -162,6 +163,7 @@ def join_parts(table: Path, parts: list[Path]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     sizes: list[int] = []
     dropped: Counter[str] = Counter()
+    sizes_of_batches: set[int | None] = set()
     origin: dict[str, Any] = dict.fromkeys(("samples", "prompts", "prompts_without_winner"), 0)
     for path in parts:
         with pq.ParquetFile(path) as file:
@@ -169,12 +171,14 @@ def join_parts(table: Path, parts: list[Path]) -> dict[str, Any]:
         made_of = json.loads(part.schema.metadata[ORIGIN.encode()])
         origin = {key: value + made_of[key] for key, value in origin.items()}
         dropped.update(made_of["dropped_by_reason"])
+        sizes_of_batches.add(made_of.get("micro_batch"))
         rows += part.to_pylist()
         sizes.append(part.num_rows)
     if not rows:
         raise ValueError(f"no pair could be built of {origin['samples']} samples; dropped: {dict(dropped)}")
     origin |= {"dropped_by_reason": dict(dropped), "parts": sizes}
-    write_table(table, rows, origin)
+    same = sizes_of_batches.pop() if len(sizes_of_batches) == 1 else None
+    write_table(table, rows, origin | ({"micro_batch": same} if same else {}))
     return origin
 
 
