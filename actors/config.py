@@ -30,6 +30,10 @@ class RolloutConfig:
     max_restarts: CountOrNone = 3
     """Workers replaced before the run fails: of the whole pool, in one start of a run."""
 
+    keep_every: Count | None = None
+    """Images after which what was sampled, judged or scored so far is kept, for a run that is interrupted and resumed.
+    null: 16 batches of each worker, at least 1024. Rounded up to whole batches."""
+
     call_timeout_s: Positive = 1800.0
     """Seconds for one batch, after which its worker counts as lost."""
 

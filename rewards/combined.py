@@ -13,6 +13,7 @@ single reward of any other kind.
 
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,6 +102,33 @@ class Running:
         """Statistics of this use, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
         stats = ray.get(self.server.stats.remote())
         return {name: stats[name].report(before) for name, before in self.before.items()}
+
+    def renewed(self) -> "Running":
+        """Return the same rewards, whose report begins now."""
+        return replace(self, before=ray.get(self.server.stats.remote()))
+
+
+def merge_reports(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the report of several uses of the same rewards, one after the other."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name in reports[0] if reports else ():
+        found = [report[name] for report in reports]
+        scored = sum(each["scored"] for each in found)
+        total = sum(each["scored"] * (each["mean"] or 0.0) for each in found)
+        errors: dict[str, str] = {}
+        unscored: Counter[str] = Counter()
+        for each in found:
+            errors = each["errors"] | errors
+            unscored.update(each["unscored"])
+        merged[name] = {
+            "scored": scored,
+            "mean": (found[0]["mean"] if len(found) == 1 else total / scored) if scored else None,
+            "seconds": sum(each["seconds"] for each in found),
+            "restarts": sum(each["restarts"] for each in found),
+            "unscored": dict(unscored),
+            "errors": errors,
+        }
+    return merged
 
 
 class KeptRewards:

@@ -27,8 +27,9 @@ def in_this_process(reward):
         values[:] = reward(images, prompts)
         return values
 
+    live.renewed = lambda: live
     live.report = lambda: {
-        "reward": {"scored": len(values), "mean": 0.5, "seconds": 0.1, "restarts": 0, "unscored": {}, "errors": []}
+        "reward": {"scored": len(values), "mean": 0.5, "seconds": 0.1, "restarts": 0, "unscored": {}, "errors": {}}
     }
     yield live
 

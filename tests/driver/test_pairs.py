@@ -118,7 +118,8 @@ def test_existing_parts_are_kept(make):
     assert list(again.write()) == [4, 8, 10]
     again.join()
     assert part_path(cut.table(), 0).read_bytes() == first
-    assert len(generated(resumed)) == 6 and len(done) > 4, "the earlier checkpoint had drawn for all rounds"
+    assert len(done) > 4, "the earlier checkpoint had drawn for all rounds"
+    assert len(done) + len(generated(resumed)) == COUNT, "nothing is drawn again"
     assert read_table(cut.table()).equals(read_table(whole.table()))
 
 

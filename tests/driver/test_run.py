@@ -51,6 +51,17 @@ def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tm
         Run(tmp_path / "run", before | {"rollout": {"workers": 2, "reply": "generate"}})
 
 
+def test_ranks_may_change_and_what_is_lost_is_noted(tmp_path):
+    before = {"learner": {"ranks": 2}, "dpo": {"recipe": {"micro_batch": 4, "zero": 2, "lr": 0.1}}, "at": {}}
+    after = {"learner": {"ranks": 1}, "dpo": {"recipe": {"micro_batch": 2, "zero": 3, "lr": 0.1}}, "at": {}}
+    Run(tmp_path / "run", before)
+    changed, lost = Run(tmp_path / "run", after).state["events"]
+    assert changed.endswith("dpo.recipe.micro_batch: 4 -> 2; dpo.recipe.zero: 2 -> 3; learner.ranks: 2 -> 1")
+    assert lost.startswith("training is rounded in another order from now on")
+    with pytest.raises(ValueError, match=r"\(dpo.recipe.lr: 0.1 -> 0.2\)"):
+        Run(tmp_path / "run", {**after, "dpo": {"recipe": {"micro_batch": 2, "zero": 3, "lr": 0.2}}})
+
+
 def test_every_setting_that_may_change_is_one():
     settings = OmegaConf.to_container(OmegaConf.structured(load_config([])), enum_to_str=True)
     for key in (each.removesuffix(": ") for each in FREE):

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.worker import Failure, Worker
+from vargpt_rl.common.failpoints import point
 from vargpt_rl.data.features import FeatureCache, FeatureWriter, drop_damaged, shard_files
 from vargpt_rl.data.records.images import key_sha256
 from vargpt_rl.data.records.stream import RecordStream, corpus_stream
 from vargpt_rl.data.samples import ImageQuestion, Prompt, Record
+from vargpt_rl.driver.parts import part_size
 from vargpt_rl.driver.session import StageContext
 
 
@@ -41,12 +43,16 @@ def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list
     known = FeatureCache(*cache) if shard_files(cache[0]) else ()
     keys = [key for key in dict.fromkeys(record.image for record in records) if (key_sha256(key), 0) not in known]
     failures = _unreadable(it, [record.prompt for record in records])
-    with FeatureWriter(*cache) as writer:
-        for key, result in zip(keys, it.pool.run(Worker.encode, keys, it.resolution), strict=True):
-            if isinstance(result, Failure):
-                failures[key] = result
-            else:
-                writer.add(key_sha256(key), 0, result.features)
+    size = part_size(it, it.config.rollout.batch_size)
+    for at in range(0, len(keys), size):  # the cache keeps what is done
+        part = keys[at : at + size]
+        with it.run.progress.part_of(at, len(keys)), FeatureWriter(*cache) as writer:
+            for key, result in zip(part, it.pool.run(Worker.encode, part, it.resolution), strict=True):
+                if isinstance(result, Failure):
+                    failures[key] = result
+                else:
+                    writer.add(key_sha256(key), 0, result.features)
+        point(f"parts/{it.name}/features/{at}")
     quarantine = it.inputs.quarantine
     readable = []
     for record in records:

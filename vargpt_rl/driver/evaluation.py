@@ -19,9 +19,9 @@ from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
 from vargpt_rl.driver.learned import current_reward, trains_on_check
 from vargpt_rl.driver.own_pairs import write_held_out
-from vargpt_rl.driver.pairs import write_pairs
+from vargpt_rl.driver.pairs import score_kept, write_pairs
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts, held_out_seeds
-from vargpt_rl.driver.sampling import encode_winners, generate
+from vargpt_rl.driver.sampling import encode_winners, generate, generate_kept
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
@@ -53,7 +53,7 @@ def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
     """Generate held-out prompts and score the images; after training on pairs also margins on pairs fixed after SFT."""
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
+    samples = generate_kept(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
     result, images = score_images(it, samples, keep=moment)
     write_scores(it.scores(moment), images)
     # A step that is redone may find scores of later moments.
@@ -161,7 +161,7 @@ def draw(it: StageContext, policy: Policy) -> dict:
         return {}
     it.swap_to(policy)
     prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    return score_images(it, generate(it, prompts, held_out_seeds(it, len(prompts)), it.name))[0]
+    return score_images(it, generate_kept(it, prompts, held_out_seeds(it, len(prompts)), it.name))[0]
 
 
 def answer_questions(it: StageContext, policy: Policy) -> dict[str, float]:
@@ -182,7 +182,7 @@ def edit_images(it: StageContext, policy: Policy, moment: str = "after") -> dict
     if not prompts:
         return {}
     it.swap_to(policy)
-    samples = generate(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
+    samples = generate_kept(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
     write_row(it, moment, samples[: it.config.evaluation.grid])
     check = it.source.edit_check()
     return _checked(it, [(sample.prompt, sample.bits) for sample in samples], check) if check else {}
@@ -217,7 +217,8 @@ def preference_metrics(it: StageContext) -> dict[str, float]:
     scores = {}
     for side in ("chosen", "rejected"):
         items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
-        scores[side] = [score.total for score in it.pool.run(Worker.score, items, resolution)]
+        kept = score_kept(it, f"scores-{side}", items, resolution, it.config.rollout.batch_size)
+        scores[side] = [score.total for score in kept]
     return preference_scores(
         scores["chosen"],
         scores["rejected"],
@@ -244,7 +245,7 @@ def score_images(it: StageContext, samples: list[Sample], keep: str = "") -> tup
             if check and name == "reward" and trains_on_check(it):
                 found[name] = list(check.values(verdicts))
             else:
-                found[name] = score(it, items, plugin)[0]
+                found[name] = score(it, items, plugin, keep and name)[0]
             means |= _means(name, found[name])
     if check:
         means |= check.scores([prompt for prompt, _ in items], verdicts)

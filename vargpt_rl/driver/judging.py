@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.worker import PromptedBits, Worker
-from rewards.combined import Running, Total, scorers
+from rewards.combined import Running, Total, merge_reports, scorers
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
+from vargpt_rl.driver.parts import in_parts
 from vargpt_rl.driver.sampling import SAMPLES
 from vargpt_rl.driver.session import StageContext
 from vargpt_rl.storage.files import write_atomically
@@ -33,7 +34,7 @@ def judge(it: StageContext) -> dict:
     if it.inputs.reward is None:
         return {}
     rollouts = read_rollouts(it.rollouts / SAMPLES)
-    values, report = score(it, rollouts.images, it.inputs.reward)
+    values, report = score(it, rollouts.images, it.inputs.reward, "samples")
     write_rewards(it.rollouts / REWARDS, values)
     return report
 
@@ -48,11 +49,11 @@ def running(it: StageContext, reward: Callable) -> Iterator[Running]:
         yield live
 
 
-def judge_rollouts(it: StageContext, rollouts: Rollouts, reward: Callable | None) -> tuple[Rewards, dict]:
+def judge_rollouts(it: StageContext, rollouts: Rollouts, reward: Callable | None, keep: str) -> tuple[Rewards, dict]:
     """Score samples and winners; return the rewards and the report of `score`."""
     if reward is None:
         return NO_REWARDS, {}
-    values, report = score(it, rollouts.images, reward)
+    values, report = score(it, rollouts.images, reward, keep)
     return split_rewards(rollouts, values), report
 
 
@@ -62,14 +63,23 @@ def split_rewards(rollouts: Rollouts, values: list[float | None]) -> Rewards:
     return Rewards(values[:count], dict(zip(rollouts.winners, values[count:], strict=True)))
 
 
-def score(it: StageContext, items: list[PromptedBits], reward: Callable) -> tuple[list[float | None], dict]:
+def score(
+    it: StageContext, items: list[PromptedBits], reward: Callable, keep: str = ""
+) -> tuple[list[float | None], dict]:
     """Score images with ``reward``; return a value each and the report by term, which is logged.
 
-    ValueError if no image at all is scored.
+    With ``keep``, finished parts are kept under a name that ends in it. ValueError if no image at all is scored.
     """
     with running(it, reward) as live:
-        values = it.pool.run(Worker.reward, items, it.resolution, live)
-        report = live.report()
+
+        def judge_part(part: list[PromptedBits]) -> dict:
+            counted = live.renewed()
+            found = it.pool.run(Worker.reward, part, it.resolution, counted)
+            return {"rewards": reward_rows(found), "report": counted.report()}
+
+        parts = list(in_parts(it, f"rewards-{keep}", items, judge_part) if keep else [judge_part(items)])
+    values = [value for part in parts for value in rewards_of(part["rewards"])]
+    report = merge_reports([part["report"] for part in parts])
     for name, term in report.items():
         unscored = {f"unscored/{reason}": count for reason, count in term["unscored"].items()}
         numbers = {key: term[key] for key in ("scored", "mean", "seconds", "restarts") if term[key] is not None}
@@ -82,15 +92,22 @@ def score(it: StageContext, items: list[PromptedBits], reward: Callable) -> tupl
 
 def write_rewards(path: Path, values: Sequence[float | None]) -> None:
     """Write rewards in order as JSON; a sum of rewards keeps its terms."""
-    rows = [[value, value.terms if isinstance(value, Total) else None] for value in values]
-    write_atomically(path, json.dumps(rows).encode())
+    write_atomically(path, json.dumps(reward_rows(values)).encode())
+
+
+def reward_rows(values: Sequence[float | None]) -> list[list]:
+    """Return rewards as JSON; a sum of rewards keeps its terms."""
+    return [[value, value.terms if isinstance(value, Total) else None] for value in values]
+
+
+def rewards_of(rows: list[list]) -> list[float | None]:
+    """Return the rewards of `reward_rows`."""
+    return [value if terms is None else Total(value, terms) for value, terms in rows]
 
 
 def read_rewards(path: Path, rollouts: Rollouts) -> Rewards:
     """Read the rewards of ``rollouts``. ValueError naming the file if it is damaged or of other rollouts."""
     try:
-        rows = json.loads(path.read_bytes())
-        values = [value if terms is None else Total(value, terms) for value, terms in rows]
-        return split_rewards(rollouts, values)
+        return split_rewards(rollouts, rewards_of(json.loads(path.read_bytes())))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not the rewards of {len(rollouts.images)} images: {error}") from error

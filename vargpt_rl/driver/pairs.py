@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.worker import PromptedBits, Worker
+from actors.worker import ImageScore, PromptedBits, Worker
 from learners.group import RunningJob
 from rewards.combined import Running
 from rewards.preferences import PreferencePair, check_books
@@ -23,6 +23,7 @@ from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.grids import show_pairs
 from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, judge_rollouts, read_rewards, running
+from vargpt_rl.driver.parts import in_parts, score_fields, score_of
 from vargpt_rl.driver.sampling import (
     SAMPLES,
     draw_share,
@@ -95,11 +96,32 @@ def write_scored(
     """
     order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, _scored_rows(it, [pairs[i] for i in order], micro_batch, states), origin)
+    rows = _scored_rows(it, [pairs[i] for i in order], micro_batch, path.stem, states)
+    write_table(path, rows, origin | {"micro_batch": micro_batch})
+
+
+def score_kept(
+    it: StageContext,
+    name: str,
+    items: list[PromptedBits],
+    resolution: int,
+    batch_size: int,
+    states: Path | None = None,
+) -> list[ImageScore]:
+    """Score images with the weights in the workers, in parts that are kept under ``name``.
+
+    ``states``: see `write_pairs`.
+    """
+
+    def score(part: list[PromptedBits]) -> dict:
+        found = it.pool.run(Worker.score, part, resolution, 1.0, states, batch_size=batch_size)
+        return {"scores": [score_fields(each) for each in found]}
+
+    return [score_of(each) for part in in_parts(it, name, items, score, unit=batch_size) for each in part["scores"]]
 
 
 def _scored_rows(
-    it: StageContext, pairs: list[PreferencePair], micro_batch: int, states: Path | None
+    it: StageContext, pairs: list[PreferencePair], micro_batch: int, name: str, states: Path | None
 ) -> list[dict[str, object]]:
     """Return the pairs as rows of the table, with the log-probabilities that the weights in the workers give them."""
     groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
@@ -107,7 +129,7 @@ def _scored_rows(
     for group in groups:  # ordered like the learner's batches: [all chosen, all rejected]
         items += [(each.prompt, each.chosen.bits) for each in group]
         items += [(each.prompt, each.rejected.bits) for each in group]
-    scores = iter(it.pool.run(Worker.score, items, it.resolution, 1.0, states, batch_size=2 * micro_batch))
+    scores = iter(score_kept(it, f"scores-{name}", items, it.resolution, 2 * micro_batch, states))
     rows = []
     for group in groups:
         chosen = [next(scores) for _ in group]
@@ -170,30 +192,32 @@ class PairRounds:
     def write(self) -> Iterator[int]:
         """Write the parts that are missing; yield the number of pairs so far after each round."""
         done = sum(part.exists() for part in self.parts)
+        begin = self.rounds[done].start if done < len(self.rounds) else len(self.plan.prompts)
         samples: dict[int, Sample] = {}
         for sampler in range(len(self.plan.samplers) - 1):
-            samples |= self._draw(sampler, [i for left in self.rounds[done:] for i in left])
+            drawn = self._draw(sampler, range(len(self.plan.prompts)), "all")  # kept until the table is written
+            samples |= {i: sample for i, sample in drawn.items() if i >= begin}
         self.it.swap_to(self.policy)
         built = 0
         wanted = self.it.inputs.reward
         with running(self.it, wanted) if wanted else nullcontext() as reward:
             for number, (part, indices) in enumerate(zip(self.parts, self.rounds, strict=True)):
                 if number >= done:
-                    samples |= self._draw(len(self.plan.samplers) - 1, indices)
+                    samples |= self._draw(len(self.plan.samplers) - 1, indices, f"{number:05d}")
                     self._write_part(part, [samples.pop(i) for i in self.plan.ordered(indices)], reward)
                 built += count_rows(part)
                 yield built
 
-    def _draw(self, sampler: int, indices: range | list[int]) -> dict[int, Sample]:
-        samples, seconds = draw_share(self.it, self.plan, sampler, indices)
+    def _draw(self, sampler: int, indices: range, keep: str) -> dict[int, Sample]:
+        samples, seconds = draw_share(self.it, self.plan, sampler, indices, keep)
         self.drawn += len(samples)
         self.seconds += seconds
         return samples
 
     def _write_part(self, part: Path, samples: list[Sample], reward: Running | None) -> None:
         rollouts = Rollouts(samples, {})
-        rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts))
-        rewards, self.rewards_report = judge_rollouts(self.it, rollouts, reward)
+        rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts, part.stem))
+        rewards, self.rewards_report = judge_rollouts(self.it, rollouts, reward, part.stem)
         micro_batch = self.it.config.dpo.recipe.micro_batch
         write_pairs(
             self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True, states=self.it.states

@@ -3,7 +3,8 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -80,6 +81,16 @@ class RunProgress:
         self.main = ""  # first part of the current step, which stands for most of it
         self.named = ""  # part that the second bar shows
         self.part_began = self.began
+        self.before: tuple[int, int] | None = None  # items done before the part of work under way, and items in all
+
+    @contextmanager
+    def part_of(self, before: int, total: int) -> Iterator[None]:
+        """Count what `part` is told after ``before`` items, of ``total``."""
+        self.before = before, total
+        try:
+            yield
+        finally:
+            self.before = None
 
     def plan(self, weights: Mapping[str, float], done: Iterable[str]) -> None:
         """Take the steps of the run with their weights, and those that are done; begin to show bars."""
@@ -128,6 +139,8 @@ class RunProgress:
 
     def part(self, name: str, done: int, total: int, info: str = "") -> None:
         """Tell how far a part of the current step is."""
+        if self.before:
+            done, total = self.before[0] + done, self.before[1]
         self.main = self.main or name
         if name == self.main:
             self.within = max(self.within, MOST * done / max(total, 1))

@@ -7,6 +7,8 @@ step is never repeated: the same command resumes after the last one.
 import copy
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +29,15 @@ from vargpt_rl.storage.lines import trim
 from vargpt_rl.storage.manifest import Manifest
 
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+PARTS = "parts"
+"""Folder of the finished parts of the step under way."""
 FREE = tuple(
     f"{key}: "
     for key in (
-        *(f"rollout.{key}" for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport")),
+        *(
+            f"rollout.{key}"
+            for key in ("workers", "gpus_per_worker", "max_restarts", "call_timeout_s", "transport", "keep_every")
+        ),
         *(
             f"learner.{key}"
             for key in ("save_every", "keep_last", "keep_every", "max_restarts", "start_timeout_s", "stall_timeout_s")
@@ -44,6 +51,8 @@ FREE = tuple(
     )
 )
 """Settings that may change when a run is resumed: they say where and how it runs, not what comes out."""
+SHARED = re.compile(r"(learner\.ranks|[\w.]+\.recipe\.(micro_batch|zero)): ")
+"""Settings of how ranks share a batch. They may change too, but the result is then not the same bit for bit."""
 READ_BACK = (
     "preferences/*.parquet",
     "evaluations/*.jsonl",
@@ -102,6 +111,8 @@ class Run:
         """Called after each recorded step."""
         self.tracker = None
         self.progress = RunProgress()
+        self.current = ""
+        """Name of the step under way."""
         for name in (CONFIG, STATE, SUMMARY, *LOGS):
             if (directory / name).exists() and not (directory / name).is_file():
                 raise ValueError(f"{directory / name}: expected a file: move it away, or put back a copy of the file")
@@ -141,12 +152,14 @@ class Run:
         told: list[str] = []
         if found is not None and known in (None, content_hash(found)):
             changed = differences(_settings_in(path, found), config)
-            if fixed := [line for line in changed if not line.startswith(FREE)]:
+            if fixed := [line for line in changed if not line.startswith(FREE) and not SHARED.match(line)]:
                 raise ValueError(
                     f"{self.directory} was begun with other settings ({'; '.join(fixed)}): resume with those, "
                     f"or give this run another name=..."
                 )
             told = [f"resuming with other settings: {'; '.join(changed)}"] if changed else []
+            if any(SHARED.match(line) for line in changed):
+                told.append("training is rounded in another order from now on: not bit for bit the run that was begun")
         elif known is not None and self.state["steps"]:
             what = f"{path} is {'gone' if found is None else 'damaged'}"
             if content_hash(written) != known:
@@ -202,6 +215,7 @@ class Run:
 
     def step(self, name: str, work: Callable[[], dict]) -> dict:
         """Return the result of a named step: from its record if it is done, else by doing and recording it."""
+        self.current = name
         if name not in self.state["steps"]:
             began = time.time()
             self.progress.enter(name)
@@ -215,7 +229,13 @@ class Run:
             self.progress.leave(name)
             if self.on_step:
                 self.on_step()
+        shutil.rmtree(self.parts, ignore_errors=True)
         return self.state["steps"][name]
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the parts of the step under way (`vargpt_rl.driver.parts`)."""
+        return self.directory / PARTS / self.current.replace("/", "-")
 
     def rewind(self, name: str, why: str) -> None:
         """Forget a step whose files cannot be used, and all later steps: they will be redone."""
@@ -225,6 +245,7 @@ class Run:
             self.state["served"].pop(step, None)
             self.state["times"].pop(step, None)
         self.served = self._recorded
+        shutil.rmtree(self.directory / PARTS, ignore_errors=True)  # made with what is redone
         self.note(f"redoing {name}: {why}")
 
     def note(self, event: str, restart: bool = False) -> None:

@@ -5,13 +5,14 @@ model" draw each prompt, in the shares that ``sft.shares`` gives.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from actors.worker import BaseWorker, Failure, Worker
 from vargpt_rl.data.rollouts import Rollouts, write_rollouts
 from vargpt_rl.data.samples import Prompt, Sample, Winner
+from vargpt_rl.driver.parts import in_parts, packed, sample_fields, sample_of, unpacked
 from vargpt_rl.driver.seeds import Purpose, apportion, seeds_for
 from vargpt_rl.driver.session import StageContext
 from vargpt_rl.storage.checkpoint import Policy
@@ -106,19 +107,44 @@ def report_speed(it: StageContext, plan: SamplePlan, images: int, seconds: float
 
 
 def draw_share(
-    it: StageContext, plan: SamplePlan, sampler: int, indices: range | list[int]
+    it: StageContext, plan: SamplePlan, sampler: int, indices: range | list[int], keep: str = "all"
 ) -> tuple[dict[int, Sample], float]:
-    """Generate those of ``indices`` that a sampler draws; return the samples by index, and seconds."""
+    """Generate those of ``indices`` that a sampler draws; return the samples by index, and seconds.
+
+    Finished parts are kept under a name that ends in ``keep``.
+    """
     share = plan.drawn_by(sampler, indices)
     if not share:
         return {}, 0.0
     policy = plan.samplers[sampler]
     it.swap_to(policy)
-    began = time.perf_counter()
-    prompts = [plan.prompts[i] for i in share]
-    seeds = [plan.seeds[i] for i in share]
-    drawn = generate(it, prompts, seeds, checkpoint_name(policy))
-    return dict(zip(share, drawn, strict=True)), time.perf_counter() - began
+    name = checkpoint_name(policy)
+    jobs = [(plan.prompts[i], plan.seeds[i]) for i in share]
+    drawn, seconds = _generate_in_parts(it, jobs, name, f"sampler-{sampler}-{keep}")
+    return dict(zip(share, drawn, strict=True)), seconds
+
+
+def generate_kept(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
+    """Do the same as `generate`; a resumed step goes on after what was drawn before."""
+    return _generate_in_parts(it, list(zip(prompts, seeds, strict=True)), name, "images")[0]
+
+
+def _generate_in_parts(
+    it: StageContext, jobs: list[tuple[Prompt, int]], name: str, keep: str
+) -> tuple[list[Sample], float]:
+    """Generate in parts, kept under ``keep``; return the samples and the seconds they took."""
+
+    def draw(part: list[tuple[Prompt, int]]) -> dict:
+        began = time.perf_counter()
+        samples = generate(it, [prompt for prompt, _ in part], [seed for _, seed in part], name)
+        return {"samples": [sample_fields(each) for each in samples], "seconds": time.perf_counter() - began}
+
+    samples: list[Sample] = []
+    seconds = 0.0
+    for found in in_parts(it, keep, jobs, draw):
+        samples += [sample_of(each) for each in found["samples"]]
+        seconds += found["seconds"]
+    return samples, seconds
 
 
 def generate(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
@@ -151,15 +177,24 @@ def _with_own_replies(it: StageContext, prompts: list[Prompt]) -> list[Prompt]:
     ]
 
 
-def encode_winners(it: StageContext, prompts: list[Prompt]) -> dict[str, Winner]:
-    """Encode the stronger system's images as bits, by prompt id; missing and unreadable ones are left out."""
+def encode_winners(it: StageContext, prompts: list[Prompt], keep: str = "all") -> dict[str, Winner]:
+    """Encode the stronger system's images as bits, by prompt id; missing and unreadable ones are left out.
+
+    Finished parts are kept under a name that ends in ``keep``.
+    """
     keys = {prompt.id: key for prompt in prompts if (key := it.source.winner_key(prompt)) is not None}
     with_winner = [prompt for prompt in prompts if prompt.id in keys]
-    encoded = it.pool.run(Worker.encode, [keys[prompt.id] for prompt in with_winner], it.resolution)
+
+    def encode(part: list[str]) -> dict:
+        found = it.pool.run(Worker.encode, part, it.resolution)
+        return {"images": [asdict(each) if isinstance(each, Failure) else packed(each.bits) for each in found]}
+
+    parts = in_parts(it, f"winners-{keep}", [keys[prompt.id] for prompt in with_winner], encode)
+    encoded = [image for part in parts for image in part["images"]]
     winners = {}
     for prompt, result in zip(with_winner, encoded, strict=True):
-        if isinstance(result, Failure):
-            it.inputs.quarantine.add(result.key, prompt.text, result.reason)
+        if isinstance(result, dict):
+            it.inputs.quarantine.add(result["key"], prompt.text, result["reason"])
         else:
-            winners[prompt.id] = Winner(prompt, result.bits, it.resolution, keys[prompt.id])
+            winners[prompt.id] = Winner(prompt, unpacked(result), it.resolution, keys[prompt.id])
     return winners
