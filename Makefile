@@ -3,6 +3,7 @@
 # make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
 # make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
 # make test-faults run the tests of faults of a whole run: 25 minutes on two cores
+# make test-soak   kill and stop random processes of small runs for MINUTES (15), beginning with SEED (0)
 # make test-qlora  install bitsandbytes and run the tests that need it
 # make test-vllm   install vLLM and run the tests that need it
 # make lint        check style, format, types and the lock file
@@ -15,6 +16,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 15
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamps are in the environment, so that they disappear with it.
@@ -30,7 +33,7 @@ FAST := not ray and not deepspeed and not loop and not slow and not faults and n
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast test-faults test-qlora test-slurm test-vllm setup setup-dev setup-vllm offers-vllm docs lint format lock clean
+.PHONY: help demo test test-fast test-faults test-qlora test-slurm test-soak test-vllm setup setup-dev setup-vllm offers-vllm docs lint format lock clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -59,6 +62,9 @@ test-vllm: setup-dev setup-vllm
 
 test-faults: setup-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+test-soak: setup-dev
+	$(BIN)/python -m tests.driver.soak minutes=$(MINUTES) seed=$(SEED) $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
