@@ -43,7 +43,7 @@ def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list
     known = FeatureCache(*cache) if shard_files(cache[0]) else ()
     keys = [key for key in dict.fromkeys(record.image for record in records) if (key_sha256(key), 0) not in known]
     failures = _unreadable(it, [record.prompt for record in records])
-    size = part_size(it, it.config.rollout.batch_size)
+    size = part_size(it, it.config.rollout.images_at_once)
     for at in range(0, len(keys), size):  # the cache keeps what is done
         part = keys[at : at + size]
         with it.run.progress.part_of(at, len(keys)), FeatureWriter(*cache) as writer:

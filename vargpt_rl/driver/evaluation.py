@@ -217,7 +217,7 @@ def preference_metrics(it: StageContext) -> dict[str, float]:
     scores = {}
     for side in ("chosen", "rejected"):
         items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
-        kept = score_kept(it, f"scores-{side}", items, resolution, it.config.rollout.batch_size)
+        kept = score_kept(it, f"scores-{side}", items, resolution, it.config.rollout.images_at_once)
         scores[side] = [score.total for score in kept]
     return preference_scores(
         scores["chosen"],

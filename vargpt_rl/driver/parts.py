@@ -30,7 +30,7 @@ BATCHES = 16
 def part_size(it: StageContext, unit: int) -> int:
     """Return the number of items of a part, a multiple of ``unit``."""
     rollout = it.config.rollout
-    wanted = rollout.keep_every or max(LEAST, BATCHES * rollout.workers * rollout.batch_size)
+    wanted = rollout.keep_every or max(LEAST, BATCHES * rollout.workers * rollout.images_at_once)
     return unit * math.ceil(wanted / unit)
 
 
@@ -41,7 +41,7 @@ def in_parts(
 
     ``name`` is unique within the step. Parts are multiples of ``unit`` items, by default of a worker's batch.
     """
-    size = part_size(it, unit or it.config.rollout.batch_size)
+    size = part_size(it, unit or it.config.rollout.images_at_once)
     for at in range(0, len(items), size):
         part = items[at : at + size]
         path = it.run.parts / name / f"{at:08d}.json"
