@@ -7,10 +7,10 @@ import subprocess
 import pandas as pd
 import pytest
 import wandb
-from omegaconf import OmegaConf
 from PIL import Image
 
-from configs.load import load_config
+from configs.schema import LoopConfig
+from vargpt_rl.common.settings import kind_at
 from vargpt_rl.driver.run import FREE, Run, differences
 
 
@@ -63,10 +63,8 @@ def test_ranks_may_change_and_what_is_lost_is_noted(tmp_path):
 
 
 def test_every_setting_that_may_change_is_one():
-    settings = OmegaConf.to_container(OmegaConf.structured(load_config([])), enum_to_str=True)
     for key in (each.removesuffix(": ") for each in FREE):
-        section, _, name = key.rpartition(".")
-        assert name in (settings[section] if section else settings), key
+        kind_at(LoopConfig, key.split("."))  # ValueError for another
 
 
 def test_differences_name_added_and_removed_keys():
