@@ -38,7 +38,9 @@ def it(tmp_path, monkeypatch):
     monkeypatch.setattr(StageContext, "swap_to", lambda self, policy: {})
     settings = [f"preference.builder={HUMAN}", "preference.samples=2", "preference.count=4", "sft.recipe.steps=4"]
     made = stage_context(tmp_path, *settings, pool=SeedWorkers(), builder=make_plugin(HUMAN, {}, BUILDER))
-    made.session.rewards.use = lambda reward: SimpleNamespace(report=dict)
+    live = SimpleNamespace(report=dict)
+    live.renewed = lambda: live
+    made.session.rewards.use = lambda reward: live
     rewarded = replace(made.inputs, reward=lambda images, prompts: None)
     made = replace(made, session=replace(made.session, inputs=rewarded))
     made.step(Step.SAMPLE, sample, POLICY)

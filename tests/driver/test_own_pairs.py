@@ -104,6 +104,9 @@ def test_the_table_has_the_pairs_and_the_agreement_of_the_reward(it):
 class RunningRewardDouble:
     """A running reward without a report."""
 
+    def renewed(self):
+        return self
+
     def report(self):
         return {}
 
