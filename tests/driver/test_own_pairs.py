@@ -110,9 +110,6 @@ class RunningRewardDouble:
     def report(self):
         return {}
 
-    def renewed(self):
-        return self
-
 
 def test_held_out_pairs_are_measured_and_not_trained_on(it):
     encode_own_pairs(it, POLICY)
