@@ -77,7 +77,7 @@ def trainer(checkpoint, chat, tmp_path):
             model=model,
             args=cpu_dpo_config(tmp_path, **settings),
             data_collator=PairCollator(chat, scales),
-            pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
+            pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}]), micro_batch=None),
             processing_class=chat.tokenizer,
         )
 

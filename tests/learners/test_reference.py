@@ -81,7 +81,7 @@ def pairs(policy, chat):
 def dpo_trainer(policy, chat, folder, reference) -> ImageDpoTrainer:
     return ImageDpoTrainer(
         settings=DpoConfig(),
-        pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}])),
+        pairs=SimpleNamespace(rows=Dataset.from_list([{"resolution": SIDE}]), micro_batch=None),
         reference=reference,
         model=policy,
         args=cpu_dpo_config(folder),
