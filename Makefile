@@ -55,7 +55,7 @@ test-slurm: setup-dev
 # Not in the development tools: peft imports it where it is, which takes every process of every test seconds.
 test-qlora: setup-dev
 	$(BIN)/python -m pip install --quiet --editable '.[qlora]'
-	$(BIN)/python -m pytest tests/model/test_four_bit.py tests/learners/test_adapter.py -k "4_bits or four_bit or average" $(ARGS)
+	$(BIN)/python -m pytest tests/model/test_four_bit.py tests/learners/test_adapter.py tests/test_doctor.py -k "4_bits or four_bit or average" $(ARGS)
 
 test-vllm: setup-dev setup-vllm
 	$(BIN)/python -m pytest -m vllm $(ARGS)

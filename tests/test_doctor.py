@@ -36,6 +36,7 @@ def test_an_adapter_fits_one_gpu_of_80_gb(capsys):
 
 
 def test_an_adapter_beside_4_bits_fits_one_gpu_of_24_gb(capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (make test-qlora)")
     assert doctor.main(["experiment=vargpt_v1_1_lora_24gb", "gpus=1", "gpu_memory_gib=23.6"]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["256"] and "yes" in line]

@@ -347,7 +347,7 @@ def test_other_settings_under_the_same_name_are_refused(finished, folder):
         ("preference.prompts=EMPTY/prompts.txt", "prompts.txt"),
         ("reward.path=nowhere.py:reward", "nowhere.py"),
         ("dpo.recipe.batch=5", "dpo.recipe"),
-        ("data=captioned", "data.captions"),
+        ("data=captioned stages=[align]", "data.captions"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(folder, override, named, capsys):
@@ -357,7 +357,7 @@ def test_bad_input_is_one_line_that_names_it(folder, override, named, capsys):
     other.mkdir(exist_ok=True)
     (other / "config.json").write_text('{"model_type": "llama"}')
     override = override.replace("EMPTY", str(empty)).replace("OTHER", str(other))
-    assert main(folder, "name=bad", override) == 2
+    assert main(folder, "name=bad", *override.split()) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and named in error[0]
     assert not (folder / "bad").exists() or not (folder / "bad" / "state.json").exists()

@@ -57,7 +57,8 @@ def test_variants_share_all_but_their_method(variant):
     config = load_config(overrides(AlignmentStudy(), 2, variant))
     assert config.directory.name == f"seed-2-{variant}"
     assert (config.seed, config.sft, config.evaluation) == (base.seed, base.sft, base.evaluation)
-    recipe = replace(config.rl.recipe, steps=10) if variant == "grpo_twice" else config.rl.recipe
+    own = {"grpo_twice": {"steps": 10}, "online_dpo": {"lr": base.rl.recipe.lr}}
+    recipe = replace(config.rl.recipe, **own.get(variant, {}))
     assert (recipe, config.dpo.recipe) == (base.rl.recipe, base.dpo.recipe)
     assert config.at_resolution(256).sft.recipe.steps == 70 and not config.at
     assert config.dpo.control == (variant == BASE)

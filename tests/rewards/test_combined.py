@@ -280,7 +280,7 @@ def test_unscored_images_are_reported(cluster, plugin, tmp_path):
     rollouts = Rollouts(samples, {prompt.id: Winner(prompt, b"\x40", 32, "key") for prompt in prompts})
     mood = {"path": f"{plugin}:moody", "batch_size": 1, "retries": 0}
     reward = WeightedSum({"mood": mood, "width": {"path": f"{plugin}:width"}})
-    rewards, report = judge_rollouts(it, rollouts, reward)
+    rewards, report = judge_rollouts(it, rollouts, reward, "all")
     counts = write_pairs(it, it.table(), rollouts, reward_gated, rewards, 2)
     assert (counts["built"], counts["dropped_by_reason"]) == (1, {"reward not scored": 1})
     assert report["mood"]["unscored"] == {"raised ValueError": 2}
