@@ -294,4 +294,4 @@ def test_unscored_images_are_reported(cluster, plugin, tmp_path):
         "reward/width": None,
     }
     with pytest.raises(ValueError, match="none of 1 images was scored by the reward.*a bad mood"):
-        judge_rollouts(it, Rollouts(samples[:1], {}), reward)
+        judge_rollouts(it, Rollouts(samples[:1], {}), reward, "first")
