@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.load import load_config
-from tests.bench.test_alignment import begun, scored
+from tests.helpers.study import begun, scored
 from vargpt_rl.bench import adapters
 from vargpt_rl.bench.adapters import AdapterStudy, main, overrides
 from vargpt_rl.evaluate.paired import write_scores

@@ -8,47 +8,11 @@ from dataclasses import replace
 import pytest
 
 from configs.load import load_config
+from tests.helpers.study import begun, scored
 from vargpt_rl.bench import alignment
-from vargpt_rl.bench.alignment import BASE, VARIANTS, AlignmentStudy, Outcome, fork, loop, main, overrides, table
-from vargpt_rl.driver.run import Run
-from vargpt_rl.evaluate.paired import ScoredImage, write_scores
-
-
-def scored(scores):
-    return [
-        ScoredImage(prompt_id=f"p{i}", prompt="a red circle", seed=i, score=score) for i, score in enumerate(scores)
-    ]
-
-
-def begun(directory):
-    """A run that has been through its samples, without the training."""
-    run = Run(directory, {"name": BASE})
-    for name in ("understands/before", "iter-00/before", "iter-00/sft", "iter-00/after_sft", "iter-00/sample"):
-        run.step(name, lambda name=name: {"did": name})
-    weights = directory / "checkpoints/iter-00-sft/final"
-    weights.mkdir(parents=True)
-    (weights / "weights.safetensors").write_bytes(b"weights")
-    (directory / "preferences").mkdir()
-    for split in ("", "-held-out"):
-        (directory / f"preferences/iter-00{split}.parquet").write_bytes(b"pairs")
-    write_scores(directory / "evaluations/iter-00-after_sft.jsonl", scored([0.0, 1.0]))
-    return directory
-
-
-def test_a_fork_has_what_was_done_up_to_sft(tmp_path):
-    source = begun(tmp_path / "dpo")
-    write_scores(source / "evaluations/iter-00-control.jsonl", scored([1.0]))
-    fork(source, tmp_path / "grpo")
-    run = Run(tmp_path / "grpo", {"name": "grpo"})  # other settings are not refused
-    done = ["understands/before", "iter-00/before", "iter-00/sft", "iter-00/after_sft"]
-    assert list(run.state["steps"]) == done
-    assert (run.directory / "checkpoints/iter-00-sft/final/weights.safetensors").read_bytes() == b"weights"
-    assert [path.name for path in (run.directory / "preferences").iterdir()] == ["iter-00-held-out.parquet"]
-    assert [path.name for path in (run.directory / "evaluations").iterdir()] == ["iter-00-after_sft.jsonl"]
-    run.step("iter-00/grpo", dict)
-    fork(source, tmp_path / "grpo")  # begun: left as it is
-    assert list(Run(tmp_path / "grpo", {"name": "grpo"}).state["steps"]) == [*done, "iter-00/grpo"]
-    assert not list(tmp_path.glob(".*"))
+from vargpt_rl.bench.alignment import BASE, VARIANTS, AlignmentStudy, Outcome, main, overrides, table
+from vargpt_rl.bench.study import loop
+from vargpt_rl.evaluate.paired import write_scores
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vargpt_rl.bench.alignment import ONLINE, fork, loop, pooled_gain, spread
+from vargpt_rl.bench.alignment import ONLINE
+from vargpt_rl.bench.study import ITERATION, StudySizes, fork, loop, pooled_gain, shared_overrides, spread
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.settings import Count, NotNegative, Positive
@@ -22,7 +23,6 @@ from vargpt_rl.driver.run import SUMMARY
 from vargpt_rl.evaluate.paired import ScoredImage, read_scores
 from vargpt_rl.memory.units import GIB
 
-ITERATION = "iter-00"
 WHOLE = "full"
 """The variant that trains whole weights."""
 MOMENTS = {"sft": "after_sft", "dpo": "after_dpo", "grpo": "after_grpo"}
@@ -31,7 +31,7 @@ MB = 10**6
 
 
 @dataclass
-class AdapterStudy:
+class AdapterStudy(StudySizes):
     """Settings of the study."""
 
     seeds: Count = 1
@@ -44,26 +44,10 @@ class AdapterStudy:
     """Ranks of adapters, and ``full`` for whole weights, with which the others are compared if it is among them."""
     methods: list[str] = field(default_factory=lambda: ["dpo", "grpo"])
     """Methods after SFT, of dpo and grpo."""
-    checkpoint: str = "tiny"
-    """Model that SFT starts from."""
-    resolution: Count = 256
-    """Pixels a side."""
     targets: list[str] = field(default_factory=lambda: ["image_decoder", "projectors"])
     """Parts with an adapter."""
     faster: Positive = 10.0
     """Factor of an adapter's learning rates over those of whole weights; its alpha is twice its rank."""
-    sft_steps: Count = 70
-    """Optimizer steps of SFT, of 16 images each."""
-    dpo_steps: Count = 24
-    """Optimizer steps of DPO, of 8 pairs each."""
-    pairs: Count = 160
-    """Pairs of DPO, one sample of each prompt."""
-    updates: Count = 10
-    """Updates of GRPO, of 8 prompts with 8 images each."""
-    held_out: Count = 240
-    """Held-out images at each moment."""
-    ranks: Count = 1
-    """Learner ranks; there are as many rollout workers."""
 
     def __post_init__(self):
         for variant in self.variants:
@@ -90,34 +74,13 @@ def overrides(study: AdapterStudy, seed: int, variant: str, method: str) -> list
             f"adapter.targets=[{','.join(study.targets)}]",
         ]
     return [
-        f"runs={study.runs}",
-        f"name={run_name(seed, variant, method)}",
-        f"seed={seed}",
-        f"checkpoint={study.checkpoint}",
-        "stages=[align]",
-        f"resolutions=[{study.resolution}]",
-        "iterations=1",
-        f"sft.records={16 * study.sft_steps}",
-        f"sft.recipe.steps={study.sft_steps}",
-        "sft.recipe.batch=16",
-        "sft.recipe.micro_batch=4",
-        f"preference.count={study.pairs}",
-        f"dpo.recipe.steps={study.dpo_steps}",
-        "dpo.recipe.batch=8",
-        "dpo.recipe.micro_batch=2",
-        f"rl.recipe.steps={study.updates}",
+        *shared_overrides(study, study.runs, run_name(seed, variant, method), seed),
         "rl.recipe.batch=64",
         "rl.recipe.micro_batch=8",
         "rl.prompts=8",
         "rl.group=8",
         "rl.credit_scales=5",
         *(f"{block}.recipe.lr={factor * rate:g}" for block, rate in RATES.items()),
-        f"learner.ranks={study.ranks}",
-        f"rollout.workers={study.ranks}",
-        f"evaluation.prompts={study.held_out}",
-        "tracking.wandb=disabled",
-        "tracking.best=null",
-        "~at",
         *ONLINE,
         f"align.methods=[{method}]",
         *adapter,
