@@ -51,13 +51,7 @@ class _ScoresShownImages(MixedInto):
     ) -> SequenceClassifierOutput:
         """Score right-padded rows [B, T] that show images each: fp32 ``logits`` [B, 1]."""
         embeds_BTH = self.embed(input_ids, pixel_values.to(self.dtype), image_grid_thw)
-        mask_BT, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, None)
-        hidden_BTH = self.model.language_model(
-            inputs_embeds=embeds_BTH,
-            attention_mask=mask_BT,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = self.language_states(embeds_BTH, *self.layout(input_ids, attention_mask, image_grid_thw, None))
         rows_B = torch.arange(len(input_ids), device=input_ids.device)
         last_BH = hidden_BTH[rows_B, attention_mask.sum(1) - 1]
         return SequenceClassifierOutput(logits=self.reward_head(last_BH).float())

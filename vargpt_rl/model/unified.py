@@ -236,18 +236,21 @@ class Unified(ABC, MixedInto):
             drawn_NLH = self.projector_in(torch.cat([condition.start_N1C, words_NLC], dim=1))
             embeds_BTH = self.embed(input_ids, pixel_values, image_grid_thw)
             embeds_BTH = embeds_BTH.masked_scatter(pads_BT[..., None], drawn_NLH.to(embeds_BTH.dtype))
-            mask_BT, position_ids = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
-            states = self.model.language_model(
-                inputs_embeds=embeds_BTH,
-                attention_mask=mask_BT,
-                position_ids=position_ids,
-                use_cache=False,
-            ).last_hidden_state
+            mask_BT, positions = self.layout(input_ids, attention_mask, image_grid_thw, blocks)
+            states = self.language_states(embeds_BTH, mask_BT, positions)
         y_NLC = self.projector_out(states[pads_BT].view(len(first_N2), tokens, -1))
         context = self.context(states, attention_mask, first_N2)
         logits = self.image_decoder(y_NLC, condition, context, schedule, drawing.drop_path, tokens=slice(tokens))
         words = self.lm_head(states) if text_logits else None
         return VargptOutput(logits=words, image_logits=logits, image_labels=drawing.labels_NLs, states=states)
+
+    def language_states(
+        self, embeds_BTH: torch.Tensor, mask_BT: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the language model's states [B, T, H] of rows that it reads at once; see `layout`."""
+        return self.model.language_model(
+            inputs_embeds=embeds_BTH, attention_mask=mask_BT, position_ids=positions, use_cache=False
+        ).last_hidden_state
 
     @property
     def has_language_model(self) -> bool:
