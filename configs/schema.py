@@ -572,6 +572,10 @@ class LoopConfig:
         changed.dtype = dtype
         return changed
 
+    def resolution_of(self, iteration: int) -> int:
+        """Pixels a side of an iteration; those beyond the last resolution repeat it."""
+        return self.resolutions[min(iteration, len(self.resolutions) - 1)]
+
     @property
     def last_resolution(self) -> int:
         """Pixels a side of the last iteration."""

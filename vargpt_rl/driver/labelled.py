@@ -19,7 +19,7 @@ from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.driver.agreement import Margins, agreements, judge_margins, margins_of
 from vargpt_rl.driver.grids import show_pairs
 from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, read_rewards
-from vargpt_rl.driver.pairs import describe_pairs, write_scored
+from vargpt_rl.driver.pairs import describe_pairs, origin_of, write_scored
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.sampling import SAMPLES
 from vargpt_rl.driver.session import StageContext, Step
@@ -53,7 +53,7 @@ def propose(it: StageContext, policy: Policy) -> dict:
     }
     write_atomically(it.rollouts / MARGINS, json.dumps(by_pair).encode())
     micro_batch = it.config.dpo.recipe.micro_batch
-    write_scored(it, it.table(CANDIDATES), pairs, micro_batch, _origin(rollouts, dropped))
+    write_scored(it, it.table(CANDIDATES), pairs, micro_batch, origin_of(rollouts, dropped))
     show_pairs(it, read_table(it.table(CANDIDATES)), CANDIDATES)
     return {"proposed": len(pairs)}
 
@@ -80,7 +80,7 @@ def pair_labelled(it: StageContext, policy: Policy, judged: dict) -> dict:
     check_books(rollouts.samples, pairs, dropped)
     if not pairs:
         raise ValueError(f"people prefer neither image of any of {len(proposed)} pairs: {dict(dropped)}")
-    origin = _origin(rollouts, dropped)
+    origin = origin_of(rollouts, dropped)
     write_scored(it, it.table(), pairs, it.config.dpo.recipe.micro_batch, origin, it.states)
     describe_pairs(it)
     counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin, "raters": len(raters)}
@@ -120,15 +120,6 @@ def _margins(path: Path, winners: Mapping[str, str]) -> Margins:
     return found
 
 
-def _origin(rollouts: Rollouts, dropped: Mapping[str, int]) -> dict[str, object]:
-    return {
-        "samples": len(rollouts.samples),
-        "prompts": len(rollouts.prompts),
-        "prompts_without_winner": len(rollouts.prompts) - len(rollouts.winners),
-        "dropped_by_reason": dict(dropped),
-    }
-
-
 # Waiting for labels
 
 
@@ -155,8 +146,7 @@ def waits_for_labels(config: LoopConfig, run: Run) -> str:
     for k in range(config.iterations):
         name = f"iter-{k:02d}"
         if f"{name}/{Step.PROPOSE}" in done and f"{name}/{Step.PAIR}" not in done:
-            resolution = config.resolutions[min(k, len(config.resolutions) - 1)]
-            return labels_missing(run.directory, name, _share(config.at_resolution(resolution)))
+            return labels_missing(run.directory, name, _share(config.at_resolution(config.resolution_of(k))))
     return ""
 
 

@@ -6,7 +6,7 @@ prompts and writes a part of the table. The earlier SFT checkpoints draw first, 
 pairs on the workers hold the final SFT weights, which are the reference. Parts that exist after a resume are kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,19 @@ def write_pairs(
     check_books(samples, pairs, dropped)
     if not (pairs or part):
         raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
-    origin = {
-        "samples": len(samples),
+    origin = origin_of(rollouts, dropped)
+    write_scored(it, path, pairs, micro_batch, origin, states)
+    return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
+
+
+def origin_of(rollouts: Rollouts, dropped: Mapping[str, int]) -> dict[str, Any]:
+    """Return what a table records of the samples that its pairs were built of."""
+    return {
+        "samples": len(rollouts.samples),
         "prompts": len(rollouts.prompts),
         "prompts_without_winner": len(rollouts.prompts) - len(rollouts.winners),
         "dropped_by_reason": dict(dropped),
     }
-    write_scored(it, path, pairs, micro_batch, origin, states)
-    return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
 
 
 def write_scored(

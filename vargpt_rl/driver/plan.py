@@ -35,7 +35,7 @@ def _weights(stage: str, config: LoopConfig) -> dict[str, float]:
         return {"before": answering, "after": answering}
     if stage.startswith("iter-"):
         k = int(stage.removeprefix("iter-"))
-        resolution = config.resolutions[min(k, len(config.resolutions) - 1)]
+        resolution = config.resolution_of(k)
         return _iteration_weights(config.at_resolution(resolution), resolution)
     resolution = STAGES[stage].resolutions(config.resolutions)[0]
     return _stage_weights(stage, config.at_resolution(resolution), resolution)

@@ -65,8 +65,7 @@ class Session:
 
     def iteration(self, index: int) -> "StageContext":
         """Enter an iteration; those beyond the last resolution repeat it."""
-        resolutions = self.config.resolutions
-        return self._enter(f"iter-{index:02d}", resolutions[min(index, len(resolutions) - 1)], index)
+        return self._enter(f"iter-{index:02d}", self.config.resolution_of(index), index)
 
     def stage(self, name: str, resolution: int) -> "StageContext":
         """Enter a stage outside the iterations."""
