@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from vargpt_rl.data.own_pairs import OwnPair, OwnPairs
 from vargpt_rl.data.samples import Prompt, Winner
 from vargpt_rl.driver.agreement import agreements, score_sides
 from vargpt_rl.driver.pairs import describe_pairs, write_scored
+from vargpt_rl.driver.parts import in_parts, packed, unpacked
 from vargpt_rl.driver.session import StageContext
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.files import write_atomically
@@ -41,8 +43,6 @@ COLUMNS = pa.schema(
 LEFT_OUT = "left_out"
 """Key, in the file's metadata, of the comparisons that are no pair, by reason."""
 UNREADABLE, SAME_BITS = "unreadable image", "identical bits"
-CHUNK = 2048
-"""Images that are encoded before their features are let go."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,23 @@ def encode_own_pairs(it: StageContext, policy: Policy) -> dict:
 def _encode(it: StageContext, own: OwnPairs) -> dict[str, bytes]:
     """Return the bits of each image by key; undecodable ones are quarantined with their row and left out."""
     places = {key: pair for pair in reversed(own.pairs) for key in (pair.chosen, pair.rejected)}
-    keys = sorted(places)
-    bits = {}
-    for at in range(0, len(keys), CHUNK):
-        for result in it.pool.run(Worker.encode, keys[at : at + CHUNK], it.resolution):
-            if isinstance(result, Failure):
-                it.inputs.quarantine.add(places[result.key].place, places[result.key].prompt.text, result.reason)
-            else:
-                bits[result.key] = result.bits
+    bits: dict[str, bytes] = {}
+    for found in in_parts(it, "images", sorted(places), partial(_encode_part, it)):
+        bits |= {key: unpacked(text) for key, text in found["bits"].items()}
+        for key, reason in found["failures"].items():
+            it.inputs.quarantine.add(places[key].place, places[key].prompt.text, reason)
     return bits
+
+
+def _encode_part(it: StageContext, keys: list[str]) -> dict[str, dict[str, str]]:
+    """Encode images; return the bits as text, and the reasons of those that cannot be read, by key."""
+    found: dict[str, dict[str, str]] = {"bits": {}, "failures": {}}
+    for result in it.pool.run(Worker.encode, keys, it.resolution):
+        if isinstance(result, Failure):
+            found["failures"][result.key] = result.reason
+        else:
+            found["bits"][result.key] = packed(result.bits)
+    return found
 
 
 def _rows(own: OwnPairs, bits: dict[str, bytes], left_out: Counter[str]) -> Iterator[dict[str, object]]:
