@@ -19,7 +19,7 @@ LAYOUT = "layout.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is shared by its ranks. Only an equal one resumes a checkpoint bit for bit."""
+    """Shares of a job's ranks, and the seed of their order. Only an equal layout resumes a checkpoint bit for bit."""
 
     ranks: int
     micro_batch: int

@@ -60,7 +60,7 @@ def rate(count: int, seconds: float) -> str:
 
 
 class RunProgress:
-    """What a run does and how long it will take.
+    """Display of a run's steps and of the time left.
 
     ``plan`` tells which steps there are. On a terminal, two bars at the bottom; elsewhere a line for each step and one
     every ``LINE_EVERY_S`` within it.

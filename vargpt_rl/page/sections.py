@@ -199,7 +199,7 @@ def _scales_and_sources(entry: dict[str, Any]) -> list[Plot]:
 
 @dataclass(kw_only=True)
 class TimeSection:
-    """How long the steps of a run took, what happened, and the records that could not be used."""
+    """Time of a run's steps, its events, and the records that could not be used."""
 
     name: str
     plot: Plot | None
