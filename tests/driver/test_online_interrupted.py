@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.driver.test_faults import ROOT
+from tests.driver.test_faults import ROOT, TIMES
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.driver.run import differences
@@ -64,7 +64,7 @@ def go(folder, name: str, *points: str) -> tuple[dict, dict[str, torch.Tensor], 
 def timeless(value):
     """Leave out times, and versions, which count swaps: a resumed run makes fewer or more."""
     if isinstance(value, dict):
-        left_out = ("seconds", "seconds_per_update", "waited", "version", "peak_memory")
+        left_out = (*TIMES, "seconds_per_update", "waited", "version")
         return {key: timeless(each) for key, each in value.items() if key not in left_out}
     return value
 

@@ -103,7 +103,8 @@ class OwnRank(LearnerGroup):
     """The group's interface to a rank in this process."""
 
     def __init__(self, config, note, bf16):
-        self.rank, self.note, self.bf16 = Rank(0, config, threads=1, use_gpu=False, bf16=bf16), note, bf16
+        self.config, self.note, self.bf16 = config, note, bf16
+        self.rank = Rank(0, config, threads=1, use_gpu=False, bf16=bf16)
         self.patience = Patience(config.stall_timeout_s)
         self.rank.join(ray.util.get_node_ip_address(), free_port())
 
