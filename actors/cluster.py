@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.resources import Placement, Resources
+from vargpt_rl.common.bars import HIDDEN
 from vargpt_rl.common.signals import handle_signals
 
 Place: TypeAlias = PlacementGroupSchedulingStrategy
@@ -41,7 +42,7 @@ def connect() -> None:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences its notice
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it says that it starts, and has a token
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | HIDDEN
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": environment}}
     if "RAY_ADDRESS" not in os.environ:
         # By default Ray listens on every network, with a token in the home directory that others may read.

@@ -8,7 +8,6 @@ Scheduling is in ``actors.batches``, the life of workers in ``actors.worker_grou
 ``actors.published``.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
-from tqdm import tqdm
 
 from actors.batches import BatchJob
 from actors.cluster import LOST, Note, Place, unnoted
@@ -27,6 +25,7 @@ from actors.transport import BroadcastTransfer
 from actors.weights import SwapReport, every
 from actors.worker import REPEATABLE, BaseWorker, Worker
 from actors.worker_group import AnyWorker, State, WorkerGroup
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.model.adapter import AdapterConfig
@@ -116,7 +115,7 @@ class RolloutPool:
         name, workers = method.__name__, self.workers
         job = BatchJob(items, batch_size or self.config.images_at_once, repeatable=method in REPEATABLE)
         args = tuple(ray.put(arg) if callable(arg) else arg for arg in args)  # rewards: sent to each node once
-        with tqdm(total=len(items), desc=name, file=sys.stderr, disable=self.progress is not None) as bar:
+        with progress_bar(name=name, total=len(items), disable=self.progress is not None) as bar:
             try:
                 while not job.is_done:
                     for worker, batch in zip(workers.idle(), job.next_batches(workers.calls), strict=False):

@@ -15,7 +15,7 @@ import ray
 
 from slurm.node import wait_for
 from vargpt_rl import loop
-from vargpt_rl.common.signals import stop
+from vargpt_rl.common.signals import Stop, stop
 from vargpt_rl.driver.run import STATE
 from vargpt_rl.storage.checkpoint import MARKER
 
@@ -69,7 +69,8 @@ def main() -> int:
         return 1
     except SystemExit:  # raised by ``stop`` before the loop
         status = os.EX_TEMPFAIL
-    if status == os.EX_TEMPFAIL and finished(directory) == before:
+    # Without a signal, EX_TEMPFAIL means that the run waits for people's labels.
+    if Stop.code is not None and status == os.EX_TEMPFAIL and finished(directory) == before:
         print("error: no step was finished since the start: set a longer time limit", file=sys.stderr)
         return 1
     return status

@@ -142,6 +142,22 @@ def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monke
     assert "after DPO" in " ".join(shown.split()) and "runs/a" in shown
 
 
+@pytest.mark.parametrize(
+    ("measured", "title"),
+    [
+        ({"after_sft": SCORE, "after_grpo": SCORE}, "held-out images"),
+        ({"after_sft": SCORE, "after_dpo": SCORE | PAIRS}, "held-out images and pairs"),
+        (
+            {"after_sft": SCORE, "sft_on_winners": SCORE | PAIRS, "after_dpo": SCORE | PAIRS},
+            "held-out images and pairs (control: SFT on the winners)",
+        ),
+    ],
+)
+def test_the_closing_table_names_only_what_it_has(measured, title):
+    summary = {"iterations": [{"resolution": 256, "eval": {"sft_on_winners": None} | measured}]}
+    assert closing_table(summary).title == title
+
+
 def test_training_time_is_shared_among_parts():
     summary = {
         "stages": {"pretrain": {"steps": 2, "time": {"data": 1.0, "forward": 4.0}, "swap": {"seconds": 9.0}}},

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from slurm import drive, node
+from vargpt_rl.common.signals import Stop
 
 ROOT = Path(__file__).parents[2]
 ENVIRON = {
@@ -89,6 +90,21 @@ def test_progress_is_a_step_or_a_newer_checkpoint(tmp_path):
     assert drive.finished(tmp_path) == begun
     (tmp_path / "checkpoints/sft/step/COMPLETE").touch()
     assert drive.finished(tmp_path) != begun
+
+
+@pytest.mark.parametrize(("stopped_by", "code"), [(None, os.EX_TEMPFAIL), (os.EX_TEMPFAIL, 1)])
+def test_only_a_stopped_job_is_told_of_its_time_limit(tmp_path, monkeypatch, capsys, stopped_by, code):
+    """A run that waits for people's labels ends without a signal."""
+    logs = tmp_path / "slurm/1"
+    for name, value in {"LOGS": str(logs), "HEAD": "a:1", "NODES": "a", "GPUS": "0", "READY_S": "1"}.items():
+        monkeypatch.setenv(f"VARGPT_RL_{name}", value)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(drive, "gather", lambda *_: None)
+    monkeypatch.setattr(drive.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(drive.loop, "main", lambda _: os.EX_TEMPFAIL)
+    monkeypatch.setattr(Stop, "code", stopped_by)
+    assert drive.main() == code
+    assert ("time limit" in capsys.readouterr().err) == (stopped_by is not None)
 
 
 STUBBORN = """

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from vargpt_rl.common.bars import hide_library_bars
+
 OURS = ("__main__", "vargpt_rl", "actors", "learners", "rewards")
 """Loggers of this project's packages; libraries keep their own settings."""
 
@@ -17,7 +19,11 @@ RUN_LOG = "run.log"
 
 
 def configure_logging() -> None:
-    """Send log messages to stderr: formatted by rich on a terminal, one plain line each elsewhere."""
+    """Send log messages to stderr: formatted by rich on a terminal, one plain line each elsewhere.
+
+    Libraries show no progress bars from then on.
+    """
+    hide_library_bars()
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
     else:

@@ -32,8 +32,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
 
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.common.settings import Count, CountOrNone, Share
 from vargpt_rl.data.features import FeatureCache, FeatureWriter, load_image_tokenizer, shard_files, tokenizer_checksum
@@ -175,7 +175,7 @@ def encode(command: Encoding) -> Counter[str]:
     counts: Counter[str] = Counter()
     fresh = fresh_crops(command, quarantine, there, counts)
     with FeatureWriter(*made) as writer:
-        remaining = iter(tqdm(fresh, unit=" crops", disable=None))
+        remaining = iter(progress_bar(fresh, name="encode", unit=" crops"))
         while batch := list(islice(remaining, command.batch_size)):
             features_Bdhw = features_of(tokenizer, [pixels for *_, pixels in batch], command.batch_size, device)
             for (content, number, _), features_dhw in zip(batch, features_Bdhw, strict=True):

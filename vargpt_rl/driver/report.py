@@ -67,9 +67,14 @@ CONTROL = "sft_on_winners"
 
 
 def closing_table(summary: dict) -> Table:
-    """Return the results of each policy of each iteration on held-out prompts and pairs."""
-    table = Table(title="held-out images and pairs (control: SFT on the winners)", title_justify="left")
+    """Return the results of each policy of each iteration on held-out prompts, and on pairs where there are any."""
     measured = _measured(summary)
+    title = "held-out images"
+    if any("margin" in result for *_, result in measured):
+        title += " and pairs"
+    if any(name == "control" for _, _, name, _ in measured):
+        title += " (control: SFT on the winners)"
+    table = Table(title=title, title_justify="left")
     judges = [name for name in ("reward", "judge") if any(name in result for *_, result in measured)]
     for column in ("#", "px", "policy", "n", "score", *judges, "margin", "accuracy"):
         table.add_column(column, justify="left" if column == "policy" else "right")

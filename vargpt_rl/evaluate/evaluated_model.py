@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.inference.conversation import device_and_dtype, load
@@ -118,7 +118,7 @@ class EvaluatedModel:
         answered = {}
         with (
             path.open("a", encoding="utf-8") as file,
-            tqdm(total=len(missing), unit="question", desc=self.out.name) as bar,
+            progress_bar(name=self.out.name, total=len(missing), unit="question") as bar,
         ):
             for batch in batches(missing, self.config.batch_size):
                 shown = self._shown(batch, look, quarantine)

@@ -19,8 +19,8 @@ from pathlib import Path
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
-from tqdm import tqdm
 
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.data.images import as_rgb
 from vargpt_rl.inference.conversation import load
 from vargpt_rl.storage.files import write_atomically
@@ -78,7 +78,7 @@ class VargptLmms(lmms):
         if missing and self.answers:
             self.answers.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.answers, as_lines(read_records(self.answers)).encode())
-        bar = tqdm(total=len(missing), unit="question")
+        bar = progress_bar(name="answer", total=len(missing), unit="question")
         while missing:
             batch = [r for r in missing[: self.batch_size] if r.max_tokens == missing[0].max_tokens]
             missing = missing[len(batch) :]

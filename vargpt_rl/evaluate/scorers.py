@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.common.plugins import make_plugin
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
@@ -42,7 +42,7 @@ def image_of_each(prompts: list[str]) -> list[ImageRequest]:
 
 def batched(paths: list[Path], label: str) -> Iterator[list[Image.Image]]:
     """Load images in batches, with a progress bar."""
-    remaining = iter(tqdm(paths, label, unit="image"))
+    remaining = iter(progress_bar(paths, name=label, unit="image"))
     while batch := list(islice(remaining, BATCH)):
         yield [read_image(path) for path in batch]
 

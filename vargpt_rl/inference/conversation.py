@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from transformers import logging
 
+from vargpt_rl.common.bars import hide_library_bars
 from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
 from vargpt_rl.model.families import family_of
@@ -182,7 +182,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
     ever depends on its batch. Raises ValueError if the directory does not have a complete model of either family.
     """
     place, kind = device_and_dtype(device, dtype)
-    logging.disable_progress_bar()  # of seconds, even on the tiny model
+    hide_library_bars()  # of seconds, even on the tiny model
     folder = model_folder(checkpoint)
     try:
         base = adapter_base(folder) if is_adapter_folder(folder) else folder

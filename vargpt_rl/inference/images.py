@@ -14,8 +14,8 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, Positive
 from vargpt_rl.inference.conversation import device_and_dtype
 from vargpt_rl.model.drawing_defaults import DrawingDefaults, read_defaults
@@ -216,7 +216,7 @@ def draw_missing(
     loaded = model()
     with (
         (out / records).open("a", encoding="utf-8") as file,
-        tqdm(total=len(lines), initial=len(lines) - len(missing), unit="image", desc=out.name) as bar,
+        progress_bar(name=out.name, total=len(lines), initial=len(lines) - len(missing), unit="image") as bar,
     ):
         for batch in batches(missing, batch_size):
             for line, image in zip(batch, draw_batch(*loaded, batch, look), strict=True):

@@ -1,9 +1,11 @@
 """Locate a model's files: in a directory, or on the Hugging Face hub under "org/name", cached after the download."""
 
 import re
+import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from tqdm import tqdm
 
 from vargpt_rl.model.whole import check_config
 
@@ -25,7 +27,8 @@ def model_folder(checkpoint: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
         raise ValueError(f"checkpoint={checkpoint}: no such directory")
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(FETCHED)))
+        bars = tqdm if sys.stderr.isatty() else None  # of the libraries' bars, the one that is wanted
+        return Path(snapshot_download(str(checkpoint), allow_patterns=list(FETCHED), tqdm_class=bars))
     except Exception as error:  # the hub's client raises errors of many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"checkpoint={checkpoint}: no such directory, and not on the hub: {reason}") from error

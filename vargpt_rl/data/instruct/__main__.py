@@ -20,8 +20,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
+from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.common.settings import Count, CountOrNone, Positive, Share
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
@@ -126,7 +125,7 @@ def instruct(command: InstructCommand) -> tuple[Counter[str], Quarantine]:
         rejects = Quarantine(path)
         work = partial(attempt, ask=ask, method=command.method.value)
         results = spread(work, fresh(captions, ids, counts))
-        write(tqdm(results, unit=" captions", disable=None), file, rejects, counts)
+        write(progress_bar(results, name="captions", unit=" captions"), file, rejects, counts)
     if not (counts or rejects.counts):
         raise ValueError(f"captions={command.captions}: no record in it")
     return counts, rejects
