@@ -1,4 +1,4 @@
-"""Online alignment methods: what each learns from a group of images, and its loss.
+"""Alignment methods of an iteration, and what each online one learns from a group of images, and its loss.
 
 A method is a row of `ONLINE`. The driver draws and judges groups of images of one prompt and asks ``choose`` which of
 them to learn from, and how much; the trainer (`learners.grpo`) computes their log-probabilities and asks ``loss``.
@@ -8,10 +8,12 @@ Shape legend: N images, P parts of an image (one, or its coarse prefix and the r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
 from learners.config import RlConfig
+from vargpt_rl.common.settings import OneOf
 from vargpt_rl.losses.policy_gradient import (
     clipped_policy_loss,
     group_advantages,
@@ -141,3 +143,51 @@ ONLINE = {
     ),
 }
 """Online methods by the names in ``align.methods``."""
+METHODS = ("dpo", "reward", *ONLINE)
+"""Alignment methods of an iteration."""
+
+
+@dataclass
+class AlignConfig:
+    """Alignment of an iteration."""
+
+    sft: bool = True
+    """Begin with SFT. Without it, online methods start from the policy as it is; DPO samples from SFT's checkpoints."""
+    methods: list[Annotated[str, OneOf(*METHODS)]] = field(default_factory=lambda: ["dpo"])
+    """Methods, in the order in which they are applied, each from the policy of the last: dpo, reward, rft, online_dpo,
+    grpo.
+
+    dpo: on pairs of samples and winners, as in the paper. reward: leaves the policy as it is and learns a reward from
+    the pairs, which the methods after it maximise instead of ``reward.path``. The others: online, on rewards of the
+    policy's own images.
+    """
+
+    def __post_init__(self):
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"align.methods={self.methods}: expected some of {list(METHODS)}, each at most once")
+
+    @property
+    def online(self) -> list[str]:
+        """The methods that draw and judge their own images."""
+        return [method for method in self.methods if method in ONLINE]
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Tell whether a method learns from preference pairs."""
+        return "dpo" in self.methods or "reward" in self.methods
+
+    @property
+    def unlearned(self) -> list[str]:
+        """The online methods without a learned reward before them."""
+        learned = self.methods.index("reward") if "reward" in self.methods else len(self.methods)
+        return [method for method in self.online if self.methods.index(method) < learned]
+
+    @property
+    def last_moment(self) -> str:
+        """Moment of the evaluation after the last method that changes the policy."""
+        return f"after_{next((method for method in reversed(self.methods) if method != 'reward'), 'sft')}"
+
+    @property
+    def left_out(self) -> set[str]:
+        """Rows of the stage table (``vargpt_rl.stages``) that an iteration leaves out."""
+        return (set() if self.sft else {"sft"}) | (set() if "dpo" in self.methods else {"dpo", "sft_on_winners"})

@@ -20,6 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from actors import resources
+from configs.consistency import check_devices
 from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
@@ -177,7 +178,7 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
             return str(error)
     try:
         for resolution in config.resolutions:
-            config.at_resolution(resolution).check_devices(devices.gpus > 0)
+            check_devices(config.at_resolution(resolution), devices.gpus > 0)
     except ValueError as error:
         return str(error)
     return refusal(need, config, devices)

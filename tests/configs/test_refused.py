@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from configs.consistency import check_devices
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.config import LOSS_TYPES, SCHEDULES
@@ -208,11 +209,11 @@ def test_options_of_a_recipe_that_exclude_each_other_are_one_line(settings, told
 def test_what_needs_a_gpu_is_refused_without_one():
     config = load_config([*RL, "rl.recipe.optimizer=adamw_8bit", "dpo.recipe.optimizer=adamw_8bit"])
     with pytest.raises(ValueError, match=r"^rl\.recipe\.optimizer=adamw_8bit: .* GPUs.*; expected adamw$"):
-        config.check_devices(on_gpu=False)
+        check_devices(config, on_gpu=False)
     quantised = load_config(["adapter=lora", "adapter.four_bit=[language_model]", "dtype=fp32"])
     with pytest.raises(ValueError, match=r"^adapter\.four_bit=\['language_model'\]: .*; expected \[\]$"):
-        quantised.check_devices(on_gpu=False)
-    load_config(["learned_reward.recipe.optimizer=adamw_8bit"]).check_devices(on_gpu=False)
+        check_devices(quantised, on_gpu=False)
+    check_devices(load_config(["learned_reward.recipe.optimizer=adamw_8bit"]), on_gpu=False)
 
 
 @pytest.mark.parametrize(

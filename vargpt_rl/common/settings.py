@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import (
     TYPE_CHECKING,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # at run time where it is used: ranges need no OmegaConf, and
     from omegaconf import DictConfig
 
 Settings = TypeVar("Settings")
+Value = TypeVar("Value")
 
 
 @runtime_checkable
@@ -311,6 +312,11 @@ def as_written(kind: Any, text: str) -> str | list[str] | None:
     if get_origin(inner) is list and bare(get_args(inner)[0]) is str:
         return split_list(text)
     return None
+
+
+def at_iteration(values: Sequence[Value], iteration: int) -> Value:
+    """Return the value of an iteration in a list of one for each; iterations beyond the last repeat it."""
+    return values[min(iteration, len(values) - 1)]
 
 
 def split_list(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from actors.worker import PromptedBits, Worker
-from configs.schema import METHODS
+from learners.methods import METHODS
 from vargpt_rl.data.preferences import prompts_of
 from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.prompts import held_out_edits, held_out_prompts

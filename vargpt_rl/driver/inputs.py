@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
-from configs.schema import LoopConfig, PreferenceConfig, RewardConfig
+from configs.schema import LoopConfig
 from configs.stages import DpoStage, SftStage, SupervisedStage
+from rewards.config import PreferenceConfig, RewardConfig
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.captioned import CaptionedConfig, CaptionedSource
 from vargpt_rl.data.own_pairs import OwnPairs, PairImages, read_own_pairs

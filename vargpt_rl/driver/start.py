@@ -11,6 +11,7 @@ from actors.cluster import nodes, reserve
 from actors.pool import RolloutPool
 from actors.resources import Placement, plan
 from actors.text_engine import start_text_engine
+from configs.consistency import check_devices
 from configs.load import load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
@@ -80,7 +81,7 @@ def place(config: LoopConfig, inputs: Inputs, run: Run) -> Placement:
     )
     settled = config.with_dtype(dtype)
     for resolution in dict.fromkeys(config.resolutions):
-        settled.at_resolution(resolution).check_devices(placement.use_gpu)
+        check_devices(settled.at_resolution(resolution), placement.use_gpu)
     check_fits(settled, model_config(inputs.model), found)
     return placement
 

@@ -5,9 +5,10 @@ Free of torch, so that a page is made in moments. The progress of a run (`vargpt
 
 from typing import Any
 
+from rewards.preferences import HUMAN
+from vargpt_rl.common.settings import at_iteration
+
 PAIRED = ("sample", "judge", "pair")
-HUMAN = "rewards.preferences:human"
-"""Preference builder that has people label pairs, as `rewards.preferences.HUMAN`."""
 
 
 def expected_steps(config: dict[str, Any]) -> list[str]:
@@ -36,9 +37,8 @@ def _at_start(config: dict[str, Any]) -> dict[str, bool]:
 
 def _align(config: dict[str, Any], asked_before: bool) -> list[str]:
     steps = [] if asked_before else ["understands/before"]
-    resolutions = config["resolutions"]
     for k in range(config["iterations"]):
-        settings = _at_resolution(config, resolutions[min(k, len(resolutions) - 1)])
+        settings = _at_resolution(config, at_iteration(config["resolutions"], k))
         steps += [f"iter-{k:02d}/{step}" for step in _iteration(settings)]
     return [*steps, "understands/after"]
 

@@ -1,0 +1,55 @@
+"""Settings of rewards and of preference pairs. No heavy imports, so that a bad setting fails at once."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.preferences import HUMAN
+from vargpt_rl.common.settings import Count
+
+
+@dataclass
+class RewardConfig:
+    """A reward plug-in.
+
+    Several rewards: ``rewards.combined:WeightedSum``, whose ``options.terms`` are named rewards with the keys of
+    ``rewards.processes.RewardTerm``.
+    """
+
+    path: str | None = None
+    """``module:Name`` or ``file.py:name``; null scores nothing."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a class's constructor."""
+
+
+@dataclass
+class PreferenceConfig:
+    """Preference pairs of an iteration."""
+
+    builder: str = "rewards.preferences:external_winner"
+    """Preference builder: ``module:name`` or ``file.py:name``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the builder."""
+    winners: str | None = None
+    """Folder of the stronger system's images.
+
+    Matched by file name (captioned data) or by the prompt's id, as in ``<id>.png`` (records; a held-out record without
+    one there has its own image as winner). Letter case, Unicode normal form and ending may differ.
+    """
+    pairs: str | None = None
+    """File or folder of pairs that people have judged: two images, a prompt, who won (Pick-a-Pic, HPDv2, JSON lines).
+
+    All of them replace samples, winners and builder: nothing is drawn for pairs. See docs/preferences.md.
+    """
+    pair_images: str | None = None
+    """Folder in which the images that ``pairs`` names are; null is the folder of the file."""
+    prompts: str | None = None
+    """File of prompts, instead of the data source's own."""
+    count: Count = 128
+    """Prompts per iteration."""
+    samples: Count = 1
+    """Samples of each prompt."""
+
+    @property
+    def asks_people(self) -> bool:
+        """Tell whether people label the pairs."""
+        return self.builder == HUMAN
