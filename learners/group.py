@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from ray.exceptions import GetTimeoutError
@@ -32,6 +33,7 @@ from learners.jobs import (
     save_request,
     training_checkpoints,
 )
+from vargpt_rl.common.network import free_port
 
 OnLog = Callable[[dict], None]
 JobSteps = Generator[list[ray.ObjectRef], None, dict]
@@ -128,10 +130,13 @@ class RankHost:
         self._rank = Rank(rank, config, threads, use_gpu, bf16)
 
     def address(self) -> tuple[str, int]:
-        return self._rank.address()
+        """This node's address in the cluster and a free port, where the ranks rendezvous with rank 0."""
+        return ray.util.get_node_ip_address(), free_port()
 
     def join(self, host: str, port: int) -> RankProcess:
-        return self._rank.join(host, port)
+        """Join the process group; returns the process."""
+        self._rank.join(host, port, ray.util.get_node_ip_address())
+        return RankProcess(os.getpid(), ray.get_runtime_context().get_node_id(), psutil.Process().create_time())
 
     def run(self, job: Job) -> dict:
         return self._rank.run(job)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import deepspeed
 import psutil
-import ray
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
@@ -31,7 +30,6 @@ from learners.jobs import (
     DpoJob,
     Job,
     PolicyGradientJob,
-    RankProcess,
     RewardJob,
     SftJob,
     TokenizerJob,
@@ -50,7 +48,6 @@ from learners.sft import SftTrainer
 from learners.training import SaveAt, finish, in_force, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.memory import forget_peak, peak_memory
-from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.data.reward_pairs import RewardPairCollator
 from vargpt_rl.data.samples import Probe
@@ -120,19 +117,14 @@ class Rank:
         torch.set_num_threads(threads)
         self.peak = 1e12 * config.peak_tflops if config.peak_tflops else 0.0
 
-    def address(self) -> tuple[str, int]:
-        """This node's address in the cluster and a free port, where the ranks rendezvous with rank 0."""
-        return ray.util.get_node_ip_address(), free_port()
-
-    def join(self, host: str, port: int) -> RankProcess:
-        """Join the process group; returns the process."""
+    def join(self, host: str, port: int, own_address: str) -> None:
+        """Join the process group at ``host:port``, by the network interface that has ``own_address``."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # By default gloo listens where the host's name resolves to: on many systems that is the loopback.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(ray.util.get_node_ip_address()))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(own_address))
         # gloo suffices on CPUs; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
-        return RankProcess(os.getpid(), ray.get_runtime_context().get_node_id(), psutil.Process().create_time())
 
     def run(self, job: Job) -> dict:
         """Run a job; returns its result, the same kind of dict on every rank."""

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
 import torch
 
 from actors.pool import RolloutPool
@@ -106,7 +105,7 @@ class OwnRank(LearnerGroup):
         self.config, self.note, self.bf16 = config, note, bf16
         self.rank = Rank(0, config, threads=1, use_gpu=False, bf16=bf16)
         self.patience = Patience(config.stall_timeout_s)
-        self.rank.join(ray.util.get_node_ip_address(), free_port())
+        self.rank.join("127.0.0.1", free_port(), own_address="127.0.0.1")
 
     def start(self, job, on_log):
         if isinstance(job, PolicyGradientJob):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -246,7 +245,7 @@ def test_malformed_batches_are_refused(policy, chat, tmp_path, change, message):
 def train(member: int, address: tuple[str, int], config: LearnerConfig, job: PolicyGradientJob, results) -> None:
     """One rank, in a process of its own."""
     rank = Rank(member, config, threads=1, use_gpu=False, bf16=False)
-    rank.join(*address)
+    rank.join(*address, own_address="127.0.0.1")
     results.put((member, rank.run(job)))
 
 
@@ -266,7 +265,7 @@ def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = 
         resume=resume,
     )
     config = LearnerConfig(ranks=ranks, save_every=None)
-    address = ray.util.get_node_ip_address(), free_port()
+    address = "127.0.0.1", free_port()
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     members = [

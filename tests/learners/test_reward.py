@@ -6,7 +6,6 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,7 +39,7 @@ def pairs_in(folder: Path) -> Path:
 def learn(address: tuple[str, int], job: RewardJob, results) -> None:
     """The only rank of a job, in a process of its own."""
     rank = Rank(0, LearnerConfig(ranks=1, save_every=CUT), threads=1, use_gpu=False, bf16=False)
-    rank.join(*address)
+    rank.join(*address, own_address="127.0.0.1")
     results.put(rank.run(job))
 
 
@@ -57,7 +56,7 @@ def learned(checkpoint: Path, pairs: Path, output: Path, resume: Path | None = N
     )
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    address = ray.util.get_node_ip_address(), free_port()
+    address = "127.0.0.1", free_port()
     process = context.Process(target=learn, args=(address, job, results), daemon=True)
     process.start()
     result = results.get(timeout=500)
