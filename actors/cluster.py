@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -54,6 +55,16 @@ def connect() -> None:
     with contextlib.chdir(code if Path(package).is_dir() else "."):
         ray.init(**options)
     handle_signals()  # again: Ray sets that of SIGTERM itself
+
+
+def own_gpus() -> int | None:
+    """Count the GPUs that `connect` will find on this machine; None if it joins a cluster, which is not asked yet."""
+    manager = get_accelerator_manager_for_resource("GPU")
+    if "RAY_ADDRESS" in os.environ or manager is None:
+        return None
+    visible = manager.get_current_process_visible_accelerator_ids()
+    found = manager.get_current_node_num_accelerators()
+    return found if visible is None else min(found, len(visible))
 
 
 def kill_process(pid: int, began: float) -> None:

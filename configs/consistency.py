@@ -291,7 +291,12 @@ def check_schedule(config: "LoopConfig", resolution: int) -> None:
 
 
 def check_devices(config: "LoopConfig", on_gpu: bool) -> None:
-    """ValueError for settings that need GPUs, or bitsandbytes, where there is none."""
+    """ValueError for settings that need GPUs, or bitsandbytes, where there is none, at any resolution."""
+    for pixels in dict.fromkeys(config.resolutions):
+        _check_devices_at(config.at_resolution(pixels), on_gpu)
+
+
+def _check_devices_at(config: "LoopConfig", on_gpu: bool) -> None:
     for block in config.recipes:
         optimizer = getattr(config, block).recipe.optimizer
         if optimizer != "adamw":

@@ -177,8 +177,7 @@ def verdict(need: MemoryPlan, config: LoopConfig, devices: Devices) -> str | Non
         except ValueError as error:
             return str(error)
     try:
-        for resolution in config.resolutions:
-            check_devices(config.at_resolution(resolution), devices.gpus > 0)
+        check_devices(config, devices.gpus > 0)
     except ValueError as error:
         return str(error)
     return refusal(need, config, devices)

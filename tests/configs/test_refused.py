@@ -7,9 +7,10 @@ import pytest
 from configs.consistency import check_devices
 from configs.load import load_config
 from configs.schema import LoopConfig
-from learners.config import LOSS_TYPES, SCHEDULES
+from learners.config import LOSS_TYPES, OPTIMIZERS, SCHEDULES
 from vargpt_rl.common.settings import dotted, expectations, kind_at
 from vargpt_rl.driver import start
+from vargpt_rl.driver.run import SUMMARY
 from vargpt_rl.loop import main
 
 RL = ["align.methods=[grpo]", "reward.path=rewards.technical:sharpness", "evaluation.reward.path=rewards.shapes:Shapes"]
@@ -206,6 +207,54 @@ def test_options_of_a_recipe_that_exclude_each_other_are_one_line(settings, told
     assert told in message and "expected" in message and message.count("\n") == 1
 
 
+NEED_A_GPU = [
+    *(
+        ([f"{block}.recipe.optimizer={name}"], f"{block}.recipe.optimizer={name}")
+        for block in ("pretrain", "understanding", "sft", "dpo", "learned_reward", "rl", "edit")
+        for name in OPTIMIZERS
+        if name != "adamw"
+    ),
+    *(
+        (["adapter=lora", "align.methods=[dpo]", f"adapter.four_bit=[{part}]"], f"adapter.four_bit=['{part}']")
+        for part in ("language_model", "vision_tower", "image_decoder")
+    ),
+    (["at.256.sft.recipe.optimizer=adamw_8bit"], "sft.recipe.optimizer=adamw_8bit"),
+]
+EVERY_STAGE = ["stages=[pretrain,understanding,align,edit]", *RL, "align.methods=[dpo,reward,grpo]"]
+
+
+@pytest.fixture
+def without_gpus(monkeypatch, tmp_path):
+    """Settings of runs on a machine of its own, without GPUs."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return [f"runs={tmp_path}", "name=x", *EVERY_STAGE]
+
+
+@pytest.mark.parametrize(("settings", "told"), NEED_A_GPU)
+def test_what_needs_a_gpu_is_refused_before_anything_starts(settings, told, without_gpus, tmp_path, capsys):
+    assert main([*without_gpus, *settings]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {told}: ") and message.count("\n") == 1
+    assert "on GPUs, of which there are none; expected" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpus_of_a_cluster_are_asked_for_when_it_is_joined(without_gpus, monkeypatch):
+    settings, _ = NEED_A_GPU[0]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(AssertionError, match="accepted"):
+        main([*without_gpus, *settings])
+
+
+def test_a_finished_run_is_shown_where_there_is_no_gpu(without_gpus, monkeypatch, tmp_path):
+    settings, _ = NEED_A_GPU[0]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / SUMMARY).write_text("{}")
+    with pytest.raises(AssertionError, match="accepted"):
+        main([*without_gpus, *settings])
+
+
 def test_what_needs_a_gpu_is_refused_without_one():
     config = load_config([*RL, "rl.recipe.optimizer=adamw_8bit", "dpo.recipe.optimizer=adamw_8bit"])
     with pytest.raises(ValueError, match=r"^rl\.recipe\.optimizer=adamw_8bit: .* GPUs.*; expected adamw$"):
@@ -213,7 +262,8 @@ def test_what_needs_a_gpu_is_refused_without_one():
     quantised = load_config(["adapter=lora", "adapter.four_bit=[language_model]", "dtype=fp32"])
     with pytest.raises(ValueError, match=r"^adapter\.four_bit=\['language_model'\]: .*; expected \[\]$"):
         check_devices(quantised, on_gpu=False)
-    check_devices(load_config(["learned_reward.recipe.optimizer=adamw_8bit"]), on_gpu=False)
+    others = load_config(["learned_reward.recipe.optimizer=adamw_8bit", "align.methods=[grpo]"])
+    check_devices(others, on_gpu=False)
 
 
 @pytest.mark.parametrize(

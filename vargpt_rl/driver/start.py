@@ -7,7 +7,7 @@ import ray
 import yaml
 from omegaconf import OmegaConf
 
-from actors.cluster import nodes, reserve
+from actors.cluster import nodes, own_gpus, reserve
 from actors.pool import RolloutPool
 from actors.resources import Placement, plan
 from actors.text_engine import start_text_engine
@@ -18,7 +18,7 @@ from learners.group import LearnerGroup
 from vargpt_rl.common.memory import available_memory
 from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
 from vargpt_rl.driver.plan import planned_steps
-from vargpt_rl.driver.run import Run
+from vargpt_rl.driver.run import SUMMARY, Run
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.settled import batch_limits, record_dtype, settled_batch_size, settled_dtype
 from vargpt_rl.driver.verify import check_steps
@@ -43,8 +43,17 @@ def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs
     A program that only looks at the run, or starts it elsewhere, needs no ``lock``.
     """
     config = load_config(arguments)
+    if lock and not (config.directory / SUMMARY).exists():
+        check_machine(config)
     held = lock_folder(config.directory) if lock else None  # before anything is written there
     return config, gather(config), Run(config.directory, plain(config), held)
+
+
+def check_machine(config: LoopConfig) -> None:
+    """ValueError for settings that need GPUs where it is certain, before Ray starts, that the run will have none."""
+    gpus = own_gpus()
+    if gpus is not None:
+        check_devices(config, on_gpu=gpus > 0)
 
 
 def write_defaults(run: Run) -> None:
@@ -80,8 +89,7 @@ def place(config: LoopConfig, inputs: Inputs, run: Run) -> Placement:
         placement=config.placement,
     )
     settled = config.with_dtype(dtype)
-    for resolution in dict.fromkeys(config.resolutions):
-        check_devices(settled.at_resolution(resolution), placement.use_gpu)
+    check_devices(settled, placement.use_gpu)
     check_fits(settled, model_config(inputs.model), found)
     return placement
 
