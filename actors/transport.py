@@ -31,6 +31,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from actors.weights import WeightLayout, Weights, stream
+from vargpt_rl.common.rendezvous import rendezvous
 
 CHUNK = 256 * 2**20
 """Most bytes of a chunk."""
@@ -134,7 +135,7 @@ class BroadcastTransfer:
         limit = timedelta(seconds=self.timeout_s)
         host, port = self.address
         # A separate group: the process's default group, if any, has other members.
-        store = dist.TCPStore(host, port, self.world, is_master=self.rank == 0, timeout=limit)
+        store = rendezvous(host, port, self.rank, self.world, limit)
         # torch's stubs derive both groups from Backend, not from ProcessGroup.
         if self.device == "cuda":
             options = dist.ProcessGroupNCCL.Options()

@@ -15,6 +15,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, RewardConfig
@@ -48,6 +49,7 @@ from learners.sft import SftTrainer
 from learners.training import SaveAt, finish, in_force, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.memory import forget_peak, peak_memory
+from vargpt_rl.common.rendezvous import rendezvous
 from vargpt_rl.data.batches import PairCollator, PolicyBatchCollator
 from vargpt_rl.data.reward_pairs import RewardPairCollator
 from vargpt_rl.data.samples import Probe
@@ -124,7 +126,19 @@ class Rank:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(own_address))
         # gloo suffices on CPUs; DeepSpeed would spend a minute compiling a shared-memory kernel at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if self.use_gpu else "gloo", verbose=False)
+        self._init_process_group(host, port)
+        deepspeed.init_distributed(verbose=False)  # takes over torch's group
+
+    def _init_process_group(self, host: str, port: int) -> None:
+        """As DeepSpeed does, except that the rendezvous listens on ``host`` alone."""
+        dist.init_process_group(
+            "nccl" if self.use_gpu else "gloo",
+            store=rendezvous(host, port, self.rank, self.ranks, default_pg_timeout),
+            rank=self.rank,
+            world_size=self.ranks,
+            timeout=default_pg_timeout,
+            device_id=torch.device("cuda", 0) if self.use_gpu and self.ranks > 1 else None,
+        )
 
     def run(self, job: Job) -> dict:
         """Run a job; returns its result, the same kind of dict on every rank."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from rewards import Reward
 from vargpt_rl.common.plugins import make_plugin
+from vargpt_rl.common.usage import print_usage_if_asked
 
 TOLERANCE = 1e-3
 """Relative difference allowed between one image's scores in different batches."""
@@ -147,6 +148,7 @@ CHECKS: dict[str, Callable[[Reward], None]] = {
 
 def main(arguments: list[str]) -> int:
     """Check the reward that the arguments name; the exit code."""
+    print_usage_if_asked(f"usage: {__doc__}", arguments)
     try:
         path, *pairs = arguments
         options = dict(pair.split("=", 1) for pair in pairs)

@@ -1,6 +1,7 @@
 """Command lines: values as written, and errors of one line that name the key."""
 
 import enum
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,3 +101,51 @@ def test_a_program_that_ends_well_has_code_0():
     seen = []
     assert run_command(Copy, seen.append, ["source=a", "target=b"]) == 0
     assert seen == [Copy("a", Path("b"))]
+
+
+PROGRAMS = [
+    "rewards.serve",
+    "rewards.testing",
+    "vargpt_rl.assemble",
+    "vargpt_rl.bench.ablations",
+    "vargpt_rl.bench.adapters",
+    "vargpt_rl.bench.alignment",
+    "vargpt_rl.bench.gpu",
+    "vargpt_rl.bench.model",
+    "vargpt_rl.bench.rewards",
+    "vargpt_rl.chat",
+    "vargpt_rl.convert",
+    "vargpt_rl.data.encode",
+    "vargpt_rl.data.instruct.__main__",
+    "vargpt_rl.data.preferences",
+    "vargpt_rl.data.prompts",
+    "vargpt_rl.doctor",
+    "vargpt_rl.evaluate.__main__",
+    "vargpt_rl.generate",
+    "vargpt_rl.launch",
+    "vargpt_rl.loop",
+    "vargpt_rl.page.__main__",
+    "vargpt_rl.page.watch",
+    "vargpt_rl.simulate.__main__",
+    "vargpt_rl.simulate.measure",
+]
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_says_how_it_is_used(name, asked, capsys):
+    program = importlib.import_module(name)
+    try:
+        code = program.main([asked])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 0 and said.err == ""
+    assert said.out.startswith("usage: ") and name.removesuffix(".__main__") in said.out
+
+
+def test_help_explains_the_keys(capsys):
+    assert importlib.import_module("vargpt_rl.data.prompts").main(["limit=1", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m vargpt_rl.data.prompts [key=value ...]")
+    assert "max_bad_fraction=0.01" in said and "Fraction of the rows" in said

@@ -21,6 +21,7 @@ import torch
 from configs.load import load_config
 from vargpt_rl.bench.harness import results_table, timed
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.batches import DrawExample, SftCollator
 from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
 from vargpt_rl.data.features import FeatureCache, shard_files, tokenizer_checksum
@@ -140,6 +141,7 @@ def measure(resolution: int, micro_batch: int, images: int = IMAGES, rounds: int
 
 def main() -> int:
     """Print a row per resolution; return the exit code."""
+    print_usage_if_asked(f"usage: {__doc__}")
     columns = (
         "px",
         "micro-batch",

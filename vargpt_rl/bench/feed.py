@@ -24,6 +24,7 @@ import torch
 from vargpt_rl.bench.encode import write_records
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.records.stream import RecordStream
 from vargpt_rl.losses.supervised import sft_loss
@@ -120,6 +121,7 @@ def measure(
 
 def main() -> int:
     """Print a row per format; return the exit code."""
+    print_usage_if_asked(f"usage: {__doc__}")
     title = f"records at {RESOLUTION} px, micro-batches of {MICRO_BATCH}, {WORKERS} workers"
     table = results_table(title, ("format", "samples per second", "step, s", "waiting"))
     with tempfile.TemporaryDirectory() as name:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from learners.config import Recipe
 from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory.inputs import batch, preference_loss
 from vargpt_rl.memory.tracker import META, meta_model
@@ -234,6 +235,7 @@ def measure_zero(case: Case) -> int:
 
 def main() -> int:
     """Print a row per case; return the exit code."""
+    print_usage_if_asked(f"usage: {__doc__}")
     columns = ("model", "stage", "ZeRO", "px", "rows", "checkpointing", "estimate", "measured", "ratio")
     table = results_table("memory of a step, in MB", columns, left=("model", "stage"))
     within = True

@@ -15,6 +15,7 @@ import torch
 
 from vargpt_rl.bench.harness import peak_memory, results_table, timed
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.shapes import sample_scene
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
 from vargpt_rl.model.generate import GeneratedImages, SamplingConfig, draw_bits, generate_images
@@ -101,6 +102,7 @@ def measure(model: Vargpt, chat: ChatFormat, resolution: int, batch: int, rounds
 
 def main() -> int:
     """Print a row per resolution and batch; return the exit code."""
+    print_usage_if_asked(f"usage: {__doc__}")
     model = Vargpt.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
     chat = ChatFormat(str(EMBEDDED), model.config)
     columns = ("px", "batch", "images/s", "without", "ratio", "same bits", "MB", "without")

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from vargpt_rl.cli.fields import class_path, dotted_fields, meaning
+from vargpt_rl.common.fields import class_path, dotted_fields, meaning
 
 RUNS = Path("runs")
 """Folder of all runs, by default."""

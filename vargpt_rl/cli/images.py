@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vargpt_rl.cli.fields import class_fields, class_path
 from vargpt_rl.cli.programs import Program, add_program, call, command_class, help_text, settings_argument
+from vargpt_rl.common.fields import class_fields, class_path
 
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 DRAW = Program(

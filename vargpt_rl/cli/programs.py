@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from vargpt_rl.cli.completion import complete_keys
-from vargpt_rl.cli.fields import FieldSource, class_fields, class_path, meaning
+from vargpt_rl.common.fields import FieldSource, class_fields, class_path, key_shown, meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,6 @@ def command_class(program: Program) -> type[TyperCommand]:
                 formatter.write_text("vargpt-rl config keys [PREFIX] lists all keys with ranges and explanations.")
 
     return ProgramCommand
-
-
-def key_shown(field: FieldSource) -> str:
-    """Return ``key=default``, or ``group.*``."""
-    if field.group is not None:
-        return f"{field.name}.*"
-    return f"{field.name}={'...' if field.default in (None, '') else field.default}"
 
 
 def help_text(summary: str) -> str:

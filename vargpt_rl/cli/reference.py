@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 from configs.load import load_config
 from configs.schema import LoopConfig
-from vargpt_rl.cli.fields import ClassPath, class_doc, class_fields
+from vargpt_rl.common.fields import ClassPath, class_doc, class_fields
 from vargpt_rl.common.settings import bare, expectations, field_types
 
 WIDTH = 100

@@ -5,10 +5,10 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from vargpt_rl.cli.fields import class_fields, class_path, dotted_fields, first_sentence
 from vargpt_rl.cli.images import CHAT, DRAW, EVAL, GENERATE
 from vargpt_rl.cli.runs import RUN
 from vargpt_rl.cli.tools import CLUSTER, DATA, LAUNCH, MODEL, SERVE
+from vargpt_rl.common.fields import class_fields, class_path, dotted_fields, first_sentence
 from vargpt_rl.common.settings import dotted
 
 PROGRAMS = [RUN, DRAW, GENERATE, CHAT, EVAL, *DATA, SERVE, *MODEL, LAUNCH, *CLUSTER]

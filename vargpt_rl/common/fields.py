@@ -119,6 +119,13 @@ def dotted_fields(path: ClassPath, prefix: str = "") -> Iterator[tuple[str, Fiel
             yield from dotted_fields(field.group, f"{prefix}{name}.")
 
 
+def key_shown(field: FieldSource) -> str:
+    """Return ``key=default``, or ``group.*``."""
+    if field.group is not None:
+        return f"{field.name}.*"
+    return f"{field.name}={'...' if field.default in (None, '') else field.default}"
+
+
 def first_sentence(text: str) -> str:
     """Return the first sentence of a docstring on one line."""
     line = " ".join(text.partition("\n\n")[0].split())
