@@ -22,7 +22,10 @@ class WeightSet(NamedTuple):
 
 
 class PublishedWeights:
-    """Published sets in order, without superseded ones; of each file only tensors whose names ``takes`` accepts."""
+    """The published sets that are still in use, oldest first.
+
+    Of each file, only tensors whose names ``takes`` accepts are published.
+    """
 
     def __init__(self, transport: str, takes: Callable[[str], bool], chunk_server: ActorHandle | None):
         self.transport = transport
@@ -46,7 +49,7 @@ class PublishedWeights:
         return weight_set
 
     def transfer(self, weight_set: WeightSet) -> WeightTransfer:
-        """The set for one worker, at any time."""
+        """Return a transfer of the set to one worker, by the transport that the settings name."""
         layout, path = weight_set.layout, weight_set.path
         if self.transport == "shared_fs":
             return SharedFileTransfer(layout, path)
@@ -55,11 +58,11 @@ class PublishedWeights:
         return AutoTransfer(layout, path, self.chunk_server, path.stat().st_size)
 
     def replay(self, worker: ActorHandle) -> list[ray.ObjectRef]:
-        """Send all sets to a new worker."""
+        """Send all sets to a new worker; return the calls to wait for."""
         return [worker.receive.remote(old.version, old.checksum, self.transfer(old)) for old in self.sets]
 
 
 def start_chunk_server() -> ActorHandle:
-    """A ``ChunkServer`` on this node, beside the files."""
+    """Start a ``ChunkServer`` on this node, which has the files."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ChunkServer.options(scheduling_strategy=here).remote()

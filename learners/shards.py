@@ -25,7 +25,10 @@ FILE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements of a trained tensor, from ``first`` on, that this rank owns: part of the optimizer's tensor ``flat``."""
+    """Elements of a trained tensor that this rank owns: ``count`` from ``first`` on.
+
+    They lie from ``offset`` on in the optimizer's fp32 tensor ``flat``.
+    """
 
     tensor: str
     first: int
@@ -33,15 +36,15 @@ class Shard:
     offset: int
     count: int
 
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
+    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
         """Return this shard of a tensor that has the layout of ``flat``, as a view."""
         return flat.data.view(-1).narrow(0, self.offset, self.count)
 
     def values(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         """Return views of the fp32 weights and, if there is one for each, of their moments."""
         state = optimizer.state[self.flat]
-        found = {"weight": self.of(self.flat)}
-        return found | {moment: self.of(state[moment]) for moment in MOMENTS if moment in state}
+        found = {"weight": self.view_of(self.flat)}
+        return found | {moment: self.view_of(state[moment]) for moment in MOMENTS if moment in state}
 
 
 def owned_shards(engine: DeepSpeedEngine) -> list[Shard]:
@@ -201,7 +204,7 @@ def _load_whole_states(engine: DeepSpeedEngine, folder: Path, updates: int, same
 
 
 def _all_flat(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
-    """Yield the optimizer's fp32 tensors, those with nothing but padding included."""
+    """Yield all fp32 tensors of the optimizer, also those that are padding alone."""
     optimizer: Any = engine.optimizer
     match int(engine.zero_optimization_stage()):
         case 0:
@@ -213,7 +216,7 @@ def _all_flat(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
 
 
 def _make_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> None:
-    """Let the optimizer make its state of a tensor, as it would at the first step; what it does is loaded over."""
+    """Let the optimizer create its state of a tensor by a step without gradient; loading overwrites what that does."""
     groups = optimizer.param_groups
     gradient = flat.grad  # offloaded, a buffer that stays
     optimizer.param_groups = [groups[0] | {"params": [flat]}]

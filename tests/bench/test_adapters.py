@@ -33,7 +33,7 @@ def test_every_run_is_made_once_and_compared(tmp_path, monkeypatch, capsys):
         result = {"seconds": 6.0, "steps": 3, "trained_tensors": 7, "peak_memory": 2**30, "swap": {"bytes": 2 * 10**6}}
         (config.directory / "summary.json").write_text(json.dumps({"iterations": [{"sft": result, method: result}]}))
 
-    monkeypatch.setattr(adapters, "loop", fake_loop)
+    monkeypatch.setattr(adapters, "run_loop", fake_loop)
     for _ in range(2):
         assert main([f"runs={tmp_path}", "variants=[full,4]"]) == 0
     assert made == [f"seed-0-{name}-{method}" for name in ("full", "rank-4") for method in ("dpo", "grpo")]

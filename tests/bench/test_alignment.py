@@ -11,7 +11,7 @@ from configs.load import load_config
 from tests.helpers.study import begun, scored
 from vargpt_rl.bench import alignment
 from vargpt_rl.bench.alignment import BASE, VARIANTS, AlignmentStudy, Outcome, main, overrides, table
-from vargpt_rl.bench.study import loop
+from vargpt_rl.bench.study import run_loop
 from vargpt_rl.evaluate.paired import write_scores
 
 
@@ -61,7 +61,7 @@ def test_every_run_is_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
         }
         (config.directory / "summary.json").write_text(json.dumps(summary))
 
-    monkeypatch.setattr(alignment, "loop", fake_loop)
+    monkeypatch.setattr(alignment, "run_loop", fake_loop)
     for _ in range(2):
         assert main([f"runs={tmp_path}", "seeds=2", "variants=[dpo,grpo]"]) == 0
     assert made == {f"seed-{seed}-{name}": 1 for seed in range(2) for name in ("dpo", "grpo")}
@@ -73,7 +73,7 @@ def test_every_run_is_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="exit code 2.*(?s:.*)no_such_key"):
-        loop(["no_such_key=1"], tmp_path / "log")
+        run_loop(["no_such_key=1"], tmp_path / "log")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert main([f"runs={tmp_path}", "seeds=1"]) == 1
     assert "exit code 1" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vargpt_rl.bench.alignment import ONLINE
-from vargpt_rl.bench.study import ITERATION, StudySizes, fork, loop, pooled_gain, shared_overrides, spread
+from vargpt_rl.bench.study import ITERATION, StudySizes, fork, pooled_gain, run_loop, shared_overrides, spread
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.settings import Count, NotNegative, Positive
@@ -136,7 +136,7 @@ def run(study: AdapterStudy) -> Results:
                     fork(first, directory)
                 if not (directory / SUMMARY).exists():
                     print(f"{directory.name}", file=sys.stderr, flush=True)
-                    loop(overrides(study, seed, variant, method), folder / f"{directory.name}.log")
+                    run_loop(overrides(study, seed, variant, method), folder / f"{directory.name}.log")
                 found[variant, method] = measured(directory, method)
             found[variant, "sft"] = measured(first, "sft")
         results.append(found)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vargpt_rl.bench.study import ITERATION, StudySizes, fork, loop, pooled_gain, shared_overrides, spread
+from vargpt_rl.bench.study import ITERATION, StudySizes, fork, pooled_gain, run_loop, shared_overrides, spread
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.driver.run import SUMMARY
@@ -136,7 +136,7 @@ def run(study: AlignmentStudy) -> list[dict[str, Outcome]]:
                 fork(folder / f"seed-{seed}-{BASE}", directory)
             if not (directory / SUMMARY).exists():
                 print(f"seed {seed}: {variant}", file=sys.stderr, flush=True)
-                loop(overrides(study, seed, variant), folder / f"seed-{seed}-{variant}.log")
+                run_loop(overrides(study, seed, variant), folder / f"seed-{seed}-{variant}.log")
             found = outcomes(directory)
             if variant == BASE:
                 policies |= {"SFT": found[Step.AFTER_SFT], "control": found[Step.CONTROL]}

@@ -95,7 +95,7 @@ def fork(source: Path, target: Path) -> None:
         write_state(unfinished / STATE, state)
 
 
-def loop(arguments: list[str], log: Path) -> None:
+def run_loop(arguments: list[str], log: Path) -> None:
     """Run the loop, its output in ``log``. Raises CommandFailed with its last lines if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:

@@ -31,7 +31,7 @@ from vargpt_rl.storage.images import CANDIDATES
 MARGINS = "margins.json"
 """File of the margins of rewards by proposed pair, in `StageContext.rollouts`."""
 REASONS = {"alike": "people: alike", "bad": "people: both bad", None: "people: no label or no majority"}
-"""Reasons, by what people said, why a proposed pair is none."""
+"""Why a proposed pair is dropped, by the label of most raters; None is no label, or no majority."""
 
 
 class LabelsNeeded(Exception):
@@ -89,6 +89,7 @@ def pair_labelled(it: StageContext, policy: Policy, judged: dict) -> dict:
 
 
 def _proposed(it: StageContext) -> tuple[Rollouts, Built]:
+    """Build the proposed pairs of the iteration's samples anew; they are the same each time."""
     rollouts = read_rollouts(it.rollouts / SAMPLES)
     rewards: Rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
     built = it.inputs.builder(rollouts.samples, rollouts.winners, rewards.samples, rewards.winners)
@@ -108,7 +109,7 @@ def turned(pair: PreferencePair) -> PreferencePair:
 
 
 def _margins(path: Path, winners: Mapping[str, str]) -> Margins:
-    """Return the margins of rewards over the pairs with a winner, of the image that people prefer less the other."""
+    """Return the rewards' margins on the pairs with a winner: the preferred image's reward less the other's."""
     signs = {"chosen": 1.0, "rejected": -1.0}
     found: Margins = {}
     for name, by_pair in json.loads(path.read_text()).items():
@@ -151,4 +152,5 @@ def waits_for_labels(config: LoopConfig, run: Run) -> str:
 
 
 def _share(config: LoopConfig) -> float:
+    """Return the share of the proposed pairs that must have an answer."""
     return float(config.preference.options.get("share", 1.0))

@@ -21,16 +21,16 @@ from vargpt_rl.storage.files import content_hash, write_atomically
 
 Item = TypeVar("Item")
 
-LEAST = 1024
+FEWEST_ITEMS = 1024
 """Fewest items of a part by default."""
-BATCHES = 16
-"""Fewest batches of each worker in a part by default: at its end some workers are idle for up to one of them."""
+FEWEST_BATCHES = 16
+"""Fewest batches of each worker in a part by default: at a part's end workers wait for the last one's batch."""
 
 
 def part_size(it: StageContext, unit: int) -> int:
     """Return the number of items of a part, a multiple of ``unit``."""
     rollout = it.config.rollout
-    wanted = rollout.keep_every or max(LEAST, BATCHES * rollout.workers * rollout.images_at_once)
+    wanted = rollout.keep_every or max(FEWEST_ITEMS, FEWEST_BATCHES * rollout.workers * rollout.images_at_once)
     return unit * math.ceil(wanted / unit)
 
 
@@ -57,7 +57,7 @@ def in_parts(
 
 
 def _read(it: StageContext, path: Path, key: str) -> dict[str, Any] | None:
-    """Return what a part found; None if it is not there, is damaged, or is of other items."""
+    """Return the result of a part from disk; None if there is none, if it is damaged or of other items."""
     try:
         kept = json.loads(path.read_bytes())
         if kept["items"] != key:
@@ -73,7 +73,7 @@ def _read(it: StageContext, path: Path, key: str) -> dict[str, Any] | None:
 
 
 def packed(bits: bytes) -> str:
-    """Write bytes as text."""
+    """Return bytes as text for JSON (base64)."""
     return base64.b64encode(bits).decode()
 
 

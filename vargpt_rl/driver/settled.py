@@ -28,7 +28,7 @@ BATCH_SIZE = "batch_size"
 """Names of the steps."""
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are tried."""
-NEARLY = 0.95
+GOOD_ENOUGH = 0.95
 """A batch that reaches this share of the best speed is as good as the best."""
 PROBE_S = 15.0
 """Seconds after which no larger batch is tried at a resolution."""
@@ -37,7 +37,7 @@ ROUNDS = 2
 
 
 def settled_dtype(config: LoopConfig, run: Run, on_gpu: bool) -> str:
-    """Return ``dtype`` as fp32 or bf16: that which the run began with, else that of this machine."""
+    """Return fp32 or bf16 for ``dtype``: what the run began with, or for a new run what suits this machine."""
     here = "bf16" if chosen_dtype(config.dtype, on_gpu) == torch.bfloat16 else "fp32"
     began = run.state["steps"].get(DTYPE, {"dtype": here})["dtype"]
     if began != here:
@@ -81,32 +81,32 @@ def settled_batch_size(config: LoopConfig, run: Run, pool: RolloutPool, limits: 
     return config
 
 
-def _best(there: LoopConfig, run: Run, pool: RolloutPool, most: int) -> int:
+def _best(settings: LoopConfig, run: Run, pool: RolloutPool, largest: int) -> int:
     """Return the best batch size at the resolution of these settings, and note the speeds that were measured."""
-    pixels = there.last_resolution
+    pixels = settings.last_resolution
     prompt = Prompt("probe", "a picture", REPLY)
-    jobs = [(prompt, seed) for seed in range(most)]
+    jobs = [(prompt, seed) for seed in range(largest)]
     began = time.monotonic()
-    pool.time_batch(jobs[:1], pixels, there.sampling)  # kernels are chosen, tables made
+    pool.time_batch(jobs[:1], pixels, settings.sampling)  # kernels are chosen, tables made
     speeds: dict[int, float] = {}
-    for size in (size for size in SIZES if size <= most):
+    for size in (size for size in SIZES if size <= largest):
         try:
-            seconds = min(pool.time_batch(jobs[:size], pixels, there.sampling) for _ in range(ROUNDS))
+            seconds = min(pool.time_batch(jobs[:size], pixels, settings.sampling) for _ in range(ROUNDS))
         except torch.cuda.OutOfMemoryError as error:
             if size == 1:
                 raise
             logger.warning("%d images at %d px do not fit: %s", size, pixels, error)
             break
         speeds[size] = size / seconds
-        if speeds[size] < NEARLY * max(speeds.values()) or time.monotonic() - began > PROBE_S:
+        if speeds[size] < GOOD_ENOUGH * max(speeds.values()) or time.monotonic() - began > PROBE_S:
             break
     best = best_size(speeds)
     measured = ", ".join(f"{size}: {speed:.2g}" for size, speed in speeds.items())
-    bound = f"; at most {most} fit" if most < SIZES[-1] else ""
+    bound = f"; at most {largest} fit" if largest < SIZES[-1] else ""
     run.note(f"rollout.batch_size=auto: {best} at {pixels} px, by images/s of a worker ({measured}{bound})")
     return best
 
 
 def best_size(speeds: dict[int, float]) -> int:
     """Return the smallest size whose speed is nearly the best."""
-    return min(size for size, speed in speeds.items() if speed >= NEARLY * max(speeds.values()))
+    return min(size for size, speed in speeds.items() if speed >= GOOD_ENOUGH * max(speeds.values()))
