@@ -123,7 +123,12 @@ class LoopConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)
     pretrain: SupervisedStage = field(default_factory=pretrain_defaults)
+    """The stage in which only the two generation projectors train, on drawings.
+
+    With data=records, the recipe alone says how much is read.
+    """
     understanding: SupervisedStage = field(default_factory=understanding_defaults)
+    """The stage in which the language model and the vision projector train, on questions and drawings."""
     sft: SftStage = field(default_factory=SftStage)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg=1.0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -135,6 +140,7 @@ class LoopConfig:
     learned_reward: RewardStage = field(default_factory=RewardStage)
     rl: RlStage = field(default_factory=RlStage)
     edit: SupervisedStage = field(default_factory=edit_defaults)
+    """The stage in which all but the image tokenizer trains, on edits, at the last of ``resolutions``."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -27,8 +27,8 @@ examples:
 
 The same as `vargpt-rl run`. Keys, their defaults and explanations: `vargpt-rl config keys`.
 Results: runs/NAME/summary.json and runs/NAME/model.
-Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal, 130 by Ctrl-C (the same
-command resumes).
+Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong, 75 stopped by a signal or waiting for people's labels,
+130 by Ctrl-C (the same command resumes).
 """
 
 if __name__ == "__main__":

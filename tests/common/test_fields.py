@@ -39,6 +39,7 @@ def test_dotted_keys_are_those_of_a_run():
 def test_defaults_are_as_typed():
     fields_of_a_run = class_fields(class_path("configs.schema:LoopConfig"))
     assert fields_of_a_run["seed"].default == "0" and fields_of_a_run["name"].default == "null"
+    assert fields_of_a_run["resolutions"].default == "[128,256]" and fields_of_a_run["at"].default == "{}"
     assert class_fields(class_path("vargpt_rl.generate:GenerateConfig"))["out"].default is None
 
 

@@ -12,6 +12,9 @@ from typer.core import TyperCommand
 from vargpt_rl.cli.completion import complete_keys
 from vargpt_rl.common.fields import FieldSource, class_fields, class_path, key_shown, meaning
 
+KEY_COLUMNS = 22
+"""Columns for a key with its default; the meaning of a longer one begins on the next line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -44,7 +47,8 @@ def command_class(program: Program) -> type[TyperCommand]:
             if not program.settings:
                 return
             with formatter.section("Keys"):
-                formatter.write_dl([(key_shown(field), meaning(field)) for field in program.fields.values()])
+                rows = [(key_shown(field), meaning(field)) for field in program.fields.values()]
+                formatter.write_dl(rows, col_max=KEY_COLUMNS)
             if any(field.group for field in program.fields.values()):
                 formatter.write_paragraph()
                 formatter.write_text("vargpt-rl config keys [PREFIX] lists all keys with ranges and explanations.")

@@ -109,8 +109,7 @@ def as_markdown(keys: list[Key]) -> str:
     groups = [Key("", "", "", "", ""), *keys] if keys and not keys[0].is_group else keys
     for key in groups:
         if key.is_group or not key.name:
-            doc = key.doc.replace("``", "`")
-            lines += ["", f"## {key.name.rstrip('.') or 'General'}", *(["", doc] if doc else [])]
+            lines += ["", f"## {key.name.rstrip('.') or 'General'}", *(["", key.doc] if key.doc else [])]
             open_table = False
             continue
         if not open_table:
@@ -118,5 +117,5 @@ def as_markdown(keys: list[Key]) -> str:
             open_table = True
         values = f"{key.kind}: {key.expected}" if key.expected else key.kind
         cells = (f"`{key.name}`", f"`{key.default}`" if key.default else "", values, " ".join(key.doc.split()))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("``", "`") for cell in cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ RUN = Program(
     Align a model by iterated SFT and preference training.
 
     The same command resumes an interrupted run, and so does `vargpt-rl resume`. Results: runs/NAME. Exit codes: 0 done,
-    1 failed, 2 a setting or an input is wrong, 75 stopped by a signal, 130 by Ctrl-C.
+    1 failed, 2 a setting or an input is wrong, 75 stopped by a signal or waiting for people's labels, 130 by Ctrl-C.
     """,
     examples=(
         "vargpt-rl run name=first iterations=1 'resolutions=[128]'",

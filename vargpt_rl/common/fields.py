@@ -60,9 +60,9 @@ def _find(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
 
 
 def class_doc(path: ClassPath) -> str:
-    """Return the docstring of a class."""
+    """Return the docstring of a class, with code between single backticks."""
     found = _find(path.module, path.name)
-    return (ast.get_docstring(found[1]) or "") if found else ""
+    return (ast.get_docstring(found[1]) or "").replace("``", "`") if found else ""
 
 
 @cache
@@ -89,6 +89,8 @@ def _default(value: ast.expr | None) -> str | None:
     """Return a default as a user would type it; "" if only the program knows it."""
     if value is None:
         return None
+    if isinstance(value, ast.Call):
+        return _made_default(value)
     if not isinstance(value, ast.Constant):
         return ""
     if value.value is None:
@@ -96,10 +98,20 @@ def _default(value: ast.expr | None) -> str | None:
     return str(value.value).lower() if isinstance(value.value, bool) else str(value.value)
 
 
+def _made_default(call: ast.Call) -> str:
+    """Return the default of ``field(default_factory=...)`` if it is a list or a dictionary; else ""."""
+    made = next((keyword.value for keyword in call.keywords if keyword.arg == "default_factory"), None)
+    if isinstance(made, ast.Name):
+        return {"list": "[]", "dict": "{}"}.get(made.id, "")
+    items = made.body.elts if isinstance(made, ast.Lambda) and isinstance(made.body, ast.List) else []
+    words = [str(item.value) for item in items if isinstance(item, ast.Constant)]
+    return f"[{','.join(words)}]" if words and len(words) == len(items) else ""
+
+
 def _doc(statement: ast.stmt | None) -> str:
-    """Return the text of a statement that is a string."""
+    """Return the text of a statement that is a string, with code between single backticks."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-        return inspect.cleandoc(str(statement.value.value))
+        return inspect.cleandoc(str(statement.value.value)).replace("``", "`")
     return ""
 
 
