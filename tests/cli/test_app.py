@@ -62,6 +62,10 @@ def test_help_has_examples_of_the_command(helped, words):
     assert found and f"vargpt-rl {' '.join(words)}" in examples
 
 
+def test_help_fits_a_terminal(helped):
+    assert max(map(len, helped["pages"][""]["page"].splitlines())) <= 100
+
+
 def test_help_lists_keys_with_defaults_and_meaning(helped):
     page = " ".join(helped["pages"]["draw"]["page"].split())
     assert "images=1 Images per prompt." in page
@@ -80,6 +84,12 @@ def test_a_setting_without_a_command_names_the_command(capsys):
 
 def test_the_version_is_printed():
     assert CliRunner().invoke(make_app(), ["--version"]).stdout.startswith("vargpt-rl 0.")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m vargpt_rl config keys | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.count("\n") == 1 and not done.stderr
 
 
 def test_the_module_is_the_command():

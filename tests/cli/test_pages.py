@@ -28,3 +28,26 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path):
     for command in ("report", "watch"):
         found = invoke(command, tmp_path / "none")
         assert found.exit_code == 2 and "there is no run here" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_runs_are_listed_with_status_and_score(tmp_path):
+    make_run(tmp_path / "whole")
+    make_run(tmp_path / "begun", done=2)
+    found = invoke("runs", tmp_path)
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in found.stdout.splitlines()}
+    assert found.exit_code == 0 and lines["run"] == "status steps time last score"
+    assert lines["whole"].startswith("complete") and "at 128 px, GRPO" in lines["whole"]
+    assert "2/" in lines["begun"] and lines["begun"].endswith("-")
+
+
+def test_no_run_to_list_is_one_line(tmp_path):
+    found = invoke("runs", tmp_path)
+    assert found.exit_code == 2 and "there is no run here" in found.stderr
+
+
+def test_settings_that_differ_are_listed(tmp_path):
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    assert invoke("config", "diff", first, second).stdout == "no setting differs\n"
+    path = second / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 7"))
+    assert invoke("config", "diff", first, second).stdout == "seed: 0 -> 7\n"

@@ -42,6 +42,7 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
     assert card.data.library_name == "vargpt_rl" and "grpo" in card.data.tags
     assert "from `tiny`" in card.text and "rewards.shapes:shapes_reward" in card.text
     assert "| 0 | 128 | after SFT | 120 | 0.750 (0.67 to 0.82) |" in card.text
+    assert "## Held-out images\n" in card.text and "margin" not in card.text and "1 iteration at" in card.text
     assert (tmp_path / "model/samples.png").read_bytes() == b"iter-00.png"
 
 

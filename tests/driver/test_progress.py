@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from vargpt_rl.driver.progress import RunProgress, duration, title
+from vargpt_rl.driver.progress import RunProgress, duration
 
 STEPS = {"pretrain": 100.0, "pretrain/swap": 0.0, "iter-00/sft": 300.0, "iter-00/after_sft": 100.0}
 
@@ -50,7 +50,7 @@ def test_lines_say_step_of_steps_time_left_and_score(clock, messages):
     assert messages.messages == [
         "[1/4] pretrain",
         "[2/4] pretrain: swap, about 3:20 left, score 0.900",
-        "[3/4] iteration 0: SFT, about 3:20 left, score 0.900",
+        "[3/4] iteration 0: SFT, about 3:20 left",
     ]
 
 
@@ -115,7 +115,5 @@ def test_a_run_that_is_not_planned_is_no_error(clock, messages):
     assert progress.left() is None
 
 
-def test_words():
-    assert title("iter-03/after_dpo") == "iteration 3: evaluate DPO"
-    assert title("understands/before") == "questions: before"
+def test_durations():
     assert [duration(5), duration(65), duration(3723)] == ["0:05", "1:05", "1:02:03"]

@@ -158,6 +158,15 @@ def test_the_closing_table_names_only_what_it_has(measured, title):
     assert closing_table(summary).title == title
 
 
+def test_a_reward_that_is_the_score_has_no_column_of_its_own():
+    measured = {"after_sft": SCORE | {"reward": 0.7}, "after_grpo": SCORE | {"reward": 0.7}}
+    cells = {str(c.header): c for c in closing_table({"iterations": [{"resolution": 256, "eval": measured}]}).columns}
+    assert "score = reward" in cells and "reward" not in cells
+    measured["after_grpo"]["reward"] = 0.6
+    cells = {str(c.header): c for c in closing_table({"iterations": [{"resolution": 256, "eval": measured}]}).columns}
+    assert "score" in cells and "reward" in cells
+
+
 def test_training_time_is_shared_among_parts():
     summary = {
         "stages": {"pretrain": {"steps": 2, "time": {"data": 1.0, "forward": 4.0}, "swap": {"seconds": 9.0}}},

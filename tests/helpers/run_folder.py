@@ -152,7 +152,7 @@ def metrics() -> list[dict]:
         for step in range(4):
             lines.append(
                 {"time": at + 30 + step, **labels, "stage": "grpo/rollout", "step": step}
-                | {"reward": 0.5 + 0.1 * step, "diversity": 0.2, "groups/equal": 0.2 * step}
+                | {"reward": 0.5 + 0.1 * step, "diversity": 0.2, "groups/drawn": 10, "groups/equal": 2 * step}
             )
         counts = {"reward_margin/counts": [1, 3, 2], "reward_margin/edges": [-1.0, 0.0, 1.0, 2.0]}
         summary = {"reward_margin/mean": 0.5, "reward_margin/positive": 0.8}

@@ -30,7 +30,7 @@ def test_a_loss_that_is_no_number_is_remarked_on():
 def test_curves_of_each_stage_are_drawn_with_a_text_beside_them(tmp_path):
     found = all_curves([read_run(make_run(tmp_path / "run", done=30))])
     places = [stage.title for stage in found]
-    assert places[:3] == [f"iteration 0, {stage}, 64 px" for stage in ("sft", "dpo", "grpo/rollout")]
+    assert places[:3] == [f"iteration 0: {stage}, 64 px" for stage in ("SFT", "DPO", "GRPO: own images")]
     titles = [plot.title for plot in found[1].plots]
     assert "margin by scale" in titles and "log-probability since the first step" in titles
     likely = next(plot for plot in found[1].plots if plot.title.startswith("log-prob"))
@@ -46,7 +46,7 @@ def test_a_step_that_was_redone_counts_once(tmp_path):
 
 def test_skills_have_intervals_and_counts(tmp_path):
     table = skill_tables([read_run(make_run(tmp_path / "run", prompts=12))])[0]
-    assert table.title == "iter-00, 64 px" and table.columns == ["SFT", "control", "DPO", "GRPO"]
+    assert table.title == "iteration 0, 64 px" and table.columns == ["SFT", "control", "DPO", "GRPO"]
     rows = dict(table.rows)
     assert rows["all"][0].n == 12 and rows["all"][0].low < rows["all"][0].mean < rows["all"][0].high
     assert sum(cells[0].n for name, cells in rows.items() if name not in ("all", "training reward")) == 12
@@ -55,9 +55,9 @@ def test_skills_have_intervals_and_counts(tmp_path):
 
 def test_the_last_sentence_of_an_iteration_is_the_last_policy_against_sft(tmp_path):
     found = verdicts([read_run(make_run(tmp_path / "run"))])
-    assert list(found) == ["iter-00, 64 px", "iter-01, 128 px"]
-    assert found["iter-00, 64 px"][-1].startswith("GRPO against SFT on the same 8 images")
-    assert len(found["iter-00, 64 px"]) == 5
+    assert list(found) == ["iteration 0, 64 px", "iteration 1, 128 px"]
+    assert found["iteration 0, 64 px"][-1].startswith("GRPO against SFT on the same 8 images")
+    assert len(found["iteration 0, 64 px"]) == 5
 
 
 def test_sizes_are_never_compared(tmp_path):

@@ -10,18 +10,18 @@ from vargpt_rl.cli.images import SETTING, add_image_commands
 from vargpt_rl.cli.pages import add_page_commands
 from vargpt_rl.cli.runs import add_run_commands
 from vargpt_rl.cli.tools import add_tool_groups
+from vargpt_rl.common.streams import make_outputs_lasting
 
 SUMMARY = """
 Preference alignment for models that write text and draw images scale by scale.
 
 \b
 Try it:
-  vargpt-rl draw "a large red circle"     an image by the embedded model, in seconds
-  vargpt-rl demo                          a small alignment run, in minutes
-  vargpt-rl chat                          ask and draw in the terminal
-  vargpt-rl run data=captioned ...        your own images
+  vargpt-rl draw "a large red circle"  an image, in seconds
+  vargpt-rl demo                       a small run, in minutes
+  vargpt-rl chat                       ask and draw
+  vargpt-rl run data=captioned ...     your own images
 
-\b
 Settings are key=value. `vargpt-rl config keys` explains them; --install-completion completes them in your shell.
 """
 
@@ -64,7 +64,9 @@ def make_app() -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        make_outputs_lasting()  # `vargpt-rl runs | head` is no error
     if arguments and SETTING.match(arguments[0]):
         from vargpt_rl.common.command import report_error
 

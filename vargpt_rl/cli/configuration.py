@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vargpt_rl.cli.completion import complete_runs, find_run
+from vargpt_rl.cli.pages import or_error
 from vargpt_rl.cli.programs import Program, command_class, help_text, settings_argument
 from vargpt_rl.cli.runs import SETTINGS
 from vargpt_rl.cli.tools import group
@@ -25,6 +27,12 @@ KEYS = Program(
     Only those below PREFIX, or those that have the word in name or explanation.
     """,
     examples=("vargpt-rl config keys", "vargpt-rl config keys sft", "vargpt-rl config keys temperature"),
+)
+DIFF = Program(
+    name="diff",
+    module="vargpt_rl.page.listing",
+    summary="Show the settings in which two runs differ, or one run from the defaults of its version.",
+    examples=("vargpt-rl config diff runs/demo", "vargpt-rl config diff first second"),
 )
 ENV = Program(
     name="env",
@@ -61,6 +69,15 @@ def show_keys(prefix: str | None, markdown: bool) -> None:
     print((as_markdown if markdown else as_text)(keys), end="")
 
 
+def show_difference(run: str, other: str | None) -> None:
+    """Print the settings in which two runs differ, or one from its defaults."""
+    from vargpt_rl.page.contents import read_run
+    from vargpt_rl.page.listing import differing_settings
+
+    runs = [read_run(find_run(name)) for name in (run, other) if name is not None]
+    print("\n".join(differing_settings(runs)) or "no setting differs")
+
+
 def show_environment(_: list[str]) -> None:
     """Print versions and devices."""
     from vargpt_rl.doctor import about, found_gpus
@@ -82,6 +99,15 @@ def add_configuration_commands(app: typer.Typer) -> None:
         markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
     ) -> None:
         run_checked(lambda _: show_keys(prefix, markdown), [])
+
+    @config.command(DIFF.name, help=help_text(DIFF.summary), cls=command_class(DIFF))
+    def diff(
+        run: Annotated[str, typer.Argument(metavar="RUN", autocompletion=complete_runs)],
+        other: Annotated[
+            str | None, typer.Argument(metavar="OTHER", autocompletion=complete_runs, show_default=False)
+        ] = None,
+    ) -> None:
+        or_error(lambda: show_difference(run, other))
 
     @app.command(ENV.name, help=help_text(ENV.summary), cls=command_class(ENV))
     def env() -> None:

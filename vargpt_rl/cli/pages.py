@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
-from vargpt_rl.cli.completion import complete_runs, find_run
+from vargpt_rl.cli.completion import RUNS, complete_runs, find_run, run_folders
 from vargpt_rl.cli.programs import Program, command_class, help_text
 
+RUNS_LIST = Program(
+    name="runs",
+    module="vargpt_rl.page.listing",
+    summary="List runs, the latest first: status, steps, time and the score measured last.",
+    examples=("vargpt-rl runs", "vargpt-rl runs OTHER_FOLDER"),
+)
 REPORT = Program(
     name="report",
     module="vargpt_rl.page",
@@ -84,6 +90,17 @@ def write(names: list[str], out: Path | None) -> None:
     print(write_page([find_run(name) for name in names], out))
 
 
+def list_runs(folder: Path) -> None:
+    """Print a line for each run in a folder. ValueError if there is none."""
+    from vargpt_rl.page.contents import read_run
+    from vargpt_rl.page.listing import run_lines
+
+    found = run_folders(folder)
+    if not found:
+        raise ValueError(f"{folder}: there is no run here; `vargpt-rl demo` makes one")
+    print("\n".join(run_lines([read_run(run) for run in found])))
+
+
 def label(name: str, port: int, summary: bool, target: Path | None) -> None:
     """Label the pairs of a run, or say what the labels show, or export them."""
     folder = find_run(name)
@@ -103,7 +120,11 @@ def label(name: str, port: int, summary: bool, target: Path | None) -> None:
 
 
 def add_page_commands(app: typer.Typer) -> None:
-    """Add ``report``, ``compare``, ``watch`` and ``pairs``."""
+    """Add ``runs``, ``report``, ``compare``, ``watch`` and ``pairs``."""
+
+    @app.command(RUNS_LIST.name, help=help_text(RUNS_LIST.summary), cls=command_class(RUNS_LIST))
+    def runs(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the runs.")] = RUNS) -> None:
+        or_error(lambda: list_runs(folder))
 
     @app.command(PAIRS.name, help=help_text(PAIRS.summary), cls=command_class(PAIRS))
     def pairs(

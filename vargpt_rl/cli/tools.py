@@ -75,6 +75,12 @@ MODEL = (
         settings=("vargpt_rl.assemble:Assembly",),
     ),
 )
+INFO = Program(
+    name="info",
+    module="vargpt_rl.model.summary",
+    summary="Say what a model folder holds: family, parameters by part, dtype, how it draws. No weights are loaded.",
+    examples=("vargpt-rl model info runs/demo/model", "vargpt-rl model info tiny"),
+)
 LAUNCH = Program(
     name="launch",
     module="vargpt_rl.launch",
@@ -140,9 +146,14 @@ def add_tool_groups(app: typer.Typer) -> None:
         call(TEST.module, [reward, *(settings or [])])
 
     add_program(reward, SERVE)
-    model = group(app, "model", "Convert and assemble checkpoints.")
+    model = group(app, "model", "Describe, convert and assemble checkpoints.")
     for program in MODEL:
         add_program(model, program)
+
+    @model.command(INFO.name, help=help_text(INFO.summary), cls=command_class(INFO))
+    def info(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder or a hub name.")]) -> None:
+        call(INFO.module, [checkpoint])
+
     cluster = group(app, "cluster", "Plan, predict and submit runs on GPUs.")
 
     @cluster.command(LAUNCH.name, help=help_text(LAUNCH.summary), cls=command_class(LAUNCH))

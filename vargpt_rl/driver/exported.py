@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
 
 from configs.schema import LoopConfig
-from vargpt_rl.driver.report import closing_table, stage_table
+from vargpt_rl.driver.report import closing_table, stage_table, without_empty_columns
 from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.drawing_defaults import FILE, read_defaults, with_defaults
 from vargpt_rl.stages import STAGES, Learns
@@ -49,7 +49,7 @@ A unified visual autoregressive model: it writes text token by token and draws i
 ## Training
 
 - Data: {kind}
-- Stages: {stages}; {iterations} iterations at {resolutions} px, by {methods}
+- Stages: {stages}; {iterations} at {resolutions} px, by {methods}
 - Reward: {reward}
 - Weights: {weights}
 - All settings: `config.yaml`; `vargpt-rl run` with them repeats the run
@@ -67,6 +67,11 @@ def markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     rows += [list(map(str, cells)) for cells in zip(*(column.cells for column in table.columns), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _heading(table: Table) -> str:
+    title = str(table.title)
+    return title[:1].upper() + title[1:]
 
 
 def _trained(adapter: AdapterConfig) -> str:
@@ -102,11 +107,11 @@ def write_card(directory: Path, config: LoopConfig, summary: dict) -> None:
         grid="![Held-out prompts, each row a moment of the run](samples.png)\n" if grids else "",
         kind=config.data.kind,
         stages=", ".join(config.stages),
-        iterations=config.iterations,
+        iterations="1 iteration" if config.iterations == 1 else f"{config.iterations} iterations",
         resolutions=", ".join(map(str, config.resolutions)),
         methods=", ".join(config.align.methods),
         reward=f"`{config.reward.path}`" if config.reward.path else "none",
         weights=_trained(config.adapter),
-        results="\n".join(f"## {str(table.title).capitalize()}\n\n{markdown(table)}" for table in tables),
+        results="\n".join(f"## {_heading(table)}\n\n{markdown(without_empty_columns(table))}" for table in tables),
     )
     ModelCard(text).save(folder / "README.md")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from vargpt_rl.common.logs import RECORD
-from vargpt_rl.evaluate.wording import MOMENTS
+from vargpt_rl.page.step_titles import step_title
 
 logger = logging.getLogger(__name__)
 
@@ -22,27 +22,6 @@ KNOWN_AFTER_S = 0.5
 """Seconds after which the speed of a part is told."""
 MOST = 0.95
 """Share of a step that its first part stands for."""
-TITLES = {moment: f"evaluate {name}" for moment, name in MOMENTS.items()} | {
-    "sft": "SFT",
-    "after_sft": "evaluate",
-    "sample": "sample images",
-    "judge": "judge images",
-    "pair": "pair images",
-    "dpo": "DPO",
-    "control": "control (SFT on winners)",
-    "after_control": "evaluate control",
-    "grid": "sample grid",
-    "grpo": "GRPO",
-    "understands": "questions",
-}
-
-
-def title(step: str) -> str:
-    """Return a step's name in words: ``iter-00/after_sft`` is "iteration 0: evaluate"."""
-    words = [TITLES.get(part, part.replace("_", " ")) for part in step.split("/")]
-    if words[0].startswith("iter-"):
-        words[0] = f"iteration {int(words[0].removeprefix('iter-'))}"
-    return ": ".join(words)
 
 
 def duration(seconds: float) -> str:
@@ -121,6 +100,8 @@ class RunProgress:
         """Begin a step."""
         if not self.now:
             self.began = self.clock()  # what came before is the start of workers
+        if step.partition("/")[0] != self.now.partition("/")[0]:
+            self.score = ""  # of another resolution, perhaps: such scores are not comparable
         self.now = step
         self.within = 0.0
         self.main = self.named = ""
@@ -152,7 +133,7 @@ class RunProgress:
             self.bars.update(self.current, completed=done, figures=figures)
         elif self.clock() - self.told >= LINE_EVERY_S:
             self.told = self.clock()
-            logger.info(" ".join(filter(None, [self.line(), f"- {name} {done}/{total}", info])))
+            logger.info(" ".join(filter(None, [self.line(), f"- {name.replace('_', ' ')} {done}/{total}", info])))
         self._show()
 
     @property
@@ -174,7 +155,7 @@ class RunProgress:
         """Return step k of n, what it is, the time left and the last score."""
         number = 1 + len(self.past & self.weights.keys() - {self.now})
         left = self.left()
-        found = [f"[{number}/{len(self.weights)}] {title(self.now)}", *self._figures(left)]
+        found = [f"[{number}/{len(self.weights)}] {step_title(self.now)}", *self._figures(left)]
         return ", ".join(found)
 
     def _figures(self, left: float | None) -> list[str]:
@@ -183,7 +164,7 @@ class RunProgress:
     def _show(self) -> None:
         if self.bars:
             number = 1 + len(self.past & self.weights.keys() - {self.now})
-            what = f"[{number}/{len(self.weights)}] {title(self.now)}".replace("[", "\\[", 1)
+            what = f"[{number}/{len(self.weights)}] {step_title(self.now)}".replace("[", "\\[", 1)
             figures = ", ".join([f"{self.share:.0%}", *self._figures(self.left())])
             self.bars.update(self.whole, description=what, completed=self.share, figures=figures)
 

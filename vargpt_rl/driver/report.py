@@ -76,7 +76,11 @@ def closing_table(summary: dict) -> Table:
         title += " (control: SFT on the winners)"
     table = Table(title=title, title_justify="left")
     judges = [name for name in ("reward", "judge") if any(name in result for *_, result in measured)]
-    for column in ("#", "px", "policy", "n", "score", *judges, "margin", "accuracy"):
+    scored = [result for *_, result in measured if {"overall", "reward"} & result.keys()]
+    same = bool(scored) and all(result.get("reward") == result.get("overall") for result in scored)
+    if same:  # the reward is the check that scores, as in the demo
+        judges.remove("reward")
+    for column in ("#", "px", "policy", "n", "score = reward" if same else "score", *judges, "margin", "accuracy"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for k, iteration, name, result in measured:
         table.add_row(
@@ -226,20 +230,26 @@ def show(summary: dict, directory: Path) -> None:
     RECORD.info("summary\n%s", console.export_text())
 
 
-def fitted(table: Table, width: int) -> Table | Text:
-    """Return a table without empty columns; its rows as lines below each other where it is wider than ``width``."""
+def without_empty_columns(table: Table) -> Table:
+    """Return a table without the columns in which no row has a value."""
     kept = [column for column in table.columns if any(cell != "-" for cell in column.cells)]
     shown = Table(title=table.title, title_justify="left")
     for column in kept:
         shown.add_column(column.header, justify=column.justify)
-    rows = list(zip(*(column.cells for column in kept), strict=True))
-    for row in rows:
+    for row in zip(*(column.cells for column in kept), strict=True):
         shown.add_row(*row)
+    return shown
+
+
+def fitted(table: Table, width: int) -> Table | Text:
+    """Return a table without empty columns; its rows as lines below each other where it is wider than ``width``."""
+    shown = without_empty_columns(table)
+    rows = list(zip(*(column.cells for column in shown.columns), strict=True))
     if Console(width=1000).measure(shown).maximum <= width:
         return shown
     lines = [str(table.title)]
     for row in rows:
-        cells = [(str(column.header), str(cell)) for column, cell in zip(kept, row, strict=True)]
+        cells = [(str(column.header), str(cell)) for column, cell in zip(shown.columns, row, strict=True)]
         named = [NAMING[name].format(cell) for name, cell in cells if name in NAMING]
         values = "; ".join(f"{name} {cell}" for name, cell in cells if name not in NAMING and cell != "-")
         lines += [", ".join(named), *textwrap.wrap(values, width, initial_indent="  ", subsequent_indent="  ")]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vargpt_rl.page.contents import RunContents
 from vargpt_rl.page.figures import Figure, figure, line
+from vargpt_rl.page.step_titles import step_title
 
 WAITING = 0.1
 """Share of a step spent waiting for data above which it is remarked on."""
@@ -66,10 +67,10 @@ def _trained(run: RunContents) -> Iterator[tuple[int | None, str]]:
 
 
 def _stage(runs: list[RunContents], iteration: int | None, stage: str) -> StageCurves:
-    place = "" if iteration is None else f"iteration {iteration}, "
+    place = "" if iteration is None else f"iteration {iteration}: "
     series = [run.series(iteration, stage) for run in runs]
     sizes = sorted({entry["resolution"] for entries in series for entry in entries if entry.get("resolution")})
-    curves = StageCurves(title=f"{place}{stage}, {' and '.join(map(str, sizes))} px")
+    curves = StageCurves(title=f"{place}{step_title(stage)}, {' and '.join(map(str, sizes))} px")
     several = len(runs) > 1
     for title, unit, keys in PLOTS:
         traces = []
@@ -119,7 +120,7 @@ def flags(entries: list[dict[str, Any]]) -> list[str]:
     told = []
     values = {
         key: [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
-        for key in ("loss", "rewards/accuracies", "logps/chosen", "data_wait", "groups/equal")
+        for key in ("loss", "rewards/accuracies", "logps/chosen", "data_wait")
     }
     if any(value != value for _, value in values["loss"]):
         told.append("the loss is not a number at some step")
@@ -138,7 +139,8 @@ def flags(entries: list[dict[str, Any]]) -> list[str]:
     waits = [value for _, value in values["data_wait"]]
     if waits and sum(waits) / len(waits) > WAITING:
         told.append(f"{sum(waits) / len(waits):.0%} of the time is spent waiting for data: raise data.workers")
-    equal = [value for _, value in values["groups/equal"]]
-    if equal and equal[-1] > EQUAL:
-        told.append(f"in {equal[-1]:.0%} of the groups all images have the same reward: nothing is learned from them")
+    groups = [(entry.get("groups/equal", 0), entry["groups/drawn"]) for entry in entries if entry.get("groups/drawn")]
+    equal = groups[-1][0] / groups[-1][1] if groups else 0.0
+    if equal > EQUAL:
+        told.append(f"in {equal:.0%} of the groups all images have the same reward: nothing is learned from them")
     return told

@@ -7,6 +7,7 @@ from vargpt_rl.common.averages import interval
 from vargpt_rl.evaluate.paired import ScoredImage, compare
 from vargpt_rl.evaluate.wording import MOMENTS, gain_of, verdict
 from vargpt_rl.page.contents import RunContents
+from vargpt_rl.page.step_titles import step_title
 
 BASELINES = ("after_sft", "control")
 """Moments that later ones are compared with."""
@@ -130,7 +131,7 @@ def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
         prefix = f"{run.name}, " if len(runs) > 1 else ""
         for stage in run.stages:
             found = moments_of(run, stage)
-            place = f"{prefix}{stage}, {resolution(run, stage)} px"
+            place = f"{prefix}{step_title(stage)}, {resolution(run, stage)} px"
             compared = [
                 (later, earlier) for i, later in enumerate(found) for earlier in found[:i] if earlier.key in BASELINES
             ]
@@ -143,7 +144,9 @@ def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
             if not (first and second) or first[-1].resolution != second[-1].resolution:
                 continue
             if sentence := _sentence(second[-1], first[-1], named=True):
-                told[f"{runs[1].name} against {runs[0].name}, {stage}, {first[-1].resolution} px"] = [sentence]
+                told[f"{runs[1].name} against {runs[0].name}, {step_title(stage)}, {first[-1].resolution} px"] = [
+                    sentence
+                ]
     return told
 
 
@@ -163,7 +166,10 @@ def galleries(runs: Sequence[RunContents]) -> list[Gallery]:
         for stage in run.stages:
             for moment in moments_of(run, stage):
                 groups.setdefault((stage, moment.resolution), []).append(moment)
-    return [_gallery(f"{stage}, {pixels} px", moments, len(runs) > 1) for (stage, pixels), moments in groups.items()]
+    named = len(runs) > 1
+    return [
+        _gallery(f"{step_title(stage)}, {pixels} px", moments, named) for (stage, pixels), moments in groups.items()
+    ]
 
 
 def _gallery(title: str, moments: list[Moment], named: bool) -> Gallery:
@@ -204,7 +210,7 @@ def skill_tables(runs: Sequence[RunContents]) -> list[SkillTable]:
         for stage in run.stages:
             if moments := moments_of(run, stage):
                 prefix = f"{run.name}, " if len(runs) > 1 else ""
-                tables.append(_skills(f"{prefix}{stage}, {moments[0].resolution} px", moments))
+                tables.append(_skills(f"{prefix}{step_title(stage)}, {moments[0].resolution} px", moments))
     return tables
 
 
@@ -213,18 +219,21 @@ def _skills(title: str, moments: list[Moment]) -> SkillTable:
     rows: list[tuple[str, list[SkillCell | None]]] = [
         (
             skill.replace("_", " "),
-            [_mean([image.score for image in moment.images if skill in (EVERY, image.skill)]) for moment in moments],
+            [mean_of([image.score for image in moment.images if skill in (EVERY, image.skill)]) for moment in moments],
         )
         for skill in (EVERY, *skills)
     ]
     for name, title_of in (("reward", "training reward"), ("judge", "judge")):
-        values = [_mean([getattr(image, name) for image in moment.images]) for moment in moments]
-        if any(values):
+        values = [mean_of([getattr(image, name) for image in moment.images]) for moment in moments]
+        if values == rows[0][1]:  # the score is this very reward
+            rows[0] = (f"{rows[0][0]} (= {title_of})", values)
+        elif any(values):
             rows.append((title_of, values))
     return SkillTable(title=title, columns=[moment.title for moment in moments], rows=rows)
 
 
-def _mean(values: list[float | None]) -> SkillCell | None:
+def mean_of(values: list[float | None]) -> SkillCell | None:
+    """Return the mean of scores with its interval; None if nothing is scored."""
     scored = [value for value in values if value is not None]
     if not scored:
         return None

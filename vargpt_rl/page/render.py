@@ -17,6 +17,7 @@ from vargpt_rl.page.contents import RunContents, read_run
 from vargpt_rl.page.curves import Plot, all_curves
 from vargpt_rl.page.images import galleries, skill_tables, verdicts
 from vargpt_rl.page.sections import duration, head, pair_sections, settings_section, time_section
+from vargpt_rl.page.step_titles import step_title
 from vargpt_rl.storage.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def render(runs: Sequence[RunContents], live: str = "", library: bool = True) ->
         heads=[head(run) for run in runs],
         verdicts=verdicts(runs),
         galleries=galleries(runs),
-        grids=[(f"{run.name}, {path.stem}", run.image(f"samples/{path.name}")) for run in runs for path in _grids(run)],
+        grids=[grid for run in runs for grid in _grids(run)],
         skills=skill_tables(runs),
         curves=curves,
         pairs=pairs,
@@ -109,9 +110,10 @@ def _with_digest(section: re.Match[str]) -> str:
     return section[0].replace("<section ", f'<section data-digest="{digest}" ', 1)
 
 
-def _grids(run: RunContents) -> list[Path]:
+def _grids(run: RunContents) -> list[tuple[str, str | None]]:
+    """Return the sample grids with their titles."""
     return [
-        path
+        (f"{run.name}, {step_title(path.stem)}", run.image(f"samples/{path.name}"))
         for pattern in GRIDS
         for path in sorted((run.folder / "samples").glob(pattern))
         if not path.stem.endswith("-pairs")

@@ -12,6 +12,7 @@ from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
 from vargpt_rl.page.curves import Plot
 from vargpt_rl.page.figures import bars, columns, figure, histogram
+from vargpt_rl.page.step_titles import step_title
 
 PAIRS_SHOWN = 64
 """Pairs of an iteration in the gallery, at most."""
@@ -49,9 +50,10 @@ class Head:
 def head(run: RunContents) -> Head:
     """Describe where a run stands."""
     ahead = run.ahead
-    marks = [StepMark(name=step, state="done", seconds=seconds_of(run, step)) for step in run.steps]
+    marks = [StepMark(name=step_title(step), state="done", seconds=seconds_of(run, step)) for step in run.steps]
     current = "now" if run.status == "running" else "ahead"
-    marks += [StepMark(name=step, state=current if i == 0 else "ahead", seconds=None) for i, step in enumerate(ahead)]
+    for i, step in enumerate(ahead):
+        marks.append(StepMark(name=step_title(step), state=current if i == 0 else "ahead", seconds=None))
     return Head(
         name=run.name,
         status=run.status,
@@ -141,7 +143,7 @@ def pair_sections(runs: Sequence[RunContents]) -> list[PairSection]:
     for run in runs:
         for stage in run.stages:
             prefix = f"{run.name}, " if len(runs) > 1 else ""
-            section = _pairs(run, stage, f"{prefix}{stage}")
+            section = _pairs(run, stage, f"{prefix}{step_title(stage)}")
             if section.cards or section.plots or section.counts:
                 found.append(section)
     return found

@@ -26,6 +26,8 @@ function start() {
   document.querySelectorAll("[data-gallery]").forEach(filter);
 }
 
+addEventListener("beforeprint", () => document.querySelectorAll(".canvas:not([data-drawn])").forEach(draw));
+
 // Gallery: filters, and how many are shown.
 const STEP = 24;
 function filter(gallery) {
