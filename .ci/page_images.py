@@ -1,4 +1,4 @@
-"""Take the documentation's images from the page of a run: ``python .ci/page_images.py runs/shapes-128-256``."""
+"""Take the images of the documentation from the page of a run: ``PYTHONPATH=. python .ci/page_images.py RUN``."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
+from tests.helpers.browser import wait_until
 from vargpt_rl.page.render import write_page
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
@@ -36,8 +37,8 @@ def curves_of(page: Page, stage: str) -> bytes:
         }""",
         stage,
     )
-    page.wait_for_function("[...document.querySelectorAll('#shown .canvas')].every(each => each.dataset.drawn)")
-    page.wait_for_timeout(500)
+    wait_until(page, "[...document.querySelectorAll('#shown .canvas')].every(each => each.dataset.drawn)")
+    page.wait_for_timeout(500)  # plots settle
     image = page.locator("#shown").screenshot()
     page.evaluate("document.querySelector('#shown').remove()")
     return image

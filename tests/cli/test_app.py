@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from vargpt_rl.cli.app import main, make_app
 from vargpt_rl.cli.images import BENCHMARKS, split_prompts
+from vargpt_rl.cli.programs import refuse_misspelt
+from vargpt_rl.cli.runs import RUN
 
 HEAVY = {"torch", "hydra", "omegaconf", "ray", "transformers", "numpy", "rich", "pandas"}
 CHECK = """
@@ -120,6 +123,44 @@ def test_a_fault_is_one_line_and_exit_code_2(tmp_path, arguments, expected, monk
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and len(told.splitlines()) == 1 and expected in told
+
+
+MISSPELT = """
+import sys
+from vargpt_rl.cli.app import main
+codes = [main(["run", "dpo.betta=1"]), main(["draw", "a circle", "imges=3"]), main(["eval", "shapes", "limt=3"])]
+print(codes, [name for name in ("torch", "ray", "hydra") if name in sys.modules])
+"""
+
+
+def test_a_misspelt_key_is_refused_before_libraries_are_loaded():
+    done = subprocess.run([sys.executable, "-c", MISSPELT], capture_output=True, text=True)
+    told = done.stderr.splitlines()
+    assert done.stdout.strip() == "[2, 2, 2] []" and len(told) == 3
+    assert told[0] == "error: dpo.betta=1: there is no key dpo.betta, did you mean dpo.beta?"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "at.512.dpo.betta=1",
+        "data.sources.mine.files=[a]",
+        "+preference.options.share=0.5",
+        "experiment=quick",
+        "data=captioned",
+        "resume=x",
+        "~at",
+        "dpo.recipe.steps=3",
+    ],
+)
+def test_only_misspelt_keys_are_refused_early(setting):
+    refuse_misspelt(RUN, [setting])
+
+
+def test_a_secret_is_not_repeated_by_an_error(capsys):
+    with pytest.raises(typer.Exit):
+        refuse_misspelt(RUN, ["checkpoit=hf_" + "NotSeen" * 5])
+    assert "NotSeen" not in capsys.readouterr().err
 
 
 def test_prompts_are_told_from_settings():

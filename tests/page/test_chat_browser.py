@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from tests.helpers.browser import wait_until
+from tests.helpers.browser import assert_accessible, wait_until
 
 
 @pytest.mark.slow
@@ -35,6 +35,7 @@ def test_two_checkpoints_draw_side_by_side_in_a_browser(chromium):
         wait_until(page, "document.querySelectorAll('.turn').length === 2", 60)
         assert "red" in page.locator(".turn").nth(1).locator(".replies").inner_text().lower()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and complaints == []
+        assert_accessible(page)
     finally:
         context.close()
         server.kill()

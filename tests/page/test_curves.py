@@ -47,10 +47,18 @@ def test_a_step_that_was_redone_counts_once(tmp_path):
 def test_skills_have_intervals_and_counts(tmp_path):
     table = skill_tables([read_run(make_run(tmp_path / "run", prompts=12))])[0]
     assert table.title == "iteration 0, 64 px" and table.columns == ["SFT", "control", "DPO", "GRPO"]
-    rows = dict(table.rows)
-    assert rows["all"][0].n == 12 and rows["all"][0].low < rows["all"][0].mean < rows["all"][0].high
-    assert sum(cells[0].n for name, cells in rows.items() if name not in ("all", "training reward")) == 12
-    assert "training reward" in rows and "judge" not in rows
+    (title, every), *by_skill = table.rows
+    assert title == "all (= training reward)", "here the score is the very reward"
+    assert every[0].n == 12 and every[0].low < every[0].mean < every[0].high
+    assert sum(cells[0].n for _, cells in by_skill) == 12
+
+
+def test_a_reward_other_than_the_score_has_a_row_of_its_own(tmp_path):
+    run = read_run(make_run(tmp_path / "run", prompts=12))
+    path = run.folder / "evaluations/iter-00-after_dpo.jsonl"
+    path.write_text(path.read_text().replace('"reward": 1.0', '"reward": 0.25'))
+    titles = [title for title, _ in skill_tables([run])[0].rows]
+    assert titles[0] == "all" and titles[-1] == "training reward"
 
 
 def test_the_last_sentence_of_an_iteration_is_the_last_policy_against_sft(tmp_path):
@@ -78,3 +86,11 @@ def test_time_left_is_that_of_steps_of_the_same_name(tmp_path):
 def test_durations_and_settings_are_written_for_people():
     assert [duration(value) for value in (42, 425, 12000)] == ["42 s", "7 min 5 s", "3 h 20 min"]
     assert flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": "[1]", "a.c": "{}", "d": "null"}
+
+
+def test_a_loss_that_is_zero_by_construction_is_not_plotted(tmp_path):
+    run = read_run(make_run(tmp_path / "run", done=4))
+    lines = [{"loss": sign * 1e-9, "entropy": 0.1, "kl": 0.01} for sign in (1, -1)]
+    run.metrics = [{"time": 1.0, "iteration": 0, "stage": "grpo", "step": k, **line} for k, line in enumerate(lines)]
+    titles = [plot.title for plot in all_curves([run])[0].plots]
+    assert titles == ["entropy of the policy", "KL divergence from the reference"]

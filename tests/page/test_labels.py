@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from fastapi.testclient import TestClient
 
-from tests.helpers.browser import wait_until
+from tests.helpers.browser import assert_accessible, wait_until
 from tests.helpers.run_folder import make_run
 from vargpt_rl.page.contents import read_run
 from vargpt_rl.page.label import make_app
@@ -183,9 +183,11 @@ def test_twelve_pairs_are_labelled_by_keys_across_reload_and_kill(run, chromium)
 
     try:
         page.goto(address)
+        assert_accessible(page)
         page.get_by_label("Your name").fill("ada")
         page.keyboard.press("Enter")
         wait_for(0)
+        assert_accessible(page)
         for count in range(1, 7):
             press(next(keys), count)
         page.reload()

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from vargpt_rl.cli.programs import Program, add_program, call, command_class, help_text, settings_argument
+from vargpt_rl.cli.programs import (
+    Program,
+    add_program,
+    call,
+    command_class,
+    help_text,
+    refuse_misspelt,
+    settings_argument,
+)
 from vargpt_rl.common.fields import class_fields, class_path
 
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
@@ -83,6 +91,7 @@ def add_image_commands(app: typer.Typer) -> None:
         settings: settings_argument(DRAW) = None,  # type: ignore[valid-type]
     ) -> None:
         prompts, given = split_prompts([prompt, *(settings or [])])
+        refuse_misspelt(DRAW, given)
         from vargpt_rl.generate import main_draw
 
         raise typer.Exit(main_draw(prompts, given))
@@ -100,6 +109,7 @@ def add_image_commands(app: typer.Typer) -> None:
         ] = 0,
         settings: settings_argument(CHAT) = None,  # type: ignore[valid-type]
     ) -> None:
+        refuse_misspelt(CHAT, settings or [])
         if not page:
             if beside or port:
                 raise typer.BadParameter("--beside and --port are for --page")
@@ -120,4 +130,5 @@ def add_image_commands(app: typer.Typer) -> None:
         ],
         settings: settings_argument(EVAL) = None,  # type: ignore[valid-type]
     ) -> None:
+        refuse_misspelt(EVAL, settings or [])
         call(EVAL.module, [f"benchmark={benchmark}", *(settings or [])])

@@ -1,5 +1,6 @@
 """Subcommands that pass their ``key=value`` arguments to the program of a module."""
 
+import difflib
 import importlib
 import textwrap
 from collections.abc import Callable
@@ -10,8 +11,18 @@ import typer
 from typer.core import TyperCommand
 
 from vargpt_rl.cli.completion import complete_keys
-from vargpt_rl.common.fields import FieldSource, class_fields, class_path, key_shown, meaning
+from vargpt_rl.common.fields import (
+    ROOT,
+    FieldSource,
+    class_fields,
+    class_path,
+    dotted_fields,
+    key_shown,
+    meaning,
+)
 
+CONFIG_GROUPS = {folder.name for folder in (ROOT / "configs").iterdir() if folder.is_dir()} | {"resume"}
+"""Keys of a run that are no settings: groups of YAML files, and the folder of a run."""
 KEY_COLUMNS = 22
 """Columns for a key with its default; the meaning of a longer one begins on the next line."""
 
@@ -28,6 +39,8 @@ class Program:
     """Classes of its keys, ``module:Name``."""
     hidden: tuple[str, ...] = ()
     """Keys that the command gives by itself."""
+    passes_on: bool = False
+    """Other keys are those of a run."""
 
     @property
     def fields(self) -> dict[str, FieldSource]:
@@ -73,9 +86,43 @@ def add_program(app: typer.Typer, program: Program) -> None:
     """Add a subcommand that takes nothing but ``key=value``."""
 
     def run(settings: settings_argument(program) = None) -> None:  # type: ignore[valid-type]
+        refuse_misspelt(program, settings or [])
         call(program.module, settings or [])
 
     app.command(program.name, help=help_text(program.summary), cls=command_class(program))(run)
+
+
+def refuse_misspelt(program: Program, settings: list[str]) -> None:
+    """Exit with one line if a key is unlike all, but near one, before the seconds that the program's imports take.
+
+    What this lets pass, the program checks.
+    """
+    if program.passes_on:
+        return
+    known = {key for path in program.settings for key, _ in dotted_fields(class_path(path))}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        key = key.lstrip("+")
+        names = key.split(".")
+        beginnings = {".".join(names[: i + 1]) for i in range(len(names))}
+        meant = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if not equals or not meant or beginnings & (known - groups_of(program)) or key in known | CONFIG_GROUPS:
+            continue
+        from vargpt_rl.common.command import report_error
+        from vargpt_rl.common.secret_check import check_secrets
+
+        try:
+            check_secrets(value, key)
+        except ValueError as error:
+            report_error(error)
+        else:
+            report_error(f"{setting}: there is no key {key}, did you mean {meant[0]}?")
+        raise typer.Exit(2)
+
+
+def groups_of(program: Program) -> set[str]:
+    """Return the dotted names of the groups of settings."""
+    return {key for path in program.settings for key, field in dotted_fields(class_path(path)) if field.group}
 
 
 def settings_argument(program: Program) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vargpt_rl.cli.completion import complete_runs, find_run
-from vargpt_rl.cli.programs import Program, command_class, help_text, settings_argument
+from vargpt_rl.cli.programs import Program, command_class, help_text, refuse_misspelt, settings_argument
 from vargpt_rl.common.signals import handle_signals
 from vargpt_rl.common.streams import make_outputs_lasting
 
@@ -72,10 +72,12 @@ def add_run_commands(app: typer.Typer) -> None:
         full: Annotated[bool, typer.Option("--full", help="All stages, 128 and 256 px.")] = False,
         settings: settings_argument(DEMO) = None,  # type: ignore[valid-type]
     ) -> None:
+        refuse_misspelt(DEMO, settings or [])
         run_loop([*([] if full else ["experiment=quick"]), *(settings or [])])
 
     @app.command(RUN.name, help=help_text(RUN.summary), cls=command_class(RUN))
     def run(settings: settings_argument(RUN) = None) -> None:  # type: ignore[valid-type]
+        refuse_misspelt(RUN, settings or [])
         run_loop(settings or [])
 
     @app.command(RESUME.name, help=help_text(RESUME.summary), cls=command_class(RESUME))
@@ -90,4 +92,5 @@ def add_run_commands(app: typer.Typer) -> None:
 
             report_error(error)
             raise typer.Exit(2) from error
+        refuse_misspelt(RESUME, settings or [])
         run_loop([f"resume={folder}", *(settings or [])])

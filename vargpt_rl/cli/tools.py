@@ -90,6 +90,7 @@ LAUNCH = Program(
         "vargpt-rl cluster launch --dry-run nodes=1 name=first",
     ),
     settings=("vargpt_rl.launch:SlurmJob",),
+    passes_on=True,
 )
 CLUSTER = (
     Program(
@@ -101,6 +102,7 @@ CLUSTER = (
             "vargpt-rl cluster doctor experiment=vargpt_v1_1 gpus=8 gpu_memory_gib=80",
         ),
         settings=("vargpt_rl.doctor:DoctorSettings",),
+        passes_on=True,
     ),
     Program(
         name="simulate",

@@ -24,8 +24,12 @@ PLOTS = (
     ("log-probability since the first step", "nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
     ("rewards of the policy's own images", "", (("reward", "reward"), ("judge", "judge"), ("diversity", "diversity"))),
     ("bit accuracy", "share", (("bit_accuracy", "bits right"),)),
+    ("entropy of the policy", "nats a bit", (("entropy", "entropy"),)),
+    ("KL divergence from the reference", "nats a bit", (("kl", "KL"),)),
 )
 """Plots of a stage: title, unit, and keys of metrics with their names."""
+FLAT = 1e-6
+"""Losses that stay below are not plotted: a policy gradient's loss is 0 where the policy itself drew the images."""
 SINCE_FIRST = "logps/"
 """Metrics with this beginning are shown as change since the first step."""
 BY_SCALE = re.compile(r"rewards/margins/scale_(\d+)")
@@ -100,15 +104,16 @@ def _scales(entries: list[dict[str, Any]]) -> list[str]:
 
 def _trace(entries: list[dict[str, Any]], key: str, name: str, number: int, run: int) -> list[dict[str, Any]]:
     points = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
-    if not points:
+    if not points or (key == "loss" and all(abs(value) < FLAT for _, value in points)):
         return []
     first = points[0][1] if key.startswith(SINCE_FIRST) else 0.0
     return [line([step for step, _ in points], [value - first for _, value in points], name, number, run)]
 
 
 def _plot(title: str, unit: str, traces: list[dict[str, Any]]) -> Plot:
-    ends = [f"{trace['name']} {_short(trace['y'][0])} to {_short(trace['y'][-1])}" for trace in traces]
-    return Plot(title=title, figure=figure(traces, "step", unit), text=f"{title}: {'; '.join(ends)}")
+    ends = [f"{_short(trace['y'][0])} to {_short(trace['y'][-1])}" for trace in traces]
+    named = ends if len(traces) == 1 else [f"{trace['name']} {end}" for trace, end in zip(traces, ends, strict=True)]
+    return Plot(title=title, figure=figure(traces, "step", unit), text=f"{title}: {'; '.join(named)}")
 
 
 def _short(value: float) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-COLOURS = ("#0b66c3", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#475569")
+COLOURS = ("#0b66c3", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#475569")
 DASHES = ("solid", "dot")
 """Lines of the first and of the second run."""
 Figure = dict[str, Any]

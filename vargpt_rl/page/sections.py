@@ -246,7 +246,7 @@ def _gantt(run: RunContents) -> Plot | None:
     start = min(begin for begin, _ in spans.values())
     rows = [(name, begin - start, end - begin) for name, (begin, end) in spans.items()]
     longest = sorted(rows, key=lambda row: -row[2])[:3]
-    text = f"longest: {'; '.join(f'{name} {duration(length)}' for name, _, length in longest)}"
+    text = f"longest: {'; '.join(f'{step_title(name)} {duration(length)}' for name, _, length in longest)}"
     reversed_axis = {"autorange": "reversed", "automargin": True}
     shown = figure([bars(rows, "s")], "seconds", "", yaxis=reversed_axis, height=120 + 18 * len(rows))
     return Plot(title="steps over time", figure=shown, text=text)
