@@ -78,7 +78,7 @@ def test_a_table_of_two_resolutions_is_described_in_two_parts(tmp_path, capsys):
         "count mean std min 25% 50% 75% max",
         "reward 2.0 0.25 1.0607 -0.5 -0.125 0.25 0.625 1.0",
         "reference 4.0 0.00 5.0000 -7.5 0.000 2.50 2.500 2.5",
-        "2 to 2.5 3",
+        f"2 to 2.5 3 {'#' * 40}",
         "1 -5.5",
         "crisp 2 0.50",
         "step-90 1 0.25",

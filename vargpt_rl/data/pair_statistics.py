@@ -4,12 +4,14 @@ Margins are chosen minus rejected, of rewards and of the reference policy's log-
 preferences` has the columns.
 """
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
 BINS = 20
+BAR = 40
+"""Characters of the longest bar of a histogram in text."""
 
 REPEATED = {
     "pair id": ["pair_id"],
@@ -73,6 +75,14 @@ def statistics(table: pd.DataFrame) -> dict[str, float | list[float]]:
     return found | {f"dropped/{reason}": count for reason, count in origin.get("dropped_by_reason", {}).items()}
 
 
+def _bars(counts: np.ndarray, edges: np.ndarray) -> str:
+    """Format the bins that are not empty as lines with a bar."""
+    rows = [(f"{low:.4g} to {high:.4g}", int(n)) for n, (low, high) in zip(counts, pairwise(edges), strict=True) if n]
+    width = max(len(name) for name, _ in rows)
+    longest = max(n for _, n in rows)
+    return "\n".join(f"{name:{width}} {n:6} {'#' * max(1, round(BAR * n / longest))}" for name, n in rows)
+
+
 def describe(table: pd.DataFrame) -> str:
     """Format the statistics as text, by resolution. ValueError as in `scale_margins`."""
     if table.empty:
@@ -84,8 +94,7 @@ def describe(table: pd.DataFrame) -> str:
         blocks.append("margin, chosen - rejected\n" + pd.DataFrame(by_kind).describe().T.round(4).to_string())
         for name, values in by_kind.items():
             counts, edges = histogram(values)
-            bins = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)]
-            blocks.append(f"{name} margin\n{pd.Series(counts, bins).to_string()}")
+            blocks.append(f"{name} margin\n{_bars(counts, edges)}")
         blocks.append("reference margin by scale\n" + scale_margins(part).round(4).to_string())
         for side in ("chosen", "rejected"):
             counts = sources(part, side)
