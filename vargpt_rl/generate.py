@@ -117,7 +117,9 @@ def generate(config: GenerateConfig) -> None:
         config.batch_size,
         look=look,
     )
-    print(f"{made} images made, {len(wanted) - made} were there already: {out.resolve()}")
+    there = len(wanted) - made
+    already = f", {there} {'was' if there == 1 else 'were'} there already" if there else ""
+    print(f"{made} image{'' if made == 1 else 's'} made{already}: {out.resolve()}")
 
 
 def draw(config: DrawConfig, prompts: list[str]) -> None:

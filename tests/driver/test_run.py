@@ -51,6 +51,11 @@ def test_settings_that_change_nothing_of_the_outcome_may_change_and_are_noted(tm
         Run(tmp_path / "run", before | {"rollout": {"workers": 2, "reply": "generate"}})
 
 
+def test_a_run_that_was_moved_is_not_worth_a_note(tmp_path):
+    Run(tmp_path / "run", {"name": None, "runs": "runs"})
+    assert Run(tmp_path / "run", {"name": "run", "runs": str(tmp_path)}).state["events"] == []
+
+
 def test_ranks_may_change_and_what_is_lost_is_noted(tmp_path):
     before = {"learner": {"ranks": 2}, "dpo": {"recipe": {"micro_batch": 4, "zero": 2, "lr": 0.1}}, "at": {}}
     after = {"learner": {"ranks": 1}, "dpo": {"recipe": {"micro_batch": 2, "zero": 3, "lr": 0.1}}, "at": {}}

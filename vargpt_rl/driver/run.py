@@ -31,6 +31,8 @@ from vargpt_rl.storage.manifest import Manifest
 CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
 PARTS = "parts"
 """Folder of the finished parts of the step under way."""
+PLACE = ("name: ", "runs: ")
+"""Settings that only say where the run is: it may have been moved."""
 FREE = tuple(
     f"{key}: "
     for key in (
@@ -157,7 +159,8 @@ class Run:
                     f"{self.directory} was begun with other settings ({'; '.join(fixed)}): resume with those, "
                     f"or give this run another name=..."
                 )
-            told = [f"resuming with other settings: {'; '.join(changed)}"] if changed else []
+            other = [line for line in changed if not line.startswith(PLACE)]
+            told = [f"resuming with other settings: {'; '.join(other)}"] if other else []
             if any(SHARED.match(line) for line in changed):
                 told.append("training is rounded in another order from now on: not bit for bit the run that was begun")
         elif known is not None and self.state["steps"]:
