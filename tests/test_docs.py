@@ -23,7 +23,7 @@ EVERYTHING = "\n".join(text for page, text in TEXTS.items() if page != "CHANGELO
 COMMANDS = re.findall(r"^    (vargpt-rl (?:.*\\\n)*.+)", EVERYTHING, re.MULTILINE)
 COMMANDS += re.findall(r"`(vargpt-rl [^`\n]+)`", EVERYTHING)
 COMMANDS = sorted({line.replace("\\\n", " ").partition("  #")[0] for line in COMMANDS})
-UNREAL = re.compile(r"DIR|FILE|PROMPT|KEY|PREFIX|winners|\.\.\.")
+UNREAL = re.compile(r"DIR|FILE|PROMPT|KEY|PREFIX|winners|\.\.\.|runs/[AB]\b")
 """Words of examples that only a reader can fill in."""
 QUICK = ("draw", "generate", "config", "env")
 EXAMPLES = [line for line in COMMANDS if line.split()[1] in QUICK and line.split()[2:] and not UNREAL.search(line)]

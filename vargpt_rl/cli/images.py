@@ -65,7 +65,7 @@ EVAL = Program(
     module="vargpt_rl.evaluate.__main__",
     summary="Measure checkpoints side by side on a benchmark; the same command resumes.",
     examples=(
-        "vargpt-rl eval shapes 'checkpoints=[tiny,runs/demo/model]'",
+        "vargpt-rl eval shapes 'checkpoints=[tiny,runs/demo/model]' resolution=256",
         "vargpt-rl eval geneval checkpoint=DIR prompts=FILE detector=DIR",
     ),
     settings=("vargpt_rl.evaluate.settings:EvaluateConfig",),

@@ -6,6 +6,7 @@ the command resumes it. With ``num_shards=N shard=k``, N processes generate one 
 keys scores the result. Exit codes: 0 done, 1 failed, 2 a setting or an input is wrong or missing.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,6 +26,11 @@ from vargpt_rl.evaluate.settings import Benchmark, EvaluateConfig
 from vargpt_rl.evaluate.shapes import Shapes
 from vargpt_rl.evaluate.understanding import Understanding
 from vargpt_rl.inference.images import make_folder
+from vargpt_rl.model.drawing_defaults import read_defaults
+
+logger = logging.getLogger(__name__)
+
+DRAW_NOTHING = (Benchmark.questions, Benchmark.lmms)
 
 
 class Measurement(Protocol):
@@ -61,6 +67,8 @@ def evaluate(config: EvaluateConfig) -> None:
     quarantine_of(config).path.unlink(missing_ok=True)
     benchmark = BENCHMARKS[config.benchmark](config)
     models = [EvaluatedModel(config, name) for name in config.checkpoints]
+    for told in [] if config.benchmark in DRAW_NOTHING else other_resolutions(models, config.resolution):
+        logger.warning(told)
     for model in models:
         benchmark.make(model)
         model.release()
@@ -86,6 +94,16 @@ def evaluate(config: EvaluateConfig) -> None:
             models=about,
         )
     )
+
+
+def other_resolutions(models: list[EvaluatedModel], resolution: int | None) -> list[str]:
+    """Say which checkpoints were trained and measured at another resolution than that of this evaluation."""
+    own = {model.name: read_defaults(model.path).resolution for model in models}
+    return [
+        f"{name} draws at {pixels} px, but is measured at {resolution} px here: resolution={pixels} changes that"
+        for name, pixels in own.items()
+        if pixels not in (None, resolution)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,6 +82,17 @@ def _cell(column: Column, metrics: dict[str, float], intervals: dict[str, tuple[
     return f"{value} ({low} to {high})"
 
 
+def _numbers(columns: list[Column], rows: dict[str, Scores]) -> list[str]:
+    """Say of how many images or answers each value is, once if that is the same for all checkpoints."""
+    told = {}
+    for name, scores in rows.items():
+        known = [f"{each.heading} {scores.counts[each.metric]}" for each in columns if each.metric in scores.counts]
+        told[name] = ", ".join(known)
+    if len(set(told.values())) == 1:
+        return [f"n: {text}." for text in set(told.values()) if text]
+    return [f"n of {name}: {text}." for name, text in told.items() if text]
+
+
 def write_report(
     folder: Path, benchmark: str, *, settings: dict, columns: list[Column], rows: dict[str, Scores], models: dict
 ) -> str:
@@ -90,7 +101,7 @@ def write_report(
     used = [column for column in columns if column.metric in measured]
     used += [Column(metric, metric) for metric in measured if metric not in {column.metric for column in columns}]
     published = comparable(benchmark, measured)
-    notes = list(dict.fromkeys(note for scores in rows.values() for note in scores.notes))
+    notes = [*_numbers(used, rows), *dict.fromkeys(note for scores in rows.values() for note in scores.notes)]
     if published["rows"]:
         notes.append(f"Reported rows are the papers' own numbers: {published['source']}. {published['note']}")
     text = f"# {benchmark}\n\n{table(used, rows, published)}" + "".join(f"\n{note}\n" for note in notes)
