@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -26,6 +27,10 @@ LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
 """Ray's errors when an actor, or the node that held its answer, is lost."""
 
 
+ANSWER_S = 10.0
+"""Seconds that a cluster at RAY_ADDRESS has to answer."""
+
+
 class Note(Protocol):
     """Called with a fault that was repaired, in words; ``restart`` if processes were started again."""
 
@@ -45,7 +50,9 @@ def connect() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it says that it starts, and has a token
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | HIDDEN
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": environment}}
-    if "RAY_ADDRESS" not in os.environ:
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_answers(address)
+    else:
         # By default Ray listens on every network, with a token in the home directory that others may read.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -65,6 +72,20 @@ def own_gpus() -> int | None:
     visible = manager.get_current_process_visible_accelerator_ids()
     found = manager.get_current_node_num_accelerators()
     return found if visible is None else min(found, len(visible))
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError if nothing listens at ``host:port``: Ray itself tries for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto" and "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise OSError(
+            f"RAY_ADDRESS={address}: nothing answers there ({error}); without the variable, a cluster is started on "
+            "this machine"
+        ) from error
 
 
 def kill_process(pid: int, began: float) -> None:

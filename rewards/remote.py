@@ -14,7 +14,8 @@ import os
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -25,6 +26,9 @@ from rewards.images import to_png
 TOKEN = "REWARD_TOKEN"
 MAX_ANSWER = 16 * 2**20
 """Bytes of an answer that are read."""
+
+
+Watch = Callable[[socket.socket], None]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -56,28 +60,58 @@ class HttpReward:
         body = json.dumps({"images": encoded, "prompts": list(prompts)}).encode()
         headers = {"Content-Type": "application/json"}
         if token := os.environ.get(TOKEN):
+            if not (token.isascii() and token.isprintable()):
+                raise ValueError(f"{TOKEN}: expected printable ASCII characters")  # the library's error repeats it
             headers["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(self.url, body, headers)
         return _scores(self._ask(request), len(images))
 
     def _ask(self, request: urllib.request.Request) -> bytes:
-        """Return the body of the answer. OSError if there is none in time."""
-        host = urlsplit(self.url).hostname or ""
-        direct = [urllib.request.ProxyHandler({})] if _is_loopback(host) else []
-        with _deadline(self.timeout_s) as (expired, watch):
-            opener = urllib.request.build_opener(_NoRedirect, _Http(watch), _Https(watch), *direct)
+        """Return the body of the answer. OSError if there is none in time.
+
+        The deadline is for everything: names, connecting, a proxy, TLS, sending and reading. A timeout of a socket is
+        for one operation, which a server that sends a byte now and then never exceeds, and names have none.
+        """
+        found: list[bytes | Exception] = []
+        sockets: list[socket.socket] = []
+        over = threading.Event()
+
+        def watch(connected: socket.socket) -> None:
+            sockets.append(connected)
+            if over.is_set():
+                _end(connected)
+
+        def ask() -> None:
             try:
-                with opener.open(request, timeout=self.timeout_s) as answer:
-                    text = answer.read(MAX_ANSWER)
-            except HTTPError as error:
-                raise OSError(f"{self.url} answered {error.code}: {self._shown(error)}") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                if expired.is_set() or isinstance(error, TimeoutError):
-                    raise TimeoutError(f"{self.url}: no answer in {self.timeout_s:g} s") from error
-                raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
-            if expired.is_set():
-                raise TimeoutError(f"{self.url}: no answer in {self.timeout_s:g} s")
-        return text
+                found.append(self._answer(request, watch))
+            except Exception as error:
+                found.append(error)
+
+        asking = threading.Thread(target=ask, name="HttpReward", daemon=True)
+        asking.start()
+        asking.join(self.timeout_s)
+        late = asking.is_alive()
+        over.set()
+        for each in sockets:
+            _end(each)  # and with it the thread, if it still waits
+        if late or isinstance(found[0], TimeoutError):  # what a late thread found may be half an answer
+            raise TimeoutError(f"{self.url}: no answer in {self.timeout_s:g} s")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    def _answer(self, request: urllib.request.Request, watch: Watch) -> bytes:
+        direct = [urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(self.url).hostname or "") else []
+        opener = urllib.request.build_opener(_NoRedirect, _Http(watch), _Https(watch), *direct)
+        try:
+            with opener.open(request, timeout=self.timeout_s) as answer:
+                return answer.read(MAX_ANSWER)
+        except HTTPError as error:
+            raise OSError(f"{self.url} answered {error.code}: {self._shown(error)}") from error
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
     @staticmethod
     def _shown(error: HTTPError) -> str:
@@ -109,51 +143,23 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-Watch = Callable[[socket.socket], None]
+def _end(connected: socket.socket) -> None:
+    with connected, contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
-@contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Watch]]:
-    """Yield an event that is set after ``seconds``, and a function for the sockets that are shut down then.
-
-    A timeout of a socket is for one operation, which a server that sends a byte now and then never exceeds.
-    """
-    expired = threading.Event()
-    sockets: list[socket.socket] = []
-
-    def end() -> None:
-        expired.set()
-        for each in sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield expired, sockets.append
-    finally:
-        timer.cancel()
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection that shows its socket to ``watch``."""
+class _Watched(http.client.HTTPConnection):
+    """A connection that shows its socket to ``watch``, before TLS begins on it."""
 
     watch: Watch
 
     def connect(self) -> None:
         super().connect()
-        self.watch(self.sock)
+        self.watch(self.sock.dup())  # TLS takes the socket itself away
 
 
-class _SecureConnection(http.client.HTTPSConnection):
-    """The same over TLS."""
-
-    watch: Watch
-
-    def connect(self) -> None:
-        super().connect()
-        self.watch(self.sock)
+class _WatchedSecure(http.client.HTTPSConnection, _Watched):
+    """The same over TLS: `http.client.HTTPSConnection` connects as the next class does, then shakes hands."""
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -162,12 +168,7 @@ class _Http(urllib.request.HTTPHandler):
         self.watch = watch
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request)
-
-    def _connection(self, host: str, **options) -> _Connection:
-        connection = _Connection(host, **options)
-        connection.watch = self.watch
-        return connection
+        return self.do_open(partial(_connection, _Watched, self.watch), request)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -176,9 +177,10 @@ class _Https(urllib.request.HTTPSHandler):
         self.watch = watch
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request)
+        return self.do_open(partial(_connection, _WatchedSecure, self.watch), request)
 
-    def _connection(self, host: str, **options) -> _SecureConnection:
-        connection = _SecureConnection(host, **options)
-        connection.watch = self.watch
-        return connection
+
+def _connection(kind: type[_Watched], watch: Watch, host: str, **options) -> _Watched:
+    connection = kind(host, **options)
+    connection.watch = watch
+    return connection

@@ -99,3 +99,10 @@ def test_installed_versions_have_no_warnings(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("ray", "torch"))
     first, *warned = doctor.about([])[:3]
     assert "ray 2.40.0, torch 2.13.0" in first and all("ray 2.40.0" in line for line in warned)
+
+
+def test_warns_of_little_shared_memory(monkeypatch):
+    said = [line for line in doctor.about([]) if "/dev/shm" in line]
+    monkeypatch.setattr(doctor, "SHARED_NEEDED", 2**60)
+    (warning,) = [line for line in doctor.about([]) if "/dev/shm" in line]
+    assert said == [] and warning.startswith("warning: /dev/shm has ") and "--shm-size" in warning

@@ -9,10 +9,12 @@ are the loop's. Without a checkpoint, the plan uses the sizes of the released v1
 
 import os
 import platform
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from packaging.version import Version
@@ -43,6 +45,10 @@ ADVISORIES = (
     ("ray", "2.54", "CVE-2026-27482: anyone who reaches the dashboard can end jobs"),
 )
 """Package, first fixed version, vulnerability."""
+
+SHARED = Path("/dev/shm")
+SHARED_NEEDED = 2**30
+"""Bytes of shared memory below which doctor warns."""
 
 
 @dataclass
@@ -99,7 +105,15 @@ def about(found: list[tuple[str, int]]) -> list[str]:
     gpus = [f"GPU {i}: {name}, {size / GIB:.1f} GiB" for i, (name, size) in enumerate(found)] or ["no GPU"]
     machine = f"{os.cpu_count()} CPU cores, {available_memory() / GIB:.1f} GiB of memory"
     python = f"python {platform.python_version()}"
-    return [", ".join([python, *versions]), *warnings(installed), *gpus, machine]
+    return [", ".join([python, *versions]), *warnings(installed), *gpus, machine, *_shared_memory()]
+
+
+def _shared_memory() -> list[str]:
+    """Return a warning if /dev/shm is small, as it is in containers by default."""
+    if not SHARED.is_dir() or (free := shutil.disk_usage(SHARED).free) >= SHARED_NEEDED:
+        return []
+    have = f"{SHARED} has {free / GIB:.2f} GiB free, expected {SHARED_NEEDED / GIB:g} or more"
+    return [f"warning: {have}: data workers and Ray pass tensors through it (docker run --shm-size=8g)"]
 
 
 def _cells(need: TrainingMemory | RolloutMemory, names: list[str]) -> list[str]:

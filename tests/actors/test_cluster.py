@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
-from actors.cluster import nodes, reserve
+from actors.cluster import connect, nodes, reserve
 from actors.config import PlacementConfig, RolloutConfig
 from actors.resources import plan
 from tests.helpers.access import listening, nodes_shown
+from vargpt_rl.common.network import free_port
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """
@@ -95,3 +97,12 @@ def test_a_local_cluster_is_private_and_stops_cleanly(tmp_path, number):
         output, errors = driver.communicate(timeout=60)
     assert (driver.returncode, output) == (0, "stopped\n"), errors
     assert f"{number.name}: stopping" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}", "no-such-host.invalid:6379"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address.format(free_port()))
+    began = time.monotonic()
+    with pytest.raises(OSError, match="nothing answers there"):
+        connect()
+    assert time.monotonic() - began < 12

@@ -2,6 +2,8 @@
 
 import enum
 import importlib
+import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,32 +118,31 @@ PROGRAMS = [
     "vargpt_rl.chat",
     "vargpt_rl.convert",
     "vargpt_rl.data.encode",
-    "vargpt_rl.data.instruct.__main__",
+    "vargpt_rl.data.instruct",
     "vargpt_rl.data.preferences",
     "vargpt_rl.data.prompts",
     "vargpt_rl.doctor",
-    "vargpt_rl.evaluate.__main__",
+    "vargpt_rl.evaluate",
     "vargpt_rl.generate",
     "vargpt_rl.launch",
     "vargpt_rl.loop",
-    "vargpt_rl.page.__main__",
+    "vargpt_rl.page",
     "vargpt_rl.page.watch",
-    "vargpt_rl.simulate.__main__",
+    "vargpt_rl.simulate",
     "vargpt_rl.simulate.measure",
 ]
 
 
 @pytest.mark.parametrize("asked", ["--help", "-h"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_each_program_says_how_it_is_used(name, asked, capsys):
-    program = importlib.import_module(name)
-    try:
-        code = program.main([asked])
-    except SystemExit as end:
-        code = end.code
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_each_program_says_how_it_is_used(name, asked, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, asked])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     said = capsys.readouterr()
-    assert code == 0 and said.err == ""
-    assert said.out.startswith("usage: ") and name.removesuffix(".__main__") in said.out
+    assert end.value.code == 0 and said.err == ""
+    assert said.out.startswith("usage: ") and name in said.out
 
 
 def test_help_explains_the_keys(capsys):

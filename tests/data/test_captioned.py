@@ -299,7 +299,7 @@ def test_several_winners_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "CSV", "txt"])
-@pytest.mark.parametrize("ids", [str, int])
+@pytest.mark.parametrize("ids", [str, int, float])
 def test_captions_are_read_from_tables_of_many_kinds(tmp_path, ending, ids):
     write_set(tmp_path, ["0.png", "1.png"], ["0.png", "1.png"])
     rows = [{"id": ids(n), "caption": f'thing "{n}", \u00e9', "file": f"{n}.png"} for n in range(2)]
@@ -314,8 +314,36 @@ def test_captions_are_read_from_tables_of_many_kinds(tmp_path, ending, ids):
     else:
         path.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)))
     source, quarantine = captioned(tmp_path, captions=str(path), held_out_fraction=0.0)
-    assert {p.id: p.text for p in source.prompts("train", 9, 0)} == {str(row["id"]): row["caption"] for row in rows}
+    assert {p.id: p.text for p in source.prompts("train", 9, 0)} == {
+        # text in CSV stays as it is written
+        str(row["id"] if ending.lower() == "csv" else int(row["id"])): row["caption"]
+        for row in rows
+    }
     assert source.lines == 2 and not quarantine.counts
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("line", ["\n", "\r\n", "\r"])
+def test_delimiters_of_csv_are_told_by_the_header(tmp_path, delimiter, ending, quoting, line):
+    write_set(tmp_path, ["0.png", "1.png"], ["0.png", "1.png"])
+    rows = [{"id": f"p{n}", "caption": f"one, two; {n} | three", "file": f"{n}.png"} for n in range(2)]
+    path = tmp_path / f"table.{ending}"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter, quoting=quoting, lineterminator=line)
+        writer.writeheader()
+        writer.writerows(rows)
+    source, quarantine = captioned(tmp_path, captions=str(path), held_out_fraction=0.0)
+    assert {p.id: p.text for p in source.prompts("train", 9, 0)} == {row["id"]: row["caption"] for row in rows}
+    assert not quarantine.counts
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_a_caption_without_an_identifier_has_its_images_name(tmp_path, missing):
+    write_set(tmp_path, ["0.png"], ["0.png"], [{"id": missing, "caption": "a cat", "file": "0.png"}])
+    source, _ = captioned(tmp_path, held_out_fraction=0.0)
+    assert source.prompts("train", 9, 0) == [Prompt("0.png", "a cat", REPLY)]
 
 
 def test_metadata_of_image_folders_is_read_by_its_fields(tmp_path):

@@ -28,7 +28,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         Image.effect_noise((31, 31), 90).save(tmp_path / f"{name}.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
     (tmp_path / "empty.png").write_bytes(b"")
-    faults = {"empty": "cannot identify", "missing": "No such file", "large": "image of more than 900 pixels"}
+    faults = {"empty": "image of kind empty file", "missing": "No such file", "large": "image of more than 900 pixels"}
     for name, said in faults.items():
         path = tmp_path / f"{name}.png"
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: not a readable image: .*{said}"):
@@ -127,6 +127,16 @@ def test_transparency_outlives_a_profile(tmp_path):
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG or XML"),
         (b"<!DOCTYPE html>\n<html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (b"", "empty file"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "MP4 video"),
+        (b"PK\x03\x04\x14\0", "zip archive"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"\0\0\1\0\1\0 \0", "icon or TGA"),
+        (b"P6\n8 8\n255\n", "PPM"),
+        (b"v/1\x01\2\0\0\0", "OpenEXR"),
+        (b"#?RADIANCE\n", "Radiance HDR"),
+        (b"DDS |\0\0\0", "DDS"),
+        (b"qoif\0\0", "QOI"),
     ],
 )
 def test_files_of_other_kinds_are_named(tmp_path, head, kind):

@@ -113,15 +113,26 @@ def test_prompts_from_files(tmp_path):
 
 def test_prompts_may_have_ids(tmp_path):
     quarantine, lines = Quarantine(tmp_path / "quarantine.jsonl"), tmp_path / "mine.jsonl"
-    rows = [("a", "a cat"), ("b", "a dog"), ("a", "a cow"), ("c", "a dog"), (3.5, "a fish"), ("", "a bird"), (7, "x")]
+    rows = [("a", "a cat"), ("b", "a dog"), ("a", "a cow"), ("c", "a dog"), (3.5, "a fish"), ("", "a bird"), (7, "x"),
+            (8.0, "y")]  # fmt: skip
     lines.write_text("".join(json.dumps({"id": one, "prompt": text}) + "\n" for one, text in rows))
-    assert [(prompt.id, prompt.text) for prompt in prompts_from_file(lines, quarantine)] == [*rows[:2], ("7", "x")]
+    assert [(prompt.id, prompt.text) for prompt in prompts_from_file(lines, quarantine)] == [
+        *rows[:2],
+        ("7", "x"),
+        ("8", "y"),
+    ]
     assert quarantine.counts == {
         "id of an earlier line": 1,
         "prompt of an earlier line": 1,
         '"id" is of type float, expected str': 1,
         '"id" is empty': 1,
     }
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "a.Jsonl"])
+def test_endings_of_prompt_files_may_be_in_capitals(tmp_path, name):
+    (tmp_path / name).write_text("a cat\n" if name == "A.TXT" else '{"id": null, "prompt": "a cat"}\n')
+    assert [prompt.text for prompt in prompts_from_file(tmp_path / name, Quarantine(tmp_path / "q"))] == ["a cat"]
 
 
 def test_unusable_prompt_files_are_named(tmp_path):

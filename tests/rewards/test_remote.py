@@ -5,20 +5,31 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from rewards.images import to_png
 from rewards.remote import TOKEN, HttpReward
+from vargpt_rl.common.network import free_port
 
 PLUGIN = """
 import time
@@ -30,6 +41,8 @@ class Reward:
     def __call__(self, images, prompts):
         if "slow" in prompts:
             time.sleep(5)
+        if "hang" in prompts:
+            time.sleep(10**6)
         if "raise" in prompts:
             raise ValueError("a bad mood")
         if "short" in prompts:
@@ -39,15 +52,12 @@ class Reward:
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a running server that asks for a token."""
-    folder = tmp_path_factory.mktemp("served")
+@contextlib.contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address and the process of a running server that asks for a token."""
     (folder / "mine.py").write_text(PLUGIN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "rewards.serve", "path=mine.py:Reward", 'options={"factor": 2}', f"port={port}"]
+    port = free_port()
+    command = [sys.executable, "-m", "rewards.serve", "path=mine.py:Reward", f"port={port}", *arguments]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=os.environ | {TOKEN: "secret"}, stderr=log, stdout=log)
     address = f"http://127.0.0.1:{port}"
@@ -59,10 +69,18 @@ def server(tmp_path_factory):
         except URLError:
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.1)
-    yield f"{address}/score"
-    process.terminate()
-    process.wait(10)
+    try:
+        yield f"{address}/score", process
+    finally:
+        process.terminate()
+        process.wait(15)
     assert "secret" not in (folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("served"), 'options={"factor": 2}') as (address, _):
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +147,7 @@ ANSWERS = {
 
 
 @contextlib.contextmanager
-def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+def raw_server(answer: Callable[[socket.socket], None], scheme: str = "http") -> Iterator[str]:
     """The address of a server that answers each connection as it likes."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -138,16 +156,34 @@ def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
                 while True:
                     connection, _ = listening.accept()
                     with connection, contextlib.suppress(OSError):
-                        connection.recv(100_000)
                         answer(connection)
 
         threading.Thread(target=serve, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/score"
+        yield f"{scheme}://127.0.0.1:{listening.getsockname()[1]}/score"
+
+
+def answering(text: bytes) -> Callable[[socket.socket], None]:
+    """Read a request and answer with ``text``."""
+
+    def answer(connection: socket.socket) -> None:
+        asked = b""
+        while not asked.endswith(b"]}"):  # over TLS, head and body come one after the other
+            asked += connection.recv(100_000)
+        connection.sendall(text)
+
+    return answer
+
+
+def drip(connection: socket.socket, text: bytes = b"1" * 200) -> None:
+    """Send a byte now and then."""
+    for byte in text:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_odd_answers_are_errors_of_two_kinds(name):
-    with raw_server(lambda connection: connection.sendall(ANSWERS[name])) as url, pytest.raises((OSError, ValueError)):
+    with raw_server(answering(ANSWERS[name])) as url, pytest.raises((OSError, ValueError)):
         HttpReward(url, timeout_s=10)(reds(1), ["a"])
 
 
@@ -160,22 +196,114 @@ def test_an_answer_that_drips_ends_at_the_deadline(where):
         "body of an error": b"HTTP/1.1 500 No\r\nContent-Length: 1000\r\n\r\n",
     }[where]
 
-    def drip(connection: socket.socket) -> None:
-        connection.sendall(before)
-        for _ in range(200):
-            connection.sendall(b"1")
-            time.sleep(0.1)
+    def answer(connection: socket.socket) -> None:
+        answering(before)(connection)
+        drip(connection)
 
-    began = time.monotonic()
-    with raw_server(drip) as url, pytest.raises(OSError):
+    with raw_server(answer) as url, ends_in_time():
         HttpReward(url, timeout_s=1)(reds(1), ["a"])
+
+
+@contextlib.contextmanager
+def ends_in_time() -> Iterator[None]:
+    """Expect an error within seconds, and no thread of the request left after a few more."""
+    began = time.monotonic()
+    with pytest.raises(OSError):
+        yield
     assert time.monotonic() - began < 8
+    while any(thread.name == "HttpReward" for thread in threading.enumerate()):
+        assert time.monotonic() - began < 20
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> Path:
+    """A self-signed certificate of 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    plain = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(plain + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def over_tls(certificate: Path, answer: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
+    """Shake hands and answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def secured(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as secure:
+            answer(secure)
+
+    return secured
+
+
+def test_a_server_with_tls_is_asked(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    said = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"scores": [2]}'
+    with raw_server(over_tls(certificate, answering(said)), "https") as url:
+        assert HttpReward(url, timeout_s=20)(reds(1), ["a"]) == [2.0]
+
+
+def test_an_unknown_certificate_is_refused(certificate):
+    with raw_server(over_tls(certificate, answering(b"")), "https") as url, pytest.raises(OSError, match="CERTIFICATE"):
+        HttpReward(url, timeout_s=20)(reds(1), ["a"])
+
+
+@pytest.mark.parametrize("where", ["handshake", "handshake without an end", "header", "body"])
+def test_a_server_with_tls_that_drips_ends_at_the_deadline(certificate, monkeypatch, where):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+    def answer(connection: socket.socket) -> None:
+        before = b"HTTP/1.1 200 OK\r\n" + (b"X: " if where == "header" else b"Content-Length: 1000\r\n\r\n")
+        answering(before)(connection)
+        drip(connection)
+
+    handshakes = {
+        "handshake": lambda connection: drip(connection, b"\x16\x03\x03\x40\x00" + b"\x02\x00\x3f\xfc" + bytes(200)),
+        "handshake without an end": lambda connection: time.sleep(6),
+    }
+    with raw_server(handshakes.get(where) or over_tls(certificate, answer), "https") as url, ends_in_time():
+        HttpReward(url, timeout_s=1)(reds(1), ["a"])
+
+
+def test_a_proxy_that_drips_ends_at_the_deadline(monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    with raw_server(lambda connection: drip(connection, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40)) as url:
+        monkeypatch.setenv("https_proxy", url.removesuffix("/score"))
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            HttpReward("https://reward.invalid/score", timeout_s=1)(reds(1), ["a"])
+        assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("token", ["secret\n", "sec\tret", "s\u00e9cret", "\u5bc6"])
+def test_a_token_that_no_header_can_have_is_not_repeated(monkeypatch, token):
+    monkeypatch.setenv(TOKEN, token)
+    with pytest.raises(ValueError, match=f"{TOKEN}: expected printable ASCII") as error:
+        HttpReward("http://127.0.0.1:9/score")(reds(1), ["a"])
+    assert "cret" not in str(error.value)
 
 
 def test_a_refused_token_is_not_repeated():
     refusal = b"HTTP/1.1 401 No\r\nContent-Length: 16\r\n\r\nbad token secret"
     with (
-        raw_server(lambda connection: connection.sendall(refusal)) as url,
+        raw_server(answering(refusal)) as url,
         pytest.raises(OSError, match="answered 401: bad token ...") as error,
     ):
         HttpReward(url)(reds(1), ["a"])
@@ -198,23 +326,120 @@ def test_addresses_that_are_none_are_refused_at_once(url):
         HttpReward(url)
 
 
-def test_a_request_that_is_never_finished_leaves_the_server_to_others(server):
-    host, port = server.removeprefix("http://").removesuffix("/score").split(":")
-    sockets = [socket.create_connection((host, int(port))) for _ in range(50)]
-    for each in sockets:
-        each.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\n")
+def connections(address: str, count: int, sent: bytes = b"") -> list[socket.socket]:
+    """Open connections to a server and send the same on each."""
+    parts = urlsplit(address)
+    opened = [socket.create_connection((parts.hostname, parts.port), timeout=60) for _ in range(count)]
+    for each in opened:
+        each.sendall(sent)
+    return opened
+
+
+HALF_REQUESTS = {
+    "nothing": b"",
+    "header": b"POST /score HTTP/1.1\r\nHost: x\r\n",
+    "body": b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 100\r\n\r\n{",
+    "body without a token": b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("kind", ["nothing", "header", "body without a token"])
+def test_half_requests_leave_the_server_to_others(server, kind):
+    opened = connections(server, 50, HALF_REQUESTS[kind])
     began = time.monotonic()
-    assert json.load(urllib.request.urlopen(server.replace("/score", "/health"))) == {"status": "ok"}
     assert HttpReward(server)(reds(1), ["a"]) == [2.0]
     assert time.monotonic() - began < 20
-    for each in sockets:
+    for each in opened:
         each.close()
 
 
-def post(server: str, body: bytes) -> tuple[int, str]:
+@pytest.mark.parametrize("kind", ["nothing", "header"])
+def test_connections_without_a_request_are_closed(server, kind):
+    opened = connections(server, 256, HALF_REQUESTS[kind])
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"503|reset|refused"):
+        HttpReward(server)(reds(1), ["a"])
+    for each in opened:
+        with contextlib.suppress(ConnectionResetError):
+            assert each.recv(100) == b""  # closed by the server
+        each.close()
+    assert time.monotonic() - began < 40
+    assert HttpReward(server)(reds(1), ["a"]) == [2.0]
+
+
+def test_a_further_request_on_a_connection_has_to_come_too(server):
+    (opened,) = connections(server, 1, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    with opened:
+        said = b""
+        while not said.endswith(b"}"):
+            said += opened.recv(1000)
+        opened.sendall(b"GET /hea")  # which ends the wait for anything at all
+        began = time.monotonic()
+        assert opened.recv(1000) == b""
+        assert time.monotonic() - began < 30
+
+
+def test_clients_that_leave_are_no_error_of_the_server(server):
+    for each in connections(server, 20, HALF_REQUESTS["body"]):
+        each.close()
+    assert HttpReward(server)(reds(1), ["a"]) == [2.0]
+
+
+def test_64_clients_are_all_answered(server):
+    def ask(number: int) -> list[float | None]:
+        return HttpReward(server, timeout_s=120)(reds(number, 1), ["a", "a"])
+
+    with ThreadPoolExecutor(64) as clients:
+        assert list(clients.map(ask, range(64))) == [[2.0 * number, 2.0] for number in range(64)]
+
+
+def test_large_requests_of_many_clients_stay_within_the_memory(tmp_path):
+    """16 clients send 96 MiB at once, each of four images with 16 million pixels."""
+    noise = base64.b64encode(os.urandom(24 * 2**20)).decode()  # no PNG: refused when its turn has come
+    body = json.dumps({"images": [LARGE] * 3 + [noise], "prompts": ["a"] * 4}).encode()
+    body += b" " * (96 * 2**20 - len(body))
+    with serving(tmp_path) as (address, process), ThreadPoolExecutor(16) as clients:
+        before = psutil.Process(process.pid).memory_info().rss
+        answers = [clients.submit(post, address, body, 200) for _ in range(16)]
+        most = before
+        while not all(answer.done() for answer in answers):
+            most = max(most, psutil.Process(process.pid).memory_info().rss)
+            time.sleep(0.05)
+        assert {answer.result()[0] for answer in answers} == {400}
+    assert most - before < 1400 * 2**20, f"{(most - before) / 2**20:.0f} MiB"
+
+
+def test_a_reward_that_hangs_ends_the_server(tmp_path):
+    with serving(tmp_path, "timeout_s=1") as (address, process):
+        with pytest.raises(OSError):
+            HttpReward(address, timeout_s=60)(reds(1), ["hang"])
+        assert process.wait(30) == 1
+    assert "the reward did not return within 1 s" in (tmp_path / "log").read_text()
+
+
+def test_a_request_that_waits_too_long_for_others_is_refused(tmp_path):
+    with serving(tmp_path, "timeout_s=7") as (address, _), ThreadPoolExecutor(8) as clients:
+        asked = [clients.submit(post, address, BODIES["slow"], 60) for _ in range(4)]
+        codes = sorted(each.result()[0] for each in asked)
+    assert codes == [200, 200, 503, 503]  # a turn takes five seconds
+
+
+def test_sigterm_ends_a_server_whose_reward_hangs(tmp_path):
+    with serving(tmp_path) as (address, process):
+        (opened,) = connections(address, 1)
+        body = BODIES["hang"]
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+        opened.sendall(head.encode() + body)
+        time.sleep(1)
+        process.terminate()
+        process.wait(14)
+        opened.close()
+
+
+def post(server: str, body: bytes, timeout_s: float = 30) -> tuple[int, str]:
     request = urllib.request.Request(server, body, {"Authorization": "Bearer secret"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return answer.status, answer.read().decode()
     except HTTPError as error:
         return error.code, error.read().decode()
@@ -222,6 +447,7 @@ def post(server: str, body: bytes) -> tuple[int, str]:
 
 PNG = base64.b64encode(to_png(reds(1)[0])).decode()
 LARGE = base64.b64encode(to_png(Image.new("1", (4096, 4096)))).decode()
+BODIES = {name: json.dumps({"images": [PNG], "prompts": [name]}).encode() for name in ("slow", "hang")}
 WIDE = base64.b64encode(to_png(Image.new("1", (20000, 1000)))).decode()
 
 
@@ -240,6 +466,7 @@ WIDE = base64.b64encode(to_png(Image.new("1", (20000, 1000)))).decode()
         ({"images": [WIDE], "prompts": ["a"]}, "images[0]: 20000 x 1000 pixels"),
         ({"images": [LARGE] * 5, "prompts": ["a"] * 5}, "images[4]: 4096 x 4096 pixels"),
         (b"[" * 100_000, "too deeply nested"),
+        (b"[" + b"[]," * 2**21 + b"[]]", "more than 1048576 commas"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(server, body, said):

@@ -70,8 +70,12 @@ def report_error(error: Exception | str) -> None:
 def usage(program: ModuleType, kind: type | None = None) -> str:
     """Return what a program does, by its docstring, and its keys, the fields of ``kind``."""
     spec = program.__spec__  # of a program that is run, ``__name__`` is "__main__"
-    name = (spec.name if spec else program.__name__).removesuffix(".__main__")
-    lines = [f"usage: python -m {name} [key=value ...]", "", inspect.cleandoc(program.__doc__ or "")]
+    name = spec.name if spec else program.__name__
+    lines = [
+        f"usage: python -m {name.removesuffix('.__main__')} [key=value ...]",
+        "",
+        inspect.cleandoc(program.__doc__ or ""),
+    ]
     if kind is not None:
         found = class_fields(ClassPath(name if kind.__module__ == "__main__" else kind.__module__, kind.__name__))
         lines += ["", "keys:", *(f"  {key_shown(field):<28} {meaning(field)}".rstrip() for field in found.values())]

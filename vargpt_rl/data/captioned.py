@@ -126,7 +126,7 @@ class CaptionedSource(Source):
         config = self.config
         name = text_field(row, config.image_field)
         caption = text_field(row, config.caption_field)
-        identity = id_field(row, config.id_field) if config.id_field in row else name
+        identity = name if row.get(config.id_field) in (None, "") else id_field(row, config.id_field)
         if not self._exists("images", name):
             name = name.replace("\\", "/")
         path = PurePosixPath(name)

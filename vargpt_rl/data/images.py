@@ -19,7 +19,9 @@ MAX_BYTES = 2**28
 KINDS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 """Formats that are decoded. Pillow knows more, and runs a program for one of them (PostScript)."""
 SIGNATURES = (
+    (rb"\Z", "empty file"),
     (rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "HEIC"),
+    (rb"....ftyp(?!avi[fs])", "MP4 video"),
     (rb"(\xff\x0a|\0\0\0\x0cJXL )", "JPEG XL"),
     (rb"8BPS", "Photoshop"),
     (rb"%PDF", "PDF"),
@@ -28,6 +30,14 @@ SIGNATURES = (
     (rb"\s*<(!doctype\s+)?html", "HTML"),
     (rb"version https://git-lfs", "git-lfs pointer"),
     (rb"\x1f\x8b", "gzip"),
+    (rb"PK\x03\x04", "zip archive"),
+    (rb"\s*[{[]", "JSON"),
+    (rb"\0\0[\1\2]\0", "icon or TGA"),
+    (rb"P[1-7]\s", "PPM"),
+    (rb"v/1\x01", "OpenEXR"),
+    (rb"#\?RADIANCE", "Radiance HDR"),
+    (rb"DDS ", "DDS"),
+    (rb"qoif", "QOI"),
 )
 """First bytes of files that people take for images, with the name of their kind."""
 WHITE = (255, 255, 255)

@@ -209,7 +209,7 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
     is missing, of another kind, or has no usable prompt.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix.lower() not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: expected a .txt or .jsonl file of prompts")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -236,7 +236,7 @@ def prompts_from_file(path: Path, quarantine: Quarantine) -> list[Prompt]:
 
 def _prompt_rows(path: Path) -> Iterator[tuple[str, Row | Fault]]:
     """Yield the prompts of a file as rows, each with "<file>:<line>". ValueError for a file that is not UTF-8 text."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         yield from rows_of(path, "jsonl")
         return
     FORMATS["jsonl"].check(path)
@@ -265,13 +265,21 @@ def shown_row(row: Row | Fault) -> str:
 def _prompt(row: Row, path: Path) -> Prompt:
     """Return a row's prompt. Raises ValueError with the reason if it is malformed."""
     text = text_field(row, "prompt")
-    return Prompt(id_field(row, "id") if "id" in row else f"{path.stem}-{_stable_int(text):016x}", text, REPLY)
+    identity = f"{path.stem}-{_stable_int(text):016x}" if row.get("id") is None else id_field(row, "id")
+    return Prompt(identity, text, REPLY)
 
 
 def id_field(row: Row, name: str) -> str:
     """Return a text, or a whole number as text. Raises ValueError with the reason if it is neither."""
-    value = row.get(name)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_field(row, name)
+    number = whole_number(row.get(name))
+    return text_field(row, name) if number is None else str(number)
+
+
+def whole_number(value: object) -> int | None:
+    """Return a whole number, also one that pandas wrote as a float because the column has gaps; None if it is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def text_field(row: Row, name: str) -> str:

@@ -36,7 +36,12 @@ def test_every_place_gives_the_same_image(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes(data)
     (tmp_path / "archive").write_bytes(b"before" + data + b"behind")
-    places = on_disk(tmp_path, "./sub/a.png"), InRecord(data), InArchive(tmp_path / "archive", 6, len(data))
+    places = (
+        on_disk(tmp_path, "./sub/a.png"),
+        on_disk(tmp_path, "sub\\a.png"),
+        InRecord(data),
+        InArchive(tmp_path / "archive", 6, len(data)),
+    )
     for place in places:
         assert np.array_equal(load(place), load(InRecord(data))) and load(place).size == (6, 4)
 
@@ -65,14 +70,15 @@ def test_colours_and_orientation():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", r"unreadable \(UnidentifiedImageError\)"),
+        (b"", "kind empty file, expected one of AVIF, .*"),
+        (b"\1\2\3\4", r"unreadable \(UnidentifiedImageError\)"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "kind PostScript, expected one of AVIF, .*"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "kind HEIC, expected one of AVIF, .*"),
         (png()[:-40], r"unreadable \(OSError\)"),
         (bomb(8001, 8000), "more than 64000000 pixels"),
         (bomb(60_000, 60_000), "more than 64000000 pixels"),
     ],
-    ids=["empty", "PostScript", "HEIC", "cut off", "large", "huge"],
+    ids=["empty", "unknown", "PostScript", "HEIC", "cut off", "large", "huge"],
 )
 def test_unreadable_images_have_a_reason_that_is_always_the_same(data, reason):
     for _ in range(2):

@@ -39,6 +39,11 @@ from vargpt_rl.data.records.midjourney import permutations, split_commands
         ("a fox --exp 10 --raw --motion low --bs 1 --stealth --public --loop", "a fox",
          {"exp": "10", "raw": "", "motion": "low", "bs": "1", "stealth": "", "public": "", "loop": ""}),
         ("a fox --v niji", "a fox", {"v": "niji"}),
+        ("a fox --v 6. --s 50.", "a fox", {"v": "6", "stylize": "50"}),
+        ("a fox --hd --sd --relax", "a fox", {"hd": "", "sd": "", "relax": ""}),
+        ("a fox --sref 12::2 34::1 --sw 80", "a fox", {"sref": "12::2 34::1", "sw": "80"}),
+        ("a fox --loop --end https://a/b.png", "a fox", {"loop": "", "end": "https://a/b.png"}),
+        ("\u72d0 --ar 16:9\n--v 7", "\u72d0", {"ar": "16:9", "v": "7"}),
         ("https://cdn.discordapp.com/x.png <https://s.mj.run/AbCd> a fox --iw 2", "a fox",
          {"image": "https://cdn.discordapp.com/x.png https://s.mj.run/AbCd", "iw": "2"}),
         ("/imagine prompt: a fox --v 5", "a fox", {"v": "5"}),
@@ -94,6 +99,7 @@ def test_permutations_are_the_prompts_that_they_stand_for():
         "a red fox --ar 3:2", "a red fox --ar 1:1", "a blue fox --ar 3:2", "a blue fox --ar 1:1"
     ]  # fmt: skip
     assert permutations("a {red {big, small}, blue} fox") == ["a red big fox", "a blue fox", "a red small fox"]
+    assert permutations(r"a {pale\, cold, red} fox, {x\, y}") == ["a pale, cold fox, {x, y}", "a red fox, {x, y}"]
     assert permutations("a {fox} in {} {") == ["a {fox} in {} {"]
     with pytest.raises(ValueError, match="prompt of more than 40 permutations"):
         permutations("{a, b}" * 1000)

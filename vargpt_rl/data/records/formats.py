@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TextIO
 
@@ -27,7 +27,9 @@ BATCH = 64
 LARGEST_GROUP = 2**30
 """Most bytes of a Parquet row group, uncompressed."""
 IMAGES = {".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-FORMAT_OF = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+DELIMITERS = ",;\t|"
+"""Delimiters of CSV; spreadsheets write semicolons where the comma is the decimal point."""
+FORMAT_OF = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
 """Formats by the endings of files."""
 READ_MEMBERS = IMAGES | {".json", ".txt"}
 """Endings of the members of a tar that are read."""
@@ -40,6 +42,7 @@ _SIGNATURES = (
     (rb"version https://git-lfs", "a git-lfs pointer, expected the file that `git lfs pull` fetches"),
 )
 _TEXT_SIGNATURES = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff|.\0\0\0|\0\0\0.", "encoded as UTF-32, expected UTF-8"),
     (rb"\xff\xfe|\xfe\xff|.\0|\0.", "encoded as UTF-16, expected UTF-8"),
     (rb"PAR1", "a Parquet file, expected text"),
 )
@@ -201,12 +204,14 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             number += 1
 
 
-# CSV with a header. Bytes that are not UTF-8 become half characters, which no text may have.
+# CSV with a header, which tells the delimiter. Bytes that are not UTF-8 become half characters, which no text may have.
 
 
 def _csv_rows(path: Path, part: int, start: int, step: int) -> Rows:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(iter(lambda: file.readline(LONGEST), ""))
+        head = file.readline(LONGEST)
+        delimiter = max(DELIMITERS, key=head.count)
+        reader = csv.DictReader(chain([head], iter(lambda: file.readline(LONGEST), "")), delimiter=delimiter)
         try:
             for row in reader:
                 yield reader.line_num - 1, row

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -61,7 +62,12 @@ ImageRef = OnDisk | InRecord | InArchive | InSource
 
 
 def on_disk(root: Path, name: str) -> OnDisk:
-    """Refer to the image ``name`` below ``root``. BadRecord for a name that leads out of it; links are followed."""
+    """Refer to the image ``name`` below ``root``. BadRecord for a name that leads out of it; links are followed.
+
+    Backslashes, as Windows writes them, separate folders unless a file has them in its name.
+    """
+    if "\\" in name and not os.path.isfile(root / name):
+        name = name.replace("\\", "/")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise BadRecord("image path leaves its folder")

@@ -16,7 +16,7 @@ from vargpt_rl.data.records.images import ImageRef, InArchive, InRecord, on_disk
 from vargpt_rl.data.records.midjourney import ImagineRequest, permutations, split_commands
 from vargpt_rl.data.records.schema import DRAWN, SHOWN, Limit, Message, RecordConversation, checked
 from vargpt_rl.data.samples import Prompt
-from vargpt_rl.data.sources import REPLY
+from vargpt_rl.data.sources import REPLY, whole_number
 
 SYSTEM = "system"
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": SYSTEM}
@@ -216,5 +216,5 @@ def _objects(row: Row, name: str) -> list[Row]:
 
 def _name(row: Row, name: str) -> str:
     """Return a text, or a whole number as text: some data sets number their records."""
-    value = row.get(name)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, name)
+    number = whole_number(row.get(name))
+    return _text(row, name) if number is None else str(number)

@@ -54,8 +54,8 @@ _FURTHER = {
 }
 """Form of each further value of commands that take several."""
 _FLAGS = {
-    "beta", "creative", "draft", "fast", "hd", "loop", "public", "raw", "relax", "stealth", "test", "testp", "tile",
-    "turbo", "upbeta", "uplight", "video",
+    "beta", "creative", "draft", "fast", "hd", "loop", "public", "raw", "relax", "sd", "stealth", "test", "testp",
+    "tile", "turbo", "upbeta", "uplight", "video",
 }  # fmt: skip
 _SHORT = {
     "aspect": "ar",
@@ -73,6 +73,8 @@ _QUOTED = re.compile(r"\s*\*\*(?P<prompt>.+)\*\*\s*(-\s.*)?", re.DOTALL)
 _IMAGINE = re.compile(r"\s*/imagine\b\s*(prompt:)?", re.IGNORECASE)
 _PART_END = re.compile(rf"::({_NUMBER})?")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_COMMA = re.compile(r"(?<!\\),")
+"""A comma between options; one after a backslash is part of an option."""
 MAX_PERMUTATIONS = 40
 """Prompts that Midjourney makes of one."""
 LONGEST_PROMPT = 32_768
@@ -117,11 +119,11 @@ def permutations(prompt: str) -> list[str]:
     unfinished = deque([prompt])
     while unfinished:
         written = unfinished.popleft()
-        choice = next((braces for braces in _BRACES.finditer(written) if "," in braces[1]), None)
+        choice = next((braces for braces in _BRACES.finditer(written) if _COMMA.search(braces[1])), None)
         if choice is None:
-            done[written] = None
+            done[written.replace("\\,", ",")] = None
             continue
-        options = choice[1].split(",")
+        options = _COMMA.split(choice[1])
         if len(done) + len(unfinished) + len(options) > MAX_PERMUTATIONS:
             raise ValueError(f"prompt of more than {MAX_PERMUTATIONS} permutations")
         unfinished += [f"{written[: choice.start()]}{o.strip()}{written[choice.end() :]}" for o in options]
@@ -151,8 +153,8 @@ def _values(name: str, words: deque[str]) -> list[str]:
     """Remove the values of the command ``name`` from the front of ``words`` and return them."""
     found: list[str] = []
     form = _VALUES.get(name)
-    while form and words and _command(words[0]) is None and fullmatch(form, words[0].rstrip(",;")):
-        found.append(words.popleft().rstrip(",;"))
+    while form and words and _command(words[0]) is None and fullmatch(form, words[0].rstrip(".,;")):
+        found.append(words.popleft().rstrip(".,;"))
         form = _FURTHER.get(name)
     return found
 
