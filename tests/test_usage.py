@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from vargpt_rl.common.usage import command_line
+
 CHECK = """
 import runpy, sys
 try:
@@ -20,3 +22,11 @@ def test_usage_imports_no_library(arguments):
     done = subprocess.run([sys.executable, "-c", CHECK, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: python -m vargpt_rl.loop") and "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["runs/a", "my runs/a", "it's/L\u00e4ufe", "$HOME/a;b", "a=b/#1"])
+def test_commands_to_type_reach_a_program_as_meant(folder):
+    echo = "vargpt-rl() { printf '%s|' \"$@\"; }; "
+    line = command_line("chat", f"checkpoint={folder}")
+    done = subprocess.run(["bash", "-c", echo + line], capture_output=True, text=True)
+    assert done.stdout == f"chat|checkpoint={folder}|"

@@ -10,7 +10,7 @@ import sys
 
 from vargpt_rl.common.signals import Stop, handle_signals
 from vargpt_rl.common.streams import make_outputs_lasting
-from vargpt_rl.common.usage import print_usage_if_asked
+from vargpt_rl.common.usage import command_line, print_usage_if_asked
 
 USAGE = """\
 usage: python -m vargpt_rl.loop [key=value ...]
@@ -221,7 +221,7 @@ def start(arguments: list[str]) -> int:
         print("this run is complete; another name=... starts a new one")
         show(run.summary, run.directory)
         return 0
-    Stop.resume = f"to go on: vargpt-rl resume {run.directory}"
+    Stop.resume = f"to go on: {command_line('resume', run.directory)}"
     resume(run)
     try:
         waiting = waits_for_labels(config, run)  # before the seconds that a cluster takes

@@ -1,5 +1,6 @@
-"""Usage texts of commands."""
+"""Usage texts of commands, and commands to type."""
 
+import shlex
 import sys
 
 
@@ -13,3 +14,8 @@ def print_usage_if_asked(usage: str, arguments: list[str] | None = None) -> None
     if asks_for_usage(sys.argv[1:] if arguments is None else arguments):
         print(usage, end="")
         sys.exit(0)
+
+
+def command_line(*words: object) -> str:
+    """Return the command ``vargpt-rl`` with these arguments as a shell takes it: folders may have blanks."""
+    return shlex.join(["vargpt-rl", *map(str, words)])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from configs.schema import LoopConfig
 from rewards.preferences import Built, PreferencePair, check_books
+from vargpt_rl.common.usage import command_line
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.driver.agreement import Margins, agreements, judge_margins, margins_of
@@ -136,8 +137,8 @@ def labels_missing(run: Path, stage: str, share: float) -> str:
     if missing <= 0:
         return ""
     return (
-        f"{missing} of {len(proposed)} pairs of {stage} wait for labels: vargpt-rl pairs {run}; "
-        f"then go on: vargpt-rl resume {run}"
+        f"{missing} of {len(proposed)} pairs of {stage} wait for labels: {command_line('pairs', run)}; "
+        f"then go on: {command_line('resume', run)}"
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from learners.methods import ONLINE
 from vargpt_rl.common.console import wide_console
 from vargpt_rl.common.logs import RECORD
+from vargpt_rl.common.usage import command_line
 from vargpt_rl.evaluate.wording import MOMENTS, agreement, gain_of, verdict, with_bounds
 from vargpt_rl.stages import STAGES
 
@@ -208,8 +209,8 @@ def next_steps(directory: Path) -> list[str]:
     found = [f"look at   {path}" for path in ([page] if page.exists() else grids[-1:])]
     if (directory / "model").exists():
         found += [
-            f"draw      vargpt-rl draw PROMPT checkpoint={directory / 'model'}",
-            f"chat      vargpt-rl chat checkpoint={directory / 'model'}",
+            f"draw      {command_line('draw', 'PROMPT', f'checkpoint={directory}/model')}",
+            f"chat      {command_line('chat', f'checkpoint={directory}/model')}",
         ]
     return found
 

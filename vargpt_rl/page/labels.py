@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 from vargpt_rl.common.averages import wilson
+from vargpt_rl.common.usage import command_line
 from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
 from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
@@ -220,7 +221,7 @@ def summarise_labels(run: RunContents) -> list[str]:
     if count:
         lines.append(_share("the reward prefers the image that people prefer", right, count))
     if run.waits_for_labels:
-        lines.append(f"when all are labelled, go on: vargpt-rl resume {run.folder}")
+        lines.append(f"when all are labelled, go on: {command_line('resume', run.folder)}")
     return lines or ["no labels yet"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from vargpt_rl.common.usage import command_line
 from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
 from vargpt_rl.page.curves import Plot
@@ -84,13 +85,13 @@ def _left(run: RunContents) -> float | None:
 
 
 def _commands(run: RunContents) -> list[str]:
-    folder = str(run.folder)
     if run.status == "complete":
-        best = [f"vargpt-rl chat checkpoint={folder}/{each['path']}" for each in _best(run)]
-        return [f"vargpt-rl chat checkpoint={folder}/model", *best]
+        models = ["model", *(each["path"] for each in _best(run))]
+        return [command_line("chat", f"checkpoint={run.folder}/{model}") for model in models]
     if run.status != "stopped":
         return []
-    return [*([f"vargpt-rl pairs {folder}"] if run.waits_for_labels else []), f"vargpt-rl resume {folder}"]
+    steps = ["pairs", "resume"] if run.waits_for_labels else ["resume"]
+    return [command_line(step, run.folder) for step in steps]
 
 
 def _best(run: RunContents) -> list[dict[str, Any]]:
