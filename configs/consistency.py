@@ -245,8 +245,11 @@ def _check_adapter(config: "LoopConfig") -> None:
     """ValueError for what cannot train as an adapter."""
     if not config.adapter.is_on:
         return
-    if config.dpo.stored_states:
-        raise ValueError("dpo.stored_states=true with an adapter: expected adapter=none, or dpo.stored_states=false")
+    for block, stored in (("dpo", config.dpo.stored_states), ("rl", config.rl.stored_states)):
+        if stored:
+            raise ValueError(
+                f"{block}.stored_states=true with an adapter: expected adapter=none, or {block}.stored_states=false"
+            )
     for stage in stages_of(config.stages):
         if stage.learns is Learns.IMAGES:
             raise ValueError(

@@ -104,6 +104,14 @@ class Recipe:
         return f"{self.steps} steps of {self.batch} = {parts}"
 
 
+def _check_stored_states(block: str, stored: bool, frozen: list[str]) -> None:
+    if stored and "language_inputs" not in frozen:
+        raise ValueError(
+            f"{block}.stored_states=true with {block}.frozen={frozen}: expected language_inputs among the frozen "
+            "parts, or states change while training"
+        )
+
+
 @dataclass
 class DpoConfig:
     """The preference loss."""
@@ -140,11 +148,7 @@ class DpoConfig:
     """
 
     def __post_init__(self):
-        if self.stored_states and "language_inputs" not in self.frozen:
-            raise ValueError(
-                f"dpo.stored_states=true with dpo.frozen={self.frozen}: expected language_inputs among the frozen "
-                "parts, or states change while training"
-            )
+        _check_stored_states("dpo", self.stored_states, self.frozen)
         if not self.loss_type:
             raise ValueError("dpo.loss_type=[]: expected one or more")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -183,6 +187,15 @@ class RlConfig:
     frozen: list[str] = field(default_factory=list)
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
+    stored_states: bool = False
+    """Have the workers store the language model's states of each batch's images in the run directory, which they and
+    the learners must share; learners then hold no language model. Needs ``language_inputs`` among ``frozen``.
+
+    Images take as much on disk as with `DpoConfig.stored_states`, those of all batches until the method ends.
+    """
+
+    def __post_init__(self):
+        _check_stored_states("rl", self.stored_states, self.frozen)
 
 
 @dataclass

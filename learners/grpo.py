@@ -82,7 +82,8 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
         mean_PK, share_P = part_means(schedule, credit_K, symbols, self.method.split(settings))
         mean_PK, share_P = mean_PK.to(self.args.device), share_P.to(self.args.device)
         tau = inputs["tau"].item()
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "bits", "resolution")}
+        read = ("input_ids", "attention_mask", "bits", "resolution", "states")
+        given = {name: inputs[name] for name in read if name in inputs}
         score = {"scales": settings.credit_scales, "tau": tau}
         step = self.state.global_step
         wanted = self.method.takes | ({"reference"} if settings.kl else set())

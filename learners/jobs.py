@@ -115,6 +115,8 @@ class PolicyGradientJob:
     """Image whose log-probability under the trained weights is returned."""
     method: str = "grpo"
     """Row of `learners.methods.ONLINE`."""
+    states: Path | None = None
+    """Folder of the language model's states (`vargpt_rl.data.states`) of drawings and probe; None computes them."""
     resume: Path | None = None
     """Training checkpoint to resume from; set by the learner group."""
 

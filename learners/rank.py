@@ -223,7 +223,7 @@ class Rank:
             "peak_memory": self._peak_memory(),
         }
         if not isinstance(job, RewardJob):  # a reward model draws nothing
-            stored = job.states if isinstance(job, DpoJob) else None
+            stored = job.states if isinstance(job, DpoJob | PolicyGradientJob) else None
             with in_force(average):
                 result["probe"] = self._score(trainer, chat, job.probe, stored)
         finish(trainer)
@@ -334,6 +334,8 @@ class Rank:
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start, policy=True)
         trained = freeze(model, STAGES["dpo"].without(job.rl.frozen), job.start.adapter)
+        if job.states is not None:
+            model.drop_language_model()
         chat = markup_for(job.start.model, model.config)
         arguments = TrainingArguments(**self._common(job.recipe, job.seed, job.output), ignore_data_skip=True)
         batches = PolicyBatches(
@@ -342,7 +344,7 @@ class Rank:
             updates=job.rl.updates,
             batch=job.recipe.batch,
             micro_batch=job.recipe.micro_batch,
-            collate=PolicyBatchCollator(chat, job.rl.credit_scales),
+            collate=PolicyBatchCollator(chat, job.rl.credit_scales, job.states),
             rank=self.rank,
             ranks=self.ranks,
             device=arguments.device,

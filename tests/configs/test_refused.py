@@ -269,16 +269,18 @@ def test_what_needs_a_gpu_is_refused_without_one():
 @pytest.mark.parametrize(
     ("others", "told"),
     [
-        ([], "dpo.stored_states=true with dpo.frozen=[]: expected language_inputs among the frozen parts"),
+        ([], "BLOCK.stored_states=true with BLOCK.frozen=[]: expected language_inputs among the frozen parts"),
         (
-            ["dpo.frozen=[language_inputs]", "adapter=lora"],
-            "stored_states=true with an adapter: expected adapter=none",
+            ["BLOCK.frozen=[language_inputs]", "adapter=lora"],
+            "BLOCK.stored_states=true with an adapter: expected adapter=none",
         ),
     ],
 )
-def test_states_are_stored_of_a_frozen_language_model_alone(others, told, capsys):
-    assert main(["dpo.stored_states=true", *others]) == 2
-    assert told in capsys.readouterr().err
+@pytest.mark.parametrize("block", ["dpo", "rl"])
+def test_states_are_stored_of_a_frozen_language_model_alone(block, others, told, capsys):
+    settings = [f"{block}.stored_states=true", *(each.replace("BLOCK", block) for each in others)]
+    assert main(settings) == 2
+    assert told.replace("BLOCK", block) in capsys.readouterr().err
 
 
 TYPOS = {

@@ -9,7 +9,7 @@ from learners.methods import ONLINE
 from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.policy_batches import read_policy_batch, write_policy_batch
 from vargpt_rl.driver import groups
-from vargpt_rl.driver.groups import Judges, NothingToLearnError, draw_batch, draw_groups, rows_of
+from vargpt_rl.driver.groups import Judges, NothingToLearnError, draw_batch, draw_groups, needs_reference, rows_of
 from vargpt_rl.driver.online import recipe_for
 
 SETTINGS = [
@@ -137,7 +137,8 @@ def test_a_batch_carries_what_the_learner_needs(tmp_path, rewards, kl, reference
     it = stage_context(tmp_path, *SETTINGS, f"rl.kl={kl}", pool=WorkersDouble())
     rewards(MIXED)
     batch = draw_batch(it, UNJUDGED, 0, GRPO)
-    rows = rows_of(it, batch, GRPO, 2, lambda items: it.pool.score(items, 32))
+    references = it.pool.score(batch.samples, 32) if needs_reference(it, GRPO) else None
+    rows = rows_of(it, batch, GRPO, 2, references)
     write_policy_batch(tmp_path / "batch.parquet", rows)
     rows = read_policy_batch(tmp_path / "batch.parquet")
     assert [tuple(row["advantage"]) for row in rows] == batch.advantages

@@ -1,4 +1,4 @@
-"""DPO on states that the workers have stored makes the weights that DPO with a language model makes."""
+"""Training on states that the workers have stored makes the weights that training with a language model makes."""
 
 import json
 
@@ -46,3 +46,39 @@ def test_states_are_stored_again_for_a_dpo_that_is_redone(tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(final).items())
     told = json.loads((tmp_path / "redone/summary.json").read_text())["events"]
     assert [event.partition(" ")[0] for event in told].count("dpo.stored_states:") == 2
+
+
+RUNS = "computed", "stored"
+ONLINE = (
+    "align.methods=[grpo,online_dpo]",
+    "align.sft=false",
+    "reward.path=rewards.technical:sharpness",
+    "rl.frozen=[language_inputs]",
+    "rl.prompts=2",
+    "rl.group=4",
+    "rl.updates=2",
+    "rl.recipe.steps=4",
+    "rl.recipe.batch=8",
+    "rl.recipe.micro_batch=4",
+    "rl.recipe.lr=1e-3",
+    "evaluation.diversity=2",
+)
+
+
+@pytest.mark.timeout(600)
+def test_online_methods_learn_the_same_from_stored_states(tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    go(tmp_path, "computed", "end", settings=ONLINE)
+    points = "iter-00-grpo/rank-0/step-3", "iter-00-online_dpo/rank-0/step-2"
+    go(tmp_path, "stored", *points, "end", settings=(*ONLINE, "rl.stored_states=true"))
+    for method in ("grpo", "online_dpo"):
+        paths = (tmp_path / name / f"checkpoints/iter-00-{method}/final/weights.safetensors" for name in RUNS)
+        expected, weights = map(load_file, paths)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in RUNS]
+    computed, stored = (summary["iterations"][0]["grpo"] for summary in summaries)
+    assert stored["first_update_max_abs_log_ratio"] == computed["first_update_max_abs_log_ratio"]
+    told = [event for event in summaries[1]["events"] if event.startswith("rl.stored_states: ")]
+    assert len(told) == 2 and told[0].startswith("rl.stored_states: 17 images in ")
+    assert not list((tmp_path / "stored/states").glob("*")), "deleted once a method is recorded"

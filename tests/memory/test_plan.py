@@ -216,22 +216,29 @@ def test_plan_covers_every_stage_and_adds_up(config):
         assert f"{need.total / GIB:.1f} GiB (weights" in str(need)
 
 
-def test_plan_counts_less_for_frozen_language_inputs(config):
+@pytest.mark.parametrize(
+    ("block", "more"), [("dpo", []), ("rl", ["align.methods=[rft]", "reward.path=rewards.technical:sharpness"])]
+)
+def test_plan_counts_less_for_frozen_language_inputs(config, block, more):
     activations = {}
     for frozen in ("", "language_inputs"):
-        settings = load_config([*SETTINGS, ALL, f"dpo.frozen=[{frozen}]"])
+        settings = load_config([*SETTINGS, ALL, *more, f"{block}.frozen=[{frozen}]"])
         plan = memory.plan(settings, config, on_gpu=True)
-        activations[frozen] = [need.activations for need in plan.training if need.stage == "dpo"]
+        activations[frozen] = [need.activations for need in plan.training if need.stage == block]
     pairs = zip(activations["language_inputs"], activations[""], strict=True)
     assert all(less < 0.9 * whole for less, whole in pairs)
 
 
-def test_plan_has_no_language_model_where_states_are_stored(config):
+@pytest.mark.parametrize(
+    ("block", "more"),
+    [("dpo", []), ("rl", ["align.methods=[rft]", "reward.path=rewards.technical:sharpness", "rl.credit_scales=null"])],
+)
+def test_plan_has_no_language_model_where_states_are_stored(config, block, more):
     found = {}
     for stored in ("false", "true"):
-        given = [*SETTINGS, "dpo.frozen=[language_inputs]", f"dpo.stored_states={stored}"]
+        given = [*SETTINGS, *more, f"{block}.frozen=[language_inputs]", f"{block}.stored_states={stored}"]
         plan = memory.plan(load_config(given), config, on_gpu=True)
-        found[stored] = next(need for need in plan.training if need.stage == "dpo")
+        found[stored] = next(need for need in plan.training if need.stage == block)
     less, whole = found["true"], found["false"]
     language = sum(p.numel() for n, p in Vargpt(config).named_parameters() if n.startswith(("model.", "lm_head.")))
     assert whole.weights - less.weights == whole.whole - less.whole == language * 4

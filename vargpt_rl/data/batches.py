@@ -183,14 +183,19 @@ class PolicyBatchCollator:
     """Drawings (rows of `vargpt_rl.data.policy_batches`, each with a ``weight``) -> a batch in the same order.
 
     With ``scales``, images are cut to that many coarse scales; log-probabilities by scale stay those of all scales.
+    ``states``: see `PairCollator`.
     """
 
-    def __init__(self, chat: ChatTemplate, scales: int | None = None):
+    def __init__(self, chat: ChatTemplate, scales: int | None = None, states: Path | None = None):
         self.chat = chat
         self.scales = scales
+        self.states = states
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = _drawn_rows(self.chat, rows, [row["bits"] for row in rows], self.scales)
+        if self.states is not None:
+            drawn = [(row["prompt"], row["reply"], row["bits"]) for row in rows]
+            batch["states"] = padded_states(self.states, drawn, batch["input_ids"].shape[1])
         batch["learner_step"] = torch.tensor([row["learner_step"] for row in rows])
         batch["tau"] = torch.tensor(rows[0]["tau"], dtype=torch.float64)
         batch["group"] = torch.tensor([row["group"] for row in rows])

@@ -7,7 +7,7 @@ judge is known, it scores the same images: training does not see it, and a rewar
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -179,22 +179,24 @@ def measure_diversity(it: StageContext, groups: list[list[bytes]]) -> dict[str, 
     return diversity(groups, schedule)
 
 
+def needs_reference(it: StageContext, method: OnlineMethod) -> bool:
+    """Tell whether the workers score the reference: if the loss takes it, and the learner does not score it itself."""
+    is_taken = it.config.rl.kl > 0 or "reference" in method.takes
+    return is_taken and not it.config.adapter.scores_in_learner
+
+
 def rows_of(
     it: StageContext,
     batch: DrawnBatch,
     method: OnlineMethod,
     learned: int,
-    reference: Callable[[list[PromptedBits]], list[ImageScore]],
+    references: list[ImageScore] | None,
 ) -> list[dict]:
     """Return the images as rows of a batch, with the log-probabilities that the learner takes.
 
-    ``learned`` counts the optimizer steps behind the weights that drew; ``reference`` scores images, unless the learner
-    scores the reference itself.
+    ``learned`` counts the optimizer steps behind the weights that drew; ``references`` are the reference's scores, see
+    `needs_reference`.
     """
-    by_scale: list[list[float] | None] = [None] * len(batch.samples)
-    if (it.config.rl.kl or "reference" in method.takes) and not it.config.adapter.scores_in_learner:
-        scores = reference([(sample.prompt, sample.bits) for sample in batch.samples])
-        by_scale = [image.by_scale for image in scores]
     return [
         {
             "prompt_id": sample.prompt.id,
@@ -211,7 +213,7 @@ def rows_of(
             "reward": batch.rewards[i],
             "advantage": list(batch.advantages[i]),
             "sampler_by_scale": sample.log_probs if "sampler" in method.takes else None,
-            "reference_by_scale": by_scale[i],
+            "reference_by_scale": references[i].by_scale if references is not None else None,
         }
         for i, sample in enumerate(batch.samples)
     ]

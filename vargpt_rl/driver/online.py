@@ -12,12 +12,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from actors.worker import ImageScore, PromptedBits, Worker
+from actors.worker import ImageScore, Worker
 from learners.config import Recipe
 from learners.group import RunningJob
 from learners.jobs import PolicyGradientJob
@@ -31,6 +30,7 @@ from vargpt_rl.driver.groups import (
     draw_batch,
     judges,
     measure_diversity,
+    needs_reference,
     rows_of,
 )
 from vargpt_rl.driver.guard import Guard
@@ -64,9 +64,18 @@ def batches_of(it: StageContext, method: str) -> Path:
     return it.run.directory.resolve() / "rollouts" / f"{it.name}-{method}"
 
 
+def states_of(it: StageContext, method: str) -> Path | None:
+    """Return the folder of the language model's states of a method's images; None if they are not stored."""
+    if not it.config.rl.stored_states:
+        return None
+    return it.run.directory.resolve() / "states" / f"{it.name}-{method}"
+
+
 def forget_batches(it: StageContext, method: str) -> None:
-    """Delete the batches of a method that is recorded."""
+    """Delete the batches of a method that is recorded, and the states of their images."""
     shutil.rmtree(batches_of(it, method), ignore_errors=True)
+    if (states := states_of(it, method)) is not None:
+        shutil.rmtree(states, ignore_errors=True)
 
 
 def train_online(it: StageContext, policy: Policy, method: str) -> dict:
@@ -75,6 +84,11 @@ def train_online(it: StageContext, policy: Policy, method: str) -> dict:
     recipe = recipe_for(it, method)
     folder = batches_of(it, method)
     folder.mkdir(parents=True, exist_ok=True)
+    probe = random_probe(it)
+    states = states_of(it, method)
+    if states is not None:
+        it.swap_to(policy)
+        it.pool.run(Worker.score, [(probe.prompt, probe.bits)], it.resolution, 1.0, states)
     job = PolicyGradientJob(
         start=policy,
         batches=folder,
@@ -82,8 +96,9 @@ def train_online(it: StageContext, policy: Policy, method: str) -> dict:
         rl=settings,
         output=it.checkpoint(method),
         seed=it.config.seed + it.index,
-        probe=random_probe(it),
+        probe=probe,
         method=method,
+        states=states,
     )
     guard = Guard(settings.guard, folder, job.output, it.run.note)
     training = it.session.learners.start(job, _watched(guard, follow(it, method, recipe, it.config.learner.ranks)))
@@ -95,6 +110,9 @@ def train_online(it: StageContext, policy: Policy, method: str) -> dict:
             if guard.stopped is not None:
                 break
     result = training.result()
+    if states is not None:
+        sizes = [path.stat().st_size for path in states.glob("*.safetensors")]
+        it.run.note(f"rl.stored_states: {len(sizes)} images in {states}, {sum(sizes) / 1e9:.3g} GB")
     return _finish(run, result) | _summarise(folder, result)
 
 
@@ -139,7 +157,7 @@ def _write_batch(run: OnlineRun, live: Judges, number: int) -> None:
         run.guard.stop(str(error))
         return
     times.begin()
-    rows = rows_of(it, batch, ONLINE[run.method], learned, partial(_score_with, it, run.start))
+    rows = rows_of(it, batch, ONLINE[run.method], learned, _score(run, batch))
     times.take("score")
     figures = _figures(it, batch) | {"version": swapped["version"], "staleness": number * settings.updates - learned}
     run.guard.see_diversity(figures["diversity"])
@@ -187,11 +205,23 @@ def _wait_for(run: OnlineRun, learned: int) -> Policy | None:
     return run.start.plus(weights)
 
 
-def _score_with(it: StageContext, policy: Policy, items: list[PromptedBits]) -> list[ImageScore]:
-    """Score images by ``policy``, which is then in the workers."""
-    it.swap_to(policy)
+def _score(run: OnlineRun, batch: DrawnBatch) -> list[ImageScore] | None:
+    """Score images by the reference, which is then in the workers; None if the workers need not.
+
+    The language model's states are stored in the same pass. They are those of any weights of the method, and in the
+    micro-batches of the learner, so that these compute what they would with a language model.
+    """
+    it = run.it
+    is_wanted = needs_reference(it, ONLINE[run.method])
+    states = states_of(it, run.method)
+    if is_wanted:
+        it.swap_to(run.start)
+    elif states is None:
+        return None
+    items = [(sample.prompt, sample.bits) for sample in batch.samples]
     size = it.config.rl.recipe.micro_batch
-    return it.pool.run(Worker.score, items, it.resolution, it.config.sampling.tau, batch_size=size)
+    scores = it.pool.run(Worker.score, items, it.resolution, it.config.sampling.tau, states, batch_size=size)
+    return scores if is_wanted else None
 
 
 def _figures(it: StageContext, batch: DrawnBatch) -> dict[str, float]:

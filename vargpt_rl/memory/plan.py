@@ -83,7 +83,8 @@ class _Case:
     @property
     def reads_states(self) -> bool:
         """Tell whether the rank reads stored states and holds no language model."""
-        return self.stage.name == "dpo" and self.settings.dpo.stored_states
+        stored = {"dpo": self.settings.dpo.stored_states, "rl": self.settings.rl.stored_states}
+        return stored.get(self.stage.name, False)
 
     @property
     def encodes(self) -> bool:
@@ -203,7 +204,8 @@ def _cases(config: LoopConfig) -> Iterator[_Case]:
                 yield _Case(stage, resolution, settings, rows, round(share * rows), stage.learns is Learns.EDITS)
             if name == ALIGN and config.align.online:  # all online methods train the same on as many rows
                 rows = settings.rl.recipe.micro_batch
-                yield _Case(RL, resolution, settings, rows, rows, scales=settings.rl.credit_scales)
+                stage = RL.without(settings.rl.frozen)
+                yield _Case(stage, resolution, settings, rows, rows, scales=settings.rl.credit_scales)
 
 
 def trains(config: LoopConfig) -> bool:
