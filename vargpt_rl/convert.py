@@ -2,10 +2,11 @@
 
 ``source=DIR target=DIR to=hf`` converts a release of either family (config.json of type ``vargpt_qwen2_vl`` or
 ``vargpt_llava``, one safetensors file or shards with an index) to a directory that ``from_pretrained`` reads;
-``to=release`` converts back. With ``to=hf`` an adapter's folder becomes a model directory, merged into its base. Every
-tensor is copied bit by bit in its own dtype. Tensors that the model does not use are kept in ``unused.safetensors``,
-and the release's config.json as ``release_config.json``; if these are missing, as in a model trained here, converting
-back writes neutral tensors and a new config.json. Errors are one line that names file and tensor; exit code 2.
+``to=release`` converts back. An adapter's folder is merged into its base, and becomes either; with ``to=release`` the
+merged model lies beside the target meanwhile. Every other tensor is copied bit by bit in its own dtype. Tensors that
+the model does not use are kept in ``unused.safetensors``, and the release's config.json as ``release_config.json``; if
+these are missing, as in a model trained here, converting back writes neutral tensors and a new config.json. Errors are
+one line that names file and tensor; exit code 2.
 """
 
 import enum
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedConfig
@@ -183,10 +185,13 @@ def hf_to_release(source: Path, target: Path) -> None:
 def convert(command: Conversion) -> None:
     """Run one conversion."""
     source, target = Path(command.source), Path(command.target)
-    if is_adapter_folder(source):
-        if command.to is Target.release:
-            raise ValueError(f"source={source}: an adapter, expected a model directory; convert it with to=hf first")
+    if is_adapter_folder(source) and command.to is Target.hf:
         print(f"adapter and base merged: {write_merged(source, target)}")
+        return
+    if is_adapter_folder(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-merged-") as folder:
+            hf_to_release(write_merged(source, Path(folder) / "model"), target)
         return
     way = release_to_hf if command.to is Target.hf else hf_to_release
     way(source, target)

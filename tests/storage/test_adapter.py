@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from vargpt_rl.convert import Conversion, Target, convert
 from vargpt_rl.inference.conversation import load
 from vargpt_rl.model.adapter import AdapterConfig, is_adapter
 from vargpt_rl.model.families import load_model
@@ -99,6 +100,16 @@ def test_a_shared_adapter_is_a_checkpoint(tuned, shared, tmp_path):
     export_model(tuned, tmp_path / "model")
     exported = load_model(tmp_path / "model", "auto").state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in exported.items())
+
+
+def test_a_shared_adapter_becomes_a_release(shared, tmp_path):
+    convert(Conversion(str(shared), str(tmp_path / "merged"), Target.hf))
+    convert(Conversion(str(tmp_path / "merged"), str(tmp_path / "twice"), Target.release))
+    convert(Conversion(str(shared), str(tmp_path / "once"), Target.release))
+    files = sorted(path.name for path in (tmp_path / "twice").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "once").iterdir())
+    assert all((tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes() for name in files)
+    assert not list(tmp_path.glob(".*")), "the merged model is gone"
 
 
 def spoil(shared: Path, file: str, **changes) -> None:
