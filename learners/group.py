@@ -248,12 +248,10 @@ class LearnerGroup:
 
     def _resumed(self, job: Job) -> Job:
         """The job, set to resume from the last good training checkpoint of an earlier attempt."""
-        if isinstance(job, TokenizerJob):
-            return job
         checkpoint, refused = last_checkpoint(training_checkpoints(job.output))
         for reason in refused:
             self.note(f"{reason}; resuming from {checkpoint.name if checkpoint else 'the start of the stage'}")
-        if checkpoint is not None:
+        if checkpoint is not None and not isinstance(job, TokenizerJob):
             self._tell_layout(job, checkpoint)
         return replace(job, resume=checkpoint)
 
@@ -271,9 +269,8 @@ class LearnerGroup:
         """One attempt. If a rank was lost, raises that error even if its peers failed first."""
         alone = isinstance(job, TokenizerJob)
         log = LogFollower(job.output / "log.jsonl", on_log)
-        self.save_request = None if alone else save_request(job.output)
-        if self.save_request:
-            self.save_request.unlink(missing_ok=True)
+        self.save_request = save_request(job.output)
+        self.save_request.unlink(missing_ok=True)
         results = [rank.run.remote(job) for rank in (self.ranks[:1] if alone else self.ranks)]
         self.waiting = list(results)
         self.patience.begin()

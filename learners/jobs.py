@@ -90,6 +90,8 @@ class TokenizerJob:
     lr: float
     output: Path
     seed: int
+    resume: Path | None = None
+    """Training checkpoint to resume from; set by the learner group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class RewardJob:
 
 
 TrainerJob = SftJob | DpoJob | PolicyGradientJob | RewardJob
-"""Jobs of a trainer, whose training checkpoints can be resumed."""
+"""Jobs of a trainer, which all ranks share."""
 Job = TrainerJob | TokenizerJob
 
 

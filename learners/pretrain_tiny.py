@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from learners.image_tokenizer import learning_rate, train_image_tokenizer
+from learners.image_tokenizer import TokenizerTraining, learning_rate
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, render, sample_scene
@@ -255,11 +255,11 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
     main = not dist.is_initialized() or dist.get_rank() == 0
 
     def report(step: int, loss: float) -> None:
-        if step % 100 == 99:
-            print(f"image tokenizer: step {step + 1} of {steps}, loss {loss:.4f}", flush=True)
+        if step % 100 == 0:
+            print(f"image tokenizer: step {step} of {steps}, loss {loss:.4f}", flush=True)
 
     if main:
-        train_image_tokenizer(model.image_tokenizer, tokenizer_batches(seed=7), steps, PEAK_LR, report)
+        TokenizerTraining(model.image_tokenizer, tokenizer_batches(seed=7), steps, PEAK_LR).run(report)
     if dist.is_initialized():
         for tensor in model.image_tokenizer.state_dict().values():
             dist.broadcast(tensor, 0)

@@ -26,7 +26,6 @@ from learners.dpo import ImageDpoTrainer
 from learners.flops import matrix_peak
 from learners.grpo import PolicyGradientTrainer
 from learners.image_policy import POLICIES
-from learners.image_tokenizer import image_batches, train_image_tokenizer
 from learners.jobs import (
     DpoJob,
     Job,
@@ -46,6 +45,7 @@ from learners.reference import StartWeights
 from learners.resume import SaveEvery
 from learners.reward import ShownImageRewardTrainer, pairs_dataset, train_parts
 from learners.sft import SftTrainer
+from learners.tokenizer_job import train_image_tokenizer
 from learners.training import SaveAt, finish, in_force, save_trained, training_arguments
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.memory import forget_peak, peak_memory
@@ -61,7 +61,7 @@ from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import Unified, replayed
 from vargpt_rl.stages import STAGES, freeze, frozen_parts
-from vargpt_rl.storage.checkpoint import Policy, load_policy, save_checkpoint
+from vargpt_rl.storage.checkpoint import Policy, load_policy
 from vargpt_rl.storage.reward_base import load_reward_model
 
 
@@ -152,7 +152,7 @@ class Rank:
             case RewardJob():
                 return self.reward(job)
             case TokenizerJob():
-                return self.tokenizer(job)
+                return train_image_tokenizer(job, self.config, self._dtype, WriteLog(job.output / "log.jsonl").write)
 
     def _model(self, start: Policy, policy: bool = False) -> Unified:
         """The start of a job, as a ``policy`` for preference and online training, where nothing is random."""
@@ -386,34 +386,3 @@ class Rank:
         right = [entry["accuracy"] for entry in trainer.state.log_history if "accuracy" in entry]
         last = right[-max(1, len(right) // 10) :]
         return result | {"train_accuracy": sum(last) / len(last)}
-
-    def tokenizer(self, job: TokenizerJob) -> dict:
-        """Adapt the image tokenizer to images; a single process. First and last loss (means of ten steps).
-
-        It trains in fp32, and its weights are saved in the run's dtype.
-        """
-        torch.manual_seed(job.seed)
-        model, losses = load_policy(job.start, torch.float32), []
-        log = WriteLog(job.output / "log.jsonl")
-
-        def on_step(step: int, loss: float) -> None:
-            losses.append(loss)
-            log.write({"step": step + 1, "loss": loss})
-
-        batches, failures = image_batches(job.source, job.keys, job.side, job.batch, job.seed)
-        began = time.time()
-        train_image_tokenizer(model.image_tokenizer, batches, job.steps, job.lr, on_step)
-        save_checkpoint(
-            job.output / "final",
-            {
-                f"image_tokenizer.{name}": tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in model.image_tokenizer.state_dict().items()
-            },
-        )
-        return {
-            "loss_first": sum(losses[:10]) / len(losses[:10]),
-            "loss_last": sum(losses[-10:]) / len(losses[-10:]),
-            "steps": len(losses),
-            "seconds": time.time() - began,
-            "failures": failures,
-        }

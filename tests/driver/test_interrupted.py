@@ -10,10 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.driver.test_faults import ROOT, SMALL, STEPS, flip, same
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.common.failpoints import VARIABLE
+from vargpt_rl.storage.checkpoint import check_checkpoint
 
 WRITES = [
     "prompts.jsonl/written",
@@ -27,6 +30,14 @@ WRITES = [
     "iter-00-dpo/final/removed",
     "summary.json/written",
 ]
+TOKENIZER = (
+    "stages=[tokenizer]",
+    "resolutions=[64]",
+    "tokenizer.steps=5",
+    "tokenizer.images=4",
+    "tokenizer.batch=2",
+    "learner.save_every=2",
+)
 
 
 def go(folder, name: str, *points: str, settings: tuple[str, ...] = ()) -> list[list]:
@@ -76,3 +87,15 @@ def test_damaged_files_are_refused_and_what_was_before_them_is_used(folder):
     assert first == "resuming after iter-00/before"
     assert refused.startswith(f"training checkpoint {trainer}/checkpoint-000002: ")
     assert refused.endswith("is not what was written (size or blake2b differs); resuming from checkpoint-000001")
+
+
+def test_killed_image_tokenizer_training_resumes_with_the_same_weights(folder):
+    go(folder, "tokenizer", "end", settings=TOKENIZER)
+    points = ["tokenizer/rank-0/step-3", "trainer/checkpoint-000004/written", "tokenizer/final/written"]
+    go(folder, "tokenizer-killed", *points, "end", settings=TOKENIZER)
+    runs = folder / "tokenizer", folder / "tokenizer-killed"
+    expected, found = (load_file(check_checkpoint(run / "checkpoints/tokenizer/final")) for run in runs)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    whole, killed = (json.loads((run / "summary.json").read_text())["stages"]["tokenizer"] for run in runs)
+    assert {**killed, "seconds": 0} == {**whole, "seconds": 0}
+    assert not (runs[1] / "checkpoints/tokenizer/trainer").exists()

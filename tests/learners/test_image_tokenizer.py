@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from learners.image_tokenizer import image_batches, learning_rate, reconstruction_loss, train_image_tokenizer
+from learners.image_tokenizer import ImageBatches, TokenizerTraining, learning_rate, reconstruction_loss
 from tests.helpers.tiny import BITS, V1_CODES, V1_SIDES, Patches
 from vargpt_rl.model.configuration import ImageTokenizerConfig
 from vargpt_rl.model.families import load_model
@@ -34,20 +34,13 @@ def test_a_few_steps_lower_the_loss():
     losses, steps = [], 30
     model = tokenizer()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    train_image_tokenizer(
-        model, itertools.repeat(squares(4)), steps, 3e-2, lambda step, loss: losses.append((step, loss))
-    )
-    assert [step for step, _ in losses] == list(range(steps))
+    training = TokenizerTraining(model, itertools.repeat(squares(4)), steps, 3e-2)
+    training.run(lambda step, loss: losses.append((step, loss)))
+    assert [step for step, _ in losses] == list(range(1, steps + 1))
     assert losses[-1][1] < 0.7 * losses[0][1]
     unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert not unmoved
     assert not model.training
-
-
-def test_training_resumes_at_a_step():
-    seen = []
-    train_image_tokenizer(tokenizer(), itertools.repeat(squares(1)), 4, 1e-3, lambda *what: seen.append(what[0]), 2)
-    assert seen == [2, 3]
 
 
 def test_straight_through_gradients_reach_every_weight_of_the_encoder():
@@ -88,18 +81,18 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 
 def test_batches_are_drawn_from_the_images_that_load():
-    batches, failures = image_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, seed=0)
-    assert [key for key, _ in failures] == ["nothing"]
+    batches = ImageBatches(Patches(), ["red", "nothing", "black"], SIDE, 6, seed=0)
+    assert [key for key, _ in batches.failures] == ["nothing"]
     images = torch.cat(list(itertools.islice(batches, 4)))
     assert images.shape == (24, 3, SIDE, SIDE)
     assert {tuple(image[:, 0, 0].tolist()) for image in images} == {(1.0, -1.0, -1.0), (-1.0, -1.0, -1.0)}
-    again = torch.cat(list(itertools.islice(image_batches(Patches(), ["red", "nothing", "black"], SIDE, 6, 0)[0], 4)))
+    again = torch.cat(list(itertools.islice(ImageBatches(Patches(), ["red", "nothing", "black"], SIDE, 6, 0), 4)))
     assert torch.equal(again, images), "the order is the seed's"
 
 
 def test_no_loadable_image_is_an_error():
     with pytest.raises(ValueError, match="none of 1 images could be loaded"):
-        image_batches(Patches(), ["nothing"], SIDE, 2, seed=0)
+        ImageBatches(Patches(), ["nothing"], SIDE, 2, seed=0)
 
 
 def test_images_train_features_but_not_codes(v1_checkpoint):
@@ -131,7 +124,8 @@ def test_unused_codes_are_replaced_by_useful_ones(v1_checkpoint):
 
     assert used() == 1
     torch.manual_seed(0)
-    losses, steps = [], 2 * PATIENCE + 10  # codes unused in the first round are replaced in the second
-    train_image_tokenizer(tokenizer, iter(lambda: images, None), steps, 1e-3, lambda step, loss: losses.append(loss))
+    steps = 2 * PATIENCE + 10  # codes unused in the first round are replaced in the second
+    training = TokenizerTraining(tokenizer, iter(lambda: images, None), steps, 1e-3)
+    training.run(lambda step, loss: None)
     assert used() > V1_CODES // 2
-    assert losses[-1] < losses[0]
+    assert training.losses[-1] < training.losses[0]

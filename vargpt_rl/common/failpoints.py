@@ -22,7 +22,7 @@ def point(name: str) -> None:
     try:
         fault = file.read_text()
         file.unlink()
-    except FileNotFoundError:  # not requested, or another process got here first
+    except (FileNotFoundError, IsADirectoryError):  # not requested, or another process got here first
         return
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -79,6 +79,15 @@ class MultiScale(ABC):
     def inputs(self, summed_Bdhw: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Turn the sum so far into decoder inputs on the next scale's grid: [B, n, d]."""
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """Return what training keeps beside the weights."""
+        return {}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `training_state` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps nothing beside its weights, got {sorted(state)}")
+
     def quantise(
         self,
         features_Bdhw: torch.Tensor,

@@ -86,6 +86,12 @@ class V1ImageTokenizer(nn.Module, MultiScale):
     def inputs(self, summed_Bdhw, grid):
         return to_tokens(shrink(summed_Bdhw, grid))
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        return {"idle": self.idle}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.idle = state["idle"]
+
     def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Encode images float [B, 3, H, W] in [-1, 1] as raw latent features [B, d, H/16, W/16]."""
         return self.to_latent(self.encoder(images_B3HW))
