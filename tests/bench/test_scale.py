@@ -2,7 +2,7 @@
 
 import pytest
 
-from vargpt_rl.bench import scale
+from vargpt_rl.bench import dry_run, scale
 from vargpt_rl.common.settings import parse
 from vargpt_rl.data.preferences import read_table
 
@@ -20,3 +20,13 @@ def test_every_item_is_handed_out_once():
 def test_numbers_of_pairs_are_checked():
     with pytest.raises(ValueError, match="pairs"):
         parse(scale.ScaleSettings, {"pairs": [0]}, "")
+
+
+def test_a_dry_run_takes_the_steps_of_a_run(tmp_path):
+    it = dry_run.enter_iteration(40, tmp_path)
+    found = dry_run.measure_steps(it)
+    assert [each.name.split()[0] for each in found] == ["sample,", "the", "judge", "score"]
+    assert all(each.seconds > 0 and each.peak > 0 for each in found)
+    table = read_table(it.table())
+    assert len(table) == 40 and table.prompt_id.nunique() == 40
+    assert list(it.run.state["steps"]) == ["iter-00/sample", "iter-00/judge", "iter-00/pair"]

@@ -3,6 +3,8 @@
 For each number of pairs, in ascending order and without a model: CPU seconds of planning the samples, building the
 pairs, writing the preference table, describing it, planning the order in which DPO uses each pair once, and handing out
 batches; and the process's peak memory so far. All should grow in proportion to the pairs.
+
+``steps=true`` is a dry run instead: the driver's own steps (`vargpt_rl.bench.dry_run`) for each number of prompts.
 """
 
 import sys
@@ -21,6 +23,7 @@ from actors.batches import BatchJob, Call
 from actors.worker import ImageScore
 from learners.pairs import PairOrder, PairTable
 from rewards.preferences import PreferencePair, check_books, external_winner
+from vargpt_rl.bench.dry_run import BITS, RESOLUTION, SCALES, dry_run
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
@@ -30,10 +33,6 @@ from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.samples import Prompt, Sample, Winner
 from vargpt_rl.driver.seeds import apportion, seeds_for
 
-RESOLUTION = 256
-BITS = 2084
-"""Packed bytes of an image of 256 px: 521 tokens of 32 bits."""
-SCALES = 10
 STEP = 384
 """Pairs of a DPO step, the paper's at 256 px."""
 BATCH = 16
@@ -47,6 +46,8 @@ class ScaleSettings:
 
     pairs: list[Count] = field(default_factory=lambda: [1_000, 10_000, 180_000])
     """Numbers of pairs; 180,000 are the paper's at 256 px."""
+    steps: bool = False
+    """Run the driver's steps instead, with stand-ins that answer at once for the workers."""
 
     def __post_init__(self):
         if not self.pairs:
@@ -121,6 +122,11 @@ def measure(count: int, folder: Path) -> dict[str, float]:
 def bench(settings: ScaleSettings) -> None:
     """Print a row per part, with a column per number of pairs."""
     counts = sorted(settings.pairs)
+    if settings.steps:
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                wide_console().print(dry_run(count, Path(folder)))
+        return
     table = results_table("CPU seconds", ("", *(f"{count:,} pairs" for count in counts)), left=("",))
     with tempfile.TemporaryDirectory() as folder:
         columns = [measure(count, Path(folder)) for count in counts]
