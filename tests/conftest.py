@@ -46,6 +46,7 @@ MARKS = {
         "learners/test_reward.py",
     ],
     "loop": [
+        "driver/test_adapter_run.py",
         "driver/test_dtype.py",
         "driver/test_faults.py",
         "driver/test_interrupted.py",

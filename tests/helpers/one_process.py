@@ -125,7 +125,8 @@ def start(arguments: list[str]) -> None:
     config, inputs, run = prepare(arguments)
     resume(run)
     bf16 = chosen_dtype(config.dtype, on_gpu=False) == torch.bfloat16
-    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1, bf16=bf16))
+    adapter = config.adapter if config.adapter.is_on else None
+    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1, bf16=bf16, adapter=adapter))
     session = Session(
         config=config,
         inputs=inputs,
