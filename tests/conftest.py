@@ -50,6 +50,7 @@ MARKS = {
         "driver/test_dtype.py",
         "driver/test_faults.py",
         "driver/test_interrupted.py",
+        "driver/test_interrupted_parts.py",
         "driver/test_online_faults.py",
         "driver/test_online_interrupted.py",
         "driver/test_own_pairs_run.py",

@@ -38,8 +38,11 @@ def folder(tmp_path):
 @pytest.mark.timeout(600)
 def test_pairs_alone_align_a_model(folder):
     given = (f"preference.pairs={folder}/pairs.jsonl", f"preference.pair_images={folder}/images")
-    ends = go(folder, "alone", "iter-00/encode", "end", settings=(*ALONE, *given))
-    assert [end[1] for end in ends] == [-signal.SIGKILL, 0]
+    points = ["parts/iter-00/images/8", "iter-00/encode"]
+    ends = go(folder, "alone", *points, "end", settings=(*ALONE, *given, "rollout.keep_every=4"))
+    assert [end[1] for end in ends] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    lines = map(json.loads, (folder / "alone-calls.jsonl").read_text().splitlines())
+    assert sum(count for method, count in lines if method == "encode") == 20, "each image once, over all starts"
     run = folder / "alone"
     summary = json.loads((run / "summary.json").read_text())
     (iteration,) = summary["iterations"]

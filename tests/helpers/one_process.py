@@ -47,16 +47,23 @@ class OwnWorker:
 
 
 class OwnPool(RolloutPool):
-    """A pool of the worker in this process; weights reach it as they reach one elsewhere."""
+    """A pool of the worker in this process; weights reach it as they reach one elsewhere.
 
-    def __init__(self, config, worker: Worker):
+    ``calls`` gets a line for each finished call of `run`: its method and the number of its items.
+    """
+
+    def __init__(self, config, worker: Worker, calls: Path):
+        self.calls = calls
         self.weights = PublishedWeights(config.transport, every, chunk_server=None)
         self.workers = OwnWorker(config, worker)
 
     def run(self, method, items, *args, batch_size=None):
         size = batch_size or self.config.images_at_once
         batches = [items[at : at + size] for at in range(0, len(items), size)]
-        return [result for batch in batches for result in method(self.workers.worker, batch, *args)]
+        results = [result for batch in batches for result in method(self.workers.worker, batch, *args)]
+        with self.calls.open("a") as file:
+            file.write(json.dumps([method.__name__, len(items)]) + "\n")
+        return results
 
 
 class OwnJob:
@@ -126,7 +133,8 @@ def start(arguments: list[str]) -> None:
     resume(run)
     bf16 = chosen_dtype(config.dtype, on_gpu=False) == torch.bfloat16
     adapter = config.adapter if config.adapter.is_on else None
-    pool = OwnPool(config.rollout, Worker(inputs.model, inputs.source, threads=1, bf16=bf16, adapter=adapter))
+    worker = Worker(inputs.model, inputs.source, threads=1, bf16=bf16, adapter=adapter)
+    pool = OwnPool(config.rollout, worker, run.directory.with_name(f"{run.directory.name}-calls.jsonl"))
     session = Session(
         config=config,
         inputs=inputs,

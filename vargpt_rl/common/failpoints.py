@@ -22,7 +22,7 @@ def point(name: str) -> None:
     try:
         fault = file.read_text()
         file.unlink()
-    except (FileNotFoundError, IsADirectoryError):  # not requested, or another process got here first
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):  # not requested, or another process was first
         return
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
