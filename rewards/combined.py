@@ -23,11 +23,11 @@ from typing import Any
 
 import ray
 from PIL import Image
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from rewards import Reward
 from rewards.images import to_png
-from rewards.processes import RewardServer, RewardStats, RewardTerm
+from rewards.processes import START_S, RewardServer, RewardStats, RewardTerm
 from vargpt_rl.common.plugins import check_callable, load_plugin, make_plugin
 from vargpt_rl.common.settings import parse
 
@@ -37,6 +37,14 @@ import rewards.processes
 from vargpt_rl.common.plugins import check_callable, load_plugin
 check_callable(load_plugin(sys.argv[1]), json.loads(sys.argv[2]))
 """
+
+
+ANSWER_S = 60.0
+"""Seconds in which the server of rewards must answer. It computes nothing itself, so more means that it hangs."""
+
+
+class RewardsLostError(Exception):
+    """The server of rewards died or hangs."""
 
 
 class Total(float):
@@ -94,18 +102,35 @@ class Running:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Total | None]:
         pngs = ray.put([to_png(image) for image, _ in zip(images, prompts, strict=True)])
-        values = ray.get(self.server.score.remote([pngs], list(prompts)))
+        scoring = self.server.score.remote([pngs], list(prompts))
+        while not ray.wait([scoring], timeout=ANSWER_S)[0]:
+            _answer(self.server.stats)  # each reward has a time limit of its own
+        values = _result(scoring)
         rows = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
         return [weighted_sum(row, self.terms) for row in rows]
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Statistics of this use, by term: scored images, their mean, unscored ones by reason, seconds, restarts."""
-        stats = ray.get(self.server.stats.remote())
+        stats = _answer(self.server.stats)
         return {name: stats[name].report(before) for name, before in self.before.items()}
 
     def renewed(self) -> "Running":
         """Return the same rewards, whose report begins now."""
-        return replace(self, before=ray.get(self.server.stats.remote()))
+        return replace(self, before=_answer(self.server.stats))
+
+
+def _answer(method: ray.actor.ActorMethod) -> dict[str, RewardStats]:
+    return _result(method.remote(), ANSWER_S)
+
+
+def _result(reference: ray.ObjectRef, timeout_s: float | None = None) -> dict:
+    """Return the result of a call of the server. RewardsLostError if it is dead, or says nothing in time."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RewardsLostError(f"the server of rewards did not answer in {timeout_s:g} s") from error
+    except RayActorError as error:
+        raise RewardsLostError("the server of rewards died") from error
 
 
 def merge_reports(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -138,11 +163,15 @@ class KeptRewards:
         self.running: dict[int, tuple[Reward, Running]] = {}
 
     def use(self, reward: Reward) -> Running:
-        """Return ``reward`` with its processes running, started at the first use, or again if their node is lost."""
-        _, live = self.running.get(id(reward)) or (reward, start(reward))
-        try:
-            live = replace(live, before=ray.get(live.server.begin.remote()))
-        except RayActorError:
+        """Return ``reward`` with its processes running, started at the first use, or again if they are lost."""
+        if known := self.running.get(id(reward)):
+            live = known[1]
+            try:
+                live = replace(live, before=_answer(live.server.begin))
+            except RewardsLostError:
+                ray.kill(live.server)
+                live = start(reward)
+        else:
             live = start(reward)
         self.running[id(reward)] = reward, live
         return live
@@ -173,7 +202,7 @@ def start(reward: Reward) -> Running:
     server = RewardServer.remote(  # type: ignore[attr-defined]  # ray.remote adds it
         terms, {name: [ray.put(make)] for name, make in makes.items()}
     )
-    return Running(terms, server, {name: RewardStats() for name in terms})
+    return Running(terms, server, _result(server.stats.remote(), START_S))
 
 
 def _same(reward: Reward) -> Reward:

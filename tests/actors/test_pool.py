@@ -1,9 +1,11 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from safetensors.torch import load_file, save_file
@@ -254,3 +256,49 @@ def test_a_replacement_is_stale_until_it_has_the_weights(start, tmp_path, checkp
     (tmp_path / "go").touch()
     assert {(status["version"], status["health"]) for status in pool.status()} == {(1, State.HEALTHY)}
     assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
+
+
+def own_processes(title: str) -> list[psutil.Process]:
+    """Return the processes of this cluster whose titles begin so, the newest last."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)
+
+
+def test_a_stopped_worker_is_replaced_whatever_it_does(start):
+    """A process that is stopped neither answers nor ends itself."""
+    pool = start(workers=1, call_timeout_s=40.0, max_restarts=2)
+    stopped = []
+
+    def stop() -> None:
+        stopped.append(psutil.Process(pool.status()[0]["pid"]))
+        stopped[-1].send_signal(signal.SIGSTOP)
+
+    stop()
+    assert [encoded.key for encoded in pool.run(Worker.encode, ["red", "blue"], SIDE)] == ["red", "blue"]
+    stop()
+    assert len(pool.probe(PROMPTS[0], pool.run(Worker.encode, ["red"], SIDE)[0].bits, SIDE)) == 1
+    assert pool.workers.events == [f"worker 0 lost during encode: restart {i} of 2" for i in (1, 2)]
+    psutil.wait_procs(stopped, timeout=20)
+    assert not any(process.is_running() for process in stopped)
+
+
+def test_a_worker_that_is_stopped_while_it_starts_is_replaced(cluster, checkpoint):
+    before = own_processes("ray::Worker")
+    config = RolloutConfig(workers=1, call_timeout_s=40.0)
+    placement = plan([cluster], config, ranks=1, dtype="fp32")
+    pool = RolloutPool(config, placement, str(checkpoint), Patches(), wait=False)
+    try:
+        while not (new := [process for process in own_processes("ray::Worker") if process not in before]):
+            time.sleep(0.05)
+        new[0].send_signal(signal.SIGSTOP)
+        pool.wait_until_ready()
+        assert pool.workers.events == ["worker 0 lost during starting: restart 1 of 3"]
+        assert [encoded.key for encoded in pool.run(Worker.encode, ["red"], SIDE)] == ["red"]
+        psutil.wait_procs(new, timeout=20)
+        assert not new[0].is_running()
+    finally:
+        pool.close()

@@ -1,11 +1,15 @@
-"""Rewards are kept with their terms, and a file of other rollouts is refused."""
+"""Rewards are kept with their terms, a file of other rollouts is refused, and a lost server is restarted."""
+
+from contextlib import nullcontext
 
 import pytest
 
-from rewards.combined import Total
+from rewards.combined import RewardsLostError, Total
+from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample, Winner
-from vargpt_rl.driver.judging import read_rewards, write_rewards
+from vargpt_rl.driver import judging
+from vargpt_rl.driver.judging import read_rewards, score, write_rewards
 
 PROMPT = Prompt("1", "a star")
 SAMPLE = Sample(PROMPT, b"", 32, 0, {}, 0, "")
@@ -24,3 +28,37 @@ def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ValueError, match=r"r\.json: not the rewards of 3 images"):
         read_rewards(tmp_path / "r.json", ROLLOUTS)
+
+
+class LosingWorkers(WorkersDouble):
+    """Lose the server of rewards at the calls with these numbers."""
+
+    def __init__(self, *lost: int):
+        super().__init__()
+        self.lost = lost
+
+    def reward(self, items, resolution, reward):
+        if len(self.calls) in self.lost:
+            raise RewardsLostError("the server of rewards died")
+        return [0.5] * len(items)
+
+
+class LiveDouble:
+    """Rewards that report nothing."""
+
+    def renewed(self):
+        return self
+
+    def report(self):
+        return {}
+
+
+def test_a_lost_server_is_started_again_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "running", lambda it, reward: nullcontext(LiveDouble()))
+    settings = ("rollout.keep_every=2", "rollout.batch_size=2")
+    it = stage_context(tmp_path, *settings, pool=LosingWorkers(2))
+    assert score(it, [(PROMPT, b"")] * 6, lambda: None, "samples")[0] == [0.5] * 6
+    assert it.run.state["events"] == ["the server of rewards died: restarted"] and it.run.state["restarts"] == 1
+    assert len(it.pool.calls) == 4, "the first part was kept"
+    with pytest.raises(RewardsLostError):
+        score(stage_context(tmp_path / "b", pool=LosingWorkers(1, 2)), [(PROMPT, b"")], lambda: None)

@@ -3,19 +3,22 @@
 import json
 import os
 import pickle
+import signal
 import sys
 import time
 import venv
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 from PIL import Image
 from ray.exceptions import RayActorError
 
+import rewards.combined
 from configs.load import load_config
-from rewards.combined import KeptRewards, Total, WeightedSum, scorers, weighted_sum
+from rewards.combined import KeptRewards, RewardsLostError, Total, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
 from tests.helpers.driver import WorkersDouble, stage_context
@@ -295,3 +298,23 @@ def test_unscored_images_are_reported(cluster, plugin, tmp_path):
     }
     with pytest.raises(ValueError, match="none of 1 images was scored by the reward.*a bad mood"):
         judge_rollouts(it, Rollouts(samples[:1], {}), reward, "first")
+
+
+def test_a_stopped_server_is_noticed_and_started_again(cluster, plugin, monkeypatch):
+    monkeypatch.setattr(rewards.combined, "ANSWER_S", 4.0)
+    kept, reward = KeptRewards(), WeightedSum({"width": {"path": f"{plugin}:width"}})
+    live = kept.use(reward)
+    assert live(images(2), ["a", "b"]) == [10.0, 11.0]
+    servers = [each for each in psutil.Process().children(recursive=True) if "RewardServer" in " ".join(each.cmdline())]
+    server = max(servers, key=psutil.Process.create_time)
+    server.send_signal(signal.SIGSTOP)
+    for use in (live.renewed, lambda: live(images(1), ["a"])):
+        with pytest.raises(RewardsLostError, match="the server of rewards did not answer in 4 s"):
+            use()
+    again = kept.use(reward)
+    assert again(images(1), ["a"]) == [10.0] and again.report()["width"]["scored"] == 1
+    psutil.wait_procs([server], timeout=20)
+    assert not server.is_running()
+    ray.kill(again.server)
+    with pytest.raises(RewardsLostError, match="the server of rewards died"):
+        again(images(1), ["a"])

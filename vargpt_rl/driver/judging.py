@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.worker import PromptedBits, Worker
-from rewards.combined import Running, Total, merge_reports, scorers
+from rewards.combined import RewardsLostError, Running, Total, merge_reports, scorers
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.driver.parts import in_parts
 from vargpt_rl.driver.sampling import SAMPLES
@@ -68,16 +68,14 @@ def score(
 ) -> tuple[list[float | None], dict]:
     """Score images with ``reward``; return a value each and the report by term, which is logged.
 
-    With ``keep``, finished parts are kept under a name that ends in it. ValueError if no image at all is scored.
+    With ``keep``, finished parts are kept under a name that ends in it. A lost server of rewards is started again,
+    once. ValueError if no image at all is scored.
     """
-    with running(it, reward) as live:
-
-        def judge_part(part: list[PromptedBits]) -> dict:
-            counted = live.renewed()
-            found = it.pool.run(Worker.reward, part, it.resolution, counted)
-            return {"rewards": reward_rows(found), "report": counted.report()}
-
-        parts = list(in_parts(it, f"rewards-{keep}", items, judge_part) if keep else [judge_part(items)])
+    try:
+        parts = _score_in_parts(it, items, reward, keep)
+    except RewardsLostError as lost:
+        it.run.note(f"{lost}: restarted", restart=True)
+        parts = _score_in_parts(it, items, reward, keep)
     values = [value for part in parts for value in rewards_of(part["rewards"])]
     report = merge_reports([part["report"] for part in parts])
     for name, term in report.items():
@@ -88,6 +86,18 @@ def score(
         why = {name: term["errors"] or term["unscored"] for name, term in report.items()}
         raise ValueError(f"none of {len(values)} images was scored by the reward; see reward.path: {why}")
     return values, report
+
+
+def _score_in_parts(it: StageContext, items: list[PromptedBits], reward: Callable, keep: str) -> list[dict]:
+    """Return rewards and report of each part, from disk if it was done before."""
+    with running(it, reward) as live:
+
+        def judge_part(part: list[PromptedBits]) -> dict:
+            counted = live.renewed()
+            found = it.pool.run(Worker.reward, part, it.resolution, counted)
+            return {"rewards": reward_rows(found), "report": counted.report()}
+
+        return list(in_parts(it, f"rewards-{keep}", items, judge_part) if keep else [judge_part(items)])
 
 
 def write_rewards(path: Path, values: Sequence[float | None]) -> None:
