@@ -30,6 +30,9 @@ LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
 ANSWER_S = 10.0
 """Seconds that a cluster at RAY_ADDRESS has to answer."""
 
+END_S = 2.0
+"""Seconds in which processes of a cluster end when it does, unless they are stopped."""
+
 
 class Note(Protocol):
     """Called with a fault that was repaired, in words; ``restart`` if processes were started again."""
@@ -86,6 +89,20 @@ def _check_answers(address: str) -> None:
             f"RAY_ADDRESS={address}: nothing answers there ({error}); without the variable, a cluster is started on "
             "this machine"
         ) from error
+
+
+def disconnect() -> None:
+    """Leave the cluster. If it was started here, end all of its processes: one that is stopped does not end itself."""
+    started = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet":
+                started += child.children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=END_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill_process(pid: int, began: float) -> None:

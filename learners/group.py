@@ -6,6 +6,7 @@ log says nothing for too long while the driver waits: a rank, or a process that 
 the job itself are not retried: they reach the caller as raised.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -43,6 +44,9 @@ SETTLE_S = 30.0
 """Longest wait for the other ranks to end after one rank's error. The peers of a lost rank fail within a second, but
 Ray may need half a minute to notice that a whole node is gone."""
 
+
+SAVES_S = 10.0
+"""Seconds without any sign of a step or of writing after which ranks that were asked to save are not waited for."""
 
 SLOWEST = 3
 """A step may take this many times as long as the longest one before it."""
@@ -211,17 +215,26 @@ class LearnerGroup:
         return RunningJob(self._steps(job, on_log), self.patience)
 
     def checkpoint(self, timeout_s: float) -> None:
-        """Ask the running job, if any, to save a checkpoint after its current step; wait at most ``timeout_s``."""
+        """Ask the running job, if any, to save a checkpoint after its current step; wait at most ``timeout_s``.
+
+        Ranks that hang are not waited for: those that neither log nor write for several times the longest step.
+        """
         if not self.waiting or self.save_request is None:
             return
-        log = self.save_request.with_name("log.jsonl")
+        output = self.save_request.parent
+        log = output / "log.jsonl"
         if not log.exists() or not log.stat().st_size:  # no step is done yet: there is nothing to save
             return
         self.save_request.touch()
-        end = time.monotonic() + timeout_s
+        hangs_s = max(SAVES_S, SLOWEST * self.patience.longest)
+        began = last = time.monotonic()
+        signs = _written(output)
         working = self.waiting
-        while working and self.save_request.exists() and time.monotonic() < end:
+        while working and self.save_request.exists() and time.monotonic() < min(began + timeout_s, last + hangs_s):
             _, working = ray.wait(working, timeout=0.2)
+            if (now := _written(output)) != signs:
+                signs = now
+                last = time.monotonic()
 
     def _steps(self, job: Job, on_log: OnLog) -> JobSteps:
         """Attempts at a job. RuntimeError after more than ``max_restarts`` losses of a rank."""
@@ -307,6 +320,15 @@ class LearnerGroup:
         self._stop()
         if self.group:
             remove_placement_group(self.group)
+
+
+def _written(output: Path) -> dict[str, int]:
+    """Return the size of each file that ranks write while they train and save."""
+    sizes = {}
+    for path in (output / "log.jsonl", *training_checkpoints(output).rglob("*")):
+        with contextlib.suppress(OSError):  # renamed or deleted in between
+            sizes[str(path)] = path.stat().st_size
+    return sizes
 
 
 def _error(reference: ray.ObjectRef) -> Exception | None:

@@ -49,6 +49,7 @@ MARKS = {
         "driver/test_adapter_run.py",
         "driver/test_dtype.py",
         "driver/test_faults.py",
+        "driver/test_hanging.py",
         "driver/test_interrupted.py",
         "driver/test_interrupted_parts.py",
         "driver/test_online_faults.py",

@@ -38,10 +38,9 @@ if __name__ == "__main__":
 
 from functools import partial
 
-import ray
 from ray.exceptions import RayError
 
-from actors.cluster import connect
+from actors.cluster import connect, disconnect
 from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import RECORD, configure_logging, end_log, keep_log
@@ -270,7 +269,7 @@ def start(arguments: list[str]) -> int:
         run.save()
         update_page(run.directory, ended=True)
         run.close(failed)
-        ray.shutdown()
+        disconnect()
         end_log(log)
     return 0
 

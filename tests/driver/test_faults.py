@@ -82,6 +82,7 @@ class Ran:
                 if time.monotonic() > end:
                     driver.kill()
                 time.sleep(0.1)
+        self.ended = time.monotonic()
         self.code, self.said = driver.wait(), log.read_text()
         self.left = [str(path.relative_to(points)) for path in points.rglob("*") if path.is_file()]
         # Ray's own agents outlive a driver that is killed by a minute and more: there it is not worth waiting.
