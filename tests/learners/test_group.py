@@ -304,6 +304,37 @@ def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, s
     other.close()
 
 
+def test_a_stopped_data_worker_counts_as_a_hang(group, start, probe, tmp_path):
+    sources = write_sources(tmp_path / "data")
+    feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
+    recipe = Recipe(steps=6, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job = sft_job("understanding", start, feed, recipe, tmp_path / "whole", probe)
+    group.run(job, lambda line: None)
+    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
+    noted = []
+    other = LearnerGroup(
+        config,
+        {"CPU": 0.5},
+        threads=1,
+        use_gpu=False,
+        bf16=False,
+        note=lambda event, restart=False: noted.append(event),
+    )
+    stopped = []
+
+    def stop(line: dict) -> None:
+        if not stopped:
+            stopped.extend(psutil.Process(other.pids[0]).children())
+            stopped[0].send_signal(signal.SIGSTOP)
+
+    other.run(replace(job, output=tmp_path / "cut"), stop)
+    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", *noted)
+    assert not stopped[0].is_running()
+    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    other.close()
+
+
 def test_a_job_resumes_from_a_checkpoint_saved_on_request(group, start, corpus, probe, tmp_path):
     """It is asked while it works, so the step is any but the last."""
     recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
