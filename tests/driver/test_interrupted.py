@@ -97,5 +97,5 @@ def test_killed_image_tokenizer_training_resumes_with_the_same_weights(folder):
     expected, found = (load_file(check_checkpoint(run / "checkpoints/tokenizer/final")) for run in runs)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     whole, killed = (json.loads((run / "summary.json").read_text())["stages"]["tokenizer"] for run in runs)
-    assert {**killed, "seconds": 0} == {**whole, "seconds": 0}
+    assert {**killed, "seconds": 0, "swap": 0} == {**whole, "seconds": 0, "swap": 0}
     assert not (runs[1] / "checkpoints/tokenizer/trainer").exists()

@@ -26,8 +26,8 @@ SETTINGS = (
 )
 POINTS = {
     "evaluation": "images/0",
-    "winners": "winners-all/8",
     "sampling": "sampler-1-all/0",
+    "winners": "winners-all/8",
     "judging": "rewards-samples/12",
     "reference scoring": "scores-iter-00/4",
     "margins": "scores-chosen/0",
