@@ -93,7 +93,7 @@ def test_the_grpo_experiment_has_nothing_of_the_demos():
     for resolution in (256, 512):
         at = config.at_resolution(resolution)
         assert (at.rl.prompts, at.rl.group, at.rl.recipe.steps, at.rl.recipe.batch) == (16, 16, 1200, 256)
-        assert (at.rl.recipe.lr, at.rl.credit_scales, at.evaluation.prompts) == (1e-5, 5, 120)
+        assert (at.rl.recipe.lr, at.rl.credit_scales, at.rl.updates, at.evaluation.prompts) == (1e-5, 5, 1, 120)
     assert config.align.left_out == {"sft", "dpo", "sft_on_winners"}
 
 
@@ -106,7 +106,8 @@ def test_the_adapter_experiment_has_nothing_of_the_demos():
         at = config.at_resolution(resolution)
         assert tuple(getattr(at, block).recipe.micro_batch for block in ("sft", "dpo", "rl")) == batches
         assert (at.sft.recipe.steps, at.dpo.recipe.steps, at.rl.recipe.steps) == (1000, 250, 200)
-        assert (at.rl.credit_scales, at.preference.count, at.evaluation.prompts) == (5, 8000, 120)
+        assert (at.rl.credit_scales, at.rl.updates) == (5, 1)
+        assert (at.preference.count, at.evaluation.prompts) == (8000, 120)
 
 
 def test_the_smallest_experiment_is_the_other_in_4_bits():
