@@ -191,7 +191,7 @@ def test_unreadable_images_are_named(folder):
     Image.new("RGB", (31, 31)).save(folder / "images" / "4.png")
     for file, said in (
         ("0", "truncated"),
-        ("1", "cannot identify"),
+        ("1", "empty file"),
         ("2", "No such file"),
         ("4", "more than 900 pixels"),
     ):

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 
 @dataclass
-class Case:
+class Hanging:
     """Stop a process whose title begins with ``title``, once there is ``file``; then send ``signal`` to the driver."""
 
     title: str
@@ -29,12 +29,12 @@ class Case:
 
 
 CASES = {
-    "a rank in training": Case(
+    "a rank in training": Hanging(
         "ray::RankHost", signal.SIGTERM, os.EX_TEMPFAIL, limit_s=25.0, file="checkpoints/iter-00-sft/log.jsonl"
     ),
-    "a worker that generates": Case("ray::Worker.generate_images", signal.SIGHUP, os.EX_TEMPFAIL),
-    "a worker that starts": Case("ray::Worker", signal.SIGINT, 130),
-    "a reward that never answers": Case("ray::RewardProcess.score", signal.SIGINT, 130, stops=False),
+    "a worker that generates": Hanging("ray::Worker.generate_images", signal.SIGHUP, os.EX_TEMPFAIL),
+    "a worker that starts": Hanging("ray::Worker", signal.SIGINT, 130),
+    "a reward that never answers": Hanging("ray::RewardProcess.score", signal.SIGINT, 130, stops=False),
 }
 """What hangs. The first may take longer: it counts as hanging after three of its steps and at least ten seconds."""
 

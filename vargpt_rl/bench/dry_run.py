@@ -119,7 +119,7 @@ def unused_reward(images: Sequence[Image.Image], prompts: Sequence[str]) -> list
 
 
 @dataclass
-class Measured:
+class StepCost:
     """Seconds and CPU seconds of a step, and the most bytes that the process had in memory during it."""
 
     name: str
@@ -170,17 +170,17 @@ def enter_iteration(count: int, folder: Path) -> StageContext:
     return session.iteration(0)
 
 
-def measure_steps(it: StageContext) -> list[Measured]:
+def measure_steps(it: StageContext) -> list[StepCost]:
     """Run the steps and measure each; sampling also as it resumes when all of its parts are there."""
     final = it.checkpoint(Step.SFT) / "final"
     policy = Policy("", (save_checkpoint(final, {"weight": torch.zeros(1)}),))
-    found: list[Measured] = []
+    found: list[StepCost] = []
 
     def timed(name: str, work: Callable[[], dict]) -> dict:
         forget_peak()
         began, spent = time.perf_counter(), time.process_time()
         result = work()
-        found.append(Measured(name, time.perf_counter() - began, time.process_time() - spent, peak_memory()))
+        found.append(StepCost(name, time.perf_counter() - began, time.process_time() - spent, peak_memory()))
         return result
 
     def sample_twice(it: StageContext) -> dict:

@@ -167,7 +167,10 @@ LLM = ("method=llm", "endpoint=http://127.0.0.1:1/v1", "model=m")
     ("arguments", "named"),
     [
         (["captions=none.jsonl", "method=template"], "captions=none.jsonl: no such file"),
-        (["captions=t.txt", "method=template"], "t.txt: expected a file that ends in .csv, .json, .jsonl, .parquet"),
+        (
+            ["captions=t.txt", "method=template"],
+            "t.txt: expected a file that ends in .csv, .tsv, .json, .jsonl",
+        ),
         (["captions=bad.parquet", "method=template"], "bad.parquet: not a Parquet file"),
         (["captions=t.csv", "method=template", "caption_field=text"], "caption_field=text: no such column in t.csv"),
         (["captions=t.csv", "method=template", "id_field=key"], "id_field=key: no such column in t.csv"),
