@@ -41,6 +41,15 @@ RESOLUTION = 256
 BITS = 2084
 """Packed bytes of an image of 256 px: 521 tokens of 32 bits."""
 SCALES = 10
+SCORE = ImageScore(-10.0 * SCALES, [-10.0] * SCALES, [0.5] * SCALES)
+"""A reference score, the same for each image."""
+
+
+def random_sample(
+    random: np.random.Generator, prompt: Prompt, seed: int, version: int = 1, name: str = "sft/final"
+) -> Sample:
+    """Return a sample with random bits."""
+    return Sample(prompt, random.bytes(BITS), RESOLUTION, seed, {"cfg": 3.0}, version, name, [-1.0] * SCALES)
 
 
 class InstantWorkers:
@@ -67,10 +76,7 @@ class InstantWorkers:
     def generate_images(
         self, jobs: list[tuple[Prompt, int]], resolution: int, sampling: object, name: str
     ) -> list[Sample]:
-        return [
-            Sample(prompt, self.random.bytes(BITS), resolution, seed, {"cfg": 3.0}, self.version, name, [-1.0] * SCALES)
-            for prompt, seed in jobs
-        ]
+        return [random_sample(self.random, prompt, seed, self.version, name) for prompt, seed in jobs]
 
     def encode(self, keys: list[str], resolution: int) -> list[EncodedImage]:
         features = np.zeros((32, resolution // 16, resolution // 16), np.float16)
@@ -80,7 +86,7 @@ class InstantWorkers:
         return self.random.random(len(items)).tolist()
 
     def score(self, items: list[PromptedBits], *args: object) -> list[ImageScore]:
-        return [ImageScore(-10.0 * SCALES, [-10.0] * SCALES, [0.5] * SCALES) for _ in items]
+        return [SCORE] * len(items)
 
 
 class InstantReward:

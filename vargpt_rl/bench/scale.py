@@ -20,10 +20,9 @@ from typing import TypeVar
 import numpy as np
 
 from actors.batches import BatchJob, Call
-from actors.worker import ImageScore
 from learners.pairs import PairOrder, PairTable
 from rewards.preferences import PreferencePair, check_books, external_winner
-from vargpt_rl.bench.dry_run import BITS, RESOLUTION, SCALES, dry_run
+from vargpt_rl.bench.dry_run import BITS, RESOLUTION, SCORE, dry_run, random_sample
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
@@ -63,10 +62,7 @@ def make_samples(count: int) -> tuple[list[Sample], dict[str, Winner]]:
     """Return samples and winners with random bits: one of each for each prompt."""
     random = np.random.default_rng(0)
     prompts = [Prompt(f"prompt-{i}", f"a picture of number {i}") for i in range(count)]
-    samples = [
-        Sample(prompt, random.bytes(BITS), RESOLUTION, seed, {"cfg": 3.0}, 1, "sft/final", [-1.0] * SCALES)
-        for seed, prompt in enumerate(prompts)
-    ]
+    samples = [random_sample(random, prompt, seed) for seed, prompt in enumerate(prompts)]
     return samples, {prompt.id: Winner(prompt, random.bytes(BITS), RESOLUTION, "better") for prompt in prompts}
 
 
@@ -79,9 +75,8 @@ def build(samples: list[Sample], winners: dict[str, Winner]) -> list[PreferenceP
 
 def write(path: Path, pairs: list[PreferencePair]) -> None:
     """Write the preference table."""
-    score = ImageScore(-10.0 * SCALES, [-10.0] * SCALES, [0.5] * SCALES)
     origin = {"samples": len(pairs), "prompts": len(pairs), "prompts_without_winner": 0, "dropped_by_reason": {}}
-    write_table(path, [pair.row(score, score, 1) for pair in pairs], origin)
+    write_table(path, [pair.row(SCORE, SCORE, 1) for pair in pairs], origin)
 
 
 def order(table: PairTable) -> int:
