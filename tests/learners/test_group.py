@@ -271,22 +271,20 @@ def test_lost_ranks_restart_and_resume_bitwise(group, faults, start, corpus, pro
     assert not killed.exists() and not (tmp_path / "again/final").exists()
 
 
+def impatient_group(note) -> LearnerGroup:
+    """Two ranks that save after each step, count as hanging after 40 s without one, and restart once."""
+    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
+    return LearnerGroup(config, {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False, note=note)
+
+
 @pytest.mark.parametrize("how", ["stopped", "hanging"])
 def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, start, corpus, probe, tmp_path, how):
     """One of two ranks is stopped by a signal, or hangs in its own code: its peer waits for it and lives on."""
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
     group.run(job, lambda line: None)
-    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
     noted = []
-    other = LearnerGroup(
-        config,
-        {"CPU": 0.5},
-        threads=1,
-        use_gpu=False,
-        bf16=False,
-        note=lambda event, restart=False: noted.append((event, restart)),
-    )
+    other = impatient_group(lambda event, restart=False: noted.append((event, restart)))
     first = list(other.pids)
 
     def stop(line: dict) -> None:
@@ -310,16 +308,8 @@ def test_a_stopped_data_worker_counts_as_a_hang(group, start, probe, tmp_path):
     recipe = Recipe(steps=6, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job = sft_job("understanding", start, feed, recipe, tmp_path / "whole", probe)
     group.run(job, lambda line: None)
-    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
     noted = []
-    other = LearnerGroup(
-        config,
-        {"CPU": 0.5},
-        threads=1,
-        use_gpu=False,
-        bf16=False,
-        note=lambda event, restart=False: noted.append(event),
-    )
+    other = impatient_group(lambda event, restart=False: noted.append(event))
     stopped = []
 
     def stop(line: dict) -> None:
