@@ -100,6 +100,13 @@ def interface(address: str) -> str:
     raise ValueError(f"no network interface of {socket.gethostname()} has the address {address}")
 
 
+def largest_over_ranks(value: float, device: torch.device) -> float:
+    """Return the largest value of all ranks. ``device`` is a rank's own: NCCL reduces tensors on GPUs alone."""
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
 def _average(model: torch.nn.Module, trained: list[str], recipe: Recipe) -> AverageWeights | None:
     """The average of the trained tensors, if the recipe asks for one."""
     return None if recipe.ema is None else AverageWeights(model, trained, recipe.ema)
@@ -258,7 +265,7 @@ class Rank:
         return training_arguments(recipe, self.ranks, seed, folder, self.use_gpu, self.bf16)
 
     def sft(self, job: SftJob) -> dict:
-        """Train a supervised stage; returns losses, steps and seconds. Weights: ``output/final``, ``output/step-*``."""
+        """Train a supervised stage. Adds the names of the parts that did not train."""
         torch.manual_seed(job.seed + self.rank)
         model = self._model(job.start)
         stage = STAGES[job.stage].without(job.frozen)
@@ -317,17 +324,15 @@ class Rank:
         )
         result = self._run(trainer, chat, trained, job)
         last = next(entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry)
-        worst = torch.tensor([trainer.step0_max_abs_logratio], dtype=torch.float64)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return result | {
             "margin_last": last["rewards/margins"],
             "accuracy_last": last["rewards/accuracies"],
-            "step0_max_abs_logratio": worst.item(),
+            "step0_max_abs_logratio": largest_over_ranks(trainer.step0_max_abs_logratio, arguments.device),
             "waited": pairs.waited,
         }
 
     def policy_gradient(self, job: PolicyGradientJob) -> dict:
-        """Train on batches of drawings as they arrive.
+        """Train on batches of images as they arrive.
 
         Adds the largest log-ratio seen at a first update, and the seconds spent waiting for batches.
         """
@@ -360,9 +365,8 @@ class Rank:
         )
         last_updates = range(0, job.recipe.steps + 1, job.rl.updates)
         result = self._run(trainer, chat, trained, job, saves=last_updates, samples_average=False)
-        worst = torch.tensor([trainer.first_update_max_abs_log_ratio], dtype=torch.float64, device=arguments.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        return result | {"first_update_max_abs_log_ratio": worst.item(), "waited": batches.waited}
+        worst = largest_over_ranks(trainer.first_update_max_abs_log_ratio, arguments.device)
+        return result | {"first_update_max_abs_log_ratio": worst, "waited": batches.waited}
 
     def reward(self, job: RewardJob) -> dict:
         """Learn a reward from pairs. Adds the share of pairs of the last tenth of the steps that it got right."""

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from tests.data.test_preferences import row
+from tests.helpers.preferences import row
 from vargpt_rl.data.pair_statistics import describe, repeats, scale_margins, sources, statistics
 from vargpt_rl.data.preferences import main, read_table, write_table
 

@@ -15,38 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.faults import ask
+from tests.helpers.preferences import row
 from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import COLUMNS, main, read_table, write_table
 
 ROOT = Path(__file__).parents[2]
-
-
-def row(pair_id: str = "a", **changes) -> dict[str, object]:
-    return {
-        "pair_id": pair_id,
-        "prompt_id": "p",
-        "prompt": "a red circle",
-        "reply": "",
-        "resolution": 256,
-        "chosen_bits": b"\x00\xff",
-        "rejected_bits": b"\x01",
-        "chosen_source": "shapes",
-        "rejected_source": "step-10",
-        "chosen_seed": None,
-        "chosen_version": None,
-        "rejected_seed": 1,
-        "rejected_version": 2,
-        "sampling": '{"cfg": 3.0}',
-        "chosen_reward": 1.0,
-        "rejected_reward": None,
-        "reference_chosen_logp": -10.0,
-        "reference_rejected_logp": -12.5,
-        "reference_chosen_by_scale": [-4.0, -6.0],
-        "reference_rejected_by_scale": [-12.5, 0.0],
-        "reference_version": 3,
-    } | changes
-
-
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 KINDS = {
     pa.string(): st.text(st.characters(codec="utf-8")),

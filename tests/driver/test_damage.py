@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.data.test_preferences import row
+from tests.helpers.preferences import row
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.driver.run import Run

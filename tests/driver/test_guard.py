@@ -59,12 +59,21 @@ def test_a_divergence_stops_training_and_takes_back_the_step(guard, tmp_path):
     assert notes[-1] == "grpo: went back to the weights after 2 of 4 steps (the last before that)"
 
 
+def test_weights_before_a_divergence_outlive_a_fast_learner(guard, tmp_path):
+    """One update a batch, one batch stale: step 4 was saved before the driver looked for step 3, which diverged."""
+    watching, _ = guard()
+    watching.drop_weights(oldest=2)
+    assert saved_steps(tmp_path / "grpo") == [2, 3, 4]
+    watching.watch(GOOD | {"step": 3, "loss": math.nan})
+    assert watching.keep_wanted(4) == 2
+
+
 def test_the_weights_of_the_best_score_are_kept(guard, tmp_path):
     watching, notes = guard(validate_every=2)
     assert [number for number in range(5) if watching.is_due(number)] == [0, 2, 4]
     for step, score in ((0, 0.5), (2, 0.7), (4, 0.6)):
         watching.see_score(step, score)
-    watching.drop_weights()
+    watching.drop_weights(oldest=3)
     assert saved_steps(tmp_path / "grpo") == [2, 3, 4]
     assert guard(validate_every=2)[0].keep_wanted(4) == 2
     assert (tmp_path / "grpo/final/weights").read_text() == "2" and "score 0.7 on held-out prompts" in notes[-1]

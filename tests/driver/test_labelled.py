@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from tests.helpers.driver import WorkersDouble, stage_context
@@ -62,15 +63,23 @@ def test_a_run_waits_until_people_have_answered(it):
         it.step(Step.PAIR, pair_labelled, POLICY, {})
     run = it.run.directory
     assert str(waiting.value) == (
-        f"4 of 4 pairs of iter-00 wait for labels: vargpt-rl pairs {run}; then go on: vargpt-rl resume {run}"
+        f"4 of 4 pairs of iter-00 wait for labels: vargpt-rl pairs {run}; then resume: vargpt-rl resume {run}"
     )
     assert not it.is_done(Step.PAIR) and labels_missing(run, "iter-00", 0.5).startswith("2 of 4")
     contents = read_run(run)
     assert contents.waits_for_labels and len(labelled_pairs(contents)) == 4
     assert all(contents.pair_images("iter-00", row.pair_id, "candidates")[0] for _, row in labelled_pairs(contents))
-    assert summarise_labels(contents) == [f"when all are labelled, go on: vargpt-rl resume {run}"]
+    assert summarise_labels(contents) == [f"when all are labelled, resume: vargpt-rl resume {run}"]
     answer(it, "chosen", None)
     assert labels_missing(run, "iter-00", 0.5) == "", "a skipped pair is answered"
+
+
+def test_a_share_is_not_rounded_up_by_its_floats(monkeypatch):
+    """0.1 x 30 is 3.0000000000000004 in floats."""
+    answered = [SimpleNamespace(pair_id=str(i)) for i in range(3)]
+    monkeypatch.setattr(labelled, "all_labels", lambda run: {"ada": answered})
+    monkeypatch.setattr(labelled.pq, "read_table", lambda path, columns: pa.table({"pair_id": map(str, range(30))}))
+    assert labels_missing(labelled.Path("run"), "iter-00", 0.1) == ""
 
 
 def test_people_decide_which_image_is_chosen(it):
@@ -125,7 +134,7 @@ def started(tmp_path, monkeypatch):
 
 def test_a_run_that_waits_ends_with_75_and_the_commands(started, capsys):
     def stop(session):
-        raise LabelsNeeded("4 pairs wait for labels: vargpt-rl pairs RUN; then go on: vargpt-rl resume RUN")
+        raise LabelsNeeded("4 pairs wait for labels: vargpt-rl pairs RUN; then resume: vargpt-rl resume RUN")
 
     assert started(stop) == os.EX_TEMPFAIL
     out = capsys.readouterr().out

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.test_preferences import row as table_row
 from tests.helpers.driver import WorkersDouble, stage_context
+from tests.helpers.preferences import row as table_row
 from vargpt_rl.data.preferences import ORIGIN, part_path, read_table, write_table
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.driver import pairs
 from vargpt_rl.driver.grids import show_pairs
-from vargpt_rl.driver.judging import judge
+from vargpt_rl.driver.judging import NO_REWARDS, judge
 from vargpt_rl.driver.pairs import PairRounds, pair
 from vargpt_rl.driver.sampling import sample
 from vargpt_rl.storage.checkpoint import Policy
@@ -101,6 +101,25 @@ def test_no_pair_at_all_is_an_error(make, min_pairs):
             work.join()
         else:
             in_one_pass(it)
+
+
+def test_the_report_of_rewards_counts_all_rounds(make, monkeypatch):
+    def judged(it, rollouts, reward, keep):
+        term = {
+            "scored": len(rollouts.samples),
+            "mean": 1.0,
+            "seconds": 0.5,
+            "restarts": 0,
+            "unscored": {},
+            "errors": {},
+        }
+        return NO_REWARDS, {"reward": term}
+
+    monkeypatch.setattr(pairs, "judge_rollouts", judged)
+    work = PairRounds(make("rounds", 4), POLICY)
+    list(work.write())
+    report = work.join()["pairs"]["rewards"]["reward"]
+    assert (report["scored"], report["seconds"]) == (COUNT, 1.5)
 
 
 def test_existing_parts_are_kept(make):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.test_preferences import row
+from tests.helpers.preferences import row
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.verify import check_steps

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tests.data.test_preferences import row
+from tests.helpers.preferences import row
 from vargpt_rl.data.preferences import write_table
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
 from vargpt_rl.evaluate.paired import ScoredImage, read_scores, write_scores

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learners.pairs import PairOrder, PairTable
-from tests.data.test_preferences import row
+from tests.helpers.preferences import row
 from vargpt_rl.data.preferences import join_parts, part_path, write_table
 
 ORIGIN = {"samples": 4, "prompts": 4, "prompts_without_winner": 1, "dropped_by_reason": {"no winner": 1}}
@@ -59,7 +59,7 @@ def test_no_more_steps_are_taken_than_there_is_of_the_table(sizes, steps, batch)
     for step, rows in enumerate(batches(order), 1):
         parts = -(-step * len(sizes) // steps)
         assert max(rows) < max(sum(sizes[:parts]), next(size for size in sizes if size))
-    assert list(order) == list(order), "it can begin again, as a run that goes on does"
+    assert list(order) == list(order), "it can begin again, as a resumed run does"
 
 
 @settings(max_examples=50)

@@ -121,10 +121,10 @@ class Guard:
             self.note(f"{self.output.name}: went back to the weights after {wanted} of {last} steps ({why})")
         return wanted
 
-    def drop_weights(self) -> None:
-        """Delete saved weights that nobody will ask for: all but the last two, and the best."""
-        for step in saved_steps(self.output)[:-2]:
-            if step != self.best:
+    def drop_weights(self, oldest: int) -> None:
+        """Delete the weights saved after fewer than ``oldest`` steps, except the best."""
+        for step in saved_steps(self.output):
+            if step < oldest and step != self.best:
                 shutil.rmtree(self.output / f"step-{step:06d}")
 
 

@@ -35,8 +35,12 @@ REASONS = {"alike": "people: alike", "bad": "people: both bad", None: "people: n
 """Why a proposed pair is dropped, by the label of most raters; None is no label, or no majority."""
 
 
+ROUNDING = 1e-9
+"""Subtracted before a product of floats is rounded up: 0.1 x 30 is a little more than 3."""
+
+
 class LabelsNeeded(Exception):
-    """A run cannot go on before people have labelled pairs. The message is one line with the commands to use."""
+    """A run waits until people have labelled pairs. The message is one line with the commands to use."""
 
 
 def propose(it: StageContext, policy: Policy) -> dict:
@@ -133,12 +137,13 @@ def labels_missing(run: Path, stage: str, share: float) -> str:
     table = pq.read_table(run / "preferences" / f"{stage}-{CANDIDATES}.parquet", columns=["pair_id"])
     proposed = set(table["pair_id"].to_pylist())
     answered = {label.pair_id for labels in all_labels(run).values() for label in labels} & proposed
-    missing = math.ceil(share * len(proposed)) - len(answered)
+    needed = math.ceil(share * len(proposed) - ROUNDING)
+    missing = needed - len(answered)
     if missing <= 0:
         return ""
     return (
         f"{missing} of {len(proposed)} pairs of {stage} wait for labels: {command_line('pairs', run)}; "
-        f"then go on: {command_line('resume', run)}"
+        f"then resume: {command_line('resume', run)}"
     )
 
 

@@ -190,7 +190,8 @@ class Timer:
 def _wait_for(run: OnlineRun, learned: int) -> Policy | None:
     """Return the policy after ``learned`` optimizer steps, once the learner has saved and logged it.
 
-    None if the learner was stopped before. Older weights are dropped.
+    None if the learner was stopped before. Weights from before the last batch are dropped. Those that it began with are
+    kept: training goes back to them if one of its steps has diverged, however far the learner has gone meanwhile.
     """
     if not learned:
         return run.start
@@ -201,7 +202,7 @@ def _wait_for(run: OnlineRun, learned: int) -> Policy | None:
         if run.guard.stopped is not None:
             return None
         raise RuntimeError(f"the learner ended before step {learned}: {weights} is missing")
-    run.guard.drop_weights()
+    run.guard.drop_weights(oldest=learned - run.it.config.rl.updates)
     return run.start.plus(weights)
 
 

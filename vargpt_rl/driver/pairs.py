@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.worker import ImageScore, PromptedBits, Worker
 from learners.group import RunningJob
-from rewards.combined import Running
+from rewards.combined import Running, merge_reports
 from rewards.preferences import PreferencePair, check_books
 from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import count_rows, join_parts, part_path, read_table, write_table
@@ -154,11 +154,9 @@ def describe_pairs(it: StageContext) -> None:
 
 
 def sample_while_training(it: StageContext, policy: Policy) -> tuple[dict, dict, dict]:
-    """Sample, judge and pair in rounds, with DPO training beside the later ones.
+    """Sample, judge and pair in rounds; return the results of sampling, of pairing and of DPO.
 
-    Return the results of sampling, of pairing and of DPO.
-
-    DPO starts with the first ``dpo.min_pairs`` pairs.
+    DPO starts with the first ``dpo.min_pairs`` pairs and trains beside the later rounds.
     """
     rounds = PairRounds(it, policy)
     job: RunningJob | None = None
@@ -192,7 +190,7 @@ class PairRounds:
         self.parts = [part_path(it.table(), number) for number in range(len(self.rounds))]
         self.drawn = 0
         self.seconds = 0.0
-        self.rewards_report: dict = {}
+        self.reports: list[dict] = []
 
     def write(self) -> Iterator[int]:
         """Write the parts that are missing; yield the number of pairs so far after each round."""
@@ -222,7 +220,8 @@ class PairRounds:
     def _write_part(self, part: Path, samples: list[Sample], reward: Running | None) -> None:
         rollouts = Rollouts(samples, {})
         rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts, part.stem))
-        rewards, self.rewards_report = judge_rollouts(self.it, rollouts, reward, part.stem)
+        rewards, report = judge_rollouts(self.it, rollouts, reward, part.stem)
+        self.reports.append(report)
         micro_batch = self.it.config.dpo.recipe.micro_batch
         write_pairs(
             self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True, states=self.it.states
@@ -235,6 +234,6 @@ class PairRounds:
             raise RuntimeError(f"{len(self.plan.prompts)} samples were planned, {origin['samples']} are in the table")
         describe_pairs(self.it)
         counts = {"built": sum(origin["parts"]), "dropped": sum(origin["dropped_by_reason"].values()), **origin}
-        if self.rewards_report:
-            counts["rewards"] = self.rewards_report
+        if judged := merge_reports(self.reports):
+            counts["rewards"] = judged
         return {"rollout": report_speed(self.it, self.plan, self.drawn, self.seconds), "pairs": counts}
