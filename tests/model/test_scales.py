@@ -94,6 +94,7 @@ def test_there_are_fifteen_aspect_ratios_and_squares_are_the_default():
     assert size_for(256, aspect=2.0)[1] == 2 * size_for(256, aspect=2.0)[0]
 
 
-def test_other_resolutions_have_no_other_sizes():
-    with pytest.raises(ValueError, match="resolution 240 has no sizes at other aspect ratios"):
-        size_for(240, aspect=2.0)
+@pytest.mark.parametrize("resolution", [240, 2048])
+def test_other_resolutions_have_no_other_sizes(resolution):
+    with pytest.raises(ValueError, match=f"resolution {resolution} has no sizes at other aspect ratios"):
+        size_for(resolution, aspect=2.0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_a_shared_adapter_is_a_checkpoint(tuned, shared, tmp_path):
     export_model(tuned, tmp_path / "model")
     exported = load_model(tmp_path / "model", "auto").state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in exported.items())
+
+
+def test_a_shared_adapter_takes_no_file_from_outside_the_model(tuned, tmp_path):
+    model = shutil.copytree(tuned.model, tmp_path / "start")
+    (tmp_path / "private").write_text("{}")
+    (model / "tokenizer_config.json").unlink()
+    (model / "tokenizer_config.json").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match="tokenizer_config.json: expected a plain file of the model"):
+        write_adapter(replace(tuned, model=str(model)), tmp_path / "shared", "start")
+    assert not (tmp_path / "shared").exists()
 
 
 def test_a_shared_adapter_becomes_a_release(shared, tmp_path):

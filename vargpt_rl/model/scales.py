@@ -66,12 +66,15 @@ def schedule_for(height: int, width: int | None = None) -> Schedule:
 
 
 def size_for(resolution: int, aspect: float = 1.0) -> tuple[int, int]:
-    """Return the release's (height, width) in pixels nearest to ``aspect`` = width / height at this resolution."""
-    count = len(schedule_for(resolution))
-    grids = min(SCHEDULES.items(), key=lambda item: abs(item[0] - 1 / aspect))[1]
-    if SCHEDULES[1.0][count - 1] != (resolution // STRIDE,) * 2:
+    """Return the release's (height, width) in pixels nearest to ``aspect`` = width / height at this resolution.
+
+    Raises ValueError for a resolution that is not one of the release's.
+    """
+    square = schedule_for(resolution)[-1]
+    if square not in SCHEDULES[1.0]:
         raise ValueError(f"resolution {resolution} has no sizes at other aspect ratios; use one of the release's")
-    return grids[count - 1][0] * STRIDE, grids[count - 1][1] * STRIDE
+    height, width = full_schedule(1, aspect)[SCHEDULES[1.0].index(square)]
+    return height * STRIDE, width * STRIDE
 
 
 def token_count(schedule: Schedule) -> int:

@@ -22,11 +22,8 @@ from vargpt_rl.storage.export import files_beside_weights
 from vargpt_rl.storage.files import atomic_dir
 from vargpt_rl.storage.hashes import set_checksum, tensor_hash
 from vargpt_rl.storage.sharded import (
-    OTHER_FILES,
-    TOKENIZER_FILES,
     Stored,
     Tensors,
-    copy_files,
     new_model_dir,
     read_json,
     save_sharded,
@@ -109,7 +106,8 @@ def write_adapter(policy: Policy, target: Path, base: str, files: dict[str, dict
         lora.save_pretrained(str(folder))
         (folder / BASE).write_text(json.dumps(described, indent=1) + "\n")
         (folder / "README.md").write_text(_card(adapter, base, described["xxh3_128"]))
-        copy_files(Path(policy.model), folder, ("config.json", *TOKENIZER_FILES, *OTHER_FILES))
+        for file in files_beside_weights(Path(policy.model)):
+            shutil.copyfile(file, folder / file.name)
         for name, content in (files or {}).items():
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 

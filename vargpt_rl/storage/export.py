@@ -8,24 +8,10 @@ from pathlib import Path
 
 from vargpt_rl.storage.checkpoint import Policy, load_fused
 from vargpt_rl.storage.files import atomic_dir, restore_dir
+from vargpt_rl.storage.sharded import OTHER_FILES, TOKENIZER_FILES
 
 BEST = "best.json"
-BESIDE_WEIGHTS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+BESIDE_WEIGHTS = ("config.json", *TOKENIZER_FILES, *OTHER_FILES)
 """Files of a model directory that an export takes over."""
 
 

@@ -28,18 +28,22 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
 )
+"""Files of a text tokenizer in a model directory."""
 OTHER_FILES = (
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
 )
+"""Files of a model directory beside configuration, weights and tokenizer."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -219,11 +223,10 @@ def save_sharded(tensors: Tensors, folder: Path) -> int:
     return len(shards)
 
 
-def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files that match these patterns, if any."""
-    for pattern in patterns:
-        for path in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(path, target / path.name)
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the files that are there."""
+    for path in filter(Path.is_file, map(source.joinpath, names)):
+        shutil.copyfile(path, target / path.name)
 
 
 @contextmanager
