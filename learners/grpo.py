@@ -115,7 +115,7 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
             found["kl"] = kl_NP.detach()
         found["log_prob"] = images.log_prob.detach()
         metrics = {name: (values_NP * share_P).sum(1) for name, values_NP in found.items()} | {
-            "entropy": output.entropy.sum(1) / (tokens * symbols),
+            "entropy": output.entropy.sum(1) / tokens,
             "staleness": step - inputs["learner_step"],
         }
         weight_N = inputs["weight"]

@@ -32,8 +32,9 @@ the values of half precision are ten times the ones above."""
 class ScoredOutput(VargptOutput):
     """Scores at positions 1..T-1, as TRL's loss reads them (zero away from image tokens), and by scale.
 
-    ``log_probs`` float64 [B, T-1]; ``entropy``, ``mean_logits``, ``is_top1`` (every symbol right) likewise;
-    ``log_probs_BK`` float64, unweighted, and ``accuracy_BK`` fp32 by scale. Only log-probabilities have gradients.
+    ``log_probs`` float64 [B, T-1]; ``entropy`` in nats a symbol, ``mean_logits``, ``is_top1`` (every symbol right)
+    likewise; ``log_probs_BK`` float64, unweighted, and ``accuracy_BK`` fp32 by scale. Only log-probabilities have
+    gradients.
     """
 
     log_probs: torch.Tensor | None = None
@@ -86,7 +87,7 @@ class _ScoresImages(MixedInto):
 
         return ScoredOutput(
             log_probs=spread(log_probs_BL),
-            entropy=spread(symbol_entropy(logits.detach(), symbols).sum(-1)),
+            entropy=spread(symbol_entropy(logits.detach(), symbols).mean(-1)),
             mean_logits=spread(logits.detach().float().mean(-1)),
             is_top1=spread(hits_BLs.all(-1)),
             log_probs_BK=scale_sums(log_probs_BLs, schedule),

@@ -149,6 +149,7 @@ def test_log_probabilities_stand_at_image_tokens_only(shared_model, batch):
     at_image = batch["completion_mask"][:, 1:].bool()
     assert output.log_probs.dtype == torch.float64
     assert (output.log_probs[at_image] < 0).all()
+    assert (output.entropy[at_image] > 0).all() and (output.entropy <= math.log(2)).all(), "nats a bit"
     for values in (output.log_probs, output.entropy, output.mean_logits, output.is_top1):
         assert values.shape == at_image.shape
         assert not values[~at_image].any()
