@@ -30,7 +30,8 @@ def test_every_run_is_made_once_and_compared(tmp_path, monkeypatch, capsys):
         method = config.align.methods[0]
         score = 0.0 if config.adapter.is_on else 1.0
         write_scores(config.directory / f"evaluations/iter-00-after_{method}.jsonl", scored([score, 1.0]))
-        result = {"seconds": 6.0, "steps": 3, "trained_tensors": 7, "peak_memory": 2**30, "swap": {"bytes": 2 * 10**6}}
+        swap = {"bytes": 2 * 10**6, "seconds": 0.25}
+        result = {"seconds": 6.0, "steps": 3, "trained_tensors": 7, "peak_memory": 2**30, "swap": swap}
         (config.directory / "summary.json").write_text(json.dumps({"iterations": [{"sft": result, method: result}]}))
 
     monkeypatch.setattr(adapters, "run_loop", fake_loop)
@@ -38,8 +39,8 @@ def test_every_run_is_made_once_and_compared(tmp_path, monkeypatch, capsys):
         assert main([f"runs={tmp_path}", "variants=[full,4]"]) == 0
     assert made == [f"seed-0-{name}-{method}" for name in ("full", "rank-4") for method in ("dpo", "grpo")]
     shown = capsys.readouterr().out
-    assert "| sft | rank 4 | 0.500 ± 0.500 | +0.000 ± 0.000 | 2.00 | 1.00 | 2.00 | 7 |" in shown
-    assert "| grpo | rank 4 | 0.500 ± 0.500 | -0.500 ± 0.500 | 2.00 | 1.00 | 2.00 | 7 |" in shown
+    assert "| sft | rank 4 | 0.500 ± 0.500 | +0.000 ± 0.000 | 2.00 | 1.00 | 2.00 | 0.250 | 7 |" in shown
+    assert "| grpo | rank 4 | 0.500 ± 0.500 | -0.500 ± 0.500 | 2.00 | 1.00 | 2.00 | 0.250 | 7 |" in shown
     assert "| dpo | full | 1.000 ± 0.000 | - |" in shown
 
 

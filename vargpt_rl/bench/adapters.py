@@ -4,8 +4,8 @@ For each seed and each of ``variants``, SFT trains at one resolution; DPO on ext
 it, in two runs. All draw the same held-out prompts with the same seeds, so that scores are compared image by image.
 
 Prints a Markdown table: the held-out score of each policy, its paired difference to whole weights after the same
-method, seconds a step, the learner's peak memory, the bytes of a swap and the number of trained tensors. Repeating the
-command resumes it. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
+method, seconds a step, the learner's peak memory, bytes and seconds of a swap, and the number of trained tensors.
+Repeating the command resumes it. Exit codes: 0 done, 1 a run failed, 2 an argument is wrong.
 """
 
 import json
@@ -103,6 +103,8 @@ class Measured:
     """Bytes of the learner's process, or of its GPU's tensors."""
     swap: int
     """Bytes that a swap sends to a worker."""
+    swap_s: float
+    """Seconds of that swap."""
     tensors: int
 
 
@@ -114,6 +116,7 @@ def measured(directory: Path, method: str) -> Measured:
         step_s=(result["seconds"] - result.get("waited", 0.0)) / result["steps"],
         peak=result["peak_memory"],
         swap=result["swap"]["bytes"],
+        swap_s=result["swap"]["seconds"],
         tensors=result["trained_tensors"],
     )
 
@@ -150,8 +153,8 @@ def table(results: Sequence[Mapping[tuple[str, str], Measured]]) -> str:
     and its second error (in brackets) is over the seeds. Other cells are means, and their spread over seeds.
     """
     lines = [
-        "| method | trained | held-out score | over full | seconds a step | peak GiB | swap MB | tensors |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | trained | held-out score | over full | seconds a step | peak GiB | swap MB | swap s | tensors |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in MOMENTS:
         for variant, known in results[0]:
@@ -168,6 +171,7 @@ def table(results: Sequence[Mapping[tuple[str, str], Measured]]) -> str:
                 spread([policy.step_s for policy in policies], digits=2),
                 spread([policy.peak / GIB for policy in policies], digits=2),
                 spread([policy.swap / MB for policy in policies], digits=2),
+                spread([policy.swap_s for policy in policies], digits=3),
                 str(policies[0].tensors),
             ]
             lines.append(f"| {' | '.join(cells)} |")
