@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import LoopConfig
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.secret_check import check_secrets
 from vargpt_rl.common.settings import as_written, bare, build, check_keys, check_ranges, kind_at, unquoted
 from vargpt_rl.data.records.sources import RecordSource
@@ -95,7 +96,7 @@ def _merge(composed: DictConfig, override: str, nested: dict[str, Any]) -> None:
         else:
             composed.merge_with(nested)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{override}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{override}: {first_line(error)}") from error
 
 
 def _compose(groups: list[str]) -> DictConfig:
@@ -126,7 +127,7 @@ def _saved(folder: Path, groups: list[str]) -> DictConfig:
         check_keys(LoopConfig, {key: value for key, value in found.items() if key not in ("at", "data")})
         composed.merge_with(found, place)
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: {first_line(error)}") from error
     OmegaConf.set_struct(composed, False)
     return composed
 

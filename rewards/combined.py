@@ -28,6 +28,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from rewards import Reward
 from rewards.images import to_png
 from rewards.processes import START_S, RewardServer, RewardStats, RewardTerm
+from rewards.total import Total
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.plugins import check_callable, load_plugin, make_plugin
 from vargpt_rl.common.settings import parse
 
@@ -37,7 +39,7 @@ import rewards.processes
 from vargpt_rl.common.plugins import check_callable, load_plugin
 check_callable(load_plugin(sys.argv[1]), json.loads(sys.argv[2]))
 """
-
+"""Program that checks a reward's path and options (its arguments) without importing the reward's module here."""
 
 ANSWER_S = 60.0
 """Seconds in which the server of rewards must answer. It computes nothing itself, so more means that it hangs."""
@@ -45,20 +47,6 @@ ANSWER_S = 60.0
 
 class RewardsLostError(Exception):
     """The server of rewards died or hangs."""
-
-
-class Total(float):
-    """A weighted sum of rewards; ``terms`` holds the scored ones by name."""
-
-    terms: dict[str, float]
-
-    def __new__(cls, value: float, terms: dict[str, float]):
-        self = super().__new__(cls, value)
-        self.terms = terms
-        return self
-
-    def __getnewargs__(self) -> tuple[float, dict[str, float]]:  # type: ignore[override]  # __new__ takes two here
-        return float(self), self.terms
 
 
 def weighted_sum(values: dict[str, float | None], terms: dict[str, RewardTerm]) -> Total | None:
@@ -221,7 +209,7 @@ def _term(name: str, fields: dict[str, object]) -> RewardTerm:
         else:
             check_callable(load_plugin(term.path), term.options)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"reward.options.terms.{name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"reward.options.terms.{name}: {first_line(error)}") from error
     return term
 
 
@@ -232,4 +220,5 @@ def _check_elsewhere(term: RewardTerm, python: str) -> None:
     command = [python, "-c", CHECK, term.path, json.dumps(term.options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{python}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(f"{python}: {said[-1]}")

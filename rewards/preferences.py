@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
+from rewards.total import Total
 from vargpt_rl.data.samples import Prompt, Sample, Winner
 
 HUMAN = "rewards.preferences:human"
-"""The builder whose pairs people label before a run goes on."""
+"""The builder whose pairs people label before a run continues."""
 Built = tuple[list["PreferencePair"], Counter[str]]
 RewardValue = float | None
 
@@ -195,9 +196,9 @@ def majority_vote(
     pairs, dropped = external_winner(samples, winners, sample_rewards, winner_rewards)
     kept = []
     for pair in pairs:
-        chosen, rejected = (getattr(reward, "terms", None) for reward in (pair.chosen_reward, pair.rejected_reward))
-        if chosen is None or rejected is None:
+        if not isinstance(pair.chosen_reward, Total) or not isinstance(pair.rejected_reward, Total):
             raise ValueError("majority_vote needs several rewards: set reward.path=rewards.combined:WeightedSum")
+        chosen, rejected = pair.chosen_reward.terms, pair.rejected_reward.terms
         votes = [(chosen[name] > rejected[name]) - (chosen[name] < rejected[name]) for name in chosen.keys() & rejected]
         if sum(votes) > 0:
             kept.append(pair)
@@ -299,8 +300,8 @@ def human(
     """Pairs for people to label: two samples of a prompt each, or, ``against`` "winners", those of `external_winner`.
 
     Which image is called chosen means nothing until people have said so. The run waits until a ``share`` of the pairs
-    has an answer, and pairs without a winner are dropped. ValueError for another ``against``, and for a share outside
-    0 to 1.
+    has an answer, and pairs without a winner are dropped. ValueError for another ``against``, and for a share that
+    is not above 0 and at most 1.
     """
     if against not in ("samples", "winners"):
         raise ValueError(f"against={against}: expected samples or winners")

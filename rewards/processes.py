@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rewards import Reward
 from rewards.images import from_png
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.settings import Count, CountOrNone, Positive
 
@@ -169,13 +170,13 @@ class RewardQueue:
         try:
             return await asyncio.wait_for(ref, timeout_s)
         except RayTaskError as error:  # first: if the reward raised a TimeoutError, this is one too
-            raise RewardLost(f"raised {type(error.cause).__name__}", _first_line(error.cause)) from error
+            raise RewardLost(f"raised {type(error.cause).__name__}", first_line(error.cause)) from error
         except TimeoutError as error:
             self._end()
             raise RewardLost("timeout", f"no answer in {timeout_s:g} s") from error
         except RayError as error:
             self._end()
-            raise RewardLost("process died", _first_line(error)) from error
+            raise RewardLost("process died", first_line(error)) from error
 
     def _end(self) -> None:
         if self.process is not None:
@@ -193,10 +194,6 @@ class RewardQueue:
             if count:
                 self.stats.lose(reason, count)
         return finite
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 @ray.remote(num_cpus=0)

@@ -19,10 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.convert import model_shapes, print_counts, tied, usual_dtype
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.release.v1_1_config import (
     NEW_TOKENS,
+    Sizes,
     decoder_config,
     dtype_name,
     image_tokenizer_config,
@@ -71,8 +73,7 @@ def stored_in_torch_file(path: Path, places: tuple[tuple[str, ...], ...]) -> Ten
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise ValueError(f"{path}: expected tensors written by torch.save: {reason}") from error
+        raise ValueError(f"{path}: expected tensors written by torch.save: {first_line(error)}") from error
     for place in places:
         found = saved
         for key in place:
@@ -150,6 +151,55 @@ def random_weights(shapes: dict[str, tuple[int, ...]], config: VargptConfig, dty
     return tensors
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Tensors of the three parts under the release's names, each with the file or folder that it came from."""
+
+    language: tuple[Path, Tensors]
+    decoder: tuple[Path, Tensors]
+    image_tokenizer: tuple[Path, Tensors]
+
+    @property
+    def each(self) -> list[tuple[Path, Tensors]]:
+        """The parts in the order of `PREFIXES`."""
+        return [self.language, self.decoder, self.image_tokenizer]
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of all parts."""
+        return {name: stored for _, part in self.each for name, stored in part.items()}
+
+
+def whole_config(parts: Parts, language: Qwen2VLConfig, pad: int, ids: dict[str, int]) -> tuple[VargptConfig, Sizes]:
+    """Return the configuration of the whole model, and the sizes that the released names depend on.
+
+    The language half keeps its own settings; those of the others are inferred from their tensors' shapes.
+    ``pad`` is the padding token, ``ids`` are those of the new tokens by setting.
+    """
+    shapes = {name: stored.shape for name, stored in parts.tensors.items()}
+    with about(parts.decoder[0]):
+        decoder, blocks_per_chunk = decoder_config(shapes, {})
+    with about(parts.image_tokenizer[0]):
+        image_tokenizer = image_tokenizer_config(shapes, {})
+    text = own_settings(language.text_config) | {"pad_token_id": pad}
+    text["rope_parameters"].pop("type", None)  # the published file's name of rope_type
+    config = VargptConfig(
+        text_config=text,
+        vision_config=own_settings(language.vision_config),
+        decoder_config=decoder,
+        image_tokenizer_config=image_tokenizer,
+        tie_word_embeddings=language.tie_word_embeddings,
+        image_token_id=language.image_token_id,
+        video_token_id=language.video_token_id,
+        vision_start_token_id=language.vision_start_token_id,
+        vision_end_token_id=language.vision_end_token_id,
+        dtype=dtype_name(usual_dtype(parts.language[1])),
+        architectures=["Vargpt"],
+        **ids,
+    )
+    return config, sizes_of(config, blocks_per_chunk)
+
+
 def assemble(command: Assembly) -> None:
     """Write ``target``, a model directory that ``Vargpt.from_pretrained`` reads."""
     folder = Path(command.language)
@@ -161,50 +211,28 @@ def assemble(command: Assembly) -> None:
     with about(folder / "config.json"):
         language = Qwen2VLConfig.from_pretrained(folder)
     tokenizer, ids = extended_tokenizer(folder, language.text_config.vocab_size)
-    parts = [
-        (folder, language_part(folder)),
-        (decoder, decoder_part(decoder)),
-        (image_tokenizer, image_tokenizer_part(image_tokenizer)),
-    ]
-    every = {name: stored for _, part in parts for name, stored in part.items()}
-    dtype = usual_dtype(parts[0][1])
-    shapes = {name: stored.shape for name, stored in every.items()}
-    with about(decoder):
-        decoder_settings, blocks_per_chunk = decoder_config(shapes, {})
-    with about(image_tokenizer):
-        image_tokenizer_settings = image_tokenizer_config(shapes, {})
-    text = own_settings(language.text_config) | {"pad_token_id": tokenizer.pad_token_id}
-    text["rope_parameters"].pop("type", None)  # the published file's name of rope_type
-    config = VargptConfig(
-        text_config=text,
-        vision_config=own_settings(language.vision_config),
-        decoder_config=decoder_settings,
-        image_tokenizer_config=image_tokenizer_settings,
-        tie_word_embeddings=language.tie_word_embeddings,
-        image_token_id=language.image_token_id,
-        video_token_id=language.video_token_id,
-        vision_start_token_id=language.vision_start_token_id,
-        vision_end_token_id=language.vision_end_token_id,
-        dtype=dtype_name(dtype),
-        architectures=["Vargpt"],
-        **ids,
+    parts = Parts(
+        language=(folder, language_part(folder)),
+        decoder=(decoder, decoder_part(decoder)),
+        image_tokenizer=(image_tokenizer, image_tokenizer_part(image_tokenizer)),
     )
-    sizes = sizes_of(config, blocks_per_chunk)
+    config, sizes = whole_config(parts, language, tokenizer.pad_token_id, ids)
 
     needed = model_shapes(config)
     new = {name: shape for name, shape in needed.items() if name == START or name.startswith("projector_")}
     released = {release_name(name, *sizes): shape for name, shape in needed.items() if name not in new}
-    for (where, part), prefixes in zip(parts, PREFIXES, strict=True):
+    for (where, part), prefixes in zip(parts.each, PREFIXES, strict=True):
         expected = {name: shape for name, shape in released.items() if name.startswith(prefixes)}
         kept = {name: stored for name, stored in part.items() if not reason_left_out(name)}
         check_tensors(kept, expected, where, tied(config))
 
+    every = parts.tensors
     model = {
         ours: stored
         for name, stored in every.items()
         if not reason_left_out(name) and (ours := our_name(name, *sizes)) is not None
     }
-    model |= random_weights(new, config, dtype, command.seed)
+    model |= random_weights(new, config, usual_dtype(parts.language[1]), command.seed)
     with new_model_dir(Path(command.target)) as target:
         config.save_pretrained(target)
         files = save_sharded(model, target)

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from rewards.combined import RewardsLostError, Total
+from rewards.combined import RewardsLostError
+from rewards.total import Total
 from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample, Winner

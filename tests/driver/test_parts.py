@@ -1,9 +1,10 @@
-"""Work in parts: an interrupted step goes on after its last part, and a damaged part is done again."""
+"""Work in parts: an interrupted step resumes after its last part, and a damaged part is done again."""
 
 import pytest
 
 from actors.worker import ImageScore
-from rewards.combined import Total, merge_reports
+from rewards.combined import merge_reports
+from rewards.total import Total
 from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.driver.judging import reward_rows, rewards_of

@@ -18,9 +18,10 @@ from ray.exceptions import RayActorError
 
 import rewards.combined
 from configs.load import load_config
-from rewards.combined import KeptRewards, RewardsLostError, Total, WeightedSum, scorers, weighted_sum
+from rewards.combined import KeptRewards, RewardsLostError, WeightedSum, scorers, weighted_sum
 from rewards.preferences import reward_gated
 from rewards.processes import MAX_RESTARTS, RewardTerm
+from rewards.total import Total
 from tests.helpers.driver import WorkersDouble, stage_context
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample, Winner
@@ -122,6 +123,7 @@ def test_missing_terms_in_a_weighted_sum():
         ({"path": "FILE:width", "timeout_s": 0}, "timeout_s=0"),
         ({"path": "FILE:width", "python": "/no/python"}, "python=/no/python: there is no such file"),
         ({"path": "FILE:twos", "python": sys.executable}, "has no 'twos'"),
+        ({"path": "FILE:width", "python": "/bin/false"}, "/bin/false: exit code 1"),
         ({"weight": 1}, "path"),
     ],
 )

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_config
-from rewards.combined import Total
 from rewards.preferences import (
     PreferencePair,
     best_of_n,
@@ -20,6 +19,7 @@ from rewards.preferences import (
     pair_id,
     reward_gated,
 )
+from rewards.total import Total
 from vargpt_rl.data.preferences import read_table, write_table
 from vargpt_rl.data.samples import Prompt, Sample, Winner
 from vargpt_rl.driver.inputs import gather

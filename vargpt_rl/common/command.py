@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.fields import ClassPath, class_fields, key_shown, meaning
 from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.common.secret_check import check_secrets
@@ -51,7 +52,7 @@ def load_command(kind: type[Command], arguments: list[str]) -> Command:
                 nested = {name: nested}
             settings = OmegaConf.merge(settings, nested)
         except (OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"{argument}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{argument}: {first_line(error)}") from error
         if key in given:
             raise ValueError(f"{argument}: {key} is given twice")
         given.add(key)

@@ -26,6 +26,8 @@ from typing import (
     runtime_checkable,
 )
 
+from vargpt_rl.common.errors import first_line
+
 if TYPE_CHECKING:  # at run time where it is used: ranges need no OmegaConf, and `vargpt_rl.bench.gpu` has none
     from omegaconf import DictConfig
 
@@ -225,7 +227,7 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str, base: Setti
     try:
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{key}: {first_line(error)}") from error
 
 
 def merge(kind: type[Settings], values: Mapping[str, Any], key: str, base: Settings | None = None) -> "DictConfig":
@@ -240,7 +242,7 @@ def merge(kind: type[Settings], values: Mapping[str, Any], key: str, base: Setti
         check_ranges(kind, OmegaConf.to_container(merged, resolve=True))
         return merged
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{key}: {first_line(error)}") from error
 
 
 def check_keys(kind: Any, values: object) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors.worker import PromptedBits
-from rewards.combined import Total
 from rewards.preferences import PreferencePair
+from rewards.total import Total
 from vargpt_rl.common.averages import wilson
 from vargpt_rl.driver.judging import score
 from vargpt_rl.driver.session import StageContext

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.worker import PromptedBits, Worker
-from rewards.combined import RewardsLostError, Running, Total, merge_reports, scorers
+from rewards.combined import RewardsLostError, Running, merge_reports, scorers
+from rewards.total import Total
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.driver.parts import in_parts
 from vargpt_rl.driver.sampling import SAMPLES

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from scipy import linalg
 
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.data.records.formats import IMAGES
 from vargpt_rl.evaluate.evaluated_model import EvaluatedModel
 from vargpt_rl.evaluate.report import Column, Scores
@@ -82,8 +83,9 @@ def load_network(path: str, device: torch.device) -> torch.jit.ScriptModule:
     try:
         return torch.jit.load(path, map_location=device).eval().layers
     except (RuntimeError, AttributeError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(f"weights={path}: expected a TorchScript network with a part 'layers': {said}") from error
+        raise ValueError(
+            f"weights={path}: expected a TorchScript network with a part 'layers': {first_line(error)}"
+        ) from error
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from vargpt_rl.common.bars import progress_bar
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.plugins import make_plugin
 from vargpt_rl.data.images import read_image
 from vargpt_rl.data.sources import prompts_from_file
@@ -63,9 +64,8 @@ class Rewarded:
             try:
                 self.reward([Image.new("RGB", config.size)], self.prompts[:1])
             except (OSError, ValueError) as error:
-                reason = next(iter(str(error).splitlines()), "")
                 names = " ".join(f"{key}={value}" for key, value in given.items())
-                raise ValueError(f"{path} does not work with {names or 'its defaults'}: {reason}") from error
+                raise ValueError(f"{path} does not work with {names or 'its defaults'}: {first_line(error)}") from error
 
     def make(self, model: EvaluatedModel) -> None:
         model.draw(self.requests)

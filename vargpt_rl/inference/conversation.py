@@ -21,6 +21,7 @@ from PIL import Image
 
 from vargpt_rl.common.bars import hide_library_bars
 from vargpt_rl.common.dtypes import chosen_dtype
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.settings import Count, CountOrNone, NotNegative, check_ranges
 from vargpt_rl.model.families import family_of
 from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_next, to_images
@@ -192,7 +193,7 @@ def load(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> t
             apply_adapter(model, folder, base)
         chat = family.markup(str(folder), model.config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint={checkpoint}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"checkpoint={checkpoint}: {first_line(error)}") from error
     return model.to(place).eval(), chat
 
 
@@ -204,5 +205,5 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # no such name, no such device, or a torch built without it
-        raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device={device}: {first_line(error)}") from error
     return place, chosen_dtype("fp32" if dtype == "auto" and place.type == "cpu" else dtype, place.type == "cuda")

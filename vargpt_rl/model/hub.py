@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.model.whole import check_config
 
 TINY = "tiny"
@@ -30,8 +31,9 @@ def model_folder(checkpoint: str | Path) -> Path:
         bars = tqdm if sys.stderr.isatty() else None  # of the libraries' bars, the one that is wanted
         return Path(snapshot_download(str(checkpoint), allow_patterns=list(FETCHED), tqdm_class=bars))
     except Exception as error:  # the hub's client raises errors of many kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"checkpoint={checkpoint}: no such directory, and not on the hub: {reason}") from error
+        raise ValueError(
+            f"checkpoint={checkpoint}: no such directory, and not on the hub: {first_line(error)}"
+        ) from error
 
 
 def check_model(path: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from vargpt_rl.common.errors import first_line
 from vargpt_rl.model.families import family_named, family_of, load_config, markup_for
 from vargpt_rl.model.unified import Unified
 
@@ -37,11 +38,13 @@ def check_whole(folder: Path) -> PreTrainedConfig:
     try:
         expected = _shapes(config)
     except Exception as error:  # libraries raise errors of many kinds on odd sizes and types
-        raise ValueError(f"{settings}: no model can be built of it: {type(error).__name__}: {_first(error)}") from error
+        raise ValueError(
+            f"{settings}: no model can be built of it: {type(error).__name__}: {first_line(error)}"
+        ) from error
     try:
         words = len(markup_for(folder, config).tokenizer)
     except Exception as error:  # as above, of tokenizer files
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_first(error)}") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
     found: Shapes = {}
     for file in weight_files(folder):
         for name, shape in _header(file).items():
@@ -67,7 +70,7 @@ def check_config(folder: Path) -> PreTrainedConfig:
         found = json.loads(settings.read_text())
         numbers = list(_numbers(found, ""))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{settings}: {_first(error)}") from error
+        raise ValueError(f"{settings}: {first_line(error)}") from error
     family_named(str(found.get("model_type")) if isinstance(found, dict) else "")
     for key, value in numbers:
         limit = DEEPEST if key.rpartition(".")[2].rstrip("[]") in COUNTS else LARGEST
@@ -76,7 +79,9 @@ def check_config(folder: Path) -> PreTrainedConfig:
     try:
         return load_config(folder)
     except Exception as error:  # libraries raise errors of many kinds on odd sizes and types
-        raise ValueError(f"{settings}: no model can be built of it: {type(error).__name__}: {_first(error)}") from error
+        raise ValueError(
+            f"{settings}: no model can be built of it: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def check_values(folder: Path) -> None:
@@ -106,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index}: expected an index of shards: {_first(error)}") from error
+        raise ValueError(f"{index}: expected an index of shards: {first_line(error)}") from error
     for name, file in zip(names, files, strict=True):
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name} leaves the model's folder")
@@ -129,7 +134,7 @@ def _header(file: Path) -> Shapes:
             size = int.from_bytes(opened.read(8), "little")
             json.loads(opened.read(size), object_pairs_hook=_without_repetition)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: no whole safetensors file: {_first(error)}") from error
+        raise ValueError(f"{file}: no whole safetensors file: {first_line(error)}") from error
     return shapes
 
 
@@ -161,7 +166,3 @@ def _numbers(value: object, key: str) -> Iterator[tuple[str, int]]:
             yield from _numbers(item, f"{key}[]")
     elif isinstance(value, int):
         yield key, value
-
-
-def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
