@@ -57,7 +57,7 @@ def _check_own_pairs(config: "LoopConfig") -> None:
     if config.preference.pairs is None:
         if config.data.kind == "pairs":
             raise ValueError("preference.pairs is not set: data=pairs needs it")
-        if "dpo" in config.align.methods and not config.align.sft:
+        if config.runs_dpo and not config.align.sft:
             raise ValueError(
                 "align.sft=false with align.methods containing dpo: its samples are from SFT's checkpoints; "
                 "expected align.sft=true or preference.pairs=..."

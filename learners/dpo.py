@@ -98,7 +98,6 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
             references_BK = self._score_reference(self.reference, inputs)
             references_B = weighted_sum(references_BK, credit_K)
             self._assert_equal_at_step0(workers_B, references_B, "the workers' reference and the learner's")
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references_B.chunk(2)
         scale = log_prob_scale(self.settings.logp_norm, tokens, bits)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (references_B * scale).chunk(2)
         outputs = []

@@ -1,14 +1,14 @@
-"""Online methods on image tokens (`learners.methods`): training on batches of drawings that arrive while it trains.
+"""Online methods on image tokens (`learners.methods`): training on batches of images that arrive while it trains.
 
 The driver draws a batch with the current weights, turns rewards into advantages and writes the batch to a file; this
 trainer takes one or more steps on it, saves the trained weights for the workers, and waits for the next one. Model and
 optimizer stay in memory throughout. Losses and their sources: `vargpt_rl.losses.policy_gradient`.
 
-A drawing that the current weights drew must have a ratio of 1: the trainer recomputes the log-probability that its
+An image that the current weights drew must have a ratio of 1: the trainer recomputes the log-probability that its
 worker gave it, and stops training if they differ by more than rounding. This catches wrong weights, bits or sampling
 settings before they poison the policy.
 
-Shape legend: N drawings, L image tokens, K scales, k trained scales, P parts of a drawing (runs of scales).
+Shape legend: N images, L image tokens, K scales, k trained scales, P parts of an image (runs of scales).
 """
 
 from collections import defaultdict
@@ -86,15 +86,14 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
         given = {name: inputs[name] for name in read if name in inputs}
         score = {"scales": settings.credit_scales, "tau": tau}
         step = self.state.global_step
-        wanted = self.method.takes | ({"reference"} if settings.kl else set())
-        given_NK = {}
-        if self.reference is not None and "reference" in wanted:
-            with self.reference.in_force():
-                given_NK["reference"] = self.model(**given, **score).log_probs_BK
-        given_NK |= {name: _required(inputs, f"{name}_by_scale") for name in wanted - given_NK.keys()}
+        given_NK = self._given_log_probs(inputs, given, score)
         output = model(**given, **score)
-        # The sampler of a drawing may have the current weights; before the first update, the reference has.
-        current_N = {"sampler": inputs["learner_step"] == step, "reference": inputs["learner_step"] * 0 == step}
+        # The sampler of an image may have the current weights; before the first update, the reference has.
+        drawn_at_N = inputs["learner_step"]
+        current_N = {
+            "sampler": drawn_at_N == step,
+            "reference": torch.full_like(drawn_at_N, step == 0, dtype=torch.bool),
+        }
         own_N = weighted_sum(output.log_probs_BK.detach(), credit_K)
         for name, by_scale_NK in given_NK.items():
             difference_N = own_N - weighted_sum(by_scale_NK, credit_K)
@@ -116,7 +115,7 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
         found["log_prob"] = images.log_prob.detach()
         metrics = {name: (values_NP * share_P).sum(1) for name, values_NP in found.items()} | {
             "entropy": output.entropy.sum(1) / tokens,
-            "staleness": step - inputs["learner_step"],
+            "staleness": step - drawn_at_N,
         }
         weight_N = inputs["weight"]
         for name, values_N in metrics.items():
@@ -124,6 +123,19 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
         if "ratio" in found:
             self.measured["ratio/max"].append((found["ratio"] * (weight_N > 0)[:, None]).max())
         return ((loss_NP * share_P).sum(1) * weight_N).mean()
+
+    def _given_log_probs(self, inputs: dict, given: dict, score: dict) -> dict[str, torch.Tensor]:
+        """Return what the loss takes besides the policy's log-probabilities: those of sampler and reference [N, K].
+
+        The reference is scored here if this process has it (with the arguments ``given`` and ``score`` of the model);
+        all others come with the batch.
+        """
+        wanted = self.method.takes | ({"reference"} if self.settings.kl else set())
+        found = {}
+        if self.reference is not None and "reference" in wanted:
+            with self.reference.in_force():
+                found["reference"] = self.model(**given, **score).log_probs_BK
+        return found | {name: _required(inputs, f"{name}_by_scale") for name in wanted - found.keys()}
 
     def _assert_equal(self, difference_N: torch.Tensor, name: str, tau: float) -> None:
         """RuntimeError unless log-probabilities that must equal the policy's do so, up to rounding, in nats."""
@@ -154,5 +166,5 @@ def _means(log_probs_NK: torch.Tensor, mean_PK: torch.Tensor) -> torch.Tensor:
 
 def _required(inputs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in inputs:
-        raise ValueError(f"batch of drawings: {name} is empty, expected log-probabilities by scale")
+        raise ValueError(f"batch of images: {name} is empty, expected log-probabilities by scale")
     return inputs[name]

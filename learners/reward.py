@@ -7,7 +7,6 @@ ln 2.
 from pathlib import Path
 
 from datasets import Dataset
-from torch import nn
 from trl import RewardTrainer
 
 from learners.config import UNDERSTANDING, LearnedRewardConfig
@@ -16,6 +15,7 @@ from learners.step_times import TimedSteps
 from vargpt_rl.data.reward_pairs import read_pairs_file
 from vargpt_rl.model.parts import VISION, VISION_PROJECTOR
 from vargpt_rl.model.reward_model import HEAD
+from vargpt_rl.model.unified import Unified
 
 PREFIXES = dict(zip(UNDERSTANDING, (("model.language_model.",), VISION, VISION_PROJECTOR), strict=True))
 """Prefixes of the tensors of each part, in both families."""
@@ -35,11 +35,10 @@ def pairs_dataset(folder: Path) -> Dataset:
     return Dataset.from_list(read_pairs_file(folder))
 
 
-def train_parts(model: nn.Module, settings: LearnedRewardConfig) -> list[str]:
+def train_parts(model: Unified, settings: LearnedRewardConfig) -> list[str]:
     """Let the head and ``settings.trains`` train, if a loss can reach them; return their names, sorted."""
     prefixes = tuple(prefix for part in settings.trains for prefix in PREFIXES[part])
-    unreached = tuple(getattr(model, "unreached", ()))
     for name, parameter in model.named_parameters():
-        in_part = bool(prefixes) and name.startswith(prefixes) and not name.startswith(unreached)
+        in_part = bool(prefixes) and name.startswith(prefixes) and not name.startswith(model.unreached)
         parameter.requires_grad_(name == HEAD or in_part)
     return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)

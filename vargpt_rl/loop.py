@@ -23,7 +23,7 @@ examples:
                                                                  a shorter run, in runs/first
   python -m vargpt_rl.loop 'align.methods=[dpo]' reward.path=null  the paper's recipe: DPO on winners alone
   python -m vargpt_rl.loop checkpoint=FOLDER experiment=NAME     your model, with settings of configs/experiment/
-  python -m vargpt_rl.loop resume=runs/first                     go on with a run, by its folder alone
+  python -m vargpt_rl.loop resume=runs/first                     resume a run, by its folder alone
 
 The same as `vargpt-rl run`. Keys, their defaults and explanations: `vargpt-rl config keys`.
 Results: runs/NAME/summary.json and runs/NAME/model.
@@ -41,12 +41,15 @@ from functools import partial
 from ray.exceptions import RayError
 
 from actors.cluster import connect, disconnect
+from actors.resources import Placement
+from configs.schema import LoopConfig
 from learners.methods import ONLINE
 from vargpt_rl.common.command import report_error
 from vargpt_rl.common.logs import RECORD, configure_logging, end_log, keep_log
 from vargpt_rl.driver.evaluation import answer_questions, draw_before, edit_images, evaluate, evaluate_stage
 from vargpt_rl.driver.exported import generation_files, write_card
 from vargpt_rl.driver.grids import edit_grid, sample_grid
+from vargpt_rl.driver.inputs import Inputs
 from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.labelled import LabelsNeeded, pair_labelled, propose, waits_for_labels
 from vargpt_rl.driver.learned import train_reward
@@ -54,6 +57,7 @@ from vargpt_rl.driver.online import forget_batches, train_online
 from vargpt_rl.driver.own_pairs import encode_own_pairs, pair_own
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
+from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.sampling import sample
 from vargpt_rl.driver.session import Session, StageContext, Step
 from vargpt_rl.driver.start import (
@@ -220,7 +224,7 @@ def start(arguments: list[str]) -> int:
         print("this run is complete; another name=... starts a new one")
         show(run.summary, run.directory)
         return 0
-    Stop.resume = f"to go on: {command_line('resume', run.directory)}"
+    Stop.resume = f"to resume: {command_line('resume', run.directory)}"
     resume(run)
     try:
         waiting = waits_for_labels(config, run)  # before the seconds that a cluster takes
@@ -241,6 +245,14 @@ def start(arguments: list[str]) -> int:
     except ValueError as error:
         report_error(error)
         return 2
+    return run_to_end(config, inputs, run, placement)
+
+
+def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> int:
+    """Run all stages on the cluster, and leave it however they end; return the exit code.
+
+    SystemExit if a signal ends them; a training stage under way has then saved a checkpoint.
+    """
     log = keep_log(run.directory)
     run.track(config.tracking.wandb, config.tracking.project, plain(config))
     write_defaults(run)

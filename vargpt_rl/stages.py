@@ -13,6 +13,7 @@ from torch import nn
 from vargpt_rl.losses.supervised import Noise
 from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.parts import DECODER, LANGUAGE, PROJECTORS, VISION, VISION_PROJECTOR
+from vargpt_rl.model.unified import Unified
 
 LANGUAGE_INPUTS = "language_inputs"
 """Name by which a user freezes all that the language model reads of images, so that it needs no backward pass."""
@@ -191,7 +192,7 @@ def stages_of(run: Sequence[str]) -> list[Stage]:
     return [stage for stage in _ROWS if (ALIGN if stage.at is At.ITERATIONS else stage.name) in run]
 
 
-def freeze(model: nn.Module, stage: Stage, adapter: AdapterConfig | None = None) -> list[str]:
+def freeze(model: Unified, stage: Stage, adapter: AdapterConfig | None = None) -> list[str]:
     """Let only the stage's parameters train, if a loss can reach them; return their names, sorted.
 
     With an ``adapter``, which the model has, only what of it and its full parts is the stage's. ValueError if a prefix
@@ -202,7 +203,7 @@ def freeze(model: nn.Module, stage: Stage, adapter: AdapterConfig | None = None)
             raise ValueError(f"stage {stage.name}: no parameter's name starts with {prefix!r}")
     trained = []
     for name, parameter in model.named_parameters():
-        reached = not name.startswith((UNREACHED, *stage.frozen, *getattr(model, "unreached", ())))
+        reached = not name.startswith((UNREACHED, *stage.frozen, *model.unreached))
         allowed = adapter is None or adapter.trains(name)
         parameter.requires_grad_(allowed and reached and any(name.startswith(prefix) for prefix in stage.trains))
         if parameter.requires_grad:

@@ -19,6 +19,7 @@ from rich.table import Table
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.settings import Count
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.pairs import pair, sample_while_training
@@ -37,13 +38,13 @@ CASES = {
 class OverlapSettings:
     """Settings of the benchmark."""
 
-    prompts: int = 96
+    prompts: Count = 96
     """Prompts, sampled once each."""
-    min_pairs: int = 16
+    min_pairs: Count = 16
     """Pairs per round of sampling."""
-    steps: int = 18
+    steps: Count = 18
     """Steps of DPO, on 16 pairs each."""
-    resolution: int = 128
+    resolution: Count = 128
 
 
 def iterate(session: Session, policy: Policy, name: str, changes: list[str]) -> tuple[float, float, dict]:

@@ -8,8 +8,7 @@ modality, sources are sampled by weight.
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -134,18 +133,10 @@ class MixtureIterator(Iterator):
             source.load_state_dict(state["sources"][name])
 
 
-class Pack(NamedTuple):
-    """Texts that share a row. Block i of the row, positions ``bounds[i]`` to ``bounds[i + 1]``, is text ``indices[i]``.
-
-    The collator keeps the blocks apart, in positions and attention.
-    """
-
-    indices: tuple[int, ...]
-    bounds: tuple[int, ...]
-
-
-def pack(lengths: Sequence[int], limit: int) -> list[Pack]:
+def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Pack texts of these lengths into rows of at most ``limit``: longest first, each into the fullest row with room.
+
+    Return the indices of the texts of each row, in order. The collator keeps the texts of a row apart.
 
     Raises ValueError for a text that is longer than ``limit``, or empty.
     """
@@ -161,4 +152,4 @@ def pack(lengths: Sequence[int], limit: int) -> list[Pack]:
             rows.append([])
         rows[row].append(index)
         insort(room, (left - lengths[index], row))
-    return [Pack(tuple(row), (0, *accumulate(lengths[index] for index in row))) for row in rows]
+    return rows

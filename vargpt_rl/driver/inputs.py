@@ -14,6 +14,7 @@ from configs.stages import DpoStage, SftStage, SupervisedStage
 from rewards.config import PreferenceConfig, RewardConfig
 from vargpt_rl.common.plugins import BUILDER, make_plugin
 from vargpt_rl.data.captioned import CaptionedConfig, CaptionedSource
+from vargpt_rl.data.features import load_image_tokenizer, tokenizer_checksum
 from vargpt_rl.data.own_pairs import OwnPairs, PairImages, read_own_pairs
 from vargpt_rl.data.pair_sources import PairsSource, SourceWithPairs
 from vargpt_rl.data.preferences import read_table
@@ -129,8 +130,11 @@ def make_builder(path: str, options: dict[str, object], rewarded: bool) -> Calla
     return builder
 
 
-def gather(config: LoopConfig) -> Inputs:
-    """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
+def starting_model(config: LoopConfig) -> str:
+    """Return the directory of the starting model, which is made in the run's folder if need be, checked as a whole.
+
+    ValueError naming the checkpoint and what is wrong with it.
+    """
     start = config.directory / "start"
     if start.is_dir() and not (config.directory / CONFIG).exists():  # left by a start that was refused
         shutil.rmtree(start)
@@ -146,6 +150,12 @@ def gather(config: LoopConfig) -> Inputs:
         files_beside_weights(Path(model))
     except ValueError as error:
         raise ValueError(f"checkpoint={config.checkpoint}: {error}") from error
+    return model
+
+
+def gather(config: LoopConfig) -> Inputs:
+    """Read and check everything the settings name. ValueError naming the key or file for whatever is wrong."""
+    model = starting_model(config)
     check_resolutions(model, config.resolutions)
     if config.adapter.is_on:
         check_adapter(config, model)
@@ -300,8 +310,6 @@ def open_stream(config: LoopConfig, model: str) -> RecordStream:
 
 def _tokenizer_checksum(model: str) -> str:
     """Return the checksum of a model's image tokenizer, which encoded features must have been made with."""
-    from vargpt_rl.data.features import load_image_tokenizer, tokenizer_checksum
-
     return tokenizer_checksum(load_image_tokenizer(Path(model)).state_dict())
 
 

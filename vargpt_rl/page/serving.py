@@ -14,15 +14,13 @@ NAMES = [HOST, "localhost"]
 
 def private_app(token: str) -> FastAPI:
     """Return an app that answers only requests with the query parameter ``token``; others get 403."""
+    expected = token.encode()
 
-    def check(token_given: str) -> None:
-        if not secrets.compare_digest(token_given.encode(), token.encode()):
+    def check(token: str = "") -> None:  # FastAPI names the query parameter after the argument
+        if not secrets.compare_digest(token.encode(), expected):
             raise HTTPException(403, "expected the address that the command printed, with its token")
 
-    def guard(token: str = "") -> None:
-        check(token)
-
-    app = FastAPI(dependencies=[Depends(guard)], docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(dependencies=[Depends(check)], docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES)
     return app
 
