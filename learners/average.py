@@ -40,7 +40,7 @@ class AverageWeights(TrainerCallback):
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Put the average in the place of the trained tensors, in their dtype, without gradients."""
+        """Compute with the average instead of the trained tensors, in their dtype, without gradients."""
         parameters = list(self._parameters.values())
         with replaced(parameters, [self._average[name].to(own) for name, own in self._parameters.items()]):
             yield

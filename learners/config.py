@@ -74,6 +74,10 @@ class Recipe:
     offload: bool = False
     """Keep the optimizer's states, with ZeRO 2 or 3, in the machine's memory and update there: a GPU then holds neither
     moments nor fp32 copies nor gradients, 16 bytes a trained parameter, and each step waits for the CPU."""
+    ema: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] | None = None
+    """Decay of an exponential moving average of the trained tensors, which then is the stage's result: what samples
+    after SFT, what the next stage starts from, what is evaluated and exported. Online methods draw with the trained
+    weights themselves while they train. null averages nothing. Not with ZeRO 3."""
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per step on each rank. ValueError unless the batch divides evenly."""
@@ -83,11 +87,6 @@ class Recipe:
                 f"expected a batch divisible by {self.micro_batch * ranks}"
             )
         return self.batch // (self.micro_batch * ranks)
-
-    ema: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] | None = None
-    """Decay of an exponential moving average of the trained tensors, which then is the stage's result: what samples
-    after SFT, what the next stage starts from, what is evaluated and exported. Online methods draw with the trained
-    weights themselves while they train. null averages nothing. Not with ZeRO 3."""
 
     def check_options(self) -> None:
         """ValueError for settings that do not go together."""
@@ -157,7 +156,7 @@ class DpoConfig:
 
 @dataclass
 class RlConfig:
-    """Online methods, on a model's own drawings."""
+    """Online methods, on a model's own images."""
 
     clip: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.2
     """Ratios of policy and sampler are clipped to 1 - clip .. 1 + clip; no effect on the first update of a batch."""
@@ -181,7 +180,7 @@ class RlConfig:
     value_eta: Positive = 1.0
     """grpo: a prefix's value is eta log mean exp(reward / eta) of its completions."""
     updates: Count = 1
-    """Optimizer steps on each batch of drawings."""
+    """Optimizer steps on each batch of images."""
     normalise: bool = True
     """Divide advantages by the standard deviation of the group's rewards."""
     frozen: list[str] = field(default_factory=list)

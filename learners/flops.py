@@ -108,13 +108,13 @@ def drawing_flops(model: Unified, rows: int, prompt: int, schedule: Schedule, gu
     count += _forward(model.projector_in, lambda name: drawn)
     count += _forward(model.projector_out, lambda name: drawn + rows * prompt)
     count += _forward(decoder, of_decoder)
-    text, of_decoder_config = model.config.text_config, model.config.decoder_config
+    text, visual = model.config.text_config, model.config.decoder_config
     alone = sum((h * w) ** 2 for h, w in schedule) if guided else 0
     pairs = rows * ((prompt + tokens) ** 2 + alone) // 2
     count += _attention(pairs, text.hidden_size, text.num_hidden_layers, False)
     seen = sum(h * w * token_count(schedule[: k + 1]) for k, (h, w) in enumerate(schedule))
     pairs = rows * branches * (seen + prompt * tokens)
-    return count + _attention(pairs, of_decoder_config.width, of_decoder_config.depth, False)
+    return count + _attention(pairs, visual.width, visual.depth, False)
 
 
 def _linear(part: nn.Module, vectors: Callable[[str], int], learns: bool) -> int:

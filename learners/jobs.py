@@ -96,7 +96,7 @@ class TokenizerJob:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientJob:
-    """An online method on batches of drawings that the driver writes while the job runs.
+    """An online method on batches of images that the driver writes while the job runs.
 
     Batch n makes the optimizer steps n * updates + 1 to (n + 1) * updates. After the last of these the trained weights
     are saved as ``output/step-NNNNNN``, and then the step is logged; ``step-000000`` is the start. The job ends after
@@ -109,7 +109,7 @@ class PolicyGradientJob:
     batches: Path
     """Folder of the batches (`vargpt_rl.data.policy_batches.batch_path`)."""
     recipe: Recipe
-    """``batch`` counts drawings and is the most that a file may have."""
+    """``batch`` counts images and is the most that a file may have."""
     rl: RlConfig
     output: Path
     seed: int
@@ -118,7 +118,7 @@ class PolicyGradientJob:
     method: str = "grpo"
     """Row of `learners.methods.ONLINE`."""
     states: Path | None = None
-    """Folder of the language model's states (`vargpt_rl.data.states`) of drawings and probe; None computes them."""
+    """Folder of the language model's states (`vargpt_rl.data.states`) of images and probe; None computes them."""
     resume: Path | None = None
     """Training checkpoint to resume from; set by the learner group."""
 

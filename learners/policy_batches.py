@@ -79,7 +79,7 @@ class PolicyBatches:
 
     def _padded(self, path: Path, rows: list[dict]) -> list[dict]:
         if len(rows) > self.batch:
-            raise ValueError(f"{path}: {len(rows)} drawings, expected at most recipe.batch={self.batch}")
+            raise ValueError(f"{path}: {len(rows)} images, expected at most recipe.batch={self.batch}")
         weighted = [row | {"weight": self.batch / len(rows)} for row in rows]
         return weighted + [rows[0] | {"weight": 0.0, "group": -1}] * (self.batch - len(rows))
 

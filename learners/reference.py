@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def replaced(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Put ``values`` in the place of parameters, without gradients."""
+    """Compute with ``values`` instead of the parameters' own, without gradients."""
     trained = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -34,7 +34,7 @@ class StartWeights:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Put the copies in the place of the trained tensors, without gradients."""
+        """Compute with the copies instead of the trained tensors, without gradients."""
         self._start = [start.to(own) for start, own in zip(self._start, self._parameters, strict=True)]
         with replaced(self._parameters, self._start):
             yield

@@ -27,7 +27,8 @@ class SftTrainer(TimedSteps, Resumable, Trainer):
     """Trainer of one stage's losses on the batches of ``loader``, this rank's own.
 
     Every metric is the mean since the last log, over ranks; ``tokens/...`` is the sum. If the stage has two losses,
-    the gradient norm of each is logged every `learners.modalities.EVERY` steps; with one loss it equals ``grad_norm``.
+    the gradient norm of each is logged every `learners.gradient_norms.EVERY` steps; with one loss it equals
+    ``grad_norm``.
 
     ``image_tokenizer``, not the copy in the model that trains, computes the features of images that come as pixels.
     """

@@ -101,7 +101,7 @@ def gather_weights(model: PreTrainedModel, names: list[str], main: bool) -> dict
 
 
 def in_force(average: AverageWeights | None) -> AbstractContextManager[None]:
-    """Put an average, if there is one, in the place of the trained tensors."""
+    """Compute with an average, if there is one, instead of the trained tensors."""
     return nullcontext() if average is None else average.in_force()
 
 

@@ -18,7 +18,7 @@ class RewardConfig:
     path: str | None = None
     """``module:Name`` or ``file.py:name``; null scores nothing."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of a class's constructor."""
+    """Arguments of a class's constructor, or keyword-only arguments of a function."""
 
 
 @dataclass

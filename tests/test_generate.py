@@ -1,4 +1,4 @@
-"""The command that draws prompts: files and records, sizes, seeds, going on, and what it refuses."""
+"""The command that draws prompts: files and records, sizes, seeds, resuming, and what it refuses."""
 
 import json
 import shutil

@@ -44,15 +44,21 @@ class SlurmJob:
     """Resources to request from Slurm and settings of the site; null leaves a resource to Slurm's default."""
 
     nodes: Count = 1
+    """Number of nodes."""
     gpus_per_node: CountOrNone = 0
+    """GPUs of each node."""
     cpus_per_node: Count | None = None
+    """CPUs of each node."""
     memory: str | None = None
     """Memory per node, in Slurm's notation (``500G``)."""
     time: str | None = None
     """Time limit, in Slurm's notation (``24:00:00``)."""
     partition: str | None = None
+    """Partition that the job is queued in."""
     account: str | None = None
+    """Account that is charged."""
     qos: str | None = None
+    """Quality of service."""
     options: str | None = None
     """Further options of sbatch."""
     setup: str | None = None
@@ -185,7 +191,7 @@ def launch(job: SlurmJob, run: Run, arguments: list[str], dry_run: bool) -> None
 def execute(arguments: list[str]) -> None:
     """Check the settings, then write and submit the job."""
     job, own = split([argument for argument in arguments if argument != DRY_RUN])
-    config, inputs, run = prepare(own, lock=False)  # the run itself may still be going on
+    config, inputs, run = prepare(own, lock=False)  # the run itself may be in progress
     check_resources(job, config, inputs.model)
     if run.summary is not None:
         print(f"{run.directory} is complete; another name=... starts a new one")

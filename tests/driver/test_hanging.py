@@ -72,6 +72,6 @@ def test_a_signal_ends_a_run_in_which_something_hangs(folder, name):
     reward = [] if case.stops else [f"reward.path={folder}/never.py:never"]
     ran = Ran(folder, run, *settings, *reward, disturb=stop_and_signal)
     assert ran.code == case.code, ran.said[-3000:]
-    assert f"to go on: vargpt-rl resume {folder / run}" in ran.said
+    assert f"to resume: vargpt-rl resume {folder / run}" in ran.said
     assert ran.orphans == []
     assert ran.ended - told[0] < case.limit_s

@@ -1,4 +1,4 @@
-"""Faults inside an update of an online method, with a real cluster: training goes on and ends in the same weights."""
+"""Faults inside an update of an online method, with a real cluster: training continues and ends in the same weights."""
 
 import json
 from pathlib import Path

@@ -96,7 +96,9 @@ def test_a_resumed_run_keeps_its_dtype(run, monkeypatch):
     record_dtype(config, run, Placement(workers=1, worker_options={}, bf16=True))
     monkeypatch.setattr(dtypes, "cpu_flags", frozenset)
     assert settled_dtype(config, run, on_gpu=False) == "bf16"
-    assert run.state["events"] == ["dtype=auto: going on in bf16, as the run began; on this machine it would be fp32"]
+    assert run.state["events"] == [
+        "dtype=auto: resuming in bf16, in which the run began; on this machine it would be fp32"
+    ]
 
 
 def test_a_given_dtype_is_not_recorded(run):

@@ -1,6 +1,7 @@
-"""Data sets in every format, and a stream of each; run as a script it goes on with streams that another process left.
+"""The same records in every format, and a loader of each.
 
-python reading.py FOLDER  # FOLDER/states.pt -> FOLDER/rest.json
+As a script, ``python records.py FOLDER``, it resumes the loaders whose states another process saved in
+FOLDER/states.pt, and writes the names of their remaining records to FOLDER/rest.json.
 """
 
 import io
@@ -99,7 +100,7 @@ def names(item: RecordConversation | list[RecordConversation]) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """Return the rest of each stream, up to ``COUNT`` items."""
+    """Write the remaining records of each loader, up to ``COUNT`` items."""
     states = torch.load(folder / "states.pt", weights_only=True)
     rest = []
     for setup, state in zip(SETUPS, states, strict=True):

@@ -209,7 +209,7 @@ def test_a_batch_is_shared_over_ranks_and_padded(policy, chat, tmp_path):
     assert len(loader(tmp_path, chat, ranks=2)) == 2
     twice = list(loader(tmp_path, chat, updates=2))
     assert len(twice) == 4 and torch.equal(twice[0]["bits"], twice[2]["bits"])
-    with pytest.raises(ValueError, match=r"batch-00000.parquet: 3 drawings, expected at most recipe.batch=2"):
+    with pytest.raises(ValueError, match=r"batch-00000.parquet: 3 images, expected at most recipe.batch=2"):
         list(loader(tmp_path, chat, batch=2))
 
 

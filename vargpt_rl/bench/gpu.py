@@ -1,4 +1,4 @@
-"""Measure one GPU in ten minutes: ``python -m vargpt_rl.bench.gpu [--tiny] [--deadline 540] [--out FOLDER]``.
+"""Measure one GPU within nine minutes: ``python -m vargpt_rl.bench.gpu [--tiny] [--deadline 540] [--out FOLDER]``.
 
 A plain checkout suffices, with torch, transformers, safetensors, numpy and pillow; nothing is downloaded. The model has
 random weights in bf16 (fp32 on a CPU) and the size of the release, or the stated fraction of its layers that fits:

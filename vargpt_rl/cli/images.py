@@ -23,7 +23,7 @@ DRAW = Program(
     summary="""
     Draw images of a prompt, or of several.
 
-    Prints the path of each image. `generate` draws the prompts of a file, and goes on where it was interrupted.
+    Prints the path of each image. `generate` draws the prompts of a file, and resumes where it was interrupted.
     """,
     examples=(
         'vargpt-rl draw "a large red circle"',

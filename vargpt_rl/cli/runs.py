@@ -1,4 +1,4 @@
-"""Subcommands that start a run or go on with one: ``demo``, ``run``, ``resume``."""
+"""Subcommands that start or resume a run: ``demo``, ``run``, ``resume``."""
 
 import sys
 from typing import Annotated

@@ -113,7 +113,7 @@ class SftCollator:
         limit = -(-widest // MULTIPLE) * MULTIPLE
         packs = pack([len(row.text.ids) for row in texts], limit)
         alone = [[row] for row in rows if row.vision is not None or row.drawn]
-        return alone + [[texts[index] for index in found.indices] for found in packs]
+        return alone + [[texts[index] for index in indices] for indices in packs]
 
     def _blank(self) -> Row:
         side = self.chat.least_side
@@ -180,7 +180,7 @@ class PairCollator:
 
 
 class PolicyBatchCollator:
-    """Drawings (rows of `vargpt_rl.data.policy_batches`, each with a ``weight``) -> a batch in the same order.
+    """Collate rows of `vargpt_rl.data.policy_batches`, each with a ``weight``, into a batch in the same order.
 
     With ``scales``, images are cut to that many coarse scales; log-probabilities by scale stay those of all scales.
     ``states``: see `PairCollator`.

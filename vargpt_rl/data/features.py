@@ -141,7 +141,7 @@ class FeatureCache(Container):
         return self._places[at] if (self._keys[at : at + 1] == wanted).any() else None
 
     def get(self, content_sha256: str, crop: int) -> np.ndarray | None:
-        """float16 [d, h, w] of the crop with this number of the image file with this sha256, None if not there.
+        """Return float16 [d, h, w] of the crop with this number of the image file with this sha256; None if not there.
 
         ValueError, naming the shard, if it was damaged since it was written.
         """
@@ -189,7 +189,10 @@ class FeatureWriter:
         self.flush()  # after an error too: what was added is complete
 
     def add(self, content_sha256: str, crop: int, features_dhw: np.ndarray) -> None:
-        """float16 [d, h, w] of a crop that is not in the cache yet. ValueError for others, and where not finite."""
+        """Add the features float16 [d, h, w] of a crop that is not in the cache yet.
+
+        ValueError for another dtype or grid, and for values that are not finite.
+        """
         if features_dhw.dtype != np.float16 or features_dhw.shape[1:] != (self.grid, self.grid):
             expected = f"float16 of {self.grid} x {self.grid}"
             raise ValueError(f"features are {features_dhw.dtype} {features_dhw.shape}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Batches of drawings for policy gradients: numbered Parquet files in a folder, one row per drawing.
+"""Batches of images for policy gradients: numbered Parquet files in a folder, one row per image.
 
 The driver writes a file per batch while training runs; a file called ``stop`` ends training early.
 """
@@ -46,14 +46,14 @@ def write_policy_batch(path: Path, rows: list[dict[str, object]]) -> None:
     """Write a batch atomically. ValueError, naming file and column, for a missing, unknown, empty or ill-typed value,
     or if the rows differ in resolution or temperature."""
     if not rows:
-        raise ValueError(f"{path}: no drawing in the batch, expected at least one")
+        raise ValueError(f"{path}: no image in the batch, expected at least one")
     for row in rows:
         if odd := sorted(row.keys() ^ set(COLUMNS.names)):
             raise ValueError(f"{path}: missing or unknown columns: {', '.join(odd)}")
     for name in ("resolution", "tau"):
         if len(values := {row[name] for row in rows}) > 1:
             raise ValueError(
-                f"{path}: {name} is {sorted(values, key=str)}, expected the same for all drawings of a batch"
+                f"{path}: {name} is {sorted(values, key=str)}, expected the same for all images of a batch"
             )
     table = pa.table([arrow_column(path, field, rows) for field in COLUMNS], schema=COLUMNS)
     path.parent.mkdir(parents=True, exist_ok=True)

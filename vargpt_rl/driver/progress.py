@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from vargpt_rl.common.bars import LINE_EVERY_S
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.page.step_titles import step_title
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY_S = 30.0
-"""Seconds between two lines about a part without a terminal."""
 KNOWN_FROM = 0.03
 """Share of the work that must be done before the time left is told."""
 KNOWN_AFTER_S = 0.5

@@ -125,7 +125,7 @@ def draw_share(
 
 
 def generate_kept(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
-    """Do the same as `generate`; a resumed step goes on after what was drawn before."""
+    """Do the same as `generate`; a resumed step generates only what is missing."""
     return _generate_in_parts(it, list(zip(prompts, seeds, strict=True)), name, "images")[0]
 
 

@@ -27,8 +27,8 @@ from vargpt_rl.storage.checkpoint import Policy
 class Step(StrEnum):
     """Steps of an iteration, in order: their names in ``state.json``, in folders and in the summary.
 
-    ENCODE, of pairs that came from files, replaces SAMPLE and JUDGE. PROPOSE asks people
-    about pairs. An online method M (`learners.methods`) adds M, M_swap and after_M before the grid.
+    ENCODE, of pairs that came from files, replaces SAMPLE and JUDGE. PROPOSE asks people about pairs. An online method
+    M (`learners.methods`) adds M, M_swap and after_M before the grid.
     """
 
     BEFORE = "before"

@@ -41,7 +41,7 @@ def settled_dtype(config: LoopConfig, run: Run, on_gpu: bool) -> str:
     here = "bf16" if chosen_dtype(config.dtype, on_gpu) == torch.bfloat16 else "fp32"
     began = run.state["steps"].get(DTYPE, {"dtype": here})["dtype"]
     if began != here:
-        run.note(f"dtype=auto: going on in {began}, as the run began; on this machine it would be {here}")
+        run.note(f"dtype=auto: resuming in {began}, in which the run began; on this machine it would be {here}")
     return began
 
 

@@ -68,7 +68,7 @@ def _is_used_up(run: Run, name: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove what is in the place of a file. Of a kept model, all is removed: it is made again as a whole."""
+    """Remove a file, or whatever else has its name; of a kept model everything, because it is made again as a whole."""
     place = path.parent if path.parent.parent.name == "best" else path
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)

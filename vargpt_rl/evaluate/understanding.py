@@ -3,8 +3,8 @@
 ``tasks`` are lmms-eval's names; the default is the papers' eleven benchmarks (VARGPT-v1.1, section 5). ``python`` is
 the interpreter of the environment with lmms-eval and this package. The papers' benchmarks are reported as in the
 papers: MME's perception score, SEED-Bench on images, all others in percent. Other tasks are reported unchanged.
-lmms-eval gets its datasets from the hub or from the cache. MMBench asks a judge (OPENAI_API_KEY)
-about answers that are not plainly one of the options; ``mmbench_en_dev_static`` needs no judge.
+lmms-eval gets its datasets from the hub or from the cache. MMBench asks a judge (OPENAI_API_KEY) about answers that are
+not plainly one of the options; ``mmbench_en_dev_static`` needs no judge.
 """
 
 import json

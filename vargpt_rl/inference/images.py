@@ -86,7 +86,7 @@ class DrawingSettings:
     device: str = "auto"
     """auto is a GPU if there is one."""
     dtype: str = "auto"
-    """auto, fp32 or bf16; auto is bf16 on a GPU and on a CPU that multiplies bf16 matrices, else fp32."""
+    """auto, fp32 or bf16; auto is bf16 on a GPU and fp32 on a CPU."""
 
     def __post_init__(self):
         self.defaults = read_defaults(check_model(self.drawing_checkpoint))

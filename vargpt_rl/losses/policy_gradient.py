@@ -1,7 +1,7 @@
-"""Policy gradients on drawings: pure functions of rewards and log-probabilities.
+"""Policy gradients on images: pure functions of rewards and log-probabilities.
 
-The log-probability of a drawing is here a weighted mean over its bits (in v1 over its indices), with the weights of
-`vargpt_rl.losses.credit`. The ratio of policy and sampler is taken of this mean, one per drawing, as GSPO does
+The log-probability of an image is here a weighted mean over its bits (in v1 over its indices), with the weights of
+`vargpt_rl.losses.credit`. The ratio of policy and sampler is taken of this mean, one per image, as GSPO does
 (arXiv 2507.18071): a product over thousands of bits would leave the clipping range at the first update.
 
 Log-probabilities are those of the logits divided by the sampling temperature tau, the distribution that was drawn from
@@ -10,7 +10,7 @@ probability 1 in the sampler and at least top_p here. With top_p 0.97 and tau 0.
 bits at 128 px, which make 2 % of the log-probability and 3 % of its gradient. Guidance is left out, as in NextFlow-RL
 (arXiv 2601.02256). Policy and sampler are scored the same way, so neither moves the ratio before the first update.
 
-Shape legend: N drawings, G drawings of a prompt, K scales, P parts of a drawing (its coarse prefix, and the rest).
+Shape legend: N images, G images of a prompt, K scales, P parts of an image (its coarse prefix, and the rest).
 """
 
 import math
@@ -25,9 +25,9 @@ EQUAL = 1e-6
 
 
 def group_advantages(rewards_G: Sequence[float | None], normalise: bool = True) -> list[float | None] | None:
-    """Advantages of one prompt's drawings: reward minus the group's mean, divided by its standard deviation.
+    """Advantages of one prompt's images: reward minus the group's mean, divided by its standard deviation.
 
-    None for a drawing without a reward (None). None instead of a list if the group carries no signal: fewer than two
+    None for an image without a reward (None). None instead of a list if the group carries no signal: fewer than two
     rewards, or all equal; the caller counts and refills these (DAPO, arXiv 2503.14476). The standard deviation is that
     of the group itself (divided by its size). ValueError for a reward that is not finite.
     """
@@ -53,9 +53,9 @@ def middle_return(rewards: Sequence[float], eta: float) -> float:
 def part_advantages(
     rewards_G: Sequence[float | None], completions: int, eta: float, normalise: bool = True
 ) -> list[tuple[float, float] | None] | None:
-    """Advantages of the coarse prefix and of the rest of one prompt's drawings.
+    """Advantages of the coarse prefix and of the rest of one prompt's images.
 
-    Every ``completions`` drawings in a row share their prefix, of value V (`middle_return`). The prefix's advantage is
+    Every ``completions`` images in a row share their prefix, of value V (`middle_return`). The prefix's advantage is
     V relative to the values of the group's prefixes, as in `group_advantages`; the advantage of the rest is the reward
     minus V, divided by the standard deviation of the group's rewards. None as in `group_advantages`.
     """
@@ -79,7 +79,7 @@ def part_advantages(
 def clipped_policy_loss(
     log_prob_N: torch.Tensor, old_log_prob_N: torch.Tensor, advantage_N: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate loss (PPO, arXiv 1707.06347, eq. 7) and metrics of each drawing [N], or of its parts [N, P].
+    """Clipped surrogate loss (PPO, arXiv 1707.06347, eq. 7) and metrics of each image [N], or of its parts [N, P].
 
     ``old_log_prob_N`` is the sampler's. Metrics: ``ratio``, and ``clipped``, 1 where the gradient is cut off.
     """
@@ -91,7 +91,7 @@ def clipped_policy_loss(
 
 
 def likelihood_loss(log_prob_N: torch.Tensor, advantage_N: torch.Tensor) -> torch.Tensor:
-    """Weighted negative log-likelihood of each drawing [N]: rejection-sampling fine-tuning with advantages of 1."""
+    """Weighted negative log-likelihood of each image [N]: rejection-sampling fine-tuning with advantages of 1."""
     return -log_prob_N * advantage_N
 
 
@@ -110,8 +110,8 @@ def preference_loss(
     """DPO's loss over all pairs of different reward within each group, and metrics ``margin`` and ``accuracy``: [N].
 
     -log sigmoid(beta (d_i - d_j)) for rewards r_i > r_j (arXiv 2305.18290, eq. 7), where d is the log-ratio of policy
-    and reference in nats. It is averaged over a group's pairs; the mean over drawings is the mean over groups of equal
-    size. Drawings with a reward of NaN are in no pair.
+    and reference in nats. It is averaged over a group's pairs; the mean over images is the mean over groups of equal
+    size. Images with a reward of NaN are in no pair.
     """
     same_NN = group_N[:, None] == group_N
     better_NN = same_NN & (reward_N[:, None] > reward_N + EQUAL)

@@ -221,7 +221,7 @@ def summarise_labels(run: RunContents) -> list[str]:
     if count:
         lines.append(_share("the reward prefers the image that people prefer", right, count))
     if run.waits_for_labels:
-        lines.append(f"when all are labelled, go on: {command_line('resume', run.folder)}")
+        lines.append(f"when all are labelled, resume: {command_line('resume', run.folder)}")
     return lines or ["no labels yet"]
 
 

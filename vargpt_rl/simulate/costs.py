@@ -87,7 +87,7 @@ class Costs:
         if not last["rollout"]:
             raise ValueError(f"{directory}: its pairs came from files, so it has no times of sampling")
         drawn, dpo, swap, recipe = last["rollout"], last["dpo"], last["swap"], there.dpo.recipe
-        batch = drawn.get("batch_size", there.rollout.images_at_once)  # runs of before did not record it
+        batch = drawn.get("batch_size", there.rollout.images_at_once)  # runs of older versions did not record it
         draw_s = drawn["seconds"] * there.rollout.workers * batch / drawn["images"]
         return replace(
             self,

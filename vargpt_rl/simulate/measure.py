@@ -207,8 +207,8 @@ def check(session: Session, policy: Policy, costs: Costs, counts: list[int]) -> 
     found = []
     for count in counts:
         session.pool.close()
-        crew = replace(session.pool.plan, workers=count, worker_options={"num_cpus": 0})
-        pool = RolloutPool(session.config.rollout, crew, session.inputs.model, session.inputs.source)
+        placement = replace(session.pool.plan, workers=count, worker_options={"num_cpus": 0})
+        pool = RolloutPool(session.config.rollout, placement, session.inputs.model, session.inputs.source)
         session = replace(session, pool=pool, weights=WeightSync(pool, None, session.run))
         it = iteration_named(session, f"check-{count}")
         real = timed(time.perf_counter, make_pairs, it, policy)

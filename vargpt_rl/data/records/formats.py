@@ -164,7 +164,7 @@ def _item(text: str, at: int, opening: str) -> tuple[object, int] | None:
         item, end = _DECODE(text, before.end())
     except json.JSONDecodeError:
         return None
-    return (item, end) if end < len(text) else None  # a number may go on
+    return (item, end) if end < len(text) else None  # more digits of a number may follow
 
 
 def _json_fault(error: ValueError | RecursionError) -> str:

@@ -123,8 +123,8 @@ class V1ImageTokenizer(nn.Module, MultiScale):
             distance = distance + F.mse_loss(summed, features.detach())
             distance = distance + COMMITMENT * F.mse_loss(summed.detach(), features)
         through = features + (summed - features).detach()
-        originals_B3HW = self.decoder(self.from_latent(through))
-        return criterion(originals_B3HW, images_B3HW) + distance / len(schedule)
+        reconstructed_B3HW = self.decoder(self.from_latent(through))
+        return criterion(reconstructed_B3HW, images_B3HW) + distance / len(schedule)
 
     @torch.no_grad()
     def _revive(self, features_Bdhw: torch.Tensor, schedule: Schedule) -> None:
