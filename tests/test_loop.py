@@ -234,8 +234,8 @@ def test_stages_run_in_order_each_from_the_last_policy(stages, tmp_path, monkeyp
 def test_an_iteration_goes_through_its_steps_in_order(control, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
-    it = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
-    align(it, Policy(""))
+    context = stage_context(tmp_path, f"dpo.control={str(control).lower()}")
+    align(context, Policy(""))
     skipped = {Step.REWARD, Step.ENCODE, Step.PROPOSE} | (
         set() if control else {step for step in Step if "control" in step}
     )

@@ -81,80 +81,82 @@ SAVE_S = 180.0
 """Seconds to let the current step finish and save after a signal. Slurm allows 300; the rest is for shutdown."""
 
 
-def align(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+def align(context: StageContext, policy: Policy) -> tuple[Policy, dict]:
     """Run one iteration from ``policy``; return the aligned policy and the results."""
-    it.step(Step.BEFORE, draw_before, policy)
-    results: dict = {"resolution": it.resolution}
-    if it.config.align.sft:
-        sft = it.step(Step.SFT, train_sft, policy)
-        policy = it.adopt(policy, Step.SFT)
-        results["sft"] = {**sft, "swap": it.step(Step.SFT_SWAP, swap, policy, sft)}
-    if it.inputs.pairs is not None:
-        it.step(Step.ENCODE, encode_own_pairs, policy)
-    results["eval"] = {"after_sft": it.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)}
-    for method in it.config.align.methods:
-        policy, found = METHODS[method](it, policy)
+    context.step(Step.BEFORE, draw_before, policy)
+    results: dict = {"resolution": context.resolution}
+    if context.config.align.sft:
+        sft = context.step(Step.SFT, train_sft, policy)
+        policy = context.adopt(policy, Step.SFT)
+        results["sft"] = {**sft, "swap": context.step(Step.SFT_SWAP, swap, policy, sft)}
+    if context.inputs.pairs is not None:
+        context.step(Step.ENCODE, encode_own_pairs, policy)
+    results["eval"] = {"after_sft": context.step(Step.AFTER_SFT, evaluate, policy, Step.AFTER_SFT)}
+    for method in context.config.align.methods:
+        policy, found = METHODS[method](context, policy)
         results |= found | {"eval": results["eval"] | found["eval"]}
-    it.step(Step.GRID, sample_grid)
+    context.step(Step.GRID, sample_grid)
     return policy, results
 
 
-def run_dpo(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+def run_dpo(context: StageContext, policy: Policy) -> tuple[Policy, dict]:
     """Align by DPO on pairs of samples and winners, as the paper does."""
-    if it.config.dpo.min_pairs:
-        rollout, pairs, dpo = sample_while_training(it, policy)
+    if context.config.dpo.min_pairs:
+        rollout, pairs, dpo = sample_while_training(context, policy)
     else:
-        rollout, pairs = make_pairs(it, policy)
-        dpo = it.step(Step.DPO, train_dpo, policy)
-    control = run_control(it, policy) if it.config.dpo.control else None
-    policy = it.adopt(policy, Step.DPO)
-    swapped = it.step(Step.DPO_SWAP, swap, policy, dpo)
-    after = it.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
+        rollout, pairs = make_pairs(context, policy)
+        dpo = context.step(Step.DPO, train_dpo, policy)
+    control = run_control(context, policy) if context.config.dpo.control else None
+    policy = context.adopt(policy, Step.DPO)
+    swapped = context.step(Step.DPO_SWAP, swap, policy, dpo)
+    after = context.step(Step.AFTER_DPO, evaluate, policy, Step.AFTER_DPO)
     results = {"rollout": rollout, "pairs": pairs, "dpo": {**dpo, "swap": swapped}, "swap": swapped}
     return policy, results | {"eval": {"after_dpo": after, "sft_on_winners": control}}
 
 
-def make_pairs(it: StageContext, policy: Policy) -> tuple[dict, dict]:
+def make_pairs(context: StageContext, policy: Policy) -> tuple[dict, dict]:
     """Sample, judge and pair with ``policy``, once an iteration; return the results of sampling and of pairing.
 
     Pairs that came from files need neither samples nor winners.
     """
-    if it.inputs.pairs is not None:
-        return {}, it.step(Step.PAIR, pair_own, policy)
-    rollout = it.step(Step.SAMPLE, sample, policy)
-    judged = it.step(Step.JUDGE, judge)
-    if it.config.preference.asks_people:
-        it.step(Step.PROPOSE, propose, policy)
-        return rollout, it.step(Step.PAIR, pair_labelled, policy, judged)
-    return rollout, it.step(Step.PAIR, pair, policy, judged)
+    if context.inputs.pairs is not None:
+        return {}, context.step(Step.PAIR, pair_own, policy)
+    rollout = context.step(Step.SAMPLE, sample, policy)
+    judged = context.step(Step.JUDGE, judge)
+    if context.config.preference.asks_people:
+        context.step(Step.PROPOSE, propose, policy)
+        return rollout, context.step(Step.PAIR, pair_labelled, policy, judged)
+    return rollout, context.step(Step.PAIR, pair, policy, judged)
 
 
-def run_control(it: StageContext, policy: Policy) -> dict:
+def run_control(context: StageContext, policy: Policy) -> dict:
     """Train SFT on the winners of the pairs instead of DPO, and evaluate it; the policy is not changed."""
-    control = it.step(Step.CONTROL, train_control, policy)
-    controlled = it.adopt(policy, Step.CONTROL)
-    it.step(Step.CONTROL_SWAP, swap, controlled, control)
-    return it.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
+    control = context.step(Step.CONTROL, train_control, policy)
+    controlled = context.adopt(policy, Step.CONTROL)
+    context.step(Step.CONTROL_SWAP, swap, controlled, control)
+    return context.step(Step.AFTER_CONTROL, evaluate, controlled, Step.CONTROL)
 
 
-def run_reward(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+def run_reward(context: StageContext, policy: Policy) -> tuple[Policy, dict]:
     """Learn a reward, which later methods maximise and evaluations report; the policy is not changed."""
     made = {}
-    overlapped = it.config.runs_dpo and it.config.dpo.min_pairs  # then DPO, which precedes, has made the pairs
-    if it.config.learned_reward.table is None and not overlapped:
-        made["rollout"], made["pairs"] = make_pairs(it, policy)
-    learned = it.step(Step.REWARD, train_reward, policy)
-    it.drop_resume_state(Step.REWARD)
+    overlapped = (
+        context.config.runs_dpo and context.config.dpo.min_pairs
+    )  # then DPO, which precedes, has made the pairs
+    if context.config.learned_reward.table is None and not overlapped:
+        made["rollout"], made["pairs"] = make_pairs(context, policy)
+    learned = context.step(Step.REWARD, train_reward, policy)
+    context.drop_resume_state(Step.REWARD)
     return policy, made | {"learned_reward": learned, "eval": {}}
 
 
-def run_online(it: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
+def run_online(context: StageContext, policy: Policy, method: str) -> tuple[Policy, dict]:
     """Align by an online method, on rewards of the policy's own images."""
-    trained = it.step(method, train_online, policy, method)
-    forget_batches(it, method)
-    policy = it.adopt(policy, method)
-    swapped = it.step(f"{method}_swap", swap, policy, trained)
-    after = it.step(f"after_{method}", evaluate, policy, f"after_{method}")
+    trained = context.step(method, train_online, policy, method)
+    forget_batches(context, method)
+    policy = context.adopt(policy, method)
+    swapped = context.step(f"{method}_swap", swap, policy, trained)
+    after = context.step(f"after_{method}", evaluate, policy, f"after_{method}")
     return policy, {method: {**trained, "swap": swapped}, "eval": {f"after_{method}": after}}
 
 
@@ -162,17 +164,17 @@ METHODS = {"dpo": run_dpo, "reward": run_reward} | {name: partial(run_online, me
 """Alignment methods of an iteration, by the names in ``align.methods``."""
 
 
-def run_stage(it: StageContext, policy: Policy) -> tuple[Policy, dict]:
+def run_stage(context: StageContext, policy: Policy) -> tuple[Policy, dict]:
     """Run a stage outside the iterations from ``policy``; return the trained policy and the results."""
-    edits = STAGES[it.name].learns is Learns.EDITS
-    before = {"before": it.step("before", edit_images, policy, "before")} if edits else {}
-    trained = it.step("", train_stage, policy)
-    policy = it.adopt(policy)
-    swapped = it.step("swap", swap, policy, trained)
-    measured = it.step("eval", evaluate_stage, policy)
+    edits = STAGES[context.name].learns is Learns.EDITS
+    before = {"before": context.step("before", edit_images, policy, "before")} if edits else {}
+    trained = context.step("", train_stage, policy)
+    policy = context.adopt(policy)
+    swapped = context.step("swap", swap, policy, trained)
+    measured = context.step("eval", evaluate_stage, policy)
     if edits:
-        it.step("grid", edit_grid)
-    return policy, {"resolution": it.resolution, **trained, "swap": swapped, **before, "eval": measured}
+        context.step("grid", edit_grid)
+    return policy, {"resolution": context.resolution, **trained, "swap": swapped, **before, "eval": measured}
 
 
 def execute(session: Session) -> dict:

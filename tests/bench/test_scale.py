@@ -23,10 +23,10 @@ def test_numbers_of_pairs_are_checked():
 
 
 def test_a_dry_run_takes_the_steps_of_a_run(tmp_path):
-    it = dry_run.enter_iteration(40, tmp_path)
-    found = dry_run.measure_steps(it)
+    context = dry_run.enter_iteration(40, tmp_path)
+    found = dry_run.measure_steps(context)
     assert [each.name.split()[0] for each in found] == ["sample,", "the", "judge", "score"]
     assert all(each.seconds > 0 and each.peak > 0 for each in found)
-    table = read_table(it.table())
+    table = read_table(context.table())
     assert len(table) == 40 and table.prompt_id.nunique() == 40
-    assert list(it.run.state["steps"]) == ["iter-00/sample", "iter-00/judge", "iter-00/pair"]
+    assert list(context.run.state["steps"]) == ["iter-00/sample", "iter-00/judge", "iter-00/pair"]

@@ -45,15 +45,15 @@ def judge(images, prompts):
 @pytest.fixture
 def scored(tmp_path, monkeypatch):
     """Score images with a reward and a judge, with or without the source's exact check."""
-    monkeypatch.setattr("vargpt_rl.driver.judging.running", lambda it, reward: in_this_process(reward))
+    monkeypatch.setattr("vargpt_rl.driver.judging.running", lambda context, reward: in_this_process(reward))
 
     def score(samples, reward=None, judge=None, exact=True, settings=()):
-        it = stage_context(tmp_path, *settings, reward=reward, judge=judge)
-        it.pool.reward = lambda items, side, call: call([WHITE] * len(items), [p.text for p, _ in items])
-        it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+        context = stage_context(tmp_path, *settings, reward=reward, judge=judge)
+        context.pool.reward = lambda items, side, call: call([WHITE] * len(items), [p.text for p, _ in items])
+        context.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
         if not exact:
-            it.inputs.source.image_check = lambda: None
-        return score_images(it, samples)[0]
+            context.inputs.source.image_check = lambda: None
+        return score_images(context, samples)[0]
 
     return score
 
@@ -84,23 +84,23 @@ def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):
 
 
 def test_images_are_kept_with_their_verdicts(tmp_path):
-    it = stage_context(tmp_path, "tracking.images=2")
-    it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
-    images = score_images(it, SAMPLES, keep="after_sft")[1]
+    context = stage_context(tmp_path, "tracking.images=2")
+    context.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+    images = score_images(context, SAMPLES, keep="after_sft")[1]
     assert [image.image for image in images[:2]] == [f"images/iter-00-after_sft/000{i}.webp" for i in range(2)]
-    assert images[2].image is None and not list(it.run.directory.glob("images/*/0002.webp"))
+    assert images[2].image is None and not list(context.run.directory.glob("images/*/0002.webp"))
     assert [image.skill for image in images] == ["colours", "colours", "single_object"]
     assert images[0].reason == "expected 1 things, found 0"
-    with Image.open(it.run.directory / images[0].image) as kept:
+    with Image.open(context.run.directory / images[0].image) as kept:
         assert (kept.format, kept.size) == ("WEBP", (64, 64))
-    assert score_images(it, SAMPLES)[1][0].image is None, "validation keeps none"
+    assert score_images(context, SAMPLES)[1][0].image is None, "validation keeps none"
 
 
 def test_images_are_kept_without_an_exact_check(tmp_path):
-    it = stage_context(tmp_path, "tracking.images=1")
-    it.inputs.source.image_check = lambda: None
-    it.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
-    means, images = score_images(it, SAMPLES, keep="after_sft")
+    context = stage_context(tmp_path, "tracking.images=1")
+    context.inputs.source.image_check = lambda: None
+    context.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])
+    means, images = score_images(context, SAMPLES, keep="after_sft")
     assert means == {"n": 3} and [bool(image.image) for image in images] == [True, False, False]
     assert images[0].skill is None and images[0].score is None
 
@@ -109,11 +109,11 @@ def test_the_best_is_kept_by_resolution_and_the_last_method(tmp_path, monkeypatc
     kept = []
     monkeypatch.setattr(evaluation, "keep_best", lambda policy, folder, note, files: kept.append((folder, note)))
     methods = "align.methods=[dpo,reward,grpo]"
-    it = stage_context(tmp_path, methods, "reward.path=rewards.shapes:shapes_reward")
+    context = stage_context(tmp_path, methods, "reward.path=rewards.shapes:shapes_reward")
     for moment in ("after_sft", "after_dpo", "after_grpo"):
-        evaluation._keep_best(it, Policy(""), moment, {"overall": 0.5})
+        evaluation._keep_best(context, Policy(""), moment, {"overall": 0.5})
     [(folder, note)] = kept
-    assert folder == it.run.directory / "best/32" and note["metric"] == "after_grpo.overall"
+    assert folder == context.run.directory / "best/32" and note["metric"] == "after_grpo.overall"
 
 
 def test_nothing_scored_is_an_error_and_not_zero(scored):
@@ -122,12 +122,12 @@ def test_nothing_scored_is_an_error_and_not_zero(scored):
 
 
 def test_bits_of_true_images_are_predicted_and_unreadable_ones_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "held_out_prompts", lambda it, count: prompts)
+    monkeypatch.setattr(evaluation, "held_out_prompts", lambda context, count: prompts)
     prompts = [Prompt("red", "a red circle"), Prompt("bad", "a blue one"), Prompt("none", "nothing"), Prompt("x", "x")]
-    it = stage_context(tmp_path)
-    it.inputs.source.winner_key = lambda prompt: None if prompt.id == "none" else prompt.id
+    context = stage_context(tmp_path)
+    context.inputs.source.winner_key = lambda prompt: None if prompt.id == "none" else prompt.id
     totals = {"red": -4.0, "x": -8.0}
-    it.pool.score = lambda items, side: [SimpleNamespace(total=totals[prompt.id]) for prompt, _ in items]
+    context.pool.score = lambda items, side: [SimpleNamespace(total=totals[prompt.id]) for prompt, _ in items]
     # Eight bits each.
-    assert bit_nll(it, Policy("")) == {"nats": 0.75, "nats_stderr": pytest.approx(0.25), "n": 2}
-    assert it.inputs.quarantine.counts.total() == 1
+    assert bit_nll(context, Policy("")) == {"nats": 0.75, "nats_stderr": pytest.approx(0.25), "n": 2}
+    assert context.inputs.quarantine.counts.total() == 1

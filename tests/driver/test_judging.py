@@ -55,11 +55,13 @@ class LiveDouble:
 
 
 def test_a_lost_server_is_started_again_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "running", lambda it, reward: nullcontext(LiveDouble()))
+    monkeypatch.setattr(judging, "running", lambda context, reward: nullcontext(LiveDouble()))
     settings = ("rollout.keep_every=2", "rollout.batch_size=2")
-    it = stage_context(tmp_path, *settings, pool=LosingWorkers(2))
-    assert score(it, [(PROMPT, b"")] * 6, lambda: None, "samples")[0] == [0.5] * 6
-    assert it.run.state["events"] == ["the server of rewards died: restarted"] and it.run.state["restarts"] == 1
-    assert len(it.pool.calls) == 4, "the first part was kept"
+    context = stage_context(tmp_path, *settings, pool=LosingWorkers(2))
+    assert score(context, [(PROMPT, b"")] * 6, lambda: None, "samples")[0] == [0.5] * 6
+    assert (
+        context.run.state["events"] == ["the server of rewards died: restarted"] and context.run.state["restarts"] == 1
+    )
+    assert len(context.pool.calls) == 4, "the first part was kept"
     with pytest.raises(RewardsLostError):
         score(stage_context(tmp_path / "b", pool=LosingWorkers(1, 2)), [(PROMPT, b"")], lambda: None)

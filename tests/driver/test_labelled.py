@@ -33,9 +33,9 @@ class SeedWorkers(WorkersDouble):
 
 
 @pytest.fixture
-def it(tmp_path, monkeypatch):
+def context(tmp_path, monkeypatch):
     """Iteration 0 with four prompts of two samples each, sampled and judged."""
-    monkeypatch.setattr(labelled, "describe_pairs", lambda it: None)
+    monkeypatch.setattr(labelled, "describe_pairs", lambda context: None)
     monkeypatch.setattr(StageContext, "swap_to", lambda self, policy: {})
     settings = [f"preference.builder={HUMAN}", "preference.samples=2", "preference.count=4", "sft.recipe.steps=4"]
     made = stage_context(tmp_path, *settings, pool=SeedWorkers(), builder=make_plugin(HUMAN, {}, BUILDER))
@@ -49,28 +49,30 @@ def it(tmp_path, monkeypatch):
     return made
 
 
-def answer(it, *winners, rater="ada"):
-    for pair_id, winner in zip(read_table(it.table("candidates")).pair_id, winners, strict=False):
+def answer(context, *winners, rater="ada"):
+    for pair_id, winner in zip(read_table(context.table("candidates")).pair_id, winners, strict=False):
         add_label(
-            it.run.directory,
-            Label(pair_id=pair_id, stage=it.name, winner=winner, rater=rater, seconds=1, flipped=False, again=False),
+            context.run.directory,
+            Label(
+                pair_id=pair_id, stage=context.name, winner=winner, rater=rater, seconds=1, flipped=False, again=False
+            ),
         )
 
 
-def test_a_run_waits_until_people_have_answered(it):
-    assert it.step(Step.PROPOSE, propose, POLICY) == {"proposed": 4}
+def test_a_run_waits_until_people_have_answered(context):
+    assert context.step(Step.PROPOSE, propose, POLICY) == {"proposed": 4}
     with pytest.raises(LabelsNeeded) as waiting:
-        it.step(Step.PAIR, pair_labelled, POLICY, {})
-    run = it.run.directory
+        context.step(Step.PAIR, pair_labelled, POLICY, {})
+    run = context.run.directory
     assert str(waiting.value) == (
         f"4 of 4 pairs of iter-00 wait for labels: vargpt-rl pairs {run}; then resume: vargpt-rl resume {run}"
     )
-    assert not it.is_done(Step.PAIR) and labels_missing(run, "iter-00", 0.5).startswith("2 of 4")
+    assert not context.is_done(Step.PAIR) and labels_missing(run, "iter-00", 0.5).startswith("2 of 4")
     contents = read_run(run)
     assert contents.waits_for_labels and len(labelled_pairs(contents)) == 4
     assert all(contents.pair_images("iter-00", row.pair_id, "candidates")[0] for _, row in labelled_pairs(contents))
     assert summarise_labels(contents) == [f"when all are labelled, resume: vargpt-rl resume {run}"]
-    answer(it, "chosen", None)
+    answer(context, "chosen", None)
     assert labels_missing(run, "iter-00", 0.5) == "", "a skipped pair is answered"
 
 
@@ -82,12 +84,12 @@ def test_a_share_is_not_rounded_up_by_its_floats(monkeypatch):
     assert labels_missing(labelled.Path("run"), "iter-00", 0.1) == ""
 
 
-def test_people_decide_which_image_is_chosen(it):
-    it.step(Step.PROPOSE, propose, POLICY)
-    proposed = read_table(it.table("candidates")).set_index("pair_id")
-    answer(it, "chosen", "rejected", "alike", "bad")
-    result = it.step(Step.PAIR, pair_labelled, POLICY, {"term": {}})
-    built = read_table(it.table()).set_index("pair_id")
+def test_people_decide_which_image_is_chosen(context):
+    context.step(Step.PROPOSE, propose, POLICY)
+    proposed = read_table(context.table("candidates")).set_index("pair_id")
+    answer(context, "chosen", "rejected", "alike", "bad")
+    result = context.step(Step.PAIR, pair_labelled, POLICY, {"term": {}})
+    built = read_table(context.table()).set_index("pair_id")
     first, second = proposed.index[:2]
     assert set(built.index) == {first, second}
     assert built.loc[first].chosen_seed == proposed.loc[first].chosen_seed
@@ -98,21 +100,21 @@ def test_people_decide_which_image_is_chosen(it):
     margins = built.chosen_reward - built.rejected_reward
     ahead = (margins > 0).sum() + 0.5 * (margins == 0).sum()
     assert result["people"]["reward"]["right"] == ahead and result["people"]["reward"]["n"] == 2
-    contents = read_run(it.run.directory)
+    contents = read_run(context.run.directory)
     assert not contents.waits_for_labels and "the reward prefers" in summarise_labels(contents)[-1]
 
 
-def test_people_without_any_preference_are_an_error(it):
-    it.step(Step.PROPOSE, propose, POLICY)
-    answer(it, *["alike"] * 4)
+def test_people_without_any_preference_are_an_error(context):
+    context.step(Step.PROPOSE, propose, POLICY)
+    answer(context, *["alike"] * 4)
     with pytest.raises(ValueError, match="people prefer neither image of any of 4 pairs"):
-        it.step(Step.PAIR, pair_labelled, POLICY, {})
+        context.step(Step.PAIR, pair_labelled, POLICY, {})
 
 
-def test_the_iteration_asks_between_judging_and_pairing(it, monkeypatch):
+def test_the_iteration_asks_between_judging_and_pairing(context, monkeypatch):
     asked = []
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
-    loop.align(it, Policy(""))
+    loop.align(context, Policy(""))
     assert asked[4:9] == ["sample", "judge", "propose", "pair", "dpo"]
 
 

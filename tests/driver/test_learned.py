@@ -55,7 +55,7 @@ def row(number: int, chosen_version: int | None = None) -> dict:
 
 
 @pytest.fixture
-def it(tmp_path):
+def context(tmp_path):
     return stage_context(tmp_path, "align.methods=[reward,grpo]", pool=JudgingWorkers(), reward=shapes_reward)
 
 
@@ -73,51 +73,55 @@ def test_a_kind_without_pairs_is_left_out():
     assert "accuracy_winners" in found and "accuracy_own" not in found
 
 
-def test_agreement_is_of_right_and_wrong_held_out_images(it, monkeypatch):
-    it.table().parent.mkdir(parents=True)
-    write_table(it.table("held-out"), [row(number) for number in range(4)])
-    monkeypatch.setattr(learned, "score", lambda it, items, reward: ([9.0] * 4 + [4.0, 1.0, 3.0, 2.0], {}))
-    found = learned._agreement(it, shapes_reward)
+def test_agreement_is_of_right_and_wrong_held_out_images(context, monkeypatch):
+    context.table().parent.mkdir(parents=True)
+    write_table(context.table("held-out"), [row(number) for number in range(4)])
+    monkeypatch.setattr(learned, "score", lambda context, items, reward: ([9.0] * 4 + [4.0, 1.0, 3.0, 2.0], {}))
+    found = learned._agreement(context, shapes_reward)
     assert found["agreement"] == 1.0 and (found["right"], found["wrong"]) == (2, 2)
     assert found["real_over_own"] == 1.0 and found["held_out_reward"] == 2.5
 
 
-def test_both_images_of_each_pair_are_written(it, tmp_path):
-    learned._write_pairs(it, pd.DataFrame([row(0), row(1, 3)]), tmp_path / "pairs")
+def test_both_images_of_each_pair_are_written(context, tmp_path):
+    learned._write_pairs(context, pd.DataFrame([row(0), row(1, 3)]), tmp_path / "pairs")
     pairs = read_pairs_file(tmp_path / "pairs")
     assert [pair["prompt"] for pair in pairs] == ["a thing 0", "a thing 1"]
-    ((name, items),) = it.pool.calls
+    ((name, items),) = context.pool.calls
     assert name == "write_images" and [file for _, file in items] == [
         pair[side] for pair in pairs for side in ("chosen", "rejected")
     ]
     assert [bits for (_, bits), _ in items] == [b"c", b"r"] * 2
 
 
-def test_a_learned_reward_takes_over_once_it_is_recorded(it, monkeypatch):
+def test_a_learned_reward_takes_over_once_it_is_recorded(context, monkeypatch):
     monkeypatch.setattr(learned, "LearnedReward", lambda path: path)
-    assert current_reward(it) is shapes_reward
-    it.step(Step.REWARD, lambda it: {})
-    assert current_reward(it).endswith("checkpoints/iter-00-reward/final")
+    assert current_reward(context) is shapes_reward
+    context.step(Step.REWARD, lambda context: {})
+    assert current_reward(context).endswith("checkpoints/iter-00-reward/final")
 
 
 def test_the_exact_check_is_the_second_judge_of_a_learned_reward(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "running", lambda it, reward: nullcontext(reward))
+    monkeypatch.setattr(groups, "running", lambda context, reward: nullcontext(reward))
     monkeypatch.setattr(learned, "LearnedReward", lambda path: path)
-    it = stage_context(tmp_path, "align.methods=[reward,grpo]", f"reward.path={SHAPES_CHECK}", reward=shapes_reward)
-    with judges(it) as live:
+    context = stage_context(
+        tmp_path, "align.methods=[reward,grpo]", f"reward.path={SHAPES_CHECK}", reward=shapes_reward
+    )
+    with judges(context) as live:
         assert live == Judges(shapes_reward, None), "the check that trains is no second judge"
-    it.step(Step.REWARD, lambda it: {})
-    with judges(it) as live:
+    context.step(Step.REWARD, lambda context: {})
+    with judges(context) as live:
         assert live.reward.endswith("iter-00-reward/final") and isinstance(live.judge, ShapesCheck)
 
 
 @pytest.mark.parametrize(("methods", "fixed"), [("reward,grpo", True), ("dpo", True), ("grpo", False)])
 def test_held_out_pairs_are_fixed_for_methods_that_learn_pairs(methods, fixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "score_images", lambda it, samples, keep: ({"overall": 0.5}, []))
+    monkeypatch.setattr(evaluation, "score_images", lambda context, samples, keep: ({"overall": 0.5}, []))
     monkeypatch.setattr(evaluation, "write_row", lambda *args: None)
-    it = stage_context(tmp_path, f"align.methods=[{methods}]", f"reward.path={SHAPES_CHECK}", "evaluation.prompts=4")
-    evaluation.evaluate(it, Policy(""), Step.AFTER_SFT)
-    assert it.table("held-out").exists() == fixed
+    context = stage_context(
+        tmp_path, f"align.methods=[{methods}]", f"reward.path={SHAPES_CHECK}", "evaluation.prompts=4"
+    )
+    evaluation.evaluate(context, Policy(""), Step.AFTER_SFT)
+    assert context.table("held-out").exists() == fixed
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,6 @@ def test_tables_that_do_not_serve_are_refused(tmp_path, checkpoint, side, count,
     table = tmp_path / "pairs.parquet"
     if count:
         write_table(table, [row(number) | {"resolution": side} for number in range(count)])
-    it = stage_context(tmp_path, "align.methods=[reward]", f"learned_reward.table={table}")
+    context = stage_context(tmp_path, "align.methods=[reward]", f"learned_reward.table={table}")
     with pytest.raises(ValueError, match=rf"learned_reward\.table=.*{message}"):
-        check_learned_reward(it.session.config, str(checkpoint))
+        check_learned_reward(context.session.config, str(checkpoint))

@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def it(tmp_path):
+def context(tmp_path):
     return stage_context(tmp_path, *SETTINGS, pool=WorkersDouble())
 
 
@@ -35,7 +35,9 @@ def rewards(monkeypatch):
     def give(*given: list[float | None]) -> None:
         drawn = iter([*given, *[given[-1]] * 99])
         monkeypatch.setattr(
-            groups, "score", lambda it, items, reward: ([v for _ in range(len(items) // 4) for v in next(drawn)], {})
+            groups,
+            "score",
+            lambda context, items, reward: ([v for _ in range(len(items) // 4) for v in next(drawn)], {}),
         )
 
     return give
@@ -47,31 +49,31 @@ GRPO = ONLINE["grpo"]
 UNJUDGED = Judges(None, None)
 
 
-def test_advantages_are_relative_to_the_group(it, rewards):
+def test_advantages_are_relative_to_the_group(context, rewards):
     rewards(MIXED)
-    batch = draw_batch(it, UNJUDGED, 0, GRPO)
+    batch = draw_batch(context, UNJUDGED, 0, GRPO)
     assert batch.advantages == [(1.0,), (-1.0,), (-1.0,), (1.0,)] * 3 and batch.rewards == MIXED * 3
     assert batch.counts == Counter({"drawn": 3, "used": 3, "unscored images": 0})
     assert len({sample.seed for sample in batch.samples}) == 12, "a seed of its own for each image"
 
 
-def test_rejection_sampling_keeps_the_better_images(it, rewards):
+def test_rejection_sampling_keeps_the_better_images(context, rewards):
     rewards(MIXED)
-    batch = draw_batch(it, UNJUDGED, 0, ONLINE["rft"])
+    batch = draw_batch(context, UNJUDGED, 0, ONLINE["rft"])
     assert batch.rewards == [1.0] * 6 and batch.advantages == [(1.0,)] * 6 and batch.groups == [0, 0, 1, 1, 2, 2]
 
 
-def test_groups_of_equal_reward_are_counted_and_replaced(it, rewards):
+def test_groups_of_equal_reward_are_counted_and_replaced(context, rewards):
     rewards(EQUAL, MIXED, EQUAL, MIXED, EQUAL, MIXED)
-    batch = draw_batch(it, UNJUDGED, 0, GRPO)
+    batch = draw_batch(context, UNJUDGED, 0, GRPO)
     assert (batch.counts["used"], batch.counts["equal"], batch.counts["drawn"]) == (3, 3, 6)
-    prompts = [prompt.text for _, jobs in it.pool.calls for prompt, _ in jobs]
+    prompts = [prompt.text for _, jobs in context.pool.calls for prompt, _ in jobs]
     assert len(batch.all_rewards) == 24 == len(prompts)
 
 
-def test_images_without_a_reward_are_left_out(it, rewards):
+def test_images_without_a_reward_are_left_out(context, rewards):
     rewards([1.0, None, 0.0, None])
-    batch = draw_batch(it, UNJUDGED, 0, GRPO)
+    batch = draw_batch(context, UNJUDGED, 0, GRPO)
     assert batch.rewards == [1.0, 0.0] * 3 and batch.counts["unscored images"] == 6
 
 
@@ -84,61 +86,63 @@ def test_images_without_a_reward_are_left_out(it, rewards):
         ([1.0, None, None, None], "0 have equal ones (such as [1.0]) and 9 fewer than two"),
     ],
 )
-def test_a_reward_that_tells_nothing_apart_is_refused(it, rewards, values, counted):
+def test_a_reward_that_tells_nothing_apart_is_refused(context, rewards, values, counted):
     rewards(values)
     with pytest.raises(NothingToLearnError, match="no group of 4 images has different rewards") as refused:
-        draw_batch(it, UNJUDGED, 0, GRPO)
+        draw_batch(context, UNJUDGED, 0, GRPO)
     assert counted in str(refused.value)
 
 
 @pytest.mark.parametrize(("pairs", "learned"), [("best_worst", [3.0, 1.0]), ("all", [2.0, 3.0, None, 1.0])])
 def test_online_dpo_compares_images_of_a_group(tmp_path, rewards, pairs, learned):
     settings = [*SETTINGS, "align.methods=[online_dpo]", f"rl.pairs={pairs}"]
-    it = stage_context(tmp_path, *settings, pool=WorkersDouble())
+    context = stage_context(tmp_path, *settings, pool=WorkersDouble())
     rewards([2.0, 3.0, None, 1.0])
-    batch = draw_batch(it, UNJUDGED, 0, ONLINE["online_dpo"])
+    batch = draw_batch(context, UNJUDGED, 0, ONLINE["online_dpo"])
     assert batch.rewards == learned * 3
     assert batch.groups == [group for group in range(3) for _ in learned]
-    assert recipe_for(it, "online_dpo").batch == {"best_worst": 8, "all": 12}[pairs], "a multiple of the micro-batch"
+    assert recipe_for(context, "online_dpo").batch == {"best_worst": 8, "all": 12}[pairs], (
+        "a multiple of the micro-batch"
+    )
 
 
 def test_completions_share_the_prefix_of_the_image_before(tmp_path):
-    it = stage_context(tmp_path, *SETTINGS, "rl.completions=2", "rl.prefix_scales=1", pool=WorkersDouble())
-    prompts = it.source.prompts("train", 3, 0)
-    images = draw_groups(it, prompts, 4, seed=0, completions=2)
+    context = stage_context(tmp_path, *SETTINGS, "rl.completions=2", "rl.prefix_scales=1", pool=WorkersDouble())
+    prompts = context.source.prompts("train", 3, 0)
+    images = draw_groups(context, prompts, 4, seed=0, completions=2)
     assert [image.prompt for image in images] == [prompt for prompt in prompts for _ in range(4)]
-    (first, drawn), (second, completed) = it.pool.calls
+    (first, drawn), (second, completed) = context.pool.calls
     assert (first, second) == ("generate_images", "complete_images") and len(drawn) == len(completed) == 6
     assert [image.bits for image in images[::2]] == [image.bits for image, _ in completed]
     assert len({image.seed for image in images}) == 12
 
 
 def test_prefix_and_rest_have_advantages_of_their_own(tmp_path, rewards):
-    it = stage_context(tmp_path, *SETTINGS, "rl.completions=2", "rl.prefix_scales=1", pool=WorkersDouble())
+    context = stage_context(tmp_path, *SETTINGS, "rl.completions=2", "rl.prefix_scales=1", pool=WorkersDouble())
     rewards([1.0, 1.0, 0.0, 0.0])
-    batch = draw_batch(it, UNJUDGED, 0, GRPO)
+    batch = draw_batch(context, UNJUDGED, 0, GRPO)
     assert batch.advantages == [(1.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (-1.0, 0.0)] * 3
 
 
-def test_a_second_judge_scores_the_same_images(it, rewards):
+def test_a_second_judge_scores_the_same_images(context, rewards):
     class Check:
         def values(self, verdicts):
             return [verdict * 2.0 for verdict in verdicts]
 
     rewards(MIXED)
-    it.pool.check = lambda items, resolution, check: [1.0] * len(items)
-    batch = draw_batch(it, Judges(None, Check()), 0, GRPO)
+    context.pool.check = lambda items, resolution, check: [1.0] * len(items)
+    batch = draw_batch(context, Judges(None, Check()), 0, GRPO)
     assert batch.judged == [2.0] * 12
     assert set(batch.seconds) == {"draw", "judge"}
 
 
 @pytest.mark.parametrize(("kl", "reference"), [(0.0, None), (0.1, [-1.0])])
 def test_a_batch_carries_what_the_learner_needs(tmp_path, rewards, kl, reference):
-    it = stage_context(tmp_path, *SETTINGS, f"rl.kl={kl}", pool=WorkersDouble())
+    context = stage_context(tmp_path, *SETTINGS, f"rl.kl={kl}", pool=WorkersDouble())
     rewards(MIXED)
-    batch = draw_batch(it, UNJUDGED, 0, GRPO)
-    references = it.pool.score(batch.samples, 32) if needs_reference(it, GRPO) else None
-    rows = rows_of(it, batch, GRPO, 2, references)
+    batch = draw_batch(context, UNJUDGED, 0, GRPO)
+    references = context.pool.score(batch.samples, 32) if needs_reference(context, GRPO) else None
+    rows = rows_of(context, batch, GRPO, 2, references)
     write_policy_batch(tmp_path / "batch.parquet", rows)
     rows = read_policy_batch(tmp_path / "batch.parquet")
     assert [tuple(row["advantage"]) for row in rows] == batch.advantages

@@ -42,55 +42,55 @@ def own(number, chosen, rejected):
 
 
 @pytest.fixture
-def it(tmp_path, monkeypatch):
+def context(tmp_path, monkeypatch):
     pairs = [own(0, "a", "b"), own(1, "b", "a"), own(2, "a", "bad"), own(3, "a", "aa"), own(4, "c", "a")]
     given = OwnPairs(pairs, Counter({"tie": 2}), lines=7, held_out=frozenset({"p4"}))
     settings = ["preference.pairs=FILE", "dpo.recipe.batch=4", "dpo.recipe.micro_batch=2", "at.256.dpo.recipe.batch=4"]
-    monkeypatch.setattr(own_pairs, "describe_pairs", lambda it: None)
+    monkeypatch.setattr(own_pairs, "describe_pairs", lambda context: None)
     monkeypatch.setattr(StageContext, "swap_to", lambda self, policy: {})
     return stage_context(tmp_path, *settings, pool=KeyedWorkers(), pairs=given, max_bad_fraction=1.0)
 
 
-def test_each_image_is_encoded_once_and_what_is_left_out_is_counted(it):
-    assert encode_own_pairs(it, POLICY)["pairs"] == 3
-    [(_, keys)] = it.pool.calls
+def test_each_image_is_encoded_once_and_what_is_left_out_is_counted(context):
+    assert encode_own_pairs(context, POLICY)["pairs"] == 3
+    [(_, keys)] = context.pool.calls
     assert sorted(keys) == ["a", "aa", "b", "bad", "c"]
-    found = read_encoded(encoded_path(it), it.resolution, "train")
+    found = read_encoded(encoded_path(context), context.resolution, "train")
     assert [pair.pair_id for pair in found.pairs] == ["pair0", "pair1"]
     assert found.left_out == {"tie": 2, "unreadable image": 1, "identical bits": 1}
-    lost = json.loads(it.inputs.quarantine.path.read_text())
+    lost = json.loads(context.inputs.quarantine.path.read_text())
     assert lost["source"] == "pairs.jsonl:2" and lost["reason"] == "torn"
 
 
-def test_a_later_iteration_of_a_resolution_encodes_nothing(it):
-    encode_own_pairs(it, POLICY)
-    calls = len(it.pool.calls)
-    assert encode_own_pairs(replace(it, iteration=1), POLICY) == {"images": 0}
-    assert len(it.pool.calls) == calls
+def test_a_later_iteration_of_a_resolution_encodes_nothing(context):
+    encode_own_pairs(context, POLICY)
+    calls = len(context.pool.calls)
+    assert encode_own_pairs(replace(context, iteration=1), POLICY) == {"images": 0}
+    assert len(context.pool.calls) == calls
 
 
-def test_too_many_images_that_cannot_be_decoded_stop_the_run(it):
-    strict = replace(it.inputs, max_bad_fraction=0.01)
+def test_too_many_images_that_cannot_be_decoded_stop_the_run(context):
+    strict = replace(context.inputs, max_bad_fraction=0.01)
     strict.source.lines = 7
     with pytest.raises(ValueError, match="1 of 7 records are bad"):
-        encode_own_pairs(replace(it, session=replace(it.session, inputs=strict)), POLICY)
+        encode_own_pairs(replace(context, session=replace(context.session, inputs=strict)), POLICY)
 
 
-def test_damage_of_the_encoded_pairs_is_found(it):
-    encode_own_pairs(it, POLICY)
-    path = encoded_path(it)
+def test_damage_of_the_encoded_pairs_is_found(context):
+    encode_own_pairs(context, POLICY)
+    path = encoded_path(context)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"32\.parquet: not encoded pairs"):
         read_encoded(path, 32, "train")
 
 
-def test_the_table_has_the_pairs_and_the_agreement_of_the_reward(it):
-    encode_own_pairs(it, POLICY)
-    rewarded = replace(it.inputs, reward=lambda images, prompts: None)
-    session = replace(it.session, inputs=rewarded)
+def test_the_table_has_the_pairs_and_the_agreement_of_the_reward(context):
+    encode_own_pairs(context, POLICY)
+    rewarded = replace(context.inputs, reward=lambda images, prompts: None)
+    session = replace(context.session, inputs=rewarded)
     session.rewards.use = lambda reward: RunningRewardDouble()
-    result = pair_own(replace(it, session=session), POLICY)
-    table = read_table(it.table())
+    result = pair_own(replace(context, session=session), POLICY)
+    table = read_table(context.table())
     assert dict(zip(table.pair_id, table.chosen_source, strict=True)) == {"pair0": "a", "pair1": "b"}
     assert table.chosen_reward.tolist() != table.rejected_reward.tolist() and table.chosen_seed.isna().all()
     assert table.attrs[ORIGIN]["samples"] == 0 and table.attrs[ORIGIN]["dropped_by_reason"]["tie"] == 2
@@ -111,19 +111,19 @@ class RunningRewardDouble:
         return {}
 
 
-def test_held_out_pairs_are_measured_and_not_trained_on(it):
-    encode_own_pairs(it, POLICY)
-    assert fix_held_out_pairs(it, []) == {"pairs": 1}
-    assert read_table(it.table("held-out")).pair_id.tolist() == ["pair4"]
-    assert "accuracy" in preference_metrics(it)
-    it.table("held-out").unlink()
-    assert preference_metrics(it) == {}
+def test_held_out_pairs_are_measured_and_not_trained_on(context):
+    encode_own_pairs(context, POLICY)
+    assert fix_held_out_pairs(context, []) == {"pairs": 1}
+    assert read_table(context.table("held-out")).pair_id.tolist() == ["pair4"]
+    assert "accuracy" in preference_metrics(context)
+    context.table("held-out").unlink()
+    assert preference_metrics(context) == {}
 
 
-def test_nothing_is_drawn_for_pairs_that_are_there(it, monkeypatch):
+def test_nothing_is_drawn_for_pairs_that_are_there(context, monkeypatch):
     asked = []
     monkeypatch.setattr(StageContext, "step", lambda self, step, work, *args: asked.append(step) or {})
-    loop.align(it, POLICY)
+    loop.align(context, POLICY)
     assert asked[:6] == ["before", "sft", "sft_swap", "encode", "after_sft", "pair"]
     assert not {"sample", "judge", "propose"} & set(asked)
 

@@ -39,27 +39,27 @@ class Prompts:
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Return a stage whose swaps are recorded instead of made."""
-    monkeypatch.setattr(pairs, "describe_pairs", lambda it: None)
+    monkeypatch.setattr(pairs, "describe_pairs", lambda context: None)
 
     def build(name: str, min_pairs: int | None = None, lacking: tuple[str, ...] = ()):
         settings = [f"preference.count={COUNT}", "at.256.dpo.recipe.batch=4", "dpo.recipe.batch=4"]
         settings += ["dpo.recipe.micro_batch=2", f"dpo.min_pairs={min_pairs or 'null'}", "sft.recipe.steps=4"]
-        it = stage_context(tmp_path / name, *settings, source=Prompts(lacking), max_bad_fraction=1.0)
+        context = stage_context(tmp_path / name, *settings, source=Prompts(lacking), max_bad_fraction=1.0)
         swaps: list[Path] = []
-        monkeypatch.setattr(type(it), "swap_to", lambda self, policy: swaps.append(policy.weights[-1]) or {})
-        it.pool.swaps = swaps
-        return it
+        monkeypatch.setattr(type(context), "swap_to", lambda self, policy: swaps.append(policy.weights[-1]) or {})
+        context.pool.swaps = swaps
+        return context
 
     return build
 
 
-def in_one_pass(it) -> dict:
-    sample(it, POLICY)
-    return pair(it, POLICY, judge(it))
+def in_one_pass(context) -> dict:
+    sample(context, POLICY)
+    return pair(context, POLICY, judge(context))
 
 
-def generated(it) -> list[int]:
-    return sorted(seed for name, jobs in it.pool.calls if name == "generate_images" for _, seed in jobs)
+def generated(context) -> list[int]:
+    return sorted(seed for name, jobs in context.pool.calls if name == "generate_images" for _, seed in jobs)
 
 
 def test_rounds_make_the_same_pairs_as_one_pass(make):
@@ -69,7 +69,7 @@ def test_rounds_make_the_same_pairs_as_one_pass(make):
     assert list(work.write()) == [4, 8, 10]
     result = work.join()
     assert generated(once) == generated(rounds) and result["rollout"]["images"] == COUNT
-    tables = [read_table(it.table()) for it in (once, rounds)]
+    tables = [read_table(context.table()) for context in (once, rounds)]
     assert set(tables[0].pair_id) == set(tables[1].pair_id) and tables[1].pair_id.is_unique
     assert [set(tables[1].prompt_id[at : at + 4]) for at in (0, 4, 8)] == [set("0123"), set("4567"), set("89")]
     assert tables[1].attrs[ORIGIN]["parts"] == [4, 4, 2] and "parts" not in tables[0].attrs[ORIGIN]
@@ -77,9 +77,9 @@ def test_rounds_make_the_same_pairs_as_one_pass(make):
 
 
 def test_workers_hold_the_reference_from_the_first_round_on(make):
-    it = make("rounds", 4)
-    list(PairRounds(it, POLICY).write())
-    assert [path.name for path in it.pool.swaps] == ["step-000002", "final", "final", "final", "final"]
+    context = make("rounds", 4)
+    list(PairRounds(context, POLICY).write())
+    assert [path.name for path in context.pool.swaps] == ["step-000002", "final", "final", "final", "final"]
 
 
 def test_dropped_samples_are_counted_and_a_round_may_be_empty(make):
@@ -93,18 +93,18 @@ def test_dropped_samples_are_counted_and_a_round_may_be_empty(make):
 
 @pytest.mark.parametrize("min_pairs", [None, 4])
 def test_no_pair_at_all_is_an_error(make, min_pairs):
-    it = make("none", min_pairs, lacking=tuple(map(str, range(COUNT))))
+    context = make("none", min_pairs, lacking=tuple(map(str, range(COUNT))))
     with pytest.raises(ValueError, match="no pair could be built of 10 samples; dropped: {'no winner': 10}"):
         if min_pairs:
-            work = PairRounds(it, POLICY)
+            work = PairRounds(context, POLICY)
             list(work.write())
             work.join()
         else:
-            in_one_pass(it)
+            in_one_pass(context)
 
 
 def test_the_report_of_rewards_counts_all_rounds(make, monkeypatch):
-    def judged(it, rollouts, reward, keep):
+    def judged(context, rollouts, reward, keep):
         term = {
             "scored": len(rollouts.samples),
             "mean": 1.0,
@@ -143,7 +143,7 @@ def test_existing_parts_are_kept(make):
 
 
 def test_pairs_are_shown_with_both_images(tmp_path):
-    it = stage_context(tmp_path)
+    context = stage_context(tmp_path)
     write_table(tmp_path / "t.parquet", [table_row("a"), table_row("b", prompt="two", rejected_bits=b"\x03")])
     table = read_table(tmp_path / "t.parquet")
     shown = []
@@ -153,14 +153,14 @@ def test_pairs_are_shown_with_both_images(tmp_path):
         seen.extend((prompt.text, bits) for prompt, bits in items)
         return check([Image.new("RGB", (64, 64), "red")] * len(items), [prompt for prompt, _ in items])
 
-    it.pool.check = check
-    it.run.log_table = lambda name, table, labels: shown.append((name, table))
-    show_pairs(it, table.head(0))
-    show_pairs(it, table)
+    context.pool.check = check
+    context.run.log_table = lambda name, table, labels: shown.append((name, table))
+    show_pairs(context, table.head(0))
+    show_pairs(context, table)
     [(name, columns)] = shown
     assert name == "pairs/table" and list(columns.prompt) == ["a red circle", "two"]
     assert seen[1] == ("two", b"\x03") and seen[3][1] == b"\x00\xff"
-    folder = it.run.directory / "images/iter-00-pairs"
+    folder = context.run.directory / "images/iter-00-pairs"
     assert list(columns.chosen) == [folder / f"{name}-chosen.webp" for name in "ab"]
     for path in (*columns.chosen, *columns.rejected):
         with Image.open(path) as image:

@@ -32,9 +32,9 @@ def in_fours(folder, pool=None):
 
 
 def test_sampling_resumes_after_its_last_part(tmp_path):
-    it = in_fours(tmp_path, CutWorkers(at=2))
+    context = in_fours(tmp_path, CutWorkers(at=2))
     with pytest.raises(ConnectionError):
-        generate_kept(it, PROMPTS, list(range(10)), "p")
+        generate_kept(context, PROMPTS, list(range(10)), "p")
     again = in_fours(tmp_path)
     samples = generate_kept(again, PROMPTS, list(range(10)), "p")
     assert [(name, len(jobs)) for name, jobs in again.pool.calls] == [("generate_images", 2)], "only the last part"
@@ -47,7 +47,7 @@ def doubled(part: list[int]) -> dict:
 
 
 def test_parts_of_other_items_are_done_again(tmp_path):
-    it = in_fours(tmp_path)
+    context = in_fours(tmp_path)
     done: list[list[int]] = []
 
     def work(part: list[int]) -> dict:
@@ -55,33 +55,33 @@ def test_parts_of_other_items_are_done_again(tmp_path):
         return doubled(part)
 
     expected = [doubled([0, 1, 2, 3]), doubled([4, 5, 6, 7]), doubled([8, 9])]
-    assert list(in_parts(it, "w", list(range(10)), work)) == expected
-    assert list(in_parts(it, "w", list(range(10)), work)) == expected and len(done) == 3
-    assert list(in_parts(it, "w", [0, 1, 2, 3, 40, 5, 6, 7, 8, 9], work))[1] == doubled([40, 5, 6, 7])
+    assert list(in_parts(context, "w", list(range(10)), work)) == expected
+    assert list(in_parts(context, "w", list(range(10)), work)) == expected and len(done) == 3
+    assert list(in_parts(context, "w", [0, 1, 2, 3, 40, 5, 6, 7, 8, 9], work))[1] == doubled([40, 5, 6, 7])
     assert done[3:] == [[40, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[]", b"{}", b"\xff{", b'{"items": 1', None])
 def test_damaged_parts_are_done_again(tmp_path, damaged):
-    it = in_fours(tmp_path)
-    assert list(in_parts(it, "w", [1, 2], doubled)) == [doubled([1, 2])]
-    path = it.run.parts / "w" / "00000000.json"
+    context = in_fours(tmp_path)
+    assert list(in_parts(context, "w", [1, 2], doubled)) == [doubled([1, 2])]
+    path = context.run.parts / "w" / "00000000.json"
     path.write_bytes(path.read_bytes().replace(b"[2, 4]", b"[2, 5]") if damaged is None else damaged)
-    assert list(in_parts(it, "w", [1, 2], doubled)) == [doubled([1, 2])]
-    assert it.run.state["events"][0].startswith(f"doing a part again: {path} is damaged")
+    assert list(in_parts(context, "w", [1, 2], doubled)) == [doubled([1, 2])]
+    assert context.run.state["events"][0].startswith(f"doing a part again: {path} is damaged")
 
 
 def test_parts_go_with_the_record_of_their_step(tmp_path):
-    it = in_fours(tmp_path)
-    it.run.step("iter-00/sample", lambda: next(in_parts(it, "w", [1], lambda part: {"n": 1})))
-    assert not it.run.parts.exists()
+    context = in_fours(tmp_path)
+    context.run.step("iter-00/sample", lambda: next(in_parts(context, "w", [1], lambda part: {"n": 1})))
+    assert not context.run.parts.exists()
 
 
 def test_parts_are_whole_batches_and_no_worker_waits_long(tmp_path):
-    it = stage_context(tmp_path, "rollout.batch_size=16", "rollout.workers=2")
-    assert part_size(it, 16) == 1024 and part_size(it, 24) == 1032
-    it = stage_context(tmp_path / "many", "rollout.batch_size=16", "rollout.workers=64")
-    assert part_size(it, 16) == 16 * 64 * 16
+    context = stage_context(tmp_path, "rollout.batch_size=16", "rollout.workers=2")
+    assert part_size(context, 16) == 1024 and part_size(context, 24) == 1032
+    context = stage_context(tmp_path / "many", "rollout.batch_size=16", "rollout.workers=64")
+    assert part_size(context, 16) == 16 * 64 * 16
 
 
 def test_kept_results_are_read_as_they_were(tmp_path):

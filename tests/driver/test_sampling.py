@@ -12,32 +12,32 @@ PROMPTS = [Prompt(str(i), text, "Template.") for i, text in enumerate(["a star",
 
 
 def test_template_replies_are_used_as_they_are(tmp_path):
-    it = stage_context(tmp_path)
-    assert [sample.prompt for sample in generate(it, PROMPTS, [0] * 4, "")] == PROMPTS
+    context = stage_context(tmp_path)
+    assert [sample.prompt for sample in generate(context, PROMPTS, [0] * 4, "")] == PROMPTS
 
 
 def test_own_replies_are_used_and_missing_ones_counted(tmp_path):
-    it = stage_context(tmp_path, "rollout.reply=generate", "rollout.reply_tokens=9")
-    drawn = [sample.prompt for sample in generate(it, PROMPTS, [0] * 4, "")]
+    context = stage_context(tmp_path, "rollout.reply=generate", "rollout.reply_tokens=9")
+    drawn = [sample.prompt for sample in generate(context, PROMPTS, [0] * 4, "")]
     assert [prompt.reply for prompt in drawn] == ["Here: a star", "Template."] * 2
     assert [replace(prompt, reply="Template.") for prompt in drawn] == PROMPTS
-    assert it.pool.calls[0] == ("reply", ["a star", "a cross"]), "each text once"
-    line = json.loads((it.run.directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert context.pool.calls[0] == ("reply", ["a star", "a cross"]), "each text once"
+    line = json.loads((context.run.directory / "metrics.jsonl").read_text().splitlines()[-1])
     assert (line["stage"], line["generated"], line["template"]) == ("reply", 2, 2)
 
 
 def test_the_text_engine_replies_instead_of_the_workers(tmp_path):
-    it = stage_context(tmp_path, "rollout.reply=generate", text=WorkersDouble())
-    generate(it, PROMPTS, [0] * 4, "")
-    assert [name for name, _ in it.session.text.calls] == ["reply"]
-    assert [name for name, _ in it.pool.calls] == ["generate_images"]
+    context = stage_context(tmp_path, "rollout.reply=generate", text=WorkersDouble())
+    generate(context, PROMPTS, [0] * 4, "")
+    assert [name for name, _ in context.session.text.calls] == ["reply"]
+    assert [name for name, _ in context.pool.calls] == ["generate_images"]
 
 
 def test_unreadable_winners_are_quarantined_and_left_out(tmp_path):
-    it = stage_context(tmp_path)
-    it.inputs.source.winner_key = lambda prompt: {"0": "good", "1": "bad"}.get(prompt.id)
-    assert list(encode_winners(it, PROMPTS)) == ["0"]
-    assert it.inputs.quarantine.counts == {"broken": 1}
+    context = stage_context(tmp_path)
+    context.inputs.source.winner_key = lambda prompt: {"0": "good", "1": "bad"}.get(prompt.id)
+    assert list(encode_winners(context, PROMPTS)) == ["0"]
+    assert context.inputs.quarantine.counts == {"broken": 1}
 
 
 def test_rollouts_are_read_as_they_were_written(tmp_path):

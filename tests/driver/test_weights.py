@@ -20,12 +20,12 @@ def sets(tmp_path):
 @pytest.fixture
 def swap(tmp_path, sets):
     """Swap the workers of a stage to weight sets by name."""
-    it = stage_context(tmp_path)
+    context = stage_context(tmp_path)
 
     def to(*names: str) -> dict:
-        return it.swap_to(Policy("", tuple(sets[name] for name in names)))
+        return context.swap_to(Policy("", tuple(sets[name] for name in names)))
 
-    to.it = it
+    to.context = context
     return to
 
 
@@ -33,25 +33,25 @@ def test_only_what_differs_is_sent(swap):
     swap("language", "sft")
     swap("language", "sft")
     swap("language", "sft", "dpo")
-    assert swap.it.pool.published == ["language", "sft", "dpo"]
+    assert swap.context.pool.published == ["language", "sft", "dpo"]
 
 
 def test_a_superseded_set_is_not_sent(swap):
     swap("language", "sft", "dpo")
-    assert swap.it.pool.published == ["language", "dpo"]
+    assert swap.context.pool.published == ["language", "dpo"]
 
 
 def test_workers_can_go_back(swap):
     swap("language", "sft", "control")
     swap("language", "sft")
-    assert swap.it.pool.published == ["language", "control", "sft"]
+    assert swap.context.pool.published == ["language", "control", "sft"]
 
 
 def test_a_set_that_an_earlier_one_overwrites_is_sent_again(swap, tmp_path, sets):
     sets["start"] = save_checkpoint(tmp_path / "start", {name: torch.zeros(2) for name in "ld"})
     swap("start", "language", "sft")
     swap("start", "language")
-    assert swap.it.pool.published == ["language", "sft", "start", "language"]
+    assert swap.context.pool.published == ["language", "sft", "start", "language"]
 
 
 def test_going_back_to_the_starting_model_is_refused(swap):
@@ -61,33 +61,33 @@ def test_going_back_to_the_starting_model_is_refused(swap):
 
 
 def test_an_unverified_swap_stops_the_run(swap):
-    swap.it.pool.verified = False
+    swap.context.pool.verified = False
     with pytest.raises(RuntimeError, match="other weights"):
         swap("sft")
 
 
 def test_versions_are_the_same_after_a_resume(swap, sets):
     done = [
-        swap.it.run.step("0", lambda: swap("language", "sft")),
-        swap.it.run.step("1", lambda: swap("language", "control")),
+        swap.context.run.step("0", lambda: swap("language", "sft")),
+        swap.context.run.step("1", lambda: swap("language", "control")),
         swap("language", "sft", "dpo"),
     ]
     pool = WorkersDouble()
-    again = WeightSync(pool, None, Run(swap.it.run.directory, {}))
+    again = WeightSync(pool, None, Run(swap.context.run.directory, {}))
     policy = Policy("", tuple(sets[name] for name in ("language", "sft", "dpo")))
-    assert again.swap_to(policy, swap.it.log) == done[2]
+    assert again.swap_to(policy, swap.context.log) == done[2]
     assert [each["version"] for each in done] == [2, 3, 4]
     assert (pool.published, pool.version) == (["language", "control", "dpo"], 4)
 
 
 def test_the_text_engine_gets_the_same_weights(tmp_path, sets):
-    it = stage_context(tmp_path, text=WorkersDouble())
-    it.swap_to(Policy("", (sets["language"], sets["sft"])))
-    assert it.session.text.published == it.pool.published == ["language", "sft"]
-    assert it.session.text.version == it.pool.version
-    it.session.text.verified = False
+    context = stage_context(tmp_path, text=WorkersDouble())
+    context.swap_to(Policy("", (sets["language"], sets["sft"])))
+    assert context.session.text.published == context.pool.published == ["language", "sft"]
+    assert context.session.text.version == context.pool.version
+    context.session.text.verified = False
     with pytest.raises(RuntimeError, match="other weights"):
-        it.swap_to(Policy("", (sets["language"], sets["dpo"])))
+        context.swap_to(Policy("", (sets["language"], sets["dpo"])))
 
 
 def test_workers_that_disagree_with_the_learner_stop_the_run():

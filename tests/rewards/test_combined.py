@@ -279,27 +279,27 @@ class ScoringPool(WorkersDouble):
 
 
 def test_unscored_images_are_reported(cluster, plugin, tmp_path):
-    it = stage_context(tmp_path, pool=ScoringPool())
+    context = stage_context(tmp_path, pool=ScoringPool())
     prompts = [Prompt("a", "raise"), Prompt("b", "fine")]
     samples = [Sample(prompt, bytes([8]), 32, seed, {}, 1, "c") for seed, prompt in enumerate(prompts)]
     rollouts = Rollouts(samples, {prompt.id: Winner(prompt, b"\x40", 32, "key") for prompt in prompts})
     mood = {"path": f"{plugin}:moody", "batch_size": 1, "retries": 0}
     reward = WeightedSum({"mood": mood, "width": {"path": f"{plugin}:width"}})
-    rewards, report = judge_rollouts(it, rollouts, reward, "all")
-    counts = write_pairs(it, it.table(), rollouts, reward_gated, rewards, 2)
+    rewards, report = judge_rollouts(context, rollouts, reward, "all")
+    counts = write_pairs(context, context.table(), rollouts, reward_gated, rewards, 2)
     assert (counts["built"], counts["dropped_by_reason"]) == (1, {"reward not scored": 1})
     assert report["mood"]["unscored"] == {"raised ValueError": 2}
     assert report["width"] | {"seconds": 0} == {
         "scored": 4, "mean": 36.0, "seconds": 0, "restarts": 0, "unscored": {}, "errors": {}
     }  # fmt: skip
-    assert pd.read_parquet(it.table()).chosen_reward.item() == 68.0
-    lines = [json.loads(line) for line in (it.run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert pd.read_parquet(context.table()).chosen_reward.item() == 68.0
+    lines = [json.loads(line) for line in (context.run.directory / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"]: line.get("unscored/raised ValueError") for line in lines} == {
         "reward/mood": 2,
         "reward/width": None,
     }
     with pytest.raises(ValueError, match="none of 1 images was scored by the reward.*a bad mood"):
-        judge_rollouts(it, Rollouts(samples[:1], {}), reward, "first")
+        judge_rollouts(context, Rollouts(samples[:1], {}), reward, "first")
 
 
 def test_a_stopped_server_is_noticed_and_started_again(cluster, plugin, monkeypatch):

@@ -99,13 +99,13 @@ def run_variant(variant: Variant, session: Session, start: Path, trained: dict[t
     count = 0
     for i, name in enumerate(variant.stages):
         work = variant.prefix(i + 1)
-        it = session.iteration(0) if name == Step.SFT else session.stage(name, resolution)
+        context = session.iteration(0) if name == Step.SFT else session.stage(name, resolution)
         step = Step.SFT if name == Step.SFT else ""
         if work not in trained:
-            it.step(step, train_sft if name == Step.SFT else train_stage, policy)
-            trained[work] = it.checkpoint(step) / "final"
+            context.step(step, train_sft if name == Step.SFT else train_stage, policy)
+            trained[work] = context.checkpoint(step) / "final"
         policy = policy.plus(trained[work])
-        count += getattr(it.config, STAGES[name].block).recipe.steps
+        count += getattr(context.config, STAGES[name].block).recipe.steps
     measured = session.stage("measured", resolution)
     measures = {"drawings": draw, "images": bit_nll, "questions": answer_questions}
     results = {name: measured.step(name, measure, policy) for name, measure in measures.items()}

@@ -176,9 +176,9 @@ def enter_iteration(count: int, folder: Path) -> StageContext:
     return session.iteration(0)
 
 
-def measure_steps(it: StageContext) -> list[StepCost]:
+def measure_steps(context: StageContext) -> list[StepCost]:
     """Run the steps and measure each; sampling also as it resumes when all of its parts are there."""
-    final = it.checkpoint(Step.SFT) / "final"
+    final = context.checkpoint(Step.SFT) / "final"
     policy = Policy("", (save_checkpoint(final, {"weight": torch.zeros(1)}),))
     found: list[StepCost] = []
 
@@ -189,23 +189,23 @@ def measure_steps(it: StageContext) -> list[StepCost]:
         found.append(StepCost(name, time.perf_counter() - began, time.process_time() - spent, peak_memory()))
         return result
 
-    def sample_twice(it: StageContext) -> dict:
-        timed("sample, encode winners", lambda: sample(it, policy))
-        return timed("the same, resumed after the last part", lambda: sample(it, policy))
+    def sample_twice(context: StageContext) -> dict:
+        timed("sample, encode winners", lambda: sample(context, policy))
+        return timed("the same, resumed after the last part", lambda: sample(context, policy))
 
-    it.step(Step.SAMPLE, sample_twice)
-    timed("judge samples and winners", lambda: it.step(Step.JUDGE, judge))
-    timed("score and write pairs", lambda: it.step(Step.PAIR, pair, policy, {}))
+    context.step(Step.SAMPLE, sample_twice)
+    timed("judge samples and winners", lambda: context.step(Step.JUDGE, judge))
+    timed("score and write pairs", lambda: context.step(Step.PAIR, pair, policy, {}))
     return found
 
 
 def dry_run(count: int, folder: Path) -> Table:
     """Run the steps for ``count`` prompts in ``folder``; return a table of seconds and peak memory."""
     forget_peak()
-    it = enter_iteration(count, folder)
+    context = enter_iteration(count, folder)
     before = peak_memory()
     table = results_table(f"{count:,} prompts", ("", "seconds", "CPU seconds", "peak MiB"), left=("",))
     table.add_row("before", "", "", f"{before / 2**20:.0f}")
-    for each in measure_steps(it):
+    for each in measure_steps(context):
         table.add_row(each.name, f"{each.seconds:.1f}", f"{each.cpu:.1f}", f"{each.peak / 2**20:.0f}")
     return table

@@ -51,15 +51,15 @@ def iterate(session: Session, policy: Policy, name: str, changes: list[str]) -> 
     """Make pairs and train DPO with changed settings; return seconds of the first, of both, and DPO's result."""
     settings = OmegaConf.merge(OmegaConf.structured(session.config), OmegaConf.from_dotlist(changes))
     config = OmegaConf.to_object(settings)
-    it = replace(session.iteration(0), name=name, config=config)
+    context = replace(session.iteration(0), name=name, config=config)
     began = time.perf_counter()
     if config.dpo.min_pairs:
-        _, _, result = sample_while_training(it, policy)
+        _, _, result = sample_while_training(context, policy)
         return 0.0, time.perf_counter() - began, result
-    sample(it, policy)
-    pair(it, policy, judge(it))
+    sample(context, policy)
+    pair(context, policy, judge(context))
     made = time.perf_counter() - began
-    result = train_dpo(it, policy)
+    result = train_dpo(context, policy)
     return made, time.perf_counter() - began, result
 
 

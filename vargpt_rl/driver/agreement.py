@@ -23,30 +23,30 @@ class ScoredSides:
     margins: Margins
 
 
-def score_sides(it: StageContext, pairs: Sequence[PreferencePair]) -> ScoredSides:
+def score_sides(context: StageContext, pairs: Sequence[PreferencePair]) -> ScoredSides:
     """Score both sides of pairs by the training reward, as far as there is one, and by the judge; each image once."""
     margins: Margins = {}
     scored = list(pairs)
-    if it.inputs.reward:
-        values = _values(it, pairs, it.inputs.reward)
+    if context.inputs.reward:
+        values = _values(context, pairs, context.inputs.reward)
         scored = [replace(pair, chosen_reward=c, rejected_reward=r) for pair, (c, r) in zip(pairs, values, strict=True)]
         margins |= margins_of(values)
-    return ScoredSides(scored, margins | judge_margins(it, pairs))
+    return ScoredSides(scored, margins | judge_margins(context, pairs))
 
 
-def judge_margins(it: StageContext, pairs: Sequence[PreferencePair]) -> Margins:
+def judge_margins(context: StageContext, pairs: Sequence[PreferencePair]) -> Margins:
     """Return the margins of the judge, if there is one."""
-    if not it.inputs.judge:
+    if not context.inputs.judge:
         return {}
-    return {JUDGE: [_margin(*each) for each in _values(it, pairs, it.inputs.judge)]}
+    return {JUDGE: [_margin(*each) for each in _values(context, pairs, context.inputs.judge)]}
 
 
 def _values(
-    it: StageContext, pairs: Sequence[PreferencePair], reward: Callable
+    context: StageContext, pairs: Sequence[PreferencePair], reward: Callable
 ) -> list[tuple[float | None, float | None]]:
     sides: list[list[PromptedBits]] = [[(p.prompt, p.chosen.bits), (p.prompt, p.rejected.bits)] for p in pairs]
     images = list(dict.fromkeys(image for each in sides for image in each))
-    known = dict(zip(images, score(it, images, reward)[0], strict=True))
+    known = dict(zip(images, score(context, images, reward)[0], strict=True))
     return [(known[chosen], known[rejected]) for chosen, rejected in sides]
 
 

@@ -14,46 +14,46 @@ from vargpt_rl.driver.session import StageContext
 
 
 def open_corpus(
-    it: StageContext, records: list[Record], questions: Sequence[ImageQuestion], drawing_share: float, folder: Path
+    context: StageContext, records: list[Record], questions: Sequence[ImageQuestion], drawing_share: float, folder: Path
 ) -> tuple[RecordStream, dict[str, int]]:
     """Encode the records' images into ``folder``; return the stream of records and questions, and counts."""
-    readable = encode_corpus(it, records, folder)
-    it.inputs.check_quarantine()
+    readable = encode_corpus(context, records, folder)
+    context.inputs.check_quarantine()
     stream = corpus_stream(
-        it.source,
+        context.source,
         readable,
         questions,
         encoded=folder,
-        resolution=it.resolution,
+        resolution=context.resolution,
         drawing_share=drawing_share,
-        seen_side=it.config.data.seen_side,
-        max_bad_fraction=it.config.data.max_bad_fraction,
+        seen_side=context.config.data.seen_side,
+        max_bad_fraction=context.config.data.max_bad_fraction,
     )
     return stream, {"images": len(readable), "failed": len(records) - len(readable)}
 
 
-def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list[Record]:
+def encode_corpus(context: StageContext, records: list[Record], folder: Path) -> list[Record]:
     """Encode training images into a feature cache below ``folder``; return the records whose images are readable.
 
     Images in the cache are not encoded again. ValueError if no image is readable.
     """
-    cache = (folder / str(it.resolution), "", it.resolution)
+    cache = (folder / str(context.resolution), "", context.resolution)
     for damage in drop_damaged(*cache):
-        it.run.note(f"encoding again: {damage}")
+        context.run.note(f"encoding again: {damage}")
     known = FeatureCache(*cache) if shard_files(cache[0]) else ()
     keys = [key for key in dict.fromkeys(record.image for record in records) if (key_sha256(key), 0) not in known]
-    failures = _unreadable(it, [record.prompt for record in records])
-    size = part_size(it, it.config.rollout.images_at_once)
+    failures = _unreadable(context, [record.prompt for record in records])
+    size = part_size(context, context.config.rollout.images_at_once)
     for at in range(0, len(keys), size):  # the cache keeps what is done
         part = keys[at : at + size]
-        with it.run.progress.part_of(at, len(keys)), FeatureWriter(*cache) as writer:
-            for key, result in zip(part, it.pool.run(Worker.encode, part, it.resolution), strict=True):
+        with context.run.progress.part_of(at, len(keys)), FeatureWriter(*cache) as writer:
+            for key, result in zip(part, context.pool.run(Worker.encode, part, context.resolution), strict=True):
                 if isinstance(result, Failure):
                     failures[key] = result
                 else:
                     writer.add(key_sha256(key), 0, result.features)
-        point(f"parts/{it.name}/features/{at}")
-    quarantine = it.inputs.quarantine
+        point(f"parts/{context.name}/features/{at}")
+    quarantine = context.inputs.quarantine
     readable = []
     for record in records:
         failure = failures.get(record.prompt.shown or "") or failures.get(record.image)
@@ -66,12 +66,12 @@ def encode_corpus(it: StageContext, records: list[Record], folder: Path) -> list
     return readable
 
 
-def _unreadable(it: StageContext, prompts: list[Prompt]) -> dict[str, Failure]:
+def _unreadable(context: StageContext, prompts: list[Prompt]) -> dict[str, Failure]:
     """Return the images shown by prompts that cannot be loaded, by key."""
     shown = dict.fromkeys((p.shown, p.shown_side) for p in prompts if p.shown is not None)
     found = {}
     for side in {side for _, side in shown}:
         keys = [key for key, of_side in shown if of_side == side]
-        failures = it.pool.run(Worker.find_unreadable, keys, side)
+        failures = context.pool.run(Worker.find_unreadable, keys, side)
         found |= {failure.key: failure for failure in failures if failure is not None}
     return found

@@ -41,151 +41,157 @@ BASELINES = {Step.AFTER_SFT: "sft", Step.CONTROL: "control"}
 """Moments that later ones are compared with, image by image, in order, and their names in results."""
 
 
-def draw_before(it: StageContext, policy: Policy) -> dict:
+def draw_before(context: StageContext, policy: Policy) -> dict:
     """Draw the first row of the sample grid with the policy that the iteration starts from."""
-    it.swap_to(policy)
-    prompts = held_out_prompts(it, it.config.evaluation.grid)
-    write_row(it, Step.BEFORE, generate(it, prompts, held_out_seeds(it, len(prompts)), Step.BEFORE))
+    context.swap_to(policy)
+    prompts = held_out_prompts(context, context.config.evaluation.grid)
+    write_row(context, Step.BEFORE, generate(context, prompts, held_out_seeds(context, len(prompts)), Step.BEFORE))
     return {}
 
 
-def evaluate(it: StageContext, policy: Policy, moment: str) -> dict:
+def evaluate(context: StageContext, policy: Policy, moment: str) -> dict:
     """Generate held-out prompts and score the images; after training on pairs also margins on pairs fixed after SFT."""
-    it.swap_to(policy)
-    prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    samples = generate_kept(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
-    result, images = score_images(it, samples, keep=moment)
-    write_scores(it.scores(moment), images)
+    context.swap_to(policy)
+    prompts = held_out_prompts(context, context.config.evaluation.prompts)
+    samples = generate_kept(context, prompts, held_out_seeds(context, len(prompts)), f"{context.name}-{moment}")
+    result, images = score_images(context, samples, keep=moment)
+    write_scores(context.scores(moment), images)
     # A step that is redone may find scores of later moments.
     for baseline in takewhile(lambda each: each != moment, BASELINES):
         name = BASELINES[baseline]
-        if comparison := compare(images, read_scores(it.scores(baseline))):
+        if comparison := compare(images, read_scores(context.scores(baseline))):
             result |= comparison.as_metrics(f"gain_over_{name}")
-    result |= diversity_over_seeds(it)
-    if it.config.align.learns_pairs and moment == Step.AFTER_SFT:
-        result |= fix_held_out_pairs(it, samples)
+    result |= diversity_over_seeds(context)
+    if context.config.align.learns_pairs and moment == Step.AFTER_SFT:
+        result |= fix_held_out_pairs(context, samples)
     elif moment in (Step.CONTROL, Step.AFTER_DPO):
-        result |= preference_metrics(it)
-    write_row(it, moment, samples[: it.config.evaluation.grid])
+        result |= preference_metrics(context)
+    write_row(context, moment, samples[: context.config.evaluation.grid])
     if "overall" in result:
-        it.run.progress.score = f"score {result['overall']:.3f}"
-    _keep_best(it, policy, moment, result)
-    it.log(f"evaluate/{moment}", it.index, {k: v for k, v in result.items() if v is not None})
+        context.run.progress.score = f"score {result['overall']:.3f}"
+    _keep_best(context, policy, moment, result)
+    context.log(f"evaluate/{moment}", context.index, {k: v for k, v in result.items() if v is not None})
     return result
 
 
-def diversity_over_seeds(it: StageContext) -> dict[str, float]:
+def diversity_over_seeds(context: StageContext) -> dict[str, float]:
     """Measure how far images of one held-out prompt differ (`vargpt_rl.driver.groups.measure_diversity`)."""
-    prompts = held_out_prompts(it, it.config.evaluation.diversity)
+    prompts = held_out_prompts(context, context.config.evaluation.diversity)
     if not prompts:
         return {}
-    seed = seeds_for(1, it.config.seed, Purpose.DIVERSITY)[0]
-    samples = draw_groups(it, prompts, SEEDS, seed)
+    seed = seeds_for(1, context.config.seed, Purpose.DIVERSITY)[0]
+    samples = draw_groups(context, prompts, SEEDS, seed)
     bits = [sample.bits for sample in samples]
-    return measure_diversity(it, [bits[at : at + SEEDS] for at in range(0, len(bits), SEEDS)])
+    return measure_diversity(context, [bits[at : at + SEEDS] for at in range(0, len(bits), SEEDS)])
 
 
-def validate(it: StageContext, stage: str, step: int) -> float:
+def validate(context: StageContext, stage: str, step: int) -> float:
     """Score the weights in the workers on held-out prompts other than the evaluation's, as far as there are any."""
-    used = {prompt.text for prompt in held_out_prompts(it, it.config.evaluation.prompts)}
-    count = it.config.rl.guard.prompts
-    seed = seeds_for(1, it.config.seed, Purpose.VALIDATION)[0]
-    prompts = it.source.prompts("held_out", len(used) + count, seed)
+    used = {prompt.text for prompt in held_out_prompts(context, context.config.evaluation.prompts)}
+    count = context.config.rl.guard.prompts
+    seed = seeds_for(1, context.config.seed, Purpose.VALIDATION)[0]
+    prompts = context.source.prompts("held_out", len(used) + count, seed)
     prompts = ([prompt for prompt in prompts if prompt.text not in used] or prompts)[:count]
-    samples = generate(it, prompts, seeds_for(len(prompts), seed), f"{it.name}-validate")
-    result = score_images(it, samples)[0]
-    it.log(stage, step, result)
+    samples = generate(context, prompts, seeds_for(len(prompts), seed), f"{context.name}-validate")
+    result = score_images(context, samples)[0]
+    context.log(stage, step, result)
     return result["overall"]
 
 
-def fix_held_out_pairs(it: StageContext, samples: list[Sample]) -> dict[str, int]:
+def fix_held_out_pairs(context: StageContext, samples: list[Sample]) -> dict[str, int]:
     """Fix the held-out pairs with the log-probabilities of the weights in the workers.
 
     They pair the held-out images with their winners, unless pairs came from files: then a part of those is held out.
     """
-    if it.inputs.pairs is not None:
-        return write_held_out(it)
-    rollouts = Rollouts(samples, encode_winners(it, Rollouts(samples, {}).prompts))
-    size = it.config.rollout.images_at_once
-    report = write_pairs(it, it.table("held-out"), rollouts, external_winner, NO_REWARDS, size)
+    if context.inputs.pairs is not None:
+        return write_held_out(context)
+    rollouts = Rollouts(samples, encode_winners(context, Rollouts(samples, {}).prompts))
+    size = context.config.rollout.images_at_once
+    report = write_pairs(context, context.table("held-out"), rollouts, external_winner, NO_REWARDS, size)
     return {"pairs": report["built"]}
 
 
-def evaluate_stage(it: StageContext, policy: Policy) -> dict:
+def evaluate_stage(context: StageContext, policy: Policy) -> dict:
     """Measure what a stage outside the iterations is for."""
-    measure = STAGES[it.name].measure
-    result = MEASURES[measure](it, policy) if measure else {}
-    it.log(f"evaluate/{it.name}", it.index, result)
+    measure = STAGES[context.name].measure
+    result = MEASURES[measure](context, policy) if measure else {}
+    context.log(f"evaluate/{context.name}", context.index, result)
     return result
 
 
-def _keep_best(it: StageContext, policy: Policy, moment: str, result: dict) -> None:
+def _keep_best(context: StageContext, policy: Policy, moment: str, result: dict) -> None:
     """Export the policy to ``best/RESOLUTION`` if it has the highest value of ``tracking.best`` there so far."""
-    wanted, metric = it.config.best
+    wanted, metric = context.config.best
     if moment != wanted:
         return
     if metric not in result:
-        it.run.note(f"{it.name}: no best/{it.resolution}, {moment} has no {metric}; it has {list(result)}")
+        context.run.note(
+            f"{context.name}: no best/{context.resolution}, {moment} has no {metric}; it has {list(result)}"
+        )
         return
     note = {
         "metric": f"{moment}.{metric}",
         "value": result[metric],
-        "iteration": it.index,
-        "resolution": it.resolution,
+        "iteration": context.index,
+        "resolution": context.resolution,
     }
-    files = generation_files(it.session.config, policy.model, it.resolution)
-    keep_best(policy, best_folder(it.run.directory, it.resolution), note, files)
+    files = generation_files(context.session.config, policy.model, context.resolution)
+    keep_best(policy, best_folder(context.run.directory, context.resolution), note, files)
 
 
 # Measures
 
 
-def reconstruct(it: StageContext, policy: Policy) -> dict[str, float]:
+def reconstruct(context: StageContext, policy: Policy) -> dict[str, float]:
     """Measure what the image tokenizer keeps of the stronger system's images of held-out prompts.
 
     By the source's exact check if it has one, else by the peak signal-to-noise ratio in dB.
     """
-    it.swap_to(policy)
-    prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    winners = encode_winners(it, prompts).values()
-    if check := it.source.image_check():
-        return _checked(it, [(winner.prompt, winner.bits) for winner in winners], check)
+    context.swap_to(policy)
+    prompts = held_out_prompts(context, context.config.evaluation.prompts)
+    winners = encode_winners(context, prompts).values()
+    if check := context.source.image_check():
+        return _checked(context, [(winner.prompt, winner.bits) for winner in winners], check)
     items = [(Prompt(winner.source, winner.prompt.text), winner.bits) for winner in winners]
-    ratio, error = mean_and_error(it.pool.run(Worker.check, items, it.resolution, Fidelity(it.source, it.resolution)))
+    ratio, error = mean_and_error(
+        context.pool.run(Worker.check, items, context.resolution, Fidelity(context.source, context.resolution))
+    )
     return {"psnr": ratio, "psnr_stderr": error, "n": len(items)}
 
 
-def draw(it: StageContext, policy: Policy) -> dict:
+def draw(context: StageContext, policy: Policy) -> dict:
     """Generate held-out prompts and score the images; empty if nothing can score them."""
-    if not (it.source.image_check() or it.inputs.reward or it.inputs.judge):
+    if not (context.source.image_check() or context.inputs.reward or context.inputs.judge):
         return {}
-    it.swap_to(policy)
-    prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    return score_images(it, generate_kept(it, prompts, held_out_seeds(it, len(prompts)), it.name))[0]
+    context.swap_to(policy)
+    prompts = held_out_prompts(context, context.config.evaluation.prompts)
+    return score_images(context, generate_kept(context, prompts, held_out_seeds(context, len(prompts)), context.name))[
+        0
+    ]
 
 
-def answer_questions(it: StageContext, policy: Policy) -> dict[str, float]:
+def answer_questions(context: StageContext, policy: Policy) -> dict[str, float]:
     """Measure exact-match accuracy on held-out questions; empty if the source has none."""
-    it.swap_to(policy)
-    rows = it.source.questions(it.config.evaluation.questions, 0, "held_out")
+    context.swap_to(policy)
+    rows = context.source.questions(context.config.evaluation.questions, 0, "held_out")
     if not rows:
         return {}
     asked = [(row.image, row.question) for row in rows]
-    answers = it.writer.run(BaseWorker.answer, asked, it.config.data.seen_side)
+    answers = context.writer.run(BaseWorker.answer, asked, context.config.data.seen_side)
     right = [float(answer == row.answer) for answer, row in zip(answers, rows, strict=True)]
     return {**with_interval("accuracy", right), "n": len(right)}
 
 
-def edit_images(it: StageContext, policy: Policy, moment: str = "after") -> dict:
+def edit_images(context: StageContext, policy: Policy, moment: str = "after") -> dict:
     """Edit held-out images and score the edits; the first are a row of the grid. Empty if the source has no edits."""
-    prompts = held_out_edits(it, it.config.evaluation.edits)
+    prompts = held_out_edits(context, context.config.evaluation.edits)
     if not prompts:
         return {}
-    it.swap_to(policy)
-    samples = generate_kept(it, prompts, held_out_seeds(it, len(prompts)), f"{it.name}-{moment}")
-    write_row(it, moment, samples[: it.config.evaluation.grid])
-    check = it.source.edit_check()
-    return _checked(it, [(sample.prompt, sample.bits) for sample in samples], check) if check else {}
+    context.swap_to(policy)
+    samples = generate_kept(context, prompts, held_out_seeds(context, len(prompts)), f"{context.name}-{moment}")
+    write_row(context, moment, samples[: context.config.evaluation.grid])
+    check = context.source.edit_check()
+    return _checked(context, [(sample.prompt, sample.bits) for sample in samples], check) if check else {}
 
 
 MEASURES = {
@@ -196,39 +202,39 @@ MEASURES = {
 }
 
 
-def bit_nll(it: StageContext, policy: Policy) -> dict[str, float]:
+def bit_nll(context: StageContext, policy: Policy) -> dict[str, float]:
     """Measure how well the source's own images of held-out prompts are predicted, in nats per bit; chance is ln 2."""
-    it.swap_to(policy)
-    prompts = held_out_prompts(it, it.config.evaluation.prompts)
-    winners = list(encode_winners(it, prompts).values())
-    scores = it.pool.run(Worker.score, [(winner.prompt, winner.bits) for winner in winners], it.resolution)
+    context.swap_to(policy)
+    prompts = held_out_prompts(context, context.config.evaluation.prompts)
+    winners = list(encode_winners(context, prompts).values())
+    scores = context.pool.run(Worker.score, [(winner.prompt, winner.bits) for winner in winners], context.resolution)
     each = [-score.total / (8 * len(winner.bits)) for winner, score in zip(winners, scores, strict=True)]
     mean, error = mean_and_error(each)
     return {"nats": mean, "nats_stderr": error, "n": len(each)}
 
 
-def preference_metrics(it: StageContext) -> dict[str, float]:
+def preference_metrics(context: StageContext) -> dict[str, float]:
     """Compare the weights in the workers with the reference scores of the held-out pairs; empty if none are."""
-    if it.inputs.pairs is not None and not it.table("held-out").exists():
+    if context.inputs.pairs is not None and not context.table("held-out").exists():
         return {}
-    rows = read_table(it.table("held-out"))
+    rows = read_table(context.table("held-out"))
     resolution = int(rows.resolution[0])
     prompts = prompts_of(rows)
     scores = {}
     for side in ("chosen", "rejected"):
         items = list(zip(prompts, rows[f"{side}_bits"], strict=True))
-        kept = score_kept(it, f"scores-{side}", items, resolution, it.config.rollout.images_at_once)
+        kept = score_kept(context, f"scores-{side}", items, resolution, context.config.rollout.images_at_once)
         scores[side] = [score.total for score in kept]
     return preference_scores(
         scores["chosen"],
         scores["rejected"],
         rows.reference_chosen_logp,
         rows.reference_rejected_logp,
-        it.config.dpo.beta,
+        context.config.dpo.beta,
     )
 
 
-def score_images(it: StageContext, samples: list[Sample], keep: str = "") -> tuple[dict, list[ScoredImage]]:
+def score_images(context: StageContext, samples: list[Sample], keep: str = "") -> tuple[dict, list[ScoredImage]]:
     """Score held-out images by everything that can: the source's exact check, the judge and the training reward.
 
     "overall" is the exact check's mean if there is one, else the judge's, else the reward's. Returns the means, and the
@@ -236,16 +242,16 @@ def score_images(it: StageContext, samples: list[Sample], keep: str = "") -> tup
     there is one.
     """
     items: list[PromptedBits] = [(sample.prompt, sample.bits) for sample in samples]
-    check = it.source.image_check()
+    check = context.source.image_check()
     means: dict = {"n": len(samples)}
-    verdicts, files = _look(it, items, check, keep)
+    verdicts, files = _look(context, items, check, keep)
     found: dict[str, list[float | None]] = {}
-    for name, plugin in (("judge", it.inputs.judge), ("reward", current_reward(it))):
+    for name, plugin in (("judge", context.inputs.judge), ("reward", current_reward(context))):
         if plugin:
-            if check and name == "reward" and trains_on_check(it):
+            if check and name == "reward" and trains_on_check(context):
                 found[name] = list(check.values(verdicts))
             else:
-                found[name] = score(it, items, plugin, keep and name)[0]
+                found[name] = score(context, items, plugin, keep and name)[0]
             means |= _means(name, found[name])
     if check:
         means |= check.scores([prompt for prompt, _ in items], verdicts)
@@ -274,16 +280,16 @@ def score_images(it: StageContext, samples: list[Sample], keep: str = "") -> tup
 
 
 def _look(
-    it: StageContext, items: list[PromptedBits], check: ImageCheck | None, keep: str
+    context: StageContext, items: list[PromptedBits], check: ImageCheck | None, keep: str
 ) -> tuple[list, list[str | None]]:
     """Return the verdicts of ``check``, if there is one, and the files of the images that are kept."""
-    kept = it.config.tracking.images if keep else 0
+    kept = context.config.tracking.images if keep else 0
     if not check:
-        seen = it.pool.run(Worker.check, items[:kept], it.resolution, Illustrated(None)) if kept else []
+        seen = context.pool.run(Worker.check, items[:kept], context.resolution, Illustrated(None)) if kept else []
     else:
-        seen = it.pool.run(Worker.check, items, it.resolution, Illustrated(check))
+        seen = context.pool.run(Worker.check, items, context.resolution, Illustrated(check))
     names = [f"{number:04d}.webp" for number in range(min(kept, len(items)))]
-    files = write_images(it, keep, dict(zip(names, (image for _, image in seen), strict=False)))
+    files = write_images(context, keep, dict(zip(names, (image for _, image in seen), strict=False)))
     return [verdict for verdict, _ in seen], [*files, *[None] * (len(items) - len(files))]
 
 
@@ -293,6 +299,8 @@ def _means(name: str, values: list[float | None]) -> dict[str, float]:
     return {**with_interval(name, scored), f"{name}_n": len(scored)}
 
 
-def _checked(it: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:
+def _checked(context: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:
     """Return the scores of an exact check, which runs in the workers."""
-    return check.scores([prompt for prompt, _ in items], it.pool.run(Worker.check, items, it.resolution, check))
+    return check.scores(
+        [prompt for prompt, _ in items], context.pool.run(Worker.check, items, context.resolution, check)
+    )

@@ -60,36 +60,36 @@ class Judges:
 
 
 @contextmanager
-def judges(it: StageContext) -> Iterator[Judges]:
+def judges(context: StageContext) -> Iterator[Judges]:
     """Start the reward's processes and those of the second judge: ``evaluation.reward``, else the source's check.
 
     The reward is the one that the iteration has learned, else the run's.
     """
     with ExitStack() as stack:
-        wanted = current_reward(it)
+        wanted = current_reward(context)
         assert wanted is not None, "the settings require a reward for online methods"
-        reward = stack.enter_context(running(it, wanted))
-        judge = stack.enter_context(running(it, it.inputs.judge)) if it.inputs.judge else None
-        check = None if trains_on_check(it) else it.source.image_check()  # which would say the same
+        reward = stack.enter_context(running(context, wanted))
+        judge = stack.enter_context(running(context, context.inputs.judge)) if context.inputs.judge else None
+        check = None if trains_on_check(context) else context.source.image_check()  # which would say the same
         yield Judges(reward, judge or check)
 
 
-def draw_batch(it: StageContext, judges: Judges, number: int, method: OnlineMethod) -> DrawnBatch:
+def draw_batch(context: StageContext, judges: Judges, number: int, method: OnlineMethod) -> DrawnBatch:
     """Draw groups until ``rl.prompts`` of them have different rewards, in at most ``1 + rl.refills`` rounds.
 
     NothingToLearnError if no group at all has: the reward says nothing about this policy's images.
     """
-    settings = it.config.rl
+    settings = context.config.rl
     batch = DrawnBatch()
     for refill in range(1 + settings.refills):
         missing = settings.prompts - batch.counts["used"]
         if missing <= 0:
             break
-        seed = seeds_for(1, it.config.seed, it.index, Purpose.ONLINE, number, refill)[0]
-        _add_groups(it, judges, batch, _prompts(it, missing, seed), seed, method)
+        seed = seeds_for(1, context.config.seed, context.index, Purpose.ONLINE, number, refill)[0]
+        _add_groups(context, judges, batch, _prompts(context, missing, seed), seed, method)
     if not batch.samples:
         seen = sorted(set(batch.all_rewards))[:3]
-        name = "the learned reward" if it.is_done(Step.REWARD) else f"reward.path={it.config.reward.path}"
+        name = "the learned reward" if context.is_done(Step.REWARD) else f"reward.path={context.config.reward.path}"
         raise NothingToLearnError(
             f"{name}: no group of {settings.group} images has different rewards: of "
             f"{batch.counts['drawn']} groups, {batch.counts['equal']} have equal ones (such as {seen}) and "
@@ -98,30 +98,30 @@ def draw_batch(it: StageContext, judges: Judges, number: int, method: OnlineMeth
     return batch
 
 
-def _prompts(it: StageContext, count: int, seed: int) -> list[Prompt]:
+def _prompts(context: StageContext, count: int, seed: int) -> list[Prompt]:
     """Return prompts of the file, or of the source, at random."""
-    if it.inputs.prompts is None:
-        return it.source.prompts("train", count, seed)
-    order = np.random.default_rng(seed).permutation(len(it.inputs.prompts))
-    return [it.inputs.prompts[i] for i in order[:count]]
+    if context.inputs.prompts is None:
+        return context.source.prompts("train", count, seed)
+    order = np.random.default_rng(seed).permutation(len(context.inputs.prompts))
+    return [context.inputs.prompts[i] for i in order[:count]]
 
 
 def _add_groups(
-    it: StageContext, judges: Judges, batch: DrawnBatch, prompts: list[Prompt], seed: int, method: OnlineMethod
+    context: StageContext, judges: Judges, batch: DrawnBatch, prompts: list[Prompt], seed: int, method: OnlineMethod
 ) -> None:
     """Draw a group of images of each prompt and add those that ``method`` learns from to ``batch``."""
     began = time.perf_counter()
-    samples = draw_groups(it, prompts, it.config.rl.group, seed, method.completions(it.config.rl))
+    samples = draw_groups(context, prompts, context.config.rl.group, seed, method.completions(context.config.rl))
     drew = time.perf_counter()
     items = [(sample.prompt, sample.bits) for sample in samples]
-    rewards = score(it, items, judges.reward)[0]
+    rewards = score(context, items, judges.reward)[0]
     batch.all_rewards += [reward for reward in rewards if reward is not None]
-    batch.judged += [value for value in second_opinion(it, items, judges.judge) if value is not None]
+    batch.judged += [value for value in second_opinion(context, items, judges.judge) if value is not None]
     batch.seconds["draw"] += drew - began
     batch.seconds["judge"] += time.perf_counter() - drew
-    size = it.config.rl.group
+    size = context.config.rl.group
     for at in range(0, len(samples), size):
-        _add_group(batch, samples[at : at + size], rewards[at : at + size], method, it.config.rl)
+        _add_group(batch, samples[at : at + size], rewards[at : at + size], method, context.config.rl)
 
 
 def _add_group(
@@ -147,46 +147,48 @@ def _add_group(
     batch.groups += [number] * len(chosen)
 
 
-def draw_groups(it: StageContext, prompts: list[Prompt], group: int, seed: int, completions: int = 1) -> list[Sample]:
+def draw_groups(
+    context: StageContext, prompts: list[Prompt], group: int, seed: int, completions: int = 1
+) -> list[Sample]:
     """Draw ``group`` images of each prompt; every ``completions`` in a row share their coarse prefix."""
-    name = f"{it.name}-online"
+    name = f"{context.name}-online"
     repeated = [prompt for prompt in prompts for _ in range(group // completions)]
     seeds = seeds_for(len(prompts) * group, seed)
-    firsts = generate(it, repeated, seeds[: len(repeated)], name)
+    firsts = generate(context, repeated, seeds[: len(repeated)], name)
     if completions == 1:
         return firsts
     more = completions - 1
     jobs = list(zip([first for first in firsts for _ in range(more)], seeds[len(repeated) :], strict=True))
-    scales = it.config.rl.prefix_scales
-    others = it.pool.run(Worker.complete_images, jobs, scales, it.resolution, it.config.sampling, name)
+    scales = context.config.rl.prefix_scales
+    others = context.pool.run(Worker.complete_images, jobs, scales, context.resolution, context.config.sampling, name)
     return [image for i, first in enumerate(firsts) for image in (first, *others[i * more : (i + 1) * more])]
 
 
 def second_opinion(
-    it: StageContext, items: list[PromptedBits], judge: Running | ImageCheck | None
+    context: StageContext, items: list[PromptedBits], judge: Running | ImageCheck | None
 ) -> list[float] | list[float | None]:
     """Return the second judge's score of each image; nothing without one."""
     if judge is None:
         return []
     if isinstance(judge, Running):
-        return score(it, items, judge)[0]
-    return judge.values(it.pool.run(Worker.check, items, it.resolution, judge))
+        return score(context, items, judge)[0]
+    return judge.values(context.pool.run(Worker.check, items, context.resolution, judge))
 
 
-def measure_diversity(it: StageContext, groups: list[list[bytes]]) -> dict[str, float]:
+def measure_diversity(context: StageContext, groups: list[list[bytes]]) -> dict[str, float]:
     """Return the `diversity` of groups of images of one prompt each, at this resolution."""
-    schedule = load_config(it.inputs.model).image_tokenizer_config.schedule_for(it.resolution)
+    schedule = load_config(context.inputs.model).image_tokenizer_config.schedule_for(context.resolution)
     return diversity(groups, schedule)
 
 
-def needs_reference(it: StageContext, method: OnlineMethod) -> bool:
+def needs_reference(context: StageContext, method: OnlineMethod) -> bool:
     """Tell whether the workers score the reference: if the loss takes it, and the learner does not score it itself."""
-    is_taken = it.config.rl.kl > 0 or "reference" in method.takes
-    return is_taken and not it.config.adapter.scores_in_learner
+    is_taken = context.config.rl.kl > 0 or "reference" in method.takes
+    return is_taken and not context.config.adapter.scores_in_learner
 
 
 def rows_of(
-    it: StageContext,
+    context: StageContext,
     batch: DrawnBatch,
     method: OnlineMethod,
     learned: int,
@@ -206,7 +208,7 @@ def rows_of(
             "bits": sample.bits,
             "seed": sample.seed,
             "sampling": json.dumps(sample.sampling, sort_keys=True),
-            "tau": it.config.sampling.tau,
+            "tau": context.config.sampling.tau,
             "version": sample.version,
             "learner_step": learned,
             "group": batch.groups[i],

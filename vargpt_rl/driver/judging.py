@@ -30,31 +30,33 @@ class Rewards:
 NO_REWARDS = Rewards(None, None)
 
 
-def judge(it: StageContext) -> dict:
+def judge(context: StageContext) -> dict:
     """Score an iteration's samples and winners with the reward, if there is one; return what became of them by term."""
-    if it.inputs.reward is None:
+    if context.inputs.reward is None:
         return {}
-    rollouts = read_rollouts(it.rollouts / SAMPLES)
-    values, report = score(it, rollouts.images, it.inputs.reward, "samples")
-    write_rewards(it.rollouts / REWARDS, values)
+    rollouts = read_rollouts(context.rollouts / SAMPLES)
+    values, report = score(context, rollouts.images, context.inputs.reward, "samples")
+    write_rewards(context.rollouts / REWARDS, values)
     return report
 
 
 @contextmanager
-def running(it: StageContext, reward: Callable) -> Iterator[Running]:
+def running(context: StageContext, reward: Callable) -> Iterator[Running]:
     """Have a reward's processes run in the context; those of the run's own rewards are kept after it."""
-    if any(reward is own for own in (it.inputs.reward, it.inputs.judge)):
-        yield it.session.rewards.use(reward)
+    if any(reward is own for own in (context.inputs.reward, context.inputs.judge)):
+        yield context.session.rewards.use(reward)
         return
     with scorers(reward) as live:
         yield live
 
 
-def judge_rollouts(it: StageContext, rollouts: Rollouts, reward: Callable | None, keep: str) -> tuple[Rewards, dict]:
+def judge_rollouts(
+    context: StageContext, rollouts: Rollouts, reward: Callable | None, keep: str
+) -> tuple[Rewards, dict]:
     """Score samples and winners; return the rewards and the report of `score`."""
     if reward is None:
         return NO_REWARDS, {}
-    values, report = score(it, rollouts.images, reward, keep)
+    values, report = score(context, rollouts.images, reward, keep)
     return split_rewards(rollouts, values), report
 
 
@@ -65,7 +67,7 @@ def split_rewards(rollouts: Rollouts, values: list[float | None]) -> Rewards:
 
 
 def score(
-    it: StageContext, items: list[PromptedBits], reward: Callable, keep: str = ""
+    context: StageContext, items: list[PromptedBits], reward: Callable, keep: str = ""
 ) -> tuple[list[float | None], dict]:
     """Score images with ``reward``; return a value each and the report by term, which is logged.
 
@@ -73,32 +75,32 @@ def score(
     once. ValueError if no image at all is scored.
     """
     try:
-        parts = _score_in_parts(it, items, reward, keep)
+        parts = _score_in_parts(context, items, reward, keep)
     except RewardsLostError as lost:
-        it.run.note(f"{lost}: restarted", restart=True)
-        parts = _score_in_parts(it, items, reward, keep)
+        context.run.note(f"{lost}: restarted", restart=True)
+        parts = _score_in_parts(context, items, reward, keep)
     values = [value for part in parts for value in rewards_of(part["rewards"])]
     report = merge_reports([part["report"] for part in parts])
     for name, term in report.items():
         unscored = {f"unscored/{reason}": count for reason, count in term["unscored"].items()}
         numbers = {key: term[key] for key in ("scored", "mean", "seconds", "restarts") if term[key] is not None}
-        it.log(f"reward/{name}", it.pool.version, numbers | unscored)
+        context.log(f"reward/{name}", context.pool.version, numbers | unscored)
     if all(value is None for value in values):
         why = {name: term["errors"] or term["unscored"] for name, term in report.items()}
         raise ValueError(f"none of {len(values)} images was scored by the reward; see reward.path: {why}")
     return values, report
 
 
-def _score_in_parts(it: StageContext, items: list[PromptedBits], reward: Callable, keep: str) -> list[dict]:
+def _score_in_parts(context: StageContext, items: list[PromptedBits], reward: Callable, keep: str) -> list[dict]:
     """Return rewards and report of each part, from disk if it was done before."""
-    with running(it, reward) as live:
+    with running(context, reward) as live:
 
         def judge_part(part: list[PromptedBits]) -> dict:
             counted = live.renewed()
-            found = it.pool.run(Worker.reward, part, it.resolution, counted)
+            found = context.pool.run(Worker.reward, part, context.resolution, counted)
             return {"rewards": reward_rows(found), "report": counted.report()}
 
-        return list(in_parts(it, f"rewards-{keep}", items, judge_part) if keep else [judge_part(items)])
+        return list(in_parts(context, f"rewards-{keep}", items, judge_part) if keep else [judge_part(items)])
 
 
 def write_rewards(path: Path, values: Sequence[float | None]) -> None:

@@ -43,37 +43,37 @@ class LabelsNeeded(Exception):
     """A run waits until people have labelled pairs. The message is one line with the commands to use."""
 
 
-def propose(it: StageContext, policy: Policy) -> dict:
+def propose(context: StageContext, policy: Policy) -> dict:
     """Propose pairs of the iteration's samples to people and keep their images; ``policy`` is the reference."""
-    it.swap_to(policy)
-    rollouts, (pairs, dropped) = _proposed(it)
+    context.swap_to(policy)
+    rollouts, (pairs, dropped) = _proposed(context)
     if not pairs:
         raise ValueError(f"no pair could be proposed of {len(rollouts.samples)} samples; dropped: {dict(dropped)}")
-    margins = judge_margins(it, pairs)
-    if it.inputs.reward:
+    margins = judge_margins(context, pairs)
+    if context.inputs.reward:
         margins |= margins_of([(pair.chosen_reward, pair.rejected_reward) for pair in pairs])
     by_pair = {
         name: {pair.pair_id: value for pair, value in zip(pairs, values, strict=True)}
         for name, values in margins.items()
     }
-    write_atomically(it.rollouts / MARGINS, json.dumps(by_pair).encode())
-    micro_batch = it.config.dpo.recipe.micro_batch
-    write_scored(it, it.table(CANDIDATES), pairs, micro_batch, origin_of(rollouts, dropped))
-    show_pairs(it, read_table(it.table(CANDIDATES)), CANDIDATES)
+    write_atomically(context.rollouts / MARGINS, json.dumps(by_pair).encode())
+    micro_batch = context.config.dpo.recipe.micro_batch
+    write_scored(context, context.table(CANDIDATES), pairs, micro_batch, origin_of(rollouts, dropped))
+    show_pairs(context, read_table(context.table(CANDIDATES)), CANDIDATES)
     return {"proposed": len(pairs)}
 
 
-def pair_labelled(it: StageContext, policy: Policy, judged: dict) -> dict:
+def pair_labelled(context: StageContext, policy: Policy, judged: dict) -> dict:
     """Write the preference table of the proposed pairs that have a winner, with ``policy`` as the reference.
 
     ``judged`` is the report of the rewards. How often they agree with people is part of the result. LabelsNeeded if too
     few pairs are labelled.
     """
-    if told := labels_missing(it.run.directory, it.name, _share(it.config)):
+    if told := labels_missing(context.run.directory, context.name, _share(context.config)):
         raise LabelsNeeded(told)
-    it.swap_to(policy)
-    rollouts, (proposed, dropped) = _proposed(it)
-    raters = all_labels(it.run.directory)
+    context.swap_to(policy)
+    rollouts, (proposed, dropped) = _proposed(context)
+    raters = all_labels(context.run.directory)
     winners = majority([votes(labels) for labels in raters.values()])
     pairs = []
     for pair in proposed:
@@ -86,18 +86,18 @@ def pair_labelled(it: StageContext, policy: Policy, judged: dict) -> dict:
     if not pairs:
         raise ValueError(f"people prefer neither image of any of {len(proposed)} pairs: {dict(dropped)}")
     origin = origin_of(rollouts, dropped)
-    write_scored(it, it.table(), pairs, it.config.dpo.recipe.micro_batch, origin, it.states)
-    describe_pairs(it)
+    write_scored(context, context.table(), pairs, context.config.dpo.recipe.micro_batch, origin, context.states)
+    describe_pairs(context)
     counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin, "raters": len(raters)}
-    counts["people"] = agreements(_margins(it.rollouts / MARGINS, winners))
+    counts["people"] = agreements(_margins(context.rollouts / MARGINS, winners))
     return counts | ({"rewards": judged} if judged else {})
 
 
-def _proposed(it: StageContext) -> tuple[Rollouts, Built]:
+def _proposed(context: StageContext) -> tuple[Rollouts, Built]:
     """Build the proposed pairs of the iteration's samples anew; they are the same each time."""
-    rollouts = read_rollouts(it.rollouts / SAMPLES)
-    rewards: Rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
-    built = it.inputs.builder(rollouts.samples, rollouts.winners, rewards.samples, rewards.winners)
+    rollouts = read_rollouts(context.rollouts / SAMPLES)
+    rewards: Rewards = read_rewards(context.rollouts / REWARDS, rollouts) if context.inputs.reward else NO_REWARDS
+    built = context.inputs.builder(rollouts.samples, rollouts.winners, rewards.samples, rewards.winners)
     check_books(rollouts.samples, *built)
     return rollouts, built
 

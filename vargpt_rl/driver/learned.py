@@ -49,52 +49,58 @@ class ScoredPairs:
     rejected: list[float]
 
 
-def current_reward(it: StageContext) -> Reward | None:
+def current_reward(context: StageContext) -> Reward | None:
     """Return the reward that methods maximise: the one that the iteration has learned, else the run's, if any."""
-    return learned_reward(it) if it.is_done(Step.REWARD) else it.inputs.reward
+    return learned_reward(context) if context.is_done(Step.REWARD) else context.inputs.reward
 
 
-def trains_on_check(it: StageContext) -> bool:
+def trains_on_check(context: StageContext) -> bool:
     """Tell whether methods maximise the shapes world's exact check, which also measures held-out images."""
-    return it.config.reward.path == SHAPES_CHECK and not it.is_done(Step.REWARD)
+    return context.config.reward.path == SHAPES_CHECK and not context.is_done(Step.REWARD)
 
 
-def learned_reward(it: StageContext) -> LearnedReward:
+def learned_reward(context: StageContext) -> LearnedReward:
     """Return the reward that this iteration has learned."""
-    return LearnedReward(str(it.checkpoint(Step.REWARD) / "final"))
+    return LearnedReward(str(context.checkpoint(Step.REWARD) / "final"))
 
 
-def train_reward(it: StageContext, policy: Policy) -> dict:
+def train_reward(context: StageContext, policy: Policy) -> dict:
     """Learn a reward on the understanding half of ``policy``, and measure it on held-out pairs and images."""
-    settings = it.config.learned_reward
-    table = Path(settings.table) if settings.table else it.table()
+    settings = context.config.learned_reward
+    table = Path(settings.table) if settings.table else context.table()
     rows = read_table(table)
-    check_split(rows, settings.held_out, it.config.seed, settings.recipe.batch, table)
-    train, held_out = split_by_prompt(rows, settings.held_out, it.config.seed)
-    folder = it.run.directory.resolve() / "rollouts" / f"{it.name}-{Step.REWARD}"
-    it.swap_to(policy)
-    _write_pairs(it, train, folder)
+    check_split(rows, settings.held_out, context.config.seed, settings.recipe.batch, table)
+    train, held_out = split_by_prompt(rows, settings.held_out, context.config.seed)
+    folder = context.run.directory.resolve() / "rollouts" / f"{context.name}-{Step.REWARD}"
+    context.swap_to(policy)
+    _write_pairs(context, train, folder)
     job = RewardJob(
         start=policy,
         pairs=folder,
         recipe=settings.recipe,
         reward=settings,
-        output=it.checkpoint(Step.REWARD),
-        seed=it.config.seed + it.index,
+        output=context.checkpoint(Step.REWARD),
+        seed=context.config.seed + context.index,
     )
-    result = it.session.learners.run(job, follow(it, Step.REWARD, settings.recipe, it.config.learner.ranks))
+    result = context.session.learners.run(
+        job, follow(context, Step.REWARD, settings.recipe, context.config.learner.ranks)
+    )
     shutil.rmtree(folder)
     counts = {"pairs": len(train), "prompts": int(train.prompt.nunique()), "held_out_pairs": len(held_out)}
-    describe_reward(it.checkpoint(Step.REWARD) / "final", policy, {"resolution": it.resolution, **counts})
-    reward = learned_reward(it)
-    result |= counts | _pair_accuracies(_scored(it, held_out, reward))
-    if it.inputs.pairs is None:  # else the held-out images are not the policy's
-        result |= _agreement(it, reward)
-    it.log(f"evaluate/{Step.REWARD}", it.index, {key: result[key] for key in result if key not in ("steps", "seconds")})
+    describe_reward(context.checkpoint(Step.REWARD) / "final", policy, {"resolution": context.resolution, **counts})
+    reward = learned_reward(context)
+    result |= counts | _pair_accuracies(_scored(context, held_out, reward))
+    if context.inputs.pairs is None:  # else the held-out images are not the policy's
+        result |= _agreement(context, reward)
+    context.log(
+        f"evaluate/{Step.REWARD}",
+        context.index,
+        {key: result[key] for key in result if key not in ("steps", "seconds")},
+    )
     return result
 
 
-def _write_pairs(it: StageContext, rows: pd.DataFrame, folder: Path) -> None:
+def _write_pairs(context: StageContext, rows: pd.DataFrame, folder: Path) -> None:
     """Decode both images of each pair in the workers, as PNG files, and write the table of pairs."""
     pairs = []
     items: list[tuple[PromptedBits, str]] = []
@@ -104,15 +110,15 @@ def _write_pairs(it: StageContext, rows: pd.DataFrame, folder: Path) -> None:
         items += [((prompt, row[f"{side}_bits"]), name) for side, name in zip(SIDES, names, strict=True)]
         pairs.append(RewardPair(row["prompt"], *names))
     folder.mkdir(parents=True, exist_ok=True)
-    it.pool.run(Worker.write_images, items, it.resolution, str(folder))
+    context.pool.run(Worker.write_images, items, context.resolution, str(folder))
     write_pairs_file(folder, pairs)
 
 
-def _scored(it: StageContext, rows: pd.DataFrame, reward: Reward) -> ScoredPairs:
+def _scored(context: StageContext, rows: pd.DataFrame, reward: Reward) -> ScoredPairs:
     """Score both sides of each row in the reward's own process. ValueError if one is not scored."""
     prompts = prompts_of(rows)
     items = [item for side in SIDES for item in zip(prompts, rows[f"{side}_bits"], strict=True)]
-    values, report = score(it, items, reward)
+    values, report = score(context, items, reward)
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         raise ValueError(f"the learned reward scored {len(found)} of {len(values)} held-out images: {report}")
@@ -132,20 +138,20 @@ def _pair_accuracies(pairs: ScoredPairs) -> dict[str, float]:
     return result
 
 
-def _agreement(it: StageContext, reward: Reward) -> dict[str, float]:
+def _agreement(context: StageContext, reward: Reward) -> dict[str, float]:
     """Compare the reward with the source's exact check on the images of held-out prompts drawn after SFT.
 
     ``agreement``: probability that a right image has a higher reward than a wrong one. ``held_out_reward``: the mean,
     from which later methods start. ``real_over_own``: share of winners with a higher reward than the policy's image.
     """
-    pairs = _scored(it, read_table(it.table("held-out")), reward)
+    pairs = _scored(context, read_table(context.table("held-out")), reward)
     result: dict[str, float] = {"held_out_reward": sum(pairs.rejected) / len(pairs.rejected)}
     result |= share_with_interval("real_over_own", *pairs_won(pairs.chosen, pairs.rejected))
-    if (check := it.source.image_check()) is None:
+    if (check := context.source.image_check()) is None:
         return result
     prompts = prompts_of(pairs.rows)
     items = list(zip(prompts, pairs.rows.rejected_bits, strict=True))
-    verdicts = check.values(it.pool.run(Worker.check, items, it.resolution, check))
+    verdicts = check.values(context.pool.run(Worker.check, items, context.resolution, check))
     right = [value for value, verdict in zip(pairs.rejected, verdicts, strict=True) if verdict == 1]
     wrong = [value for value, verdict in zip(pairs.rejected, verdicts, strict=True) if verdict == 0]
     if right and wrong:

@@ -47,7 +47,7 @@ LOOK_S = 0.5
 class OnlineRun:
     """An online method under way, from ``start``, which is also the reference."""
 
-    it: StageContext
+    context: StageContext
     method: str
     start: Policy
     guard: Guard
@@ -56,54 +56,56 @@ class OnlineRun:
     @property
     def output(self) -> Path:
         """The folder of the weights that the learner saves."""
-        return self.it.checkpoint(self.method)
+        return self.context.checkpoint(self.method)
 
 
-def batches_of(it: StageContext, method: str) -> Path:
+def batches_of(context: StageContext, method: str) -> Path:
     """Return the folder of a method's batches. Kept until its result is recorded, since a resumed job repeats steps."""
-    return it.run.directory.resolve() / "rollouts" / f"{it.name}-{method}"
+    return context.run.directory.resolve() / "rollouts" / f"{context.name}-{method}"
 
 
-def states_of(it: StageContext, method: str) -> Path | None:
+def states_of(context: StageContext, method: str) -> Path | None:
     """Return the folder of the language model's states of a method's images; None if they are not stored."""
-    if not it.config.rl.stored_states:
+    if not context.config.rl.stored_states:
         return None
-    return it.run.directory.resolve() / "states" / f"{it.name}-{method}"
+    return context.run.directory.resolve() / "states" / f"{context.name}-{method}"
 
 
-def forget_batches(it: StageContext, method: str) -> None:
+def forget_batches(context: StageContext, method: str) -> None:
     """Delete the batches of a method that is recorded, and the states of their images."""
-    shutil.rmtree(batches_of(it, method), ignore_errors=True)
-    if (states := states_of(it, method)) is not None:
+    shutil.rmtree(batches_of(context, method), ignore_errors=True)
+    if (states := states_of(context, method)) is not None:
         shutil.rmtree(states, ignore_errors=True)
 
 
-def train_online(it: StageContext, policy: Policy, method: str) -> dict:
+def train_online(context: StageContext, policy: Policy, method: str) -> dict:
     """Train an online method from ``policy``; return the learner's result with the first and last figures."""
-    settings = it.config.rl
-    recipe = recipe_for(it, method)
-    folder = batches_of(it, method)
+    settings = context.config.rl
+    recipe = recipe_for(context, method)
+    folder = batches_of(context, method)
     folder.mkdir(parents=True, exist_ok=True)
-    probe = random_probe(it)
-    states = states_of(it, method)
+    probe = random_probe(context)
+    states = states_of(context, method)
     if states is not None:
-        it.swap_to(policy)
-        it.pool.run(Worker.score, [(probe.prompt, probe.bits)], it.resolution, 1.0, states)
+        context.swap_to(policy)
+        context.pool.run(Worker.score, [(probe.prompt, probe.bits)], context.resolution, 1.0, states)
     job = PolicyGradientJob(
         start=policy,
         batches=folder,
         recipe=recipe,
         rl=settings,
-        output=it.checkpoint(method),
-        seed=it.config.seed + it.index,
+        output=context.checkpoint(method),
+        seed=context.config.seed + context.index,
         probe=probe,
         method=method,
         states=states,
     )
-    guard = Guard(settings.guard, folder, job.output, it.run.note)
-    training = it.session.learners.start(job, _watched(guard, follow(it, method, recipe, it.config.learner.ranks)))
-    run = OnlineRun(it, method, policy, guard, training)
-    with judges(it) as live:
+    guard = Guard(settings.guard, folder, job.output, context.run.note)
+    training = context.session.learners.start(
+        job, _watched(guard, follow(context, method, recipe, context.config.learner.ranks))
+    )
+    run = OnlineRun(context, method, policy, guard, training)
+    with judges(context) as live:
         for number in range(math.ceil(recipe.steps / settings.updates)):
             if not batch_path(folder, number).exists():  # else drawn before an interruption
                 _write_batch(run, live, number)
@@ -112,14 +114,14 @@ def train_online(it: StageContext, policy: Policy, method: str) -> dict:
     result = training.result()
     if states is not None:
         sizes = [path.stat().st_size for path in states.glob("*.safetensors")]
-        it.run.note(f"rl.stored_states: {len(sizes)} images in {states}, {sum(sizes) / 1e9:.3g} GB")
+        context.run.note(f"rl.stored_states: {len(sizes)} images in {states}, {sum(sizes) / 1e9:.3g} GB")
     return _finish(run, result) | _summarise(folder, result)
 
 
-def recipe_for(it: StageContext, method: str) -> Recipe:
+def recipe_for(context: StageContext, method: str) -> Recipe:
     """Return the recipe with a batch just large enough for the images that the method learns from."""
-    settings = it.config.rl
-    unit = settings.recipe.micro_batch * it.config.learner.ranks
+    settings = context.config.rl
+    unit = settings.recipe.micro_batch * context.config.learner.ranks
     rows = settings.prompts * (ONLINE[method].compared(settings, settings.group) or settings.group)
     return replace(settings.recipe, batch=min(settings.recipe.batch, math.ceil(rows / unit) * unit))
 
@@ -136,30 +138,33 @@ def _watched(guard: Guard, show: Callable[[dict], None]) -> Callable[[dict], Non
 
 def _write_batch(run: OnlineRun, live: Judges, number: int) -> None:
     """Draw, judge and write one batch with the learner's weights, unless the guard stops the method before."""
-    it = run.it
-    settings = it.config.rl
+    context = run.context
+    settings = context.config.rl
     learned = max(0, number - settings.staleness) * settings.updates
     times = Timer()
     current = _wait_for(run, learned)
     times.take("wait")
     if current is None or run.guard.stopped is not None:
         return
-    swapped = it.swap_to(current)
+    swapped = context.swap_to(current)
     times.take("swap")
     if run.guard.is_due(number) and learned not in run.guard.scores:
-        run.guard.see_score(learned, validate(it, f"{run.method}/validate", learned))
+        run.guard.see_score(learned, validate(context, f"{run.method}/validate", learned))
     times.take("validate")
     try:
-        batch = draw_batch(it, live, number, ONLINE[run.method])
+        batch = draw_batch(context, live, number, ONLINE[run.method])
     except NothingToLearnError as error:
         if number == 0:
             raise
         run.guard.stop(str(error))
         return
     times.begin()
-    rows = rows_of(it, batch, ONLINE[run.method], learned, _score(run, batch))
+    rows = rows_of(context, batch, ONLINE[run.method], learned, _score(run, batch))
     times.take("score")
-    figures = _figures(it, batch) | {"version": swapped["version"], "staleness": number * settings.updates - learned}
+    figures = _figures(context, batch) | {
+        "version": swapped["version"],
+        "staleness": number * settings.updates - learned,
+    }
     run.guard.see_diversity(figures["diversity"])
     run.training.look()
     if run.guard.stopped is not None:  # the line of the last step was not there yet when its weights were
@@ -167,7 +172,9 @@ def _write_batch(run: OnlineRun, live: Judges, number: int) -> None:
     seconds = times.seconds | batch.seconds
     write_atomically(_figures_path(run.guard.folder, number), json.dumps(figures | {"seconds": seconds}).encode())
     write_policy_batch(batch_path(run.guard.folder, number), rows)
-    it.log(f"{run.method}/rollout", number + 1, figures | {f"time/{name}": value for name, value in seconds.items()})
+    context.log(
+        f"{run.method}/rollout", number + 1, figures | {f"time/{name}": value for name, value in seconds.items()}
+    )
 
 
 class Timer:
@@ -202,7 +209,7 @@ def _wait_for(run: OnlineRun, learned: int) -> Policy | None:
         if run.guard.stopped is not None:
             return None
         raise RuntimeError(f"the learner ended before step {learned}: {weights} is missing")
-    run.guard.drop_weights(oldest=learned - run.it.config.rl.updates)
+    run.guard.drop_weights(oldest=learned - run.context.config.rl.updates)
     return run.start.plus(weights)
 
 
@@ -212,25 +219,27 @@ def _score(run: OnlineRun, batch: DrawnBatch) -> list[ImageScore] | None:
     The language model's states are stored in the same pass. They are those of any weights of the method, and in the
     micro-batches of the learner, so that these compute what they would with a language model.
     """
-    it = run.it
-    is_wanted = needs_reference(it, ONLINE[run.method])
-    states = states_of(it, run.method)
+    context = run.context
+    is_wanted = needs_reference(context, ONLINE[run.method])
+    states = states_of(context, run.method)
     if is_wanted:
-        it.swap_to(run.start)
+        context.swap_to(run.start)
     elif states is None:
         return None
     items = [(sample.prompt, sample.bits) for sample in batch.samples]
-    size = it.config.rl.recipe.micro_batch
-    scores = it.pool.run(Worker.score, items, it.resolution, it.config.sampling.tau, states, batch_size=size)
+    size = context.config.rl.recipe.micro_batch
+    scores = context.pool.run(
+        Worker.score, items, context.resolution, context.config.sampling.tau, states, batch_size=size
+    )
     return scores if is_wanted else None
 
 
-def _figures(it: StageContext, batch: DrawnBatch) -> dict[str, float]:
+def _figures(context: StageContext, batch: DrawnBatch) -> dict[str, float]:
     """Return what is known of a batch's images: reward, second judge, diversity, groups."""
     found = {"reward": float(np.mean(batch.all_rewards)), "reward_std": float(np.std(batch.all_rewards))}
     if batch.judged:
         found["judge"] = float(np.mean(batch.judged))
-    found |= measure_diversity(it, batch.drawn)
+    found |= measure_diversity(context, batch.drawn)
     return found | {f"groups/{name}": count for name, count in batch.counts.items()}
 
 
@@ -240,12 +249,12 @@ def _figures_path(folder: Path, number: int) -> Path:
 
 def _finish(run: OnlineRun, result: dict) -> dict:
     """Validate the last weights and go back to the best; return the learner's result with what became of it."""
-    it = run.it
+    context = run.context
     guard = run.guard
     last = result["steps"]
     if guard.limits.validate_every is not None and guard.diverged is None and last not in guard.scores:
-        it.swap_to(run.start.plus(run.output / f"step-{last:06d}"))  # ``final`` may yet be replaced
-        guard.see_score(last, validate(it, f"{run.method}/validate", last))
+        context.swap_to(run.start.plus(run.output / f"step-{last:06d}"))  # ``final`` may yet be replaced
+        guard.see_score(last, validate(context, f"{run.method}/validate", last))
     kept = guard.keep_wanted(last)
     found: dict = {"kept_step": kept}
     if guard.scores:

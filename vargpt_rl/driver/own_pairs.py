@@ -53,51 +53,51 @@ class EncodedPairs:
     left_out: Counter[str]
 
 
-def encoded_path(it: StageContext) -> Path:
+def encoded_path(context: StageContext) -> Path:
     """Return the file of the encoded pairs of a resolution."""
-    return it.run.directory / "rollouts" / "pairs" / f"{it.resolution}.parquet"
+    return context.run.directory / "rollouts" / "pairs" / f"{context.resolution}.parquet"
 
 
-def encode_own_pairs(it: StageContext, policy: Policy) -> dict:
+def encode_own_pairs(context: StageContext, policy: Policy) -> dict:
     """Encode all images of the pairs; each image once, and only in the first iteration of a resolution."""
-    own = it.inputs.pairs
+    own = context.inputs.pairs
     assert own is not None  # the loop asks for this step with pairs alone
-    if it.index > it.session.config.resolutions.index(it.resolution):
+    if context.index > context.session.config.resolutions.index(context.resolution):
         return {"images": 0}
-    it.swap_to(policy)
+    context.swap_to(policy)
     began = time.perf_counter()
     left_out = Counter(own.left_out)
-    bits = _encode(it, own)
+    bits = _encode(context, own)
     rows = list(_rows(own, bits, left_out))
-    it.inputs.check_quarantine()
+    context.inputs.check_quarantine()
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"preference.pairs: no pair to train on; left out: {dict(left_out)}")
     schema = COLUMNS.with_metadata({LEFT_OUT: json.dumps(left_out)})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema), sink, write_page_checksum=True)
-    encoded_path(it).parent.mkdir(parents=True, exist_ok=True)
-    point(f"{it.name}/encoded")
-    write_atomically(encoded_path(it), sink.getvalue().to_pybytes())
+    encoded_path(context).parent.mkdir(parents=True, exist_ok=True)
+    point(f"{context.name}/encoded")
+    write_atomically(encoded_path(context), sink.getvalue().to_pybytes())
     seconds = time.perf_counter() - began
-    it.log("encode", it.index, {"images": len(bits), "pairs": len(rows), "seconds": seconds})
+    context.log("encode", context.index, {"images": len(bits), "pairs": len(rows), "seconds": seconds})
     return {"images": len(bits), "pairs": len(rows), "seconds": seconds}
 
 
-def _encode(it: StageContext, own: OwnPairs) -> dict[str, bytes]:
+def _encode(context: StageContext, own: OwnPairs) -> dict[str, bytes]:
     """Return the bits of each image by key; undecodable ones are quarantined with their row and left out."""
     places = {key: pair for pair in reversed(own.pairs) for key in (pair.chosen, pair.rejected)}
     bits: dict[str, bytes] = {}
-    for found in in_parts(it, "images", sorted(places), partial(_encode_part, it)):
+    for found in in_parts(context, "images", sorted(places), partial(_encode_part, context)):
         bits |= {key: unpacked(text) for key, text in found["bits"].items()}
         for key, reason in found["failures"].items():
-            it.inputs.quarantine.add(places[key].place, places[key].prompt.text, reason)
+            context.inputs.quarantine.add(places[key].place, places[key].prompt.text, reason)
     return bits
 
 
-def _encode_part(it: StageContext, keys: list[str]) -> dict[str, dict[str, str]]:
+def _encode_part(context: StageContext, keys: list[str]) -> dict[str, dict[str, str]]:
     """Encode images; return the bits as text, and the reasons of those that cannot be read, by key."""
     found: dict[str, dict[str, str]] = {"bits": {}, "failures": {}}
-    for result in it.pool.run(Worker.encode, keys, it.resolution):
+    for result in context.pool.run(Worker.encode, keys, context.resolution):
         if isinstance(result, Failure):
             found["failures"][result.key] = result.reason
         else:
@@ -150,17 +150,17 @@ def _pair(row: dict[str, str | bytes], resolution: int) -> PreferencePair:
     return PreferencePair(str(row["pair_id"]), chosen, rejected, None, None)
 
 
-def pair_own(it: StageContext, policy: Policy) -> dict:
+def pair_own(context: StageContext, policy: Policy) -> dict:
     """Write the preference table of the training pairs, scored with ``policy``, which is the reference.
 
     Rewards and the judge score both sides; how often they agree with the pairs is part of the result.
     """
-    it.swap_to(policy)
-    found = read_encoded(encoded_path(it), it.resolution, "train")
-    scored = score_sides(it, found.pairs)
+    context.swap_to(policy)
+    found = read_encoded(encoded_path(context), context.resolution, "train")
+    scored = score_sides(context, found.pairs)
     origin = _origin(scored.pairs, found.left_out)
-    write_scored(it, it.table(), scored.pairs, it.config.dpo.recipe.micro_batch, origin, it.states)
-    describe_pairs(it)
+    write_scored(context, context.table(), scored.pairs, context.config.dpo.recipe.micro_batch, origin, context.states)
+    describe_pairs(context)
     counts = {
         "built": len(scored.pairs),
         "dropped": found.left_out.total(),
@@ -170,13 +170,13 @@ def pair_own(it: StageContext, policy: Policy) -> dict:
     return counts | {"people": agreements(scored.margins), "own": True}
 
 
-def write_held_out(it: StageContext) -> dict[str, int]:
+def write_held_out(context: StageContext) -> dict[str, int]:
     """Write the table of the held-out pairs with the weights in the workers; no table if no pair is held out."""
-    found = read_encoded(encoded_path(it), it.resolution, "held_out")
+    found = read_encoded(encoded_path(context), context.resolution, "held_out")
     if not found.pairs:
         return {}
     origin = _origin(found.pairs, Counter())
-    write_scored(it, it.table("held-out"), found.pairs, it.config.rollout.images_at_once, origin)
+    write_scored(context, context.table("held-out"), found.pairs, context.config.rollout.images_at_once, origin)
     return {"pairs": len(found.pairs)}
 
 

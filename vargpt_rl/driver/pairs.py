@@ -37,22 +37,24 @@ from vargpt_rl.driver.training import finish_dpo, start_dpo
 from vargpt_rl.storage.checkpoint import Policy
 
 
-def pair(it: StageContext, policy: Policy, judged: dict) -> dict:
+def pair(context: StageContext, policy: Policy, judged: dict) -> dict:
     """Build the iteration's pairs and write its preference table, with ``policy`` as the reference.
 
     ``judged`` is the report of the rewards, which becomes part of the result.
     """
-    it.swap_to(policy)
-    rollouts = read_rollouts(it.rollouts / SAMPLES)
-    rewards = read_rewards(it.rollouts / REWARDS, rollouts) if it.inputs.reward else NO_REWARDS
-    micro_batch = it.config.dpo.recipe.micro_batch
-    counts = write_pairs(it, it.table(), rollouts, it.inputs.builder, rewards, micro_batch, states=it.states)
-    describe_pairs(it)
+    context.swap_to(policy)
+    rollouts = read_rollouts(context.rollouts / SAMPLES)
+    rewards = read_rewards(context.rollouts / REWARDS, rollouts) if context.inputs.reward else NO_REWARDS
+    micro_batch = context.config.dpo.recipe.micro_batch
+    counts = write_pairs(
+        context, context.table(), rollouts, context.inputs.builder, rewards, micro_batch, states=context.states
+    )
+    describe_pairs(context)
     return counts | ({"rewards": judged} if judged else {})
 
 
 def write_pairs(
-    it: StageContext,
+    context: StageContext,
     path: Path,
     rollouts: Rollouts,
     builder: Callable,
@@ -73,7 +75,7 @@ def write_pairs(
     if not (pairs or part):
         raise ValueError(f"no pair could be built of {len(samples)} samples; dropped: {dict(dropped)}")
     origin = origin_of(rollouts, dropped)
-    write_scored(it, path, pairs, micro_batch, origin, states)
+    write_scored(context, path, pairs, micro_batch, origin, states)
     return {"built": len(pairs), "dropped": sum(dropped.values()), **origin}
 
 
@@ -88,7 +90,7 @@ def origin_of(rollouts: Rollouts, dropped: Mapping[str, int]) -> dict[str, Any]:
 
 
 def write_scored(
-    it: StageContext,
+    context: StageContext,
     path: Path,
     pairs: list[PreferencePair],
     micro_batch: int,
@@ -101,12 +103,12 @@ def write_scored(
     """
     order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = _scored_rows(it, [pairs[i] for i in order], micro_batch, path.stem, states)
+    rows = _scored_rows(context, [pairs[i] for i in order], micro_batch, path.stem, states)
     write_table(path, rows, origin | {"micro_batch": micro_batch})
 
 
 def score_kept(
-    it: StageContext,
+    context: StageContext,
     name: str,
     items: list[PromptedBits],
     resolution: int,
@@ -119,14 +121,16 @@ def score_kept(
     """
 
     def score(part: list[PromptedBits]) -> dict:
-        found = it.pool.run(Worker.score, part, resolution, 1.0, states, batch_size=batch_size)
+        found = context.pool.run(Worker.score, part, resolution, 1.0, states, batch_size=batch_size)
         return {"scores": [score_fields(each) for each in found]}
 
-    return [score_of(each) for part in in_parts(it, name, items, score, unit=batch_size) for each in part["scores"]]
+    return [
+        score_of(each) for part in in_parts(context, name, items, score, unit=batch_size) for each in part["scores"]
+    ]
 
 
 def _scored_rows(
-    it: StageContext, pairs: list[PreferencePair], micro_batch: int, name: str, states: Path | None
+    context: StageContext, pairs: list[PreferencePair], micro_batch: int, name: str, states: Path | None
 ) -> list[dict[str, object]]:
     """Return the pairs as rows of the table, with the log-probabilities that the weights in the workers give them."""
     groups = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
@@ -134,60 +138,60 @@ def _scored_rows(
     for group in groups:  # ordered like the learner's batches: [all chosen, all rejected]
         items += [(each.prompt, each.chosen.bits) for each in group]
         items += [(each.prompt, each.rejected.bits) for each in group]
-    scores = iter(score_kept(it, f"scores-{name}", items, it.resolution, 2 * micro_batch, states))
+    scores = iter(score_kept(context, f"scores-{name}", items, context.resolution, 2 * micro_batch, states))
     rows = []
     for group in groups:
         chosen = [next(scores) for _ in group]
         rejected = [next(scores) for _ in group]
-        rows += [p.row(c, r, it.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
+        rows += [p.row(c, r, context.pool.version) for p, c, r in zip(group, chosen, rejected, strict=True)]
     return rows
 
 
-def describe_pairs(it: StageContext) -> None:
+def describe_pairs(context: StageContext) -> None:
     """Report the iteration's table: as metrics, which the page plots, and some pairs with their images."""
-    table = read_table(it.table())
-    it.log("pairs", it.index, statistics(table))
-    show_pairs(it, table.head(it.config.tracking.table_rows))
+    table = read_table(context.table())
+    context.log("pairs", context.index, statistics(table))
+    show_pairs(context, table.head(context.config.tracking.table_rows))
 
 
 # Sampling and DPO at the same time
 
 
-def sample_while_training(it: StageContext, policy: Policy) -> tuple[dict, dict, dict]:
+def sample_while_training(context: StageContext, policy: Policy) -> tuple[dict, dict, dict]:
     """Sample, judge and pair in rounds; return the results of sampling, of pairing and of DPO.
 
     DPO starts with the first ``dpo.min_pairs`` pairs and trains beside the later rounds.
     """
-    rounds = PairRounds(it, policy)
+    rounds = PairRounds(context, policy)
     job: RunningJob | None = None
 
-    def pair_in_rounds(it: StageContext) -> dict:
+    def pair_in_rounds(context: StageContext) -> dict:
         nonlocal job
         for built in rounds.write():
-            it.inputs.check_quarantine()
+            context.inputs.check_quarantine()
             if job:
                 job.look()
             elif built >= rounds.min_pairs:
-                job = start_dpo(it, policy, parts=len(rounds.parts))
+                job = start_dpo(context, policy, parts=len(rounds.parts))
         return rounds.join()
 
-    result = it.step(Step.PAIR, pair_in_rounds)
-    dpo = it.step(Step.DPO, finish_dpo, policy, job)
+    result = context.step(Step.PAIR, pair_in_rounds)
+    dpo = context.step(Step.DPO, finish_dpo, policy, job)
     return result["rollout"], result["pairs"], dpo
 
 
 class PairRounds:
     """The rounds of an iteration: each draws the next prompts and writes a part of the preference table."""
 
-    def __init__(self, it: StageContext, policy: Policy):
-        self.it = it
+    def __init__(self, context: StageContext, policy: Policy):
+        self.context = context
         self.policy = policy
-        self.plan = plan_samples(it, policy)
-        self.min_pairs = it.config.dpo.min_pairs or it.config.preference.count
-        size = self.min_pairs * it.config.preference.samples
+        self.plan = plan_samples(context, policy)
+        self.min_pairs = context.config.dpo.min_pairs or context.config.preference.count
+        size = self.min_pairs * context.config.preference.samples
         count = len(self.plan.prompts)
         self.rounds = [range(at, min(at + size, count)) for at in range(0, count, size)]
-        self.parts = [part_path(it.table(), number) for number in range(len(self.rounds))]
+        self.parts = [part_path(context.table(), number) for number in range(len(self.rounds))]
         self.drawn = 0
         self.seconds = 0.0
         self.reports: list[dict] = []
@@ -200,10 +204,10 @@ class PairRounds:
         for sampler in range(len(self.plan.samplers) - 1):
             drawn = self._draw(sampler, range(len(self.plan.prompts)), "all")  # kept until the table is written
             samples |= {i: sample for i, sample in drawn.items() if i >= begin}
-        self.it.swap_to(self.policy)
+        self.context.swap_to(self.policy)
         built = 0
-        wanted = self.it.inputs.reward
-        with running(self.it, wanted) if wanted else nullcontext() as reward:
+        wanted = self.context.inputs.reward
+        with running(self.context, wanted) if wanted else nullcontext() as reward:
             for number, (part, indices) in enumerate(zip(self.parts, self.rounds, strict=True)):
                 if number >= done:
                     samples |= self._draw(len(self.plan.samplers) - 1, indices, f"{number:05d}")
@@ -212,28 +216,35 @@ class PairRounds:
                 yield built
 
     def _draw(self, sampler: int, indices: range, keep: str) -> dict[int, Sample]:
-        samples, seconds = draw_share(self.it, self.plan, sampler, indices, keep)
+        samples, seconds = draw_share(self.context, self.plan, sampler, indices, keep)
         self.drawn += len(samples)
         self.seconds += seconds
         return samples
 
     def _write_part(self, part: Path, samples: list[Sample], reward: Running | None) -> None:
         rollouts = Rollouts(samples, {})
-        rollouts = Rollouts(samples, encode_winners(self.it, rollouts.prompts, part.stem))
-        rewards, report = judge_rollouts(self.it, rollouts, reward, part.stem)
+        rollouts = Rollouts(samples, encode_winners(self.context, rollouts.prompts, part.stem))
+        rewards, report = judge_rollouts(self.context, rollouts, reward, part.stem)
         self.reports.append(report)
-        micro_batch = self.it.config.dpo.recipe.micro_batch
+        micro_batch = self.context.config.dpo.recipe.micro_batch
         write_pairs(
-            self.it, part, rollouts, self.it.inputs.builder, rewards, micro_batch, part=True, states=self.it.states
+            self.context,
+            part,
+            rollouts,
+            self.context.inputs.builder,
+            rewards,
+            micro_batch,
+            part=True,
+            states=self.context.states,
         )
 
     def join(self) -> dict:
         """Join the parts to the table; return what became of all samples, and the speed of drawing them."""
-        origin = join_parts(self.it.table(), self.parts)
+        origin = join_parts(self.context.table(), self.parts)
         if origin["samples"] != len(self.plan.prompts):
             raise RuntimeError(f"{len(self.plan.prompts)} samples were planned, {origin['samples']} are in the table")
-        describe_pairs(self.it)
+        describe_pairs(self.context)
         counts = {"built": sum(origin["parts"]), "dropped": sum(origin["dropped_by_reason"].values()), **origin}
         if judged := merge_reports(self.reports):
             counts["rewards"] = judged
-        return {"rollout": report_speed(self.it, self.plan, self.drawn, self.seconds), "pairs": counts}
+        return {"rollout": report_speed(self.context, self.plan, self.drawn, self.seconds), "pairs": counts}

@@ -27,36 +27,36 @@ FEWEST_BATCHES = 16
 """Fewest batches of each worker in a part by default: at a part's end workers wait for the last one's batch."""
 
 
-def part_size(it: StageContext, unit: int) -> int:
+def part_size(context: StageContext, unit: int) -> int:
     """Return the number of items of a part, a multiple of ``unit``."""
-    rollout = it.config.rollout
+    rollout = context.config.rollout
     wanted = rollout.keep_every or max(FEWEST_ITEMS, FEWEST_BATCHES * rollout.workers * rollout.images_at_once)
     return unit * math.ceil(wanted / unit)
 
 
 def in_parts(
-    it: StageContext, name: str, items: list[Item], work: Callable[[list[Item]], dict[str, Any]], unit: int = 0
+    context: StageContext, name: str, items: list[Item], work: Callable[[list[Item]], dict[str, Any]], unit: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Yield ``work(part)``, a JSON object, for each part of ``items``: from disk if it was done before.
 
     ``name`` is unique within the step. Parts are multiples of ``unit`` items, by default of a worker's batch.
     """
-    size = part_size(it, unit or it.config.rollout.images_at_once)
+    size = part_size(context, unit or context.config.rollout.images_at_once)
     for at in range(0, len(items), size):
         part = items[at : at + size]
-        path = it.run.parts / name / f"{at:08d}.json"
+        path = context.run.parts / name / f"{at:08d}.json"
         key = content_hash(repr(part).encode())
-        found = _read(it, path, key)
+        found = _read(context, path, key)
         if found is None:
-            with it.run.progress.part_of(at, len(items)):
+            with context.run.progress.part_of(at, len(items)):
                 found = work(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"items": key, "hash": hash_of(found), "found": found}).encode())
-            point(f"parts/{it.name}/{name}/{at}")
+            point(f"parts/{context.name}/{name}/{at}")
         yield found
 
 
-def _read(it: StageContext, path: Path, key: str) -> dict[str, Any] | None:
+def _read(context: StageContext, path: Path, key: str) -> dict[str, Any] | None:
     """Return the result of a part from disk; None if there is none, if it is damaged or of other items."""
     try:
         kept = json.loads(path.read_bytes())
@@ -67,7 +67,7 @@ def _read(it: StageContext, path: Path, key: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        it.run.note(f"doing a part again: {path} is damaged ({error})")
+        context.run.note(f"doing a part again: {path} is damaged ({error})")
         return None
     return kept["found"]
 

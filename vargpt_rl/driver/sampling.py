@@ -52,62 +52,62 @@ def checkpoint_name(policy: Policy) -> str:
     return "/".join(policy.weights[-1].parts[-2:])
 
 
-def plan_samples(it: StageContext, policy: Policy) -> SamplePlan:
+def plan_samples(context: StageContext, policy: Policy) -> SamplePlan:
     """Plan an iteration's samples: ``preference.samples`` of each prompt, shared among the SFT checkpoints.
 
     ``policy`` is the final SFT policy.
     """
-    settings = it.config.preference
+    settings = context.config.preference
     final = policy.weights[-1]
     earlier = replace(policy, weights=policy.weights[:-1])
-    checkpoints = [final.with_name(f"step-{step:06d}") for step in it.config.sft.saved_steps()]
-    prompts = it.inputs.prompts or it.source.prompts("train", settings.count, _seed(it, Purpose.PROMPTS))
+    checkpoints = [final.with_name(f"step-{step:06d}") for step in context.config.sft.saved_steps()]
+    prompts = context.inputs.prompts or context.source.prompts("train", settings.count, _seed(context, Purpose.PROMPTS))
     prompts = [prompt for prompt in prompts[: settings.count] for _ in range(settings.samples)]
-    shares = list(it.config.sft.samplers().values())
+    shares = list(context.config.sft.samplers().values())
     return SamplePlan(
         prompts=prompts,
-        seeds=seeds_for(len(prompts), it.config.seed, it.index, Purpose.SAMPLES),
+        seeds=seeds_for(len(prompts), context.config.seed, context.index, Purpose.SAMPLES),
         samplers=[earlier.plus(weights) for weights in (*checkpoints, final)],
-        owner=apportion(len(prompts), shares, _seed(it, Purpose.SOURCES)),
+        owner=apportion(len(prompts), shares, _seed(context, Purpose.SOURCES)),
     )
 
 
-def _seed(it: StageContext, purpose: Purpose) -> int:
-    return seeds_for(1, it.config.seed, it.index, purpose)[0]
+def _seed(context: StageContext, purpose: Purpose) -> int:
+    return seeds_for(1, context.config.seed, context.index, purpose)[0]
 
 
-def sample(it: StageContext, policy: Policy) -> dict:
+def sample(context: StageContext, policy: Policy) -> dict:
     """Generate an iteration's samples with its SFT checkpoints and encode the stronger system's images."""
-    plan = plan_samples(it, policy)
+    plan = plan_samples(context, policy)
     samples: dict[int, Sample] = {}
     seconds = 0.0
     for sampler in range(len(plan.samplers)):
-        drawn, took = draw_share(it, plan, sampler, range(len(plan.prompts)))
+        drawn, took = draw_share(context, plan, sampler, range(len(plan.prompts)))
         samples |= drawn
         seconds += took
-    it.swap_to(policy)
+    context.swap_to(policy)
     ordered = [samples[i] for i in plan.ordered(range(len(samples)))]
     rollouts = Rollouts(ordered, {})
-    rollouts = replace(rollouts, winners=encode_winners(it, rollouts.prompts))
-    it.inputs.check_quarantine()
-    write_rollouts(it.rollouts / SAMPLES, rollouts)
-    return report_speed(it, plan, len(samples), seconds)
+    rollouts = replace(rollouts, winners=encode_winners(context, rollouts.prompts))
+    context.inputs.check_quarantine()
+    write_rollouts(context.rollouts / SAMPLES, rollouts)
+    return report_speed(context, plan, len(samples), seconds)
 
 
-def report_speed(it: StageContext, plan: SamplePlan, images: int, seconds: float) -> dict:
+def report_speed(context: StageContext, plan: SamplePlan, images: int, seconds: float) -> dict:
     """Log and return the speed of sampling: ``images`` generated in ``seconds``."""
     speed = {
         "images": images,
         "seconds": seconds,
         "images_per_second": images / seconds if images else None,
-        "batch_size": it.config.rollout.images_at_once,
+        "batch_size": context.config.rollout.images_at_once,
     }
-    it.log("rollout", it.index, speed)
+    context.log("rollout", context.index, speed)
     return speed | {"checkpoints": plan.checkpoints}
 
 
 def draw_share(
-    it: StageContext, plan: SamplePlan, sampler: int, indices: range | list[int], keep: str = "all"
+    context: StageContext, plan: SamplePlan, sampler: int, indices: range | list[int], keep: str = "all"
 ) -> tuple[dict[int, Sample], float]:
     """Generate those of ``indices`` that a sampler draws; return the samples by index, and seconds.
 
@@ -117,48 +117,48 @@ def draw_share(
     if not share:
         return {}, 0.0
     policy = plan.samplers[sampler]
-    it.swap_to(policy)
+    context.swap_to(policy)
     name = checkpoint_name(policy)
     jobs = [(plan.prompts[i], plan.seeds[i]) for i in share]
-    drawn, seconds = _generate_in_parts(it, jobs, name, f"sampler-{sampler}-{keep}")
+    drawn, seconds = _generate_in_parts(context, jobs, name, f"sampler-{sampler}-{keep}")
     return dict(zip(share, drawn, strict=True)), seconds
 
 
-def generate_kept(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
+def generate_kept(context: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
     """Do the same as `generate`; a resumed step generates only what is missing."""
-    return _generate_in_parts(it, list(zip(prompts, seeds, strict=True)), name, "images")[0]
+    return _generate_in_parts(context, list(zip(prompts, seeds, strict=True)), name, "images")[0]
 
 
 def _generate_in_parts(
-    it: StageContext, jobs: list[tuple[Prompt, int]], name: str, keep: str
+    context: StageContext, jobs: list[tuple[Prompt, int]], name: str, keep: str
 ) -> tuple[list[Sample], float]:
     """Generate in parts, kept under ``keep``; return the samples and the seconds they took."""
 
     def draw(part: list[tuple[Prompt, int]]) -> dict:
         began = time.perf_counter()
-        samples = generate(it, [prompt for prompt, _ in part], [seed for _, seed in part], name)
+        samples = generate(context, [prompt for prompt, _ in part], [seed for _, seed in part], name)
         return {"samples": [sample_fields(each) for each in samples], "seconds": time.perf_counter() - began}
 
     samples: list[Sample] = []
     seconds = 0.0
-    for found in in_parts(it, keep, jobs, draw):
+    for found in in_parts(context, keep, jobs, draw):
         samples += [sample_of(each) for each in found["samples"]]
         seconds += found["seconds"]
     return samples, seconds
 
 
-def generate(it: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
+def generate(context: StageContext, prompts: list[Prompt], seeds: list[int], name: str) -> list[Sample]:
     """Generate an image for each prompt and seed with the weights in the workers, called ``name`` in the samples.
 
     If ``rollout.reply`` is generate, the model first answers in its own words.
     """
-    if it.config.rollout.reply == "generate":
-        prompts = _with_own_replies(it, prompts)
+    if context.config.rollout.reply == "generate":
+        prompts = _with_own_replies(context, prompts)
     jobs = list(zip(prompts, seeds, strict=True))
-    return it.pool.run(Worker.generate_images, jobs, it.resolution, it.config.sampling, name)
+    return context.pool.run(Worker.generate_images, jobs, context.resolution, context.config.sampling, name)
 
 
-def _with_own_replies(it: StageContext, prompts: list[Prompt]) -> list[Prompt]:
+def _with_own_replies(context: StageContext, prompts: list[Prompt]) -> list[Prompt]:
     """Replace replies by the model's own words; keep and count those for which it begins no image.
 
     Edits keep their replies too: an instruction without its image means little.
@@ -167,34 +167,34 @@ def _with_own_replies(it: StageContext, prompts: list[Prompt]) -> list[Prompt]:
     if not plain:
         return prompts
     texts = list(dict.fromkeys(prompt.text for prompt in plain))
-    replies = it.writer.run(BaseWorker.reply, texts, it.config.rollout.reply_tokens)
+    replies = context.writer.run(BaseWorker.reply, texts, context.config.rollout.reply_tokens)
     said = dict(zip(texts, replies, strict=True))
     template = sum(said[prompt.text] is None for prompt in plain)
-    it.log("reply", it.pool.version, {"generated": len(plain) - template, "template": template})
+    context.log("reply", context.pool.version, {"generated": len(plain) - template, "template": template})
     return [
         prompt if prompt.shown is not None or (reply := said[prompt.text]) is None else replace(prompt, reply=reply)
         for prompt in prompts
     ]
 
 
-def encode_winners(it: StageContext, prompts: list[Prompt], keep: str = "all") -> dict[str, Winner]:
+def encode_winners(context: StageContext, prompts: list[Prompt], keep: str = "all") -> dict[str, Winner]:
     """Encode the stronger system's images as bits, by prompt id; missing and unreadable ones are left out.
 
     Finished parts are kept under a name that ends in ``keep``.
     """
-    keys = {prompt.id: key for prompt in prompts if (key := it.source.winner_key(prompt)) is not None}
+    keys = {prompt.id: key for prompt in prompts if (key := context.source.winner_key(prompt)) is not None}
     with_winner = [prompt for prompt in prompts if prompt.id in keys]
 
     def encode(part: list[str]) -> dict:
-        found = it.pool.run(Worker.encode, part, it.resolution)
+        found = context.pool.run(Worker.encode, part, context.resolution)
         return {"images": [asdict(each) if isinstance(each, Failure) else packed(each.bits) for each in found]}
 
-    parts = in_parts(it, f"winners-{keep}", [keys[prompt.id] for prompt in with_winner], encode)
+    parts = in_parts(context, f"winners-{keep}", [keys[prompt.id] for prompt in with_winner], encode)
     encoded = [image for part in parts for image in part["images"]]
     winners = {}
     for prompt, result in zip(with_winner, encoded, strict=True):
         if isinstance(result, dict):
-            it.inputs.quarantine.add(result["key"], prompt.text, result["reason"])
+            context.inputs.quarantine.add(result["key"], prompt.text, result["reason"])
         else:
-            winners[prompt.id] = Winner(prompt, unpacked(result), it.resolution, keys[prompt.id])
+            winners[prompt.id] = Winner(prompt, unpacked(result), context.resolution, keys[prompt.id])
     return winners

@@ -29,39 +29,39 @@ from vargpt_rl.storage.checkpoint import Policy
 Dataset = list[Record] | RecordStream
 
 
-def train_stage(it: StageContext, policy: Policy) -> dict:
+def train_stage(context: StageContext, policy: Policy) -> dict:
     """Train a stage outside the iterations, from ``policy``."""
-    stage = STAGES[it.name]
+    stage = STAGES[context.name]
     if stage.learns is Learns.IMAGES:
-        return train_image_tokenizer(it, policy)
-    settings = getattr(it.config, stage.block)
-    seed = it.config.seed + stage.seed_offset
+        return train_image_tokenizer(context, policy)
+    settings = getattr(context.config, stage.block)
+    seed = context.config.seed + stage.seed_offset
     questions: list[ImageQuestion] = []
-    if stage.learns is Learns.QUESTIONS and it.inputs.stream is None:
-        questions = it.source.questions(settings.questions, seed, "train")
+    if stage.learns is Learns.QUESTIONS and context.inputs.stream is None:
+        questions = context.source.questions(settings.questions, seed, "train")
     share = settings.drawing_share
-    dataset = stage_dataset(it, stage, settings.records, share, seed)
-    return train_supervised(it, policy, stage, dataset, settings.recipe, questions=questions, drawing_share=share)
+    dataset = stage_dataset(context, stage, settings.records, share, seed)
+    return train_supervised(context, policy, stage, dataset, settings.recipe, questions=questions, drawing_share=share)
 
 
-def stage_dataset(it: StageContext, stage: Stage, count: int, drawing_share: float, seed: int) -> Dataset:
+def stage_dataset(context: StageContext, stage: Stage, count: int, drawing_share: float, seed: int) -> Dataset:
     """Return what a stage learns from: an endless stream of records, or ``count`` records of the source."""
-    if it.inputs.stream is not None:
+    if context.inputs.stream is not None:
         wanted = EDITS if stage.learns is Learns.EDITS else None
-        return it.inputs.stream.at(it.resolution, drawing_share, wanted)
+        return context.inputs.stream.at(context.resolution, drawing_share, wanted)
     if stage.learns is Learns.EDITS:
-        return edit_records(it, "train", count, seed)
-    return it.source.records(count, seed)
+        return edit_records(context, "train", count, seed)
+    return context.source.records(count, seed)
 
 
-def train_sft(it: StageContext, policy: Policy) -> dict:
+def train_sft(context: StageContext, policy: Policy) -> dict:
     """Train the iteration's SFT, from ``policy``; checkpoints that will sample are saved on the way."""
-    settings = it.config.sft
-    seed = seeds_for(1, it.config.seed, it.index, Purpose.CORPUS)[0]
+    settings = context.config.sft
+    seed = seeds_for(1, context.config.seed, context.index, Purpose.CORPUS)[0]
     stage = STAGES[Step.SFT].without(settings.frozen)
-    dataset = stage_dataset(it, stage, settings.records, 1.0, seed)
+    dataset = stage_dataset(context, stage, settings.records, 1.0, seed)
     return train_supervised(
-        it,
+        context,
         policy,
         stage,
         dataset,
@@ -72,25 +72,25 @@ def train_sft(it: StageContext, policy: Policy) -> dict:
     )
 
 
-def train_control(it: StageContext, policy: Policy) -> dict:
+def train_control(context: StageContext, policy: Policy) -> dict:
     """Train SFT on the winners of this iteration's pairs: same start, images, steps and learning rate as DPO."""
-    rows = read_table(it.table())
-    if it.inputs.pairs is None:
+    rows = read_table(context.table())
+    if context.inputs.pairs is None:
         rows = rows.drop_duplicates("prompt_id")
-        keys = [(prompt, it.source.winner_key(prompt)) for prompt in prompts_of(rows)]
+        keys = [(prompt, context.source.winner_key(prompt)) for prompt in prompts_of(rows)]
     else:
         rows = rows.drop_duplicates(["prompt_id", "chosen_source"])
         keys = list(zip(prompts_of(rows), rows.chosen_source, strict=True))
     records = [Record(prompt.id, prompt, key) for prompt, key in keys if key is not None]
     stage = STAGES["sft_on_winners"]
-    settings = it.config.dpo
+    settings = context.config.dpo
     return train_supervised(
-        it, policy, stage, records, settings.recipe, step=Step.CONTROL, frozen=tuple(settings.frozen)
+        context, policy, stage, records, settings.recipe, step=Step.CONTROL, frozen=tuple(settings.frozen)
     )
 
 
 def train_supervised(
-    it: StageContext,
+    context: StageContext,
     policy: Policy,
     stage: Stage,
     dataset: Dataset,
@@ -103,113 +103,115 @@ def train_supervised(
     frozen: tuple[str, ...] = (),
 ) -> dict:
     """Train a supervised stage from ``policy``."""
-    it.swap_to(policy)
-    output = it.checkpoint(step)
-    folder = it.run.directory.resolve() / "data" / output.name
+    context.swap_to(policy)
+    output = context.checkpoint(step)
+    folder = context.run.directory.resolve() / "data" / output.name
     if isinstance(dataset, RecordStream):
         stream = dataset
         counts: dict[str, int] = {}
     else:
-        stream, counts = open_corpus(it, dataset, questions, drawing_share, folder)
+        stream, counts = open_corpus(context, dataset, questions, drawing_share, folder)
     job = SftJob(
         stage=stage.name,
         start=policy,
         stream=stream,
         recipe=recipe,
         output=output,
-        seed=it.config.seed + it.index,
-        probe=random_probe(it),
+        seed=context.config.seed + context.index,
+        probe=random_probe(context),
         save_steps=save_steps,
         frozen=frozen,
     )
     try:
-        result = it.session.learners.run(job, follow(it, stage.name, recipe, it.config.learner.ranks))
+        result = context.session.learners.run(job, follow(context, stage.name, recipe, context.config.learner.ranks))
     finally:  # if too many bad records abort the stage, still report them
-        counts["bad_records"] = it.inputs.quarantine.gather(stream.quarantine)
-        _log_quarantine(it)
+        counts["bad_records"] = context.inputs.quarantine.gather(stream.quarantine)
+        _log_quarantine(context)
     shutil.rmtree(folder, ignore_errors=True)
     return result | {"corpus": counts}
 
 
-def train_image_tokenizer(it: StageContext, policy: Policy) -> dict:
+def train_image_tokenizer(context: StageContext, policy: Policy) -> dict:
     """Adapt the image tokenizer to the data source's images, winners included."""
-    settings = it.config.tokenizer
-    records = it.source.records(settings.images, it.config.seed)
-    winners = [key for record in records if (key := it.source.winner_key(record.prompt))]
+    settings = context.config.tokenizer
+    records = context.source.records(settings.images, context.config.seed)
+    winners = [key for record in records if (key := context.source.winner_key(record.prompt))]
     keys = [*dict.fromkeys(record.image for record in records), *dict.fromkeys(winners)]
     job = TokenizerJob(
         start=policy,
         keys=keys,
-        source=it.source,
-        side=it.resolution,
+        source=context.source,
+        side=context.resolution,
         steps=settings.steps,
         batch=settings.batch,
         lr=settings.lr,
-        output=it.checkpoint(),
-        seed=it.config.seed,
+        output=context.checkpoint(),
+        seed=context.config.seed,
     )
     recipe = Recipe(steps=settings.steps, batch=settings.batch, micro_batch=settings.batch)
-    result = it.session.learners.run(job, follow(it, it.name, recipe, ranks=1))
+    result = context.session.learners.run(job, follow(context, context.name, recipe, ranks=1))
     for key, reason in result.pop("failures"):
-        it.inputs.quarantine.add(key, key, reason)
+        context.inputs.quarantine.add(key, key, reason)
     return result
 
 
 # DPO
 
 
-def train_dpo(it: StageContext, policy: Policy) -> dict:
+def train_dpo(context: StageContext, policy: Policy) -> dict:
     """Train DPO on this iteration's pairs, from ``policy``, which is the reference."""
-    return finish_dpo(it, policy, None)
+    return finish_dpo(context, policy, None)
 
 
-def start_dpo(it: StageContext, policy: Policy, parts: int = 1) -> RunningJob:
+def start_dpo(context: StageContext, policy: Policy, parts: int = 1) -> RunningJob:
     """Start DPO on the preference table, or on the ``parts`` that it will have. The workers hold ``policy``."""
-    probe = random_probe(it)
-    if it.states is not None:
-        complete_states(it, it.states, probe)
+    probe = random_probe(context)
+    if context.states is not None:
+        complete_states(context, context.states, probe)
     job = DpoJob(
         start=policy,
-        table=it.table(),
-        recipe=it.config.dpo.recipe,
-        dpo=it.config.dpo,
-        output=it.checkpoint(Step.DPO),
-        seed=it.config.seed + it.index,
+        table=context.table(),
+        recipe=context.config.dpo.recipe,
+        dpo=context.config.dpo,
+        output=context.checkpoint(Step.DPO),
+        seed=context.config.seed + context.index,
         probe=probe,
         parts=parts,
-        states=it.states,
+        states=context.states,
     )
-    return it.session.learners.start(job, follow(it, Step.DPO, it.config.dpo.recipe, it.config.learner.ranks))
+    return context.session.learners.start(
+        job, follow(context, Step.DPO, context.config.dpo.recipe, context.config.learner.ranks)
+    )
 
 
-def finish_dpo(it: StageContext, policy: Policy, job: RunningJob | None) -> dict:
+def finish_dpo(context: StageContext, policy: Policy, job: RunningJob | None) -> dict:
     """Wait for DPO, which starts now unless ``job`` is running."""
-    it.swap_to(policy)
-    shutil.rmtree(it.rollouts, ignore_errors=True)  # the pairs are recorded
-    result = (job or start_dpo(it, policy)).result()
-    shutil.rmtree(part_path(it.table(), 0).parent, ignore_errors=True)
-    if it.states is not None:
-        shutil.rmtree(it.states, ignore_errors=True)
+    context.swap_to(policy)
+    shutil.rmtree(context.rollouts, ignore_errors=True)  # the pairs are recorded
+    result = (job or start_dpo(context, policy)).result()
+    shutil.rmtree(part_path(context.table(), 0).parent, ignore_errors=True)
+    if context.states is not None:
+        shutil.rmtree(context.states, ignore_errors=True)
     return result
 
 
 # Shared
 
 
-def swap(it: StageContext, policy: Policy, trained: dict) -> dict:
+def swap(context: StageContext, policy: Policy, trained: dict) -> dict:
     """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
-    swapped = it.swap_to(policy)
+    swapped = context.swap_to(policy)
     if "probe" in trained:
-        dtype = it.session.learners.dtype
+        dtype = context.session.learners.dtype
         exact = max(PROBE_TOLERANCE, LOG_PROB_TOLERANCE[dtype])
-        tolerance = RESHAPED_TOLERANCE[dtype] if it.config.adapter.is_merged else exact
-        swapped["probe_difference"] = verify_swap(it.pool, random_probe(it), trained["probe"], tolerance)
+        tolerance = RESHAPED_TOLERANCE[dtype] if context.config.adapter.is_merged else exact
+        swapped["probe_difference"] = verify_swap(context.pool, random_probe(context), trained["probe"], tolerance)
     return swapped
 
 
-def random_probe(it: StageContext) -> Probe:
+def random_probe(context: StageContext) -> Probe:
     """Return the probe of a stage: the same at every swap."""
-    return probe_of(it.inputs.model, it.resolution, it.config.seed)
+    return probe_of(context.inputs.model, context.resolution, context.config.seed)
 
 
 def probe_of(model: str, resolution: int, seed: int) -> Probe:
@@ -221,10 +223,10 @@ def probe_of(model: str, resolution: int, seed: int) -> Probe:
     return Probe(Prompt("probe", "a picture", REPLY), pack(labels, values), resolution)
 
 
-def follow(it: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:
+def follow(context: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable[[dict], None]:
     """Return a callback that shows the learner's log lines as progress and logs them as metrics."""
-    RECORD.info("%s %d px: %s", stage, it.resolution, recipe.arithmetic(ranks))
-    it.run.progress.part(stage, 0, recipe.steps)
+    RECORD.info("%s %d px: %s", stage, context.resolution, recipe.arithmetic(ranks))
+    context.run.progress.part(stage, 0, recipe.steps)
     loss = ""
 
     def on_log(line: dict) -> None:
@@ -232,14 +234,14 @@ def follow(it: StageContext, stage: str, recipe: Recipe, ranks: int) -> Callable
         step = line.pop("step")
         if "loss" in line:
             loss = f"loss {line['loss']:.3f}"
-            it.log(stage, step, {key: value for key, value in line.items() if key != "epoch"})
-        it.run.progress.part(stage, step, recipe.steps, loss)
+            context.log(stage, step, {key: value for key, value in line.items() if key != "epoch"})
+        context.run.progress.part(stage, step, recipe.steps, loss)
 
     return on_log
 
 
-def _log_quarantine(it: StageContext) -> None:
+def _log_quarantine(context: StageContext) -> None:
     """Log all records quarantined so far, by reason; ``lost`` counts those that could not be used."""
-    quarantine = it.inputs.quarantine
+    quarantine = context.inputs.quarantine
     if quarantine.counts:
-        it.log("quarantine", it.index, {"lost": quarantine.lost, **quarantine.counts})
+        context.log("quarantine", context.index, {"lost": quarantine.lost, **quarantine.counts})

@@ -85,9 +85,9 @@ def timed(clock: Callable[[], float], work: Callable, *args) -> float:
     return clock() - began
 
 
-def driver_costs(it: StageContext) -> tuple[float, float]:
+def driver_costs(context: StageContext) -> tuple[float, float]:
     """CPU seconds of the driver for a batch, and for a byte of its result."""
-    pool = idle_pool(it)
+    pool = idle_pool(context)
     items = list(range(IDLE_BATCHES * pool.config.images_at_once))
 
     def work(size: int) -> float:
@@ -99,26 +99,26 @@ def driver_costs(it: StageContext) -> tuple[float, float]:
     return empty / IDLE_BATCHES, max(0.0, full - empty) / len(items) / PAYLOAD
 
 
-def idle_pool(it: StageContext) -> RolloutPool:
+def idle_pool(context: StageContext) -> RolloutPool:
     one = Placement(workers=1, worker_options={"num_cpus": 0})
-    return RolloutPool(it.config.rollout, one, it.inputs.model, it.source, kind=Idle)
+    return RolloutPool(context.config.rollout, one, context.inputs.model, context.source, kind=Idle)
 
 
-def train_costs(it: StageContext, policy: Policy) -> tuple[float, float]:
+def train_costs(context: StageContext, policy: Policy) -> tuple[float, float]:
     """Seconds of a micro-batch of DPO, and of a step beside its micro-batches: from steps of one and of four."""
     seconds = []
     for count in (1, 4):
-        recipe = replace(it.config.dpo.recipe, steps=6, batch=count * it.config.dpo.recipe.micro_batch)
+        recipe = replace(context.config.dpo.recipe, steps=6, batch=count * context.config.dpo.recipe.micro_batch)
         job = DpoJob(
             start=policy,
-            table=it.table(),
+            table=context.table(),
             recipe=recipe,
-            dpo=it.config.dpo,
-            output=it.checkpoint(f"costs-{count}"),
+            dpo=context.config.dpo,
+            output=context.checkpoint(f"costs-{count}"),
             seed=0,
-            probe=random_probe(it),
+            probe=random_probe(context),
         )
-        result = it.session.learners.run(job, lambda line: None)
+        result = context.session.learners.run(job, lambda line: None)
         seconds.append(result["seconds"] / recipe.steps)
     micro_batch_s = max(0.0, seconds[1] - seconds[0]) / 3
     return micro_batch_s, max(0.0, seconds[0] - micro_batch_s)
@@ -130,12 +130,12 @@ def pair_cost(folder: Path) -> float:
     return sum(found[part] for part in ("build", "write table", "describe")) / PAIRS
 
 
-def swap_costs(it: StageContext, policy: Policy) -> tuple[float, float, int]:
+def swap_costs(context: StageContext, policy: Policy) -> tuple[float, float, int]:
     """Seconds of a swap that brings next to nothing, of a byte more, and the bytes of the SFT weights."""
-    pool = it.pool
+    pool = context.pool
     weights = check_checkpoint(policy.weights[-1])
     name, tensor = min(load_file(weights).items(), key=lambda item: item[1].numel())
-    small = check_checkpoint(save_checkpoint(it.checkpoint("small"), {name: tensor}))
+    small = check_checkpoint(save_checkpoint(context.checkpoint("small"), {name: tensor}))
     found = []
     for path in (small, weights) * 3:
         report = pool.publish(path, pool.version + 1)
@@ -146,17 +146,17 @@ def swap_costs(it: StageContext, policy: Policy) -> tuple[float, float, int]:
 
 def measure(session: Session, policy: Policy) -> Costs:
     """The costs, from a worker and a rank at work."""
-    it = iteration_named(session, "costs")
-    pool = it.pool
-    batch = it.config.rollout.images_at_once
-    side = it.resolution
-    dispatch_s, byte_s = driver_costs(it)
-    prompts = it.source.prompts("train", BATCHES * batch, 1)
-    keys = [it.source.winner_key(prompt) for prompt in prompts]
-    it.swap_to(policy)
+    context = iteration_named(session, "costs")
+    pool = context.pool
+    batch = context.config.rollout.images_at_once
+    side = context.resolution
+    dispatch_s, byte_s = driver_costs(context)
+    prompts = context.source.prompts("train", BATCHES * batch, 1)
+    keys = [context.source.winner_key(prompt) for prompt in prompts]
+    context.swap_to(policy)
 
     def draw(count: int) -> list[Sample]:
-        return generate(it, prompts[:count], list(range(count)), "costs")
+        return generate(context, prompts[:count], list(range(count)), "costs")
 
     draw(batch)
     samples = draw(2)
@@ -165,15 +165,15 @@ def measure(session: Session, policy: Policy) -> Costs:
     encode_s = timed(time.perf_counter, pool.run, Worker.encode, keys, side) / BATCHES
     pool.run(Worker.score, items[:2], side)
     score_s = timed(time.perf_counter, pool.run, Worker.score, items, side) / BATCHES
-    make_pairs(it, policy)
-    micro_batch_s, step_s = train_costs(it, policy)
-    swap_s, swap_byte_s, weight_bytes = swap_costs(it, policy)
+    make_pairs(context, policy)
+    micro_batch_s, step_s = train_costs(context, policy)
+    swap_s, swap_byte_s, weight_bytes = swap_costs(context, policy)
     encoded = pool.run(Worker.encode, keys[:1], side)[0]
     if isinstance(encoded, Failure):
         raise RuntimeError(f"{encoded.key}: {encoded.reason}")
     return Costs(
         batch=batch,
-        micro_batch=it.config.dpo.recipe.micro_batch,
+        micro_batch=context.config.dpo.recipe.micro_batch,
         draw_s=max(0.0, draw_s - dispatch_s),
         encode_s=max(0.0, encode_s - dispatch_s),
         score_s=max(0.0, score_s - dispatch_s),
@@ -181,7 +181,7 @@ def measure(session: Session, policy: Policy) -> Costs:
         step_s=step_s,
         dispatch_s=dispatch_s,
         byte_s=byte_s,
-        pair_s=pair_cost(it.run.directory),
+        pair_s=pair_cost(context.run.directory),
         swap_s=swap_s,
         swap_byte_s=swap_byte_s,
         result_bytes=len(samples[0].bits),
@@ -195,10 +195,10 @@ def iteration_named(session: Session, name: str) -> StageContext:
     return replace(session.iteration(0), name=name)
 
 
-def make_pairs(it: StageContext, policy: Policy) -> None:
+def make_pairs(context: StageContext, policy: Policy) -> None:
     """Write an iteration's preference table."""
-    sample(it, policy)
-    pair(it, policy, judge(it))
+    sample(context, policy)
+    pair(context, policy, judge(context))
 
 
 def check(session: Session, policy: Policy, costs: Costs, counts: list[int]) -> list[dict]:
@@ -210,9 +210,9 @@ def check(session: Session, policy: Policy, costs: Costs, counts: list[int]) -> 
         placement = replace(session.pool.plan, workers=count, worker_options={"num_cpus": 0})
         pool = RolloutPool(session.config.rollout, placement, session.inputs.model, session.inputs.source)
         session = replace(session, pool=pool, weights=WeightSync(pool, None, session.run))
-        it = iteration_named(session, f"check-{count}")
-        real = timed(time.perf_counter, make_pairs, it, policy)
-        work = Work(len(plan_samples(it, policy).prompts), 1, 1)
+        context = iteration_named(session, f"check-{count}")
+        real = timed(time.perf_counter, make_pairs, context, policy)
+        work = Work(len(plan_samples(context, policy).prompts), 1, 1)
         predicted = simulate(costs, work, Machine(count, cores=cores)).pairs_s
         found.append({"workers": count, "seconds": real, "predicted": predicted, "error": predicted / real - 1})
     return found
