@@ -86,6 +86,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> VargptConfig:
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
+    """Return an image processor that shows every image with the same number of pixels."""
     pixels = SEEN_SIDE**2
     return Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels})
 

@@ -43,6 +43,11 @@ def test_takes_costs_of_a_run(tmp_path):
         "dpo": {"seconds": 50.0, "waited": 10.0, "steps": 10},
         "swap": {"bytes": 1000, "seconds": 0.5},
     }
+    for without in ({"rollout": {}}, {"grpo": {}}):  # pairs from files, and no DPO
+        lacking = {"resolution": 64} | without
+        (tmp_path / SUMMARY).write_text(json.dumps({"iterations": [lacking]}))
+        with pytest.raises(ValueError, match="summary.json: expected a last iteration that sampled pairs"):
+            SOME.of_run(tmp_path)
     (tmp_path / SUMMARY).write_text(json.dumps({"iterations": [last]}))
     found = SOME.of_run(tmp_path)
     assert (found.batch, found.micro_batch, found.dispatch_s) == (8, 2, SOME.dispatch_s)

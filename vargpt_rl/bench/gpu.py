@@ -345,6 +345,7 @@ def markdown(rows: list[GpuRow]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; exits with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the embedded model, at 64 px")
     parser.add_argument("--fraction", type=float, help="share of the release's layers (default: the largest that fits)")

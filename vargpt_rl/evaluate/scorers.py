@@ -38,6 +38,7 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[str], int]:
 
 
 def image_of_each(prompts: list[str]) -> list[ImageRequest]:
+    """Request one image of each prompt."""
     return [ImageRequest(f"images/{i:05d}.png", prompt, i) for i, prompt in enumerate(prompts)]
 
 

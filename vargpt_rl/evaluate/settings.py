@@ -10,6 +10,8 @@ from vargpt_rl.model.hub import TINY
 
 
 class Benchmark(enum.Enum):
+    """Benchmarks by name; ``BENCHMARKS`` in `vargpt_rl.evaluate.__main__` says which class measures each."""
+
     shapes = "shapes"
     geneval = "geneval"
     geneval2 = "geneval2"

@@ -84,8 +84,8 @@ class Costs:
             raise ValueError(f"{path}: expected a run with stage align, got no iteration")
         last = iterations[-1]
         there = settings.at_resolution(last["resolution"])
-        if not last["rollout"]:
-            raise ValueError(f"{directory}: its pairs came from files, so it has no times of sampling")
+        if not last.get("rollout"):
+            raise ValueError(f"{path}: expected a last iteration that sampled pairs and trained DPO on them")
         drawn, dpo, swap, recipe = last["rollout"], last["dpo"], last["swap"], there.dpo.recipe
         batch = drawn.get("batch_size", there.rollout.images_at_once)  # runs of older versions did not record it
         draw_s = drawn["seconds"] * there.rollout.workers * batch / drawn["images"]

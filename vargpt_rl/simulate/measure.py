@@ -80,6 +80,7 @@ class Idle:
 
 
 def timed(clock: Callable[[], float], work: Callable, *args) -> float:
+    """Call ``work``; return the seconds that ``clock`` counts meanwhile."""
     began = clock()
     work(*args)
     return clock() - began
@@ -100,6 +101,7 @@ def driver_costs(context: StageContext) -> tuple[float, float]:
 
 
 def idle_pool(context: StageContext) -> RolloutPool:
+    """Start a pool of one worker that answers at once."""
     one = Placement(workers=1, worker_options={"num_cpus": 0})
     return RolloutPool(context.config.rollout, one, context.inputs.model, context.source, kind=Idle)
 

@@ -84,11 +84,11 @@ class VllmEngine:
         if set(held) != {version} or not forgot:
             raise RuntimeError(f"weights of version {version}: the engine holds {held}, prefix cache reset: {forgot}")
 
-    def _generate(self, requests: Sequence[TextRequest], **params: object) -> list:
+    def _generate(self, requests: Sequence[TextRequest], **options: object) -> list:
         """Return the greedy completion of each request."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, detokenize=False, **params)
+        params = SamplingParams(temperature=0.0, detokenize=False, **options)
         prompts = [self._prompt(request) for request in requests]
         return [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
 

@@ -31,6 +31,8 @@ from vargpt_rl.data.quarantine import Quarantine
 
 
 class Method(enum.Enum):
+    """How dialogues are written: from templates, or by a language model behind a chat server."""
+
     template = "template"
     llm = "llm"
 

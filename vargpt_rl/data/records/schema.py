@@ -54,6 +54,7 @@ def pieces(text: str) -> list[str]:
 
 
 def placeholders(text: str) -> list[str]:
+    """Return the placeholders of images in a text, in order."""
     return [piece for piece in pieces(text) if piece in (SHOWN, DRAWN)]
 
 
