@@ -6,7 +6,7 @@ Every method takes a batch and returns one result per item, so that the pool can
 A worker is stale, and refuses to serve, until it holds at least the version that was current when it was started.
 
 Shape legend: B batch, T positions, L image tokens, s symbols per token (32 bits, or one index), d latent channels,
-h w latent grid, H W pixels.
+h w latent grid, H W pixels (H of states: language-model width), K scales.
 """
 
 import math

@@ -8,7 +8,8 @@ An image that the current weights drew must have a ratio of 1: the trainer recom
 worker gave it, and stops training if they differ by more than rounding. This catches wrong weights, bits or sampling
 settings before they poison the policy.
 
-Shape legend: N images, L image tokens, K scales, k trained scales, P parts of an image (runs of scales).
+Shape legend: N images (B in the model's output), L image tokens, K scales, k trained scales, P parts of an image (runs
+of scales).
 """
 
 from collections import defaultdict

@@ -2,6 +2,8 @@
 
 Batches come from a `vargpt_rl.data.records.stream.RecordStream`. Each micro-batch has the same share of images to draw
 and of questions, so every rank has gradients for the same parameters.
+
+Shape legend: N images, H W pixels.
 """
 
 import time

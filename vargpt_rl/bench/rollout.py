@@ -4,7 +4,7 @@
 sample the same prompts of the shapes world with the same seeds, without guidance, on the embedded model; times are the
 best of several, in one process. Memory is the peak of torch's allocator while sampling, on top of the weights.
 
-Shape legend: B samples, T prompt positions, L image tokens, d bits per token, h w latent grid.
+Shape legend: B samples, T prompt positions, L image tokens, d bits or s symbols per token, h w latent grid.
 """
 
 import sys

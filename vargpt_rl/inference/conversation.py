@@ -8,7 +8,7 @@ an instruction. This applies to drawn images too: only shown images pass through
 Deviations from the published code, which stops after the first image of a reply: any number of images in any turn;
 each drawn image is followed by ``image_gen_end``, as in training.
 
-Shape legend: V vocabulary, L image tokens, d bits a token.
+Shape legend: B rows, T positions, V vocabulary, L image tokens, d bits or s symbols a token, h w latent grid.
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,8 @@
 
 The seed of an image depends on the run's seed and the numbers of its prompt and of the image; the image depends on its
 seed, not on its batch.
+
+Shape legend: B images, T prompt positions, d latent channels, h w latent grid.
 """
 
 import io

@@ -4,7 +4,8 @@ Deviations from the published code (specification, sections 4 and 9): the text l
 not prompts and padding. Scales are not reweighted by default; the published code never does it, although its
 configuration says so.
 
-Shape legend: B rows, T positions, N drawings, L image tokens, d bits or s symbols a token, D logits a token, K scales.
+Shape legend: B rows, T positions, V vocabulary, N drawn images, L image tokens, d bits or s symbols a token, D logits a
+token, h w latent grid, K scales.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 Each scale encodes the sign of the remainder of the coarser scales (Infinity, section 3.2). Nothing here needs weights,
 so a learner can recompute every decoder input from the bits alone.
 
-Shape legend: B batch, L image tokens, d bits a token, h w latent grid, K scales.
+Shape legend: B batch, L image tokens, n tokens of one scale, d bits or s symbols a token, h w latent grid, K scales.
 """
 
 import numpy as np

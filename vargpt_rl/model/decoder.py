@@ -5,7 +5,8 @@ attention to the prompt's states (specification, section 4, steps 1, 2, 8 and 9;
 vector is attention-pooled from a single learned row, so the softmax of that pool is 1 and only its value path is
 computed; its query and key weights are kept so that released checkpoints convert without loss.
 
-Shape legend: N images, L image tokens, T prompt positions, C width, h heads, e head width, d bits a token.
+Shape legend: N images, L image tokens, n tokens of one scale, T prompt positions, C width, h heads, e head width,
+d bits and D logits a token.
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ own seed, so it does not depend on the rest of the batch; caches are kept in a s
 may contain any number of generated images.
 
 Shape legend: B samples, T prompt positions, M rows (conditional, then unconditional with guidance), n tokens of one
-scale, K scales, L image tokens, d bits or s symbols per token, D logits per token, C decoder width, H language-model
-width.
+scale and m twice as many, K scales, L image tokens, d bits or s symbols per token, D logits per token, V codes, h w
+latent grid, C decoder width, H language-model width (H W of images: pixels).
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 Follows the released VAE (specification, section 2). Deviation: the number of group-norm groups is configurable, since
 the tiny model's narrow layers are not divisible by the release's 32.
 
-Shape legend: B batch, H W image, h w latent grid, d bits a token, L image tokens.
+Shape legend: B batch, H W image, C or c channels, h w latent grid, d bits a token, L image tokens.
 """
 
 from collections.abc import Callable

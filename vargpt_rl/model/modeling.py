@@ -8,8 +8,9 @@ tokens of the current scale, at positions from 0, while its visual decoder does 
 the learned unconditional rows (specification, section 5). A prompt longer than these rows uses all of them; the
 published code crashes.
 
-Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), U unconditional
-rows, M rows of a guided drawing (conditional, then unconditional), n tokens of one scale, D logits a token.
+Shape legend: B rows, T positions, H language-model width, C decoder width, N drawn images in the batch (row-major),
+U unconditional rows, M rows of a guided drawing (conditional, then unconditional), n tokens of one scale, D logits a
+token.
 """
 
 import torch

@@ -8,7 +8,7 @@ only; any number of drawn images per row, along with understood ones; no state o
 (condition drop, drop path) is an argument, so a scoring pass cannot use it by accident.
 
 Shape legend: B rows, T positions, H language-model width, N drawn images in the batch (row-major), L image tokens,
-C decoder width, d latent channels, s symbols a token, M rows of a guided drawing, n tokens of one scale.
+C decoder width, d latent channels, s symbols and D logits a token, M rows of a guided drawing, n tokens of one scale.
 """
 
 from abc import ABC, abstractmethod

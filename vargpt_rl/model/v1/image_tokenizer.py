@@ -7,7 +7,8 @@ have weights, so decoder inputs can be recomputed only with the image tokenizer.
 It is trained with VAR's codebook losses. An addition to the published code: codes that no image has used for a while
 are re-initialised at a remainder of the current images.
 
-Shape legend: B batch, H W image, h w latent grid, d latent channels, V codes, n tokens of one scale.
+Shape legend: B batch, H W image, h w latent grid, d latent channels, V codes, n tokens of one scale,
+s symbols a token (one).
 """
 
 import numpy as np
