@@ -4,18 +4,15 @@ Really killed, but without a cluster (see ``tests.helpers.one_process``); with o
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.driver.test_faults import ROOT, SMALL, STEPS, flip, same
+from tests.driver.test_faults import SMALL, STEPS, flip, same
+from tests.helpers.forks import run_loop
 from tests.helpers.tiny import tiny_checkpoint
-from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.storage.checkpoint import check_checkpoint
 
 WRITES = [
@@ -43,13 +40,11 @@ TOKENIZER = (
 def go(folder, name: str, *points: str, settings: tuple[str, ...] = ()) -> list[list]:
     """Each start's point (``end`` for a start that runs to the end), exit code, whether it was missed, and seconds."""
     arguments = [f"runs={folder}", f"checkpoint={folder}/model", f"name={name}", *SMALL.split(), *settings]
-    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(arguments), *points]
-    environment = os.environ | {VARIABLE: str(folder / f"{name}-faults"), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    ends = json.loads(ran.stdout.splitlines()[-1])
+    log = folder / f"{name}.log"
+    ends = run_loop(arguments, *points, faults=folder / f"{name}-faults", log=log)
     codes = [0 if point == "end" else -signal.SIGKILL for point in points]
-    assert [end[:3] for end in ends] == [[*each, False] for each in zip(points, codes, strict=True)], ran.stderr[-3000:]
+    expected = [[*each, False] for each in zip(points, codes, strict=True)]
+    assert [end[:3] for end in ends] == expected, log.read_text()[-3000:]
     return ends
 
 

@@ -4,18 +4,15 @@ Really killed, but without a cluster (see ``tests.helpers.one_process``); with o
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.driver.test_faults import ROOT, TIMES
+from tests.driver.test_faults import TIMES
+from tests.helpers.forks import run_loop
 from tests.helpers.tiny import tiny_checkpoint
-from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.driver.run import differences
 from vargpt_rl.storage.checkpoint import check_checkpoint
 
@@ -46,13 +43,10 @@ POINTS = [
 def go(folder, name: str, *points: str) -> tuple[dict, dict[str, torch.Tensor], list[str]]:
     """The summary, the exported weights and the events of a run that is killed at each point, and then ends."""
     settings = [f"runs={folder}", f"checkpoint={folder}/model", f"name={name}", *SMALL.split()]
-    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(settings), *points, "end"]
-    environment = os.environ | {VARIABLE: str(folder / f"{name}-faults"), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    ends = json.loads(ran.stdout.splitlines()[-1])
+    log = folder / f"{name}.log"
+    ends = run_loop(settings, *points, "end", faults=folder / f"{name}-faults", log=log)
     expected = [[point, -signal.SIGKILL, False] for point in points] + [["end", 0, False]]
-    assert [end[:3] for end in ends] == expected, ran.stderr[-3000:]
+    assert [end[:3] for end in ends] == expected, log.read_text()[-3000:]
     summary = json.loads((folder / name / "summary.json").read_text())
     weights: dict[str, torch.Tensor] = {}
     for method in ("rft", "online_dpo", "grpo"):

@@ -1,15 +1,7 @@
-"""The loop with its worker and its rank in the driver's own process, and many starts of it, quickly.
-
-Each start is a fork of a process that has imported all it needs. ``python -m tests.helpers.one_process ARGUMENTS_JSON
-POINT...`` runs the loop with ``ARGUMENTS_JSON``, killed at each POINT in turn, and then, after a last POINT ``end``, to
-its end; it prints how the starts ended.
-"""
+"""The loop with its worker and its rank in the driver's own process; `tests.helpers.forks.run_loop` starts it."""
 
 import json
 import os
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,13 +12,12 @@ from actors.published import PublishedWeights
 from actors.weights import every
 from actors.worker import Worker
 from learners.group import LearnerGroup, LogFollower, Patience
-from learners.jobs import PolicyGradientJob
+from learners.jobs import DpoJob, PolicyGradientJob
 from learners.rank import Rank
 from rewards.combined import KeptRewards
-from tests.helpers.faults import ask
+from tests.helpers.forks import OwnJob
 from vargpt_rl import loop
 from vargpt_rl.common.dtypes import chosen_dtype
-from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.common.network import free_port
 from vargpt_rl.driver import judging
 from vargpt_rl.driver.labelled import LabelsNeeded
@@ -66,27 +57,6 @@ class OwnPool(RolloutPool):
         return results
 
 
-class OwnJob:
-    """A job in a thread of this process, for one that follows the driver's batches."""
-
-    def __init__(self, work, log: LogFollower):
-        self.working = ThreadPoolExecutor(1).submit(work)
-        self.log = log
-
-    def look(self) -> None:
-        self.log.poll()
-
-    def wait(self, timeout_s: float) -> bool:
-        wait([self.working], min(timeout_s, 0.05))
-        self.look()
-        return not self.working.done()
-
-    def result(self) -> dict:
-        found = self.working.result()
-        self.look()
-        return found
-
-
 class OwnRewards(KeptRewards):
     """Rewards in this process."""
 
@@ -115,7 +85,8 @@ class OwnRank(LearnerGroup):
         self.rank.join("127.0.0.1", free_port(), own_address="127.0.0.1")
 
     def start(self, job, on_log):
-        if isinstance(job, PolicyGradientJob):
+        """Jobs that follow what the driver makes meanwhile have a thread of their own."""
+        if isinstance(job, PolicyGradientJob) or (isinstance(job, DpoJob) and job.parts > 1):
             log = LogFollower(job.output / "log.jsonl", on_log)
             return OwnJob(lambda: self.rank.run(self._resumed(job)), log)
         return super().start(job, on_log)
@@ -149,21 +120,3 @@ def start(arguments: list[str]) -> None:
         run.finish(loop.execute(session))
     except LabelsNeeded:
         os._exit(os.EX_TEMPFAIL)
-
-
-def main(arguments: list[str], points: list[str]) -> None:
-    faults, ends = Path(os.environ[VARIABLE]), []
-    for point in points:
-        if point != "end":
-            ask(faults, point)
-        began = time.monotonic()
-        if (child := os.fork()) == 0:
-            start(arguments)
-            os._exit(0)  # nothing of this process is to be cleared away twice
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        ends.append([point, code, (faults / point).exists(), round(time.monotonic() - began, 1)])
-    print(json.dumps(ends))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2:])

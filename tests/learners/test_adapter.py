@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe, RlConfig
-from learners.group import LearnerGroup
 from learners.jobs import DpoJob, PolicyGradientJob, training_checkpoints
+from tests.helpers.forks import ForkedRanks
 from tests.helpers.streams import corpus_of, sft_job
 from tests.helpers.tiny import BITS, Patches
 from vargpt_rl.data.policy_batches import batch_path, write_policy_batch
@@ -91,19 +90,15 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def group():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    group = LearnerGroup(LearnerConfig(ranks=2, save_every=1), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
-    yield group
-    group.close()
-    ray.shutdown()
+    with ForkedRanks(LearnerConfig(ranks=2, save_every=1)) as group:
+        yield group
 
 
 @pytest.fixture(scope="module")
-def alone(group):
+def alone():
     """A single rank."""
-    alone = LearnerGroup(LearnerConfig(ranks=1), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
-    yield alone
-    alone.close()
+    with ForkedRanks(LearnerConfig(ranks=1)) as alone:
+        yield alone
 
 
 @pytest.fixture(scope="module")

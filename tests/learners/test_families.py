@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
-from learners.group import LearnerGroup
 from learners.jobs import DpoJob, TokenizerJob
+from tests.helpers.forks import ForkedRanks
 from tests.helpers.streams import corpus_of, sft_job
 from tests.helpers.tiny import BITS, V1_CODES, V1_SIDES, Patches, tiny_checkpoint, tiny_v1_checkpoint
 from vargpt_rl.data.preferences import write_table
@@ -118,11 +117,8 @@ def table(case, worker, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def group():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    group = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
-    yield group
-    group.close()
-    ray.shutdown()
+    with ForkedRanks(LearnerConfig(ranks=2)) as group:
+        yield group
 
 
 @pytest.mark.parametrize(("stage", "zero"), [("pretrain", 2), ("understanding", 2), ("sft", 3), ("dpo", 3)])

@@ -1,17 +1,18 @@
 """Gradient norms by modality: autograd's, whatever the micro-batches and ranks, and no trace of them in training."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
-from learners import group, rank, sft
+from learners import rank, sft
 from learners.config import LearnerConfig, Recipe
 from learners.gradient_norms import ModalityGradients
+from tests.helpers.forks import ForkedRanks
 from tests.helpers.streams import corpus_of, sft_job
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.samples import ImageQuestion, Probe, Prompt
@@ -88,33 +89,25 @@ def test_norms_are_the_same_with_gradient_checkpointing(corpus, chat, checkpoint
         assert norm == pytest.approx(expected[f"grad_norm/{modality}"], rel=1e-5)
 
 
-class Measuring(group.RankHost):
-    """A rank that measures every ``every``-th step, and without noise if it is to be quiet."""
-
-    def prepare(self, every: int, quiet: bool) -> None:
-        sft.EVERY = every
-        rank.STAGES = {"understanding": replace(STAGE, noise=NO_NOISE)} if quiet else STAGES
+def measure(every: int, quiet: bool) -> None:
+    """Have this process's rank measure every ``every``-th step, and without noise if it is to be quiet."""
+    sft.EVERY = every
+    rank.STAGES = {"understanding": replace(STAGE, noise=NO_NOISE)} if quiet else STAGES
 
 
 @pytest.fixture(scope="module")
 def trained(checkpoint, corpus, tmp_path_factory):
     """Trains on two ranks; the log and the weights."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group, "RankHost", Measuring)
-        ranks = group.LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
 
     def train(every: int, quiet: bool, zero: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        ray.get([member.prepare.remote(every, quiet) for member in ranks.ranks])
         lines, folder = [], tmp_path_factory.mktemp("out")
         recipe = replace(RECIPE, zero=zero)
         job = sft_job("understanding", Policy(str(checkpoint)), corpus, recipe, folder, PROBE)
-        ranks.run(job, lines.append)
+        with ForkedRanks(LearnerConfig(ranks=2), prepare=partial(measure, every, quiet)) as ranks:
+            ranks.run(job, lines.append)
         return [line for line in lines if "loss" in line], load_file(check_checkpoint(folder / "final"))
 
-    yield train
-    ranks.close()
-    ray.shutdown()
+    return train
 
 
 def test_norms_are_those_of_the_batch_of_all_ranks(trained, expected):

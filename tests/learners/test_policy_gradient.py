@@ -1,7 +1,6 @@
 """Policy gradients on drawings: the loss in one process, and whole jobs that follow a driver's batches."""
 
 import json
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from learners.jobs import PolicyGradientJob, save_request, training_checkpoints
 from learners.methods import ONLINE
 from learners.policy_batches import PolicyBatches
 from learners.rank import Rank
+from tests.helpers.forks import FORKS
 from tests.helpers.tiny import BITS
 from vargpt_rl.common.network import free_port
 from vargpt_rl.data.batches import PolicyBatchCollator
@@ -266,10 +266,9 @@ def run(checkpoint: Path, chat, output: Path, ranks: int, resume: Path | None = 
     )
     config = LearnerConfig(ranks=ranks, save_every=None)
     address = "127.0.0.1", free_port()
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    results = FORKS.Queue()
     members = [
-        context.Process(target=train, args=(member, address, config, job, results), daemon=True)
+        FORKS.Process(target=train, args=(member, address, config, job, results), daemon=True)
         for member in range(ranks)
     ]
     for member in members:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +19,7 @@ from learners.jobs import DpoJob, training_checkpoints
 from learners.resume import checkpoint_bytes
 from learners.shards import MOMENTS, SavedShards
 from learners.step_times import PARTS
+from tests.helpers.forks import ForkedRanks
 from tests.helpers.streams import corpus_of, feed_of, sft_job, write_sources
 from tests.helpers.tiny import BITS
 from vargpt_rl.data.preferences import join_parts, part_path, write_table
@@ -132,7 +132,7 @@ def in_parts(group: LearnerGroup, job: DpoJob, lines: list[dict]) -> dict:
     late = parts[1].rename(parts[1].with_suffix(".late"))
     training = group.start(job, lines.append)
     while not lines:  # the loader is a step ahead, so the second waits already
-        ray.wait(training.look(), timeout=0.1)
+        training.wait(0.1)
     late.rename(parts[1])
     result = training.result()
     assert result["waited"] > 0
@@ -158,16 +158,13 @@ class Notes:
 def runs(checkpoint, data, tmp_path_factory) -> dict:
     """Of each case, folders, results and logs: of all steps at once, and of the last ones in fresh processes."""
     folder, start, found = tmp_path_factory.mktemp("runs"), Policy(str(checkpoint)), {}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     for moment in ("whole", "resumed"):
-        group = LearnerGroup(LearnerConfig(ranks=2, save_every=CUT), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
-        for case in CASES:
-            output = folder / moment / "-".join(map(str, case))
-            if moment == "resumed":  # all that a stage which is cut off after the checkpoint leaves behind
-                shutil.copytree(training_checkpoints(found["whole", case][0]), training_checkpoints(output))
-            found[moment, case] = (output, *run(group, start, data, case, output))
-        group.close()
-    ray.shutdown()
+        with ForkedRanks(LearnerConfig(ranks=2, save_every=CUT)) as group:
+            for case in CASES:
+                output = folder / moment / "-".join(map(str, case))
+                if moment == "resumed":  # all that a stage which is cut off after the checkpoint leaves behind
+                    shutil.copytree(training_checkpoints(found["whole", case][0]), training_checkpoints(output))
+                found[moment, case] = (output, *run(group, start, data, case, output))
     return found
 
 
@@ -175,22 +172,18 @@ def runs(checkpoint, data, tmp_path_factory) -> dict:
 def others(runs, checkpoint, data, tmp_path_factory) -> dict:
     """Of each changed case, folders, results, logs and notes of other ranks, which resume one after the other."""
     folder, start, found = tmp_path_factory.mktemp("others"), Policy(str(checkpoint)), dict(runs)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     before = "whole"
     for moment, ranks, micro_batch in (("fewer", 1, 2), ("more", 2, 4)):
         notes = Notes()
-        config = LearnerConfig(ranks=ranks, save_every=1, keep_last=9)
-        group = LearnerGroup(config, {"CPU": 0.5}, threads=1, use_gpu=False, note=notes.add)
-        for case in CHANGED:
-            output = folder / moment / "-".join(map(str, case))
-            shutil.copytree(training_checkpoints(found[before, case][0]), training_checkpoints(output))
-            if moment == "more":  # as if it had been stopped after one step
-                shutil.rmtree(training_checkpoints(output) / "checkpoint-000005", ignore_errors=True)
-            changes = {"zero": ZERO[moment][case[0]], "micro_batch": micro_batch}
-            found[moment, case] = (output, *run(group, start, data, case, output, **changes), notes.take())
-        group.close()
+        with ForkedRanks(LearnerConfig(ranks=ranks, save_every=1, keep_last=9), notes.add) as group:
+            for case in CHANGED:
+                output = folder / moment / "-".join(map(str, case))
+                shutil.copytree(training_checkpoints(found[before, case][0]), training_checkpoints(output))
+                if moment == "more":  # as if it had been stopped after one step
+                    shutil.rmtree(training_checkpoints(output) / "checkpoint-000005", ignore_errors=True)
+                changes = {"zero": ZERO[moment][case[0]], "micro_batch": micro_batch}
+                found[moment, case] = (output, *run(group, start, data, case, output, **changes), notes.take())
         before = moment
-    ray.shutdown()
     return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from learners.config import LearnedRewardConfig, LearnerConfig, Recipe
 from learners.jobs import RewardJob, training_checkpoints
-from learners.rank import Rank
 from learners.reward import train_parts
 from rewards.learned import LearnedReward
-from vargpt_rl.common.network import free_port
+from tests.helpers.forks import ForkedRanks
 from vargpt_rl.data.reward_pairs import RewardPair, write_pairs_file
 from vargpt_rl.model.reward_model import HEAD
 from vargpt_rl.storage.checkpoint import Policy, check_checkpoint
@@ -36,15 +35,8 @@ def pairs_in(folder: Path) -> Path:
     return folder
 
 
-def learn(address: tuple[str, int], job: RewardJob, results) -> None:
-    """The only rank of a job, in a process of its own."""
-    rank = Rank(0, LearnerConfig(ranks=1, save_every=CUT), threads=1, use_gpu=False, bf16=False)
-    rank.join(*address, own_address="127.0.0.1")
-    results.put(rank.run(job))
-
-
-def learned(checkpoint: Path, pairs: Path, output: Path, resume: Path | None = None) -> tuple[dict, list[dict], dict]:
-    """The result, the log and the weights of a job."""
+def learned(checkpoint: Path, pairs: Path, output: Path) -> tuple[dict, list[dict], dict]:
+    """The result, the log and the weights of a job, which resumes from what is in ``output``."""
     job = RewardJob(
         start=Policy(str(checkpoint)),
         pairs=pairs,
@@ -52,15 +44,9 @@ def learned(checkpoint: Path, pairs: Path, output: Path, resume: Path | None = N
         reward=LearnedRewardConfig(),
         output=output,
         seed=0,
-        resume=resume,
     )
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    address = "127.0.0.1", free_port()
-    process = context.Process(target=learn, args=(address, job, results), daemon=True)
-    process.start()
-    result = results.get(timeout=500)
-    process.join()
+    with ForkedRanks(LearnerConfig(ranks=1, save_every=CUT)) as ranks:
+        result = ranks.run(job, lambda line: None)
     lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
     return result, [line for line in lines if "loss" in line], load_file(check_checkpoint(output / "final"))
 
@@ -84,8 +70,8 @@ def test_a_reward_is_learned_and_exported(family, tmp_path):
 def test_a_cut_job_resumes_bitwise(checkpoint, tmp_path):
     pairs = pairs_in(tmp_path / "pairs")
     _, lines, weights = learned(checkpoint, pairs, tmp_path / "whole")
-    saved = training_checkpoints(tmp_path / "whole") / f"checkpoint-{CUT:06d}"
-    _, rest, resumed = learned(checkpoint, pairs, tmp_path / "resumed", saved)
+    shutil.copytree(training_checkpoints(tmp_path / "whole"), training_checkpoints(tmp_path / "resumed"))
+    _, rest, resumed = learned(checkpoint, pairs, tmp_path / "resumed")
     assert [line["step"] for line in rest] == list(range(CUT + 1, STEPS + 1))
     assert [line["loss"] for line in rest] == [line["loss"] for line in lines[CUT:]]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())

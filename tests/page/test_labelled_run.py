@@ -5,18 +5,16 @@ Without a cluster (see ``tests.helpers.one_process``), with a real browser.
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from tests.driver.test_faults import ROOT, SMALL
+from tests.driver.test_faults import SMALL
 from tests.helpers.browser import wait_until
+from tests.helpers.forks import run_loop
 from tests.helpers.tiny import tiny_checkpoint
 from tests.page.test_labels import start
-from vargpt_rl.common.failpoints import VARIABLE
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.driver.report import show
 from vargpt_rl.page.contents import read_run
@@ -30,7 +28,6 @@ ASKING = [
     "preference.count=12",
     "dpo.control=false",
 ]
-SECONDS = 500
 
 
 def go(folder, name, *settings):
@@ -44,11 +41,10 @@ def go(folder, name, *settings):
         "evaluation.diversity=0",
         *settings,
     ]
-    environment = os.environ | {VARIABLE: str(folder / "faults"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.one_process", json.dumps(arguments), "end"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])[0][1]
+    log = folder / f"{name}.log"
+    ((_, code, *_),) = run_loop(arguments, "end", faults=folder / "faults", log=log)
+    assert code in (0, os.EX_TEMPFAIL), log.read_text()[-3000:]
+    return code
 
 
 def label_by_keys(run, chromium, keys):
