@@ -44,7 +44,7 @@ demo: setup
 	$(BIN)/vargpt-rl demo $(ARGS)
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m '$(FAST)' $(ARGS)

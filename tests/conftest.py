@@ -25,26 +25,9 @@ for ignored, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal
         signal.signal(ignored, handler)
 
 TESTS = Path(__file__).parent
-# Marks by path below tests/, for files and whole folders. `make test-fast` runs what has none of them.
+# Marks by path below tests/, for files and whole folders; those that take longest first. `make test-fast` runs what
+# has none of them.
 MARKS = {
-    "ray": [
-        "actors/test_cluster.py",
-        "actors/test_pool.py",
-        "actors/test_text_engine.py",
-        "actors/test_transport.py",
-        "rewards/test_combined.py",
-        "rewards/test_judge.py",
-        "slurm",
-    ],
-    "deepspeed": [
-        "learners/test_adapter.py",
-        "learners/test_families.py",
-        "learners/test_gradient_norms.py",
-        "learners/test_group.py",
-        "learners/test_policy_gradient.py",
-        "learners/test_resume.py",
-        "learners/test_reward.py",
-    ],
     "loop": [
         "driver/test_adapter_run.py",
         "driver/test_dtype.py",
@@ -59,6 +42,24 @@ MARKS = {
         "page/test_labelled_run.py",
         "test_loop.py",
         "test_loop_v1.py",
+    ],
+    "deepspeed": [
+        "learners/test_adapter.py",
+        "learners/test_families.py",
+        "learners/test_gradient_norms.py",
+        "learners/test_group.py",
+        "learners/test_policy_gradient.py",
+        "learners/test_resume.py",
+        "learners/test_reward.py",
+    ],
+    "ray": [
+        "actors/test_cluster.py",
+        "actors/test_pool.py",
+        "actors/test_text_engine.py",
+        "actors/test_transport.py",
+        "rewards/test_combined.py",
+        "rewards/test_judge.py",
+        "slurm",
     ],
     "slow": [
         "actors/test_worker.py",
@@ -97,6 +98,17 @@ def pytest_collection_modifyitems(items):
         for mark, marked in MARKS.items():
             if places.intersection(marked):
                 item.add_marker(mark)
+    _put_long_files_first(items)
+
+
+def _put_long_files_first(items):
+    """Sort files by their marks, in the order of ``MARKS``: no process shall be left with a long file at the end."""
+    ranks = {mark: rank for rank, mark in enumerate(MARKS)}
+    of_file = {}
+    for item in items:
+        rank = min((ranks[mark.name] for mark in item.iter_markers() if mark.name in ranks), default=len(ranks))
+        of_file[item.path] = min(rank, of_file.get(item.path, rank))
+    items.sort(key=lambda item: of_file[item.path])
 
 
 def pytest_make_parametrize_id(val, argname):
