@@ -58,8 +58,14 @@ MAX_LOOSE_MODULES = 8
 
 
 @pytest.fixture(scope="module")
-def source():
-    return read_tree(ROOT, PACKAGES)
+def tree():
+    """The source and the tests."""
+    return read_tree(ROOT, [*PACKAGES, "tests"])
+
+
+@pytest.fixture(scope="module")
+def source(tree):
+    return {path: parsed for path, parsed in tree.items() if path.parts[0] in PACKAGES}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +128,8 @@ def test_marked_test_files_exist():
     assert not gone, f"tests/conftest.py marks {gone}"
 
 
-def test_class_names_are_unique():
-    repeated = repeated_classes(read_tree(ROOT, [*PACKAGES, "tests"]))
+def test_class_names_are_unique(tree):
+    repeated = repeated_classes(tree)
     assert not repeated, lines(f"{name}: {', '.join(places)}" for name, places in repeated.items())
 
 

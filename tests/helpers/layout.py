@@ -58,7 +58,9 @@ def read_imports(tree: dict[Path, ast.Module]) -> list[ImportEdge]:
 def _lines_for_types(parsed: ast.Module) -> set[int]:
     """Lines under ``if TYPE_CHECKING``."""
     blocks = [
-        node for node in ast.walk(parsed) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        node
+        for node in ast.walk(parsed)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     ]
     return {line for block in blocks for node in block.body for line in range(node.lineno, node.end_lineno + 1)}
 
