@@ -183,13 +183,14 @@ class WorkerGroup:
         ray.kill(worker)
         self._starting = {ref: start for ref, start in self._starting.items() if start.worker != worker}
         self._running = {ref: call for ref, call in self._running.items() if call.worker != worker}
-        self.restarts += 1
         place = self.handles.index(worker)
         limit = self.config.max_restarts
-        self.tell(f"worker {place} lost during {during}: restart {self.restarts} of {limit}", restart=True)
-        if self.restarts > limit:
+        if self.restarts >= limit:
+            self.tell(f"worker {place} lost during {during}, after {limit} restarts of at most {limit}")
             self._dead.add(worker)
             raise RuntimeError(f"more than {limit} rollout workers lost: {'; '.join(self.events)}")
+        self.restarts += 1
+        self.tell(f"worker {place} lost during {during}: restart {self.restarts} of {limit}", restart=True)
         self.handles[place] = self._start(place)
         return self.handles[place]
 

@@ -250,11 +250,12 @@ class LearnerGroup:
                 if isinstance(error, StalledError):
                     self._kill_processes()
                     why = f" ({error})"
-                self.restarts += 1
-                self.note(f"learner rank lost during {job.kind}{why}: restart {self.restarts} of {limit}", restart=True)
-                if self.restarts > limit:
+                if self.restarts >= limit:
+                    self.note(f"learner rank lost during {job.kind}{why}, after {limit} restarts of at most {limit}")
                     self.close()
                     raise RuntimeError(f"a learner rank was lost more than {limit} times, now in {job.kind}") from error
+                self.restarts += 1
+                self.note(f"learner rank lost during {job.kind}{why}: restart {self.restarts} of {limit}", restart=True)
             except Exception:
                 self.close()
                 raise
