@@ -44,6 +44,15 @@ def unnoted(event: str, restart: bool = False) -> None:
     """Ignore the event."""
 
 
+def cluster_address() -> str | None:
+    """Return the address of the cluster to join, from RAY_ADDRESS; None if one is started on this machine instead.
+
+    That is so without the variable, if it is empty, and for Ray's own word for it, "local".
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def connect() -> None:
     """Join the cluster at RAY_ADDRESS, or start one on this machine; then handle the signals that stop a run.
 
@@ -53,7 +62,7 @@ def connect() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it says that it starts, and has a token
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | HIDDEN
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": environment}}
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address := cluster_address():
         _check_answers(address)
     else:
         # By default Ray listens on every network, with a token in the home directory that others may read.
@@ -70,7 +79,7 @@ def connect() -> None:
 def own_gpus() -> int | None:
     """Count the GPUs that `connect` will find on this machine; None if it joins a cluster, which is not asked yet."""
     manager = get_accelerator_manager_for_resource("GPU")
-    if "RAY_ADDRESS" in os.environ or manager is None:
+    if cluster_address() or manager is None:
         return None
     visible = manager.get_current_process_visible_accelerator_ids()
     found = manager.get_current_node_num_accelerators()
@@ -80,7 +89,7 @@ def own_gpus() -> int | None:
 def _check_answers(address: str) -> None:
     """Raise OSError if nothing listens at ``host:port``: Ray itself tries for more than a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():  # "auto" and "local"
+    if not host or not port.isdecimal():  # "auto"
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 
-from actors.cluster import connect, nodes, reserve
+from actors.cluster import cluster_address, connect, nodes, own_gpus, reserve
 from actors.config import PlacementConfig, RolloutConfig
 from actors.resources import plan
 from tests.helpers.access import listening, nodes_shown
@@ -106,3 +106,19 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch, address):
     with pytest.raises(OSError, match="nothing answers there"):
         connect()
     assert time.monotonic() - began < 12
+
+
+@pytest.mark.parametrize("address", [None, "", " ", "local"])
+def test_a_cluster_of_its_own_has_the_gpus_of_the_machine(monkeypatch, address):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert (cluster_address(), own_gpus()) == (None, 0)
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://10.0.0.1:10001"])
+def test_the_gpus_of_a_cluster_that_is_joined_are_unknown(monkeypatch, address):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert (cluster_address(), own_gpus()) == (address, None)
