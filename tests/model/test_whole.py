@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.helpers.tiny import SPECIAL_TOKENS, V1_SPECIAL_TOKENS, byte_level_bpe
+from vargpt_rl.model.families import load_model
 from vargpt_rl.model.hub import check_model
 from vargpt_rl.model.whole import INDEX, WEIGHTS, check_values, check_whole
 
@@ -123,6 +125,23 @@ def test_tensors_that_do_not_fit_are_named(folder):
             (folder / WEIGHTS).write_bytes(saved)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_tensors_that_are_no_plain_numbers_are_named(folder, kind):
+    name = min(load_file(folder / WEIGHTS))
+    change_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(kind)}))
+    assert f"{folder / WEIGHTS}: tensor {name} is of type " in refusal(folder)
+
+
+def test_the_weights_that_are_checked_are_those_that_are_loaded(folder):
+    """Of a single file and an index beside it, transformers loads the file."""
+    whole = (folder / WEIGHTS).read_bytes()
+    split(folder)
+    (folder / WEIGHTS).write_bytes(whole)
+    change_weights(folder, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    assert "values that are not finite" in refusal(folder)
+    assert any(tensor.isnan().any() for tensor in load_model(folder, "auto").state_dict().values())
+
+
 def test_a_tensor_named_twice_is_refused(folder):
     data = (folder / WEIGHTS).read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -140,6 +159,12 @@ SIZES = [
     ("text_config.vocab_size", 10**12, "vocab_size is 1000000000000, expected at most 2147483648"),
     ("text_config.vocab_size", 10**5000, "config.json: "),
     ("decoder_config.width", 2_000_000_000, "config.json: no model can be built of it"),
+    ("decoder_config.mlp_ratio", float("inf"), "mlp_ratio is inf, expected at most 2147483648"),
+    ("text_config.rope_parameters.rope_theta", float("nan"), "rope_theta is nan, expected at most 2147483648"),
+    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "expected weights that are not"),
+    ("image_gen_pad_token_id", 70, "image_gen_pad_token_id is 70, which is no special token of its tokenizer"),
+    ("image_gen_start_token_id", -1, "image_gen_start_token_id is -1, which is no special token of its tokenizer"),
+    ("image_token_id", None, "image_token_id"),
     ("decoder_config.width", -8, ""),
     ("decoder_config.heads", 0, ""),
     ("decoder_config.width", "wide", ""),
@@ -181,3 +206,19 @@ def test_more_words_than_embeddings_are_refused_with_both_numbers(folder):
     )
     (folder / "tokenizer.json").write_text("{}")
     assert refusal(folder).startswith(f"{folder}: its tokenizer cannot be loaded: ")
+
+
+def test_a_tokenizer_without_the_tokens_of_images_is_refused(folder, v1_folder):
+    """As that of a model which this one began from, copied into its folder."""
+    for each, tokens in ((folder, SPECIAL_TOKENS[:3]), (v1_folder, V1_SPECIAL_TOKENS[:3])):
+        named = {"eos_token": tokens[2], "bos_token": tokens[1], "pad_token": tokens[0]}
+        plain = PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(tokens), **named)
+        plain.save_pretrained(each)
+        assert "which is no special token of its tokenizer" in refusal(each)
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_a_tokenizer_that_lacks_a_token_of_the_template_is_refused(v1_folder, token):
+    path = v1_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {token: None}))
+    assert refusal(v1_folder).startswith(f"{v1_folder}: its tokenizer gives token None, expected 0 to ")
