@@ -135,6 +135,27 @@ def test_a_module_that_others_can_change_is_not_imported(tmp_path, monkeypatch):
     sys.modules.pop("shared_module")
 
 
+@pytest.mark.parametrize("open_to_all", ["bundle", "bundle/part", "bundle/part/mine.py", "bundle/part/__pycache__"])
+@pytest.mark.parametrize("initialised", [True, False])
+def test_a_package_that_others_can_change_is_not_imported(tmp_path, monkeypatch, open_to_all, initialised):
+    part = tmp_path / "bundle" / "part"
+    (part / "__pycache__").mkdir(parents=True)
+    (part / "mine.py").write_text(PLUGIN)
+    if initialised:
+        (part / "__init__.py").touch()
+        (part.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / open_to_all).chmod(0o777)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{tmp_path / open_to_all} can be written by every user here"):
+            load_plugin("bundle.part.mine:ones")
+        assert "bundle.part.mine" not in sys.modules
+    (tmp_path / open_to_all).chmod(0o755)
+    load_plugin("bundle.part.mine:ones")
+    for name in ("bundle.part.mine", "bundle.part", "bundle"):
+        sys.modules.pop(name)
+
+
 def test_compiled_code_beside_a_plugin_is_not_run(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def which(images, prompts):\n    return 'source'\n")

@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
@@ -47,18 +48,27 @@ def load_plugin(path: str) -> Any:
 def _import(path: str, where: str) -> ModuleType:
     if not all(part.isidentifier() for part in where.split(".")):
         raise ValueError(f"plugin {path!r}: {where!r} is neither a module's name nor a .py file")
-    spec = importlib.util.find_spec(where.partition(".")[0])
-    if spec is not None and spec.origin is not None and spec.has_location:
-        file = Path(spec.origin)
-        if not any(file.is_relative_to(place) for place in TRUSTED):
-            _check_own(path, file)
     try:
+        for name in accumulate(where.split("."), "{}.{}".format):  # finding a module imports the package around it
+            _check_module(path, name)
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
         # A module that the plugin itself fails to import is an error of the plugin, not of the path.
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"plugin {path!r}: there is no module {error.name!r}") from error
+
+
+def _check_module(path: str, name: str) -> None:
+    """ValueError if others can write what is run on import of a module: its source, compiled code, or its folders."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return
+    files = [Path(file) for file in (spec.origin, spec.cached) if file and spec.has_location]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    for place in [*files, *(file.parent for file in files), *folders]:
+        if os.path.lexists(place) and not any(place.is_relative_to(trusted) for trusted in TRUSTED):
+            _check_own(path, place)
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):
