@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from learners.image_tokenizer import TokenizerTraining, learning_rate
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, render, sample_scene
@@ -308,4 +309,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     main()

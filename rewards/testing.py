@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from rewards import Reward
 from vargpt_rl.common.plugins import make_plugin
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 
 TOLERANCE = 1e-3
@@ -167,4 +168,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     raise SystemExit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ import ray
 from slurm.node import wait_for
 from vargpt_rl import loop
 from vargpt_rl.common.signals import Stop, stop
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.driver.run import STATE
 from vargpt_rl.storage.checkpoint import MARKER
 
@@ -77,4 +78,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

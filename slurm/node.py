@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from vargpt_rl.common.streams import make_outputs_lasting
+
 PR_SET_CHILD_SUBREAPER = 36
 SOCKET_PATH = 107
 """Bytes that Linux allows in a socket's path."""
@@ -128,4 +130,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

@@ -3,6 +3,7 @@
 import sys
 
 from configs.load import load_config
+from vargpt_rl.common.streams import make_outputs_lasting
 
 
 def main() -> int:
@@ -16,4 +17,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Signals end a program alike in every phase, and its outputs never do."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vargpt_rl.common.signals import STOPS
+from vargpt_rl.common.streams import LastingOutput
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -120,3 +122,69 @@ def test_closed_pipes_and_poor_terminals_end_nothing(encoding, tmp_path, started
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
     )
     assert ran.returncode == 0 and (b"?" in ran.stdout) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+def test_descriptors_that_are_closed_at_the_start_take_no_file(closed, tmp_path):
+    """As after ``program >&- 2>&-``: the next file that is opened would have their number."""
+    code = f"""
+import sys
+from vargpt_rl.common.streams import make_outputs_lasting
+make_outputs_lasting()
+with open({str(tmp_path / "file")!r}, "w") as file:
+    {LINES}
+    file.write("content")
+"""
+    script = tmp_path / "program.py"
+    script.write_text(code)
+    closing = " ".join(f"{descriptor}>&-" for descriptor in closed)
+    command = ["bash", "-c", f'exec "$0" "$1" {closing}', sys.executable, str(script)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert ran.returncode == 0 and (tmp_path / "file").read_text() == "content"
+    assert b"Traceback" not in ran.stderr
+
+
+def test_a_pipe_that_does_not_block_loses_nothing(started):
+    lines = LINES.replace("(sys.stdout, sys.stderr)", "(sys.stderr,)")
+    process = started(PROGRAM.format(work=f"import os; os.set_blocking(2, False); {lines}"))
+    time.sleep(0.5)  # until the pipe is full
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors.count("x" * 1000) == 200
+
+
+def test_a_full_disk_ends_no_output_for_good():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    output = LastingOutput(os.open("/dev/full", os.O_WRONLY))
+    assert output.write(b"lost") == 4 and not output.gone
+    os.close(output.descriptor)
+    assert output.write(b"lost") == 4 and output.gone
+
+
+LASTING = re.compile(
+    r"make_outputs_lasting\(\)|return run_(command|program)\(.*arguments\)|sys.exit\(run_command|app import main$",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file.relative_to(ROOT).as_posix()
+        for package in ("vargpt_rl", "actors", "learners", "rewards", "slurm")
+        for file in sorted((ROOT / package).rglob("*.py"))
+        if '\nif __name__ == "__main__":\n' in file.read_text()
+    ],
+)
+def test_every_program_has_outputs_that_last(file):
+    """The shared ways to run a program see to it, and so must each program that goes its own way."""
+    text = (ROOT / file).read_text()
+    assert LASTING.search(text)
+
+
+@pytest.mark.parametrize("module", ["vargpt_rl.data.prompts", "vargpt_rl.page"])
+def test_help_into_a_closed_pipe_is_no_error(module, start):
+    process = start([sys.executable, "-m", module, "--help"])
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and not errors

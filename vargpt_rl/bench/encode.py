@@ -21,6 +21,7 @@ import torch
 from configs.load import load_config
 from vargpt_rl.bench.harness import results_table, timed
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.batches import DrawExample, SftCollator
 from vargpt_rl.data.encode import ENCODED, Encoding, crops_of, encode, features_of
@@ -171,4 +172,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

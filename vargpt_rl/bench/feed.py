@@ -24,6 +24,7 @@ import torch
 from vargpt_rl.bench.encode import write_records
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.records.sources import RecordSource
 from vargpt_rl.data.records.stream import RecordStream
@@ -135,4 +136,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

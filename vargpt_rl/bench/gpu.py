@@ -30,6 +30,7 @@ import transformers
 from learners.config import Recipe
 from learners.flops import drawing_flops, matrix_peak, shape_of, step_flops
 from vargpt_rl.bench.gpu_checks import attention_kernels, hash_and_swap, precision
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory.inputs import batch, preference_loss
 from vargpt_rl.memory.tracker import META, meta_model
@@ -391,4 +392,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

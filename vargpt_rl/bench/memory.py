@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from learners.config import Recipe
 from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory.inputs import batch, preference_loss
@@ -259,4 +260,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

@@ -17,6 +17,7 @@ from learners.image_policy import ImagePolicy
 from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.bench.memory import Case, enlarged, real_loss, score
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.memory.inputs import batch
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
@@ -120,4 +121,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

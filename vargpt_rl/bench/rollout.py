@@ -15,6 +15,7 @@ import torch
 
 from vargpt_rl.bench.harness import peak_memory, results_table, timed
 from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.shapes import sample_scene
 from vargpt_rl.model.bits import resize, to_codes, to_map, to_tokens
@@ -125,4 +126,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

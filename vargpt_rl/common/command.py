@@ -22,6 +22,7 @@ from vargpt_rl.common.fields import ClassPath, class_fields, key_shown, meaning
 from vargpt_rl.common.logs import configure_logging
 from vargpt_rl.common.secret_check import check_secrets
 from vargpt_rl.common.settings import bare, build, field_types, kind_at, split_list
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import asks_for_usage
 
 Command = TypeVar("Command")
@@ -83,6 +84,12 @@ def usage(program: ModuleType, kind: type | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _own_arguments() -> list[str]:
+    """Return the arguments of this process, whose outputs from now on neither end nor fail."""
+    make_outputs_lasting()
+    return sys.argv[1:]
+
+
 def _run(execute: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     configure_logging()
     try:
@@ -100,7 +107,7 @@ def run_program(execute: Callable[[list[str]], int | None], arguments: list[str]
 
     ``-h`` or ``--help`` prints the docstring of the module of ``execute`` instead.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _own_arguments() if arguments is None else arguments
     if asks_for_usage(arguments):
         print(usage(sys.modules[execute.__module__]), end="")
         return 0
@@ -111,7 +118,7 @@ def run_command(
     kind: type[Command], execute: Callable[[Command], int | None], arguments: list[str] | None = None
 ) -> int:
     """Run a program whose arguments are the fields of a dataclass; return its exit code (see above)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _own_arguments() if arguments is None else arguments
     if asks_for_usage(arguments):
         print(usage(sys.modules[execute.__module__], kind), end="")
         return 0

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vargpt_rl.common.command import run_program
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.data.pair_statistics import describe
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.storage.files import atomic_file
@@ -210,4 +211,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

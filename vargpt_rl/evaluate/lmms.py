@@ -21,6 +21,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from vargpt_rl.common.bars import progress_bar
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.data.images import as_rgb
 from vargpt_rl.inference.conversation import load
 from vargpt_rl.storage.files import write_atomically
@@ -159,4 +160,5 @@ def run(job: LmmsTasks) -> None:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     run(LmmsTasks(**json.loads(sys.argv[1])))

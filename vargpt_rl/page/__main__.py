@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a folder is no run directory.
 import sys
 from pathlib import Path
 
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.page.render import write_page
 
@@ -34,4 +35,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())

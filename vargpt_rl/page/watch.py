@@ -12,6 +12,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
+from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.page.contents import holder_lives, read_run
 from vargpt_rl.page.render import render
@@ -96,4 +97,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_outputs_lasting()
     sys.exit(main())
