@@ -339,6 +339,76 @@ def test_delimiters_of_csv_are_told_by_the_header(tmp_path, delimiter, ending, q
     assert not quarantine.counts
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "id,caption,file\np0,a red, round ball,0.png\n",
+            "row of 4 fields, expected 3: one with delimiters must be quoted",
+        ),
+        (
+            "id,file,caption\np0,0.png,a red, round ball\n",
+            "row of 4 fields, expected 3: one with delimiters must be quoted",
+        ),
+        ('id,caption,file\np0,"a" red ball,0.png\n', "not CSV: ',' expected after '\"'"),
+        ('id,caption,file\np0,a,"0.png\n', "not CSV: unexpected end of data"),
+        (b"id,caption,file\np0,caf\xe9,0.png\n", "not UTF-8"),
+        (f"id,caption,file\np0,{'x' * 200_000},0.png\n", "not CSV: field larger than field limit (131072)"),
+        ("id,caption,caption,file\np0,a,b,0.png\n", "file is lost: the header has 'caption' more than once"),
+        ("id,caption,file\np0\n", '"file" is of type NoneType, expected str'),
+    ],
+)
+def test_odd_rows_of_csv_are_named_and_cost_only_themselves(tmp_path, text, said):
+    write_set(tmp_path, ["0.png", "1.png"], ["0.png", "1.png"])
+    path = tmp_path / "table.csv"
+    data = text if isinstance(text, bytes) else text.encode()
+    head = data.partition(b"\n")[0]
+    good = {b"id,caption,file": b"good,a cat,1.png\n", b"id,file,caption": b"good,1.png,a cat\n"}.get(head, b"")
+    path.write_bytes(head + b"\n" + good + data.partition(b"\n")[2])  # an open quote takes all that follows
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    config = CaptionedConfig(str(path), str(tmp_path / "images"), held_out_fraction=0.0)
+    if good:
+        source = CaptionedSource(config, quarantine)
+        assert source.prompts("train", 9, 0) == [Prompt("good", "a cat", REPLY)]
+    else:
+        with pytest.raises(ValueError, match="no usable caption"):
+            CaptionedSource(config, quarantine)
+    assert quarantine.counts[said] == quarantine.lost == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\nid;caption;file\np0;a, b;0.png\n",
+        'sep=,\r\nid,caption,file\r\np0,"a, b",0.png\r\n',
+        'id, caption, file\np0, "a, b", 0.png\n',
+        'id,caption,file,,\np0,"a, b",0.png,,\n',
+        'id,caption,file\np0,"a, b",0.png,,\n',
+        'file,caption,id\n0.png,"a, b"\n',
+        '\n \nid,caption,file\np0,"a, b",0.png\n',
+        '\ufeff\ufeffid , caption ,file\np0,"a, b",0.png\n',
+        '\ufeffid,caption,file\n\n\np0,"a, b",0.png\n\n',
+    ],
+)
+def test_dialects_of_csv_that_programs_write_are_read(tmp_path, text):
+    write_set(tmp_path, ["0.png"], ["0.png"])
+    path = tmp_path / "table.csv"
+    path.write_bytes(text.encode())
+    source, quarantine = captioned(tmp_path, captions=str(path), held_out_fraction=0.0)
+    (prompt,) = source.prompts("train", 9, 0)
+    assert prompt.text == "a, b" and not quarantine.counts
+
+
+def test_files_of_the_operating_system_are_no_images(tmp_path):
+    write_set(tmp_path, ["0.png"], ["0.png"])
+    for kind in ("images", "winners"):
+        (tmp_path / kind / "__MACOSX").mkdir()
+        for name in ("._0.png", ".DS_Store", "__MACOSX/0.png"):
+            (tmp_path / kind / name).write_bytes(b"x")
+    _, quarantine = captioned(tmp_path, held_out_fraction=0.0)
+    assert not quarantine.counts
+
+
 @pytest.mark.parametrize("missing", [None, ""])
 def test_a_caption_without_an_identifier_has_its_images_name(tmp_path, missing):
     write_set(tmp_path, ["0.png"], ["0.png"], [{"id": missing, "caption": "a cat", "file": "0.png"}])

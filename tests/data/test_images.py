@@ -1,4 +1,5 @@
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_depths_are_scaled_or_refused_and_never_clipped(tmp_path):
         except ValueError as error:
             refused[name] = str(error).partition("image: ")[2]
     assert refused == {
-        "int": "image of 32-bit integers, expected 8 or 16 bits a channel",
+        "int": "TIFF of signed integers, expected unsigned ones",
         "wide": "image of floats outside 0 to 1",
         "nan": "image of floats outside 0 to 1",
     }
@@ -137,6 +138,13 @@ def test_transparency_outlives_a_profile(tmp_path):
         (b"#?RADIANCE\n", "Radiance HDR"),
         (b"DDS |\0\0\0", "DDS"),
         (b"qoif\0\0", "QOI"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "HTML"),
+        (b"data:image/png;base64,iVBORw0KGgo", "base64 text"),
+        (b"/9j/4AAQSkZJRg", "base64 text"),
+        (b"RIFF\x24\0\0\0AVI LIST", "video or sound"),
+        (b"\x1aE\xdf\xa3\x9fB", "video or sound"),
+        (b"\x93NUMPY\1\0", "NumPy array"),
+        (b"Rar!\x1a\7\0", "archive"),
     ],
 )
 def test_files_of_other_kinds_are_named(tmp_path, head, kind):
@@ -144,6 +152,44 @@ def test_files_of_other_kinds_are_named(tmp_path, head, kind):
     path.write_bytes(head)
     with pytest.raises(ValueError, match=f"a.png: not a readable image: image of kind {kind}, expected one of AVIF, "):
         read_image(path)
+
+
+def tiff(bits: int, form: int, photometric: int, data: bytes) -> bytes:
+    """A grey TIFF of 8 x 8 pixels. ``form``: 1 unsigned, 2 signed, 3 floats; ``photometric``: 0 for white as 0."""
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, 8)]
+    tags += [(279, len(data)), (339, form)]
+    begin = 8 + 2 + 12 * len(tags) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, begin if tag == 273 else value) for tag, value in tags]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("bits", "form", "photometric", "said"),
+    [
+        (16, 1, 0, "TIFF of more than 8 bits with white as 0"),
+        (32, 3, 0, "TIFF of more than 8 bits with white as 0"),
+        (12, 1, 1, "TIFF of 12 bits"),
+        (8, 2, 1, "TIFF of signed integers"),
+        (16, 2, 1, "TIFF of signed integers"),
+        (32, 2, 1, "TIFF of signed integers"),
+        (32, 1, 1, "image of 32-bit integers"),
+    ],
+)
+def test_tiffs_whose_numbers_have_no_known_scale_are_refused(tmp_path, bits, form, photometric, said):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(bits, form, photometric, bytes(8 * bits)))
+    with pytest.raises(ValueError, match=f"a.tif: not a readable image: {said}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "form", "photometric", "value", "grey"),
+    [(8, 1, 1, b"\x37", 0x37), (8, 1, 0, b"\x37", 0xC8), (16, 1, 1, b"\x12\x37", 0x37), (32, 3, 1, b"\0\0\0\x3f", 128)],
+)
+def test_tiffs_of_other_depths_have_their_brightness(tmp_path, bits, form, photometric, value, grey):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(bits, form, photometric, 64 * value))
+    assert read_image(path).getpixel((3, 3)) == (grey,) * 3
 
 
 class Offsets:

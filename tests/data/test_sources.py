@@ -111,6 +111,25 @@ def test_prompts_from_files(tmp_path):
     assert quarantine.counts['"prompt" is missing'] == quarantine.counts["not JSON: too deeply nested"] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts", "told"),
+    [
+        ("a cat\ra dog\r", ["a cat", "a dog"], {}),
+        ("a cat\r\ra dog\r\n", ["a cat", "a dog"], {}),
+        ('{"prompt": "a cat"}\na dog\n', ["a dog"], {"JSON where plain text is expected": 1}),
+        ("{red, blue} cat\n{a}\n", ["{red, blue} cat", "{a}"], {}),
+        ("a \x1b[31mcat\na dog\n", ["a dog"], {'"prompt" has characters that are no text': 1}),
+        ("\u200b\ufeff\na dog\n", ["a dog"], {'"prompt" is empty': 1}),
+        ("a\u2028cat \x0c\x85\n", ["a\u2028cat"], {}),
+    ],
+)
+def test_odd_lines_of_prompts_are_no_prompts(tmp_path, text, prompts, told):
+    path, quarantine = tmp_path / "a.txt", Quarantine(tmp_path / "q.jsonl")
+    path.write_bytes(text.encode())
+    assert [prompt.text for prompt in prompts_from_file(path, quarantine)] == prompts
+    assert quarantine.counts == told
+
+
 def test_prompts_may_have_ids(tmp_path):
     quarantine, lines = Quarantine(tmp_path / "quarantine.jsonl"), tmp_path / "mine.jsonl"
     rows = [("a", "a cat"), ("b", "a dog"), ("a", "a cow"), ("c", "a dog"), (3.5, "a fish"), ("", "a bird"), (7, "x"),

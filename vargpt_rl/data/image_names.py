@@ -3,7 +3,7 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from PIL import Image
 
@@ -31,10 +31,16 @@ class ImageNames:
 
 
 def image_files(folder: Path) -> set[str]:
-    """Return the names of the image files below ``folder``, relative to it."""
+    """Return the names of the image files below ``folder``, relative to it, without those of the operating system."""
     suffixes = Image.registered_extensions()
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    return {path.relative_to(folder).as_posix() for path in files}
+    names = (path.relative_to(folder) for path in files)
+    return {name.as_posix() for name in names if not is_system_file(name)}
+
+
+def is_system_file(name: PurePath) -> bool:
+    """Return whether an operating system has put a file there (``._x``, ``.DS_Store``, ``__MACOSX/x``)."""
+    return not name.name or name.name.startswith(".") or "__MACOSX" in name.parts
 
 
 def _normal(name: str) -> str:

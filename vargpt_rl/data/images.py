@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,12 @@ SIGNATURES = (
     (rb"8BPS", "Photoshop"),
     (rb"%PDF", "PDF"),
     (rb"%!PS", "PostScript"),
-    (rb"\s*(<\?xml|<svg)", "SVG or XML"),
-    (rb"\s*<(!doctype\s+)?html", "HTML"),
+    (rb"(\xef\xbb\xbf)?\s*(<\?xml|<svg)", "SVG or XML"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype\s+)?html", "HTML"),
+    (rb"data:image/|iVBORw0KGgo|/9j/4", "base64 text"),
+    (rb"RIFF....(?!WEBP)|\x1aE\xdf\xa3", "video or sound"),
+    (rb"\x93NUMPY", "NumPy array"),
+    (rb"7z\xbc\xaf\x27\x1c|Rar!|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd", "archive"),
     (rb"version https://git-lfs", "git-lfs pointer"),
     (rb"\x1f\x8b", "gzip"),
     (rb"PK\x03\x04", "zip archive"),
@@ -98,7 +102,21 @@ def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, 
     with image:
         if image.width * image.height > max_pixels:
             raise RefusedImage(f"image of more than {max_pixels} pixels")
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image)
         return as_rgb(_in_srgb(ImageOps.exif_transpose(image)), background)
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    """RefusedImage for numbers that Pillow hands on without their scale: signed, of 12 bits, or with white as 0."""
+    tags = image.tag_v2
+    if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
+        raise RefusedImage("TIFF of signed integers, expected unsigned ones")
+    if image.mode.startswith(("I", "F")):  # others are scaled
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+            raise RefusedImage("TIFF of more than 8 bits with white as 0, expected black as 0")
+        if 12 in tags.get(TiffImagePlugin.BITSPERSAMPLE, ()):
+            raise RefusedImage("TIFF of 12 bits, expected 8 or 16")
 
 
 def _kind(file: BinaryIO) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from vargpt_rl.common.wording import NO_TEXT, is_blank
 from vargpt_rl.data import shapes, shapes_tasks
 from vargpt_rl.data.images import ImageSource
 from vargpt_rl.data.quarantine import Quarantine
@@ -246,9 +247,13 @@ def _prompt_rows(path: Path) -> Iterator[tuple[str, Row | Fault]]:
             yield where, Fault("line is too long")
         elif line.strip():
             try:
-                yield where, {"prompt": line.decode().strip()}
+                texts = [text.strip() for text in re.split(r"[\r\n]+", line.decode().strip())]
             except UnicodeDecodeError:
                 yield where, Fault("not UTF-8", line.decode(errors="backslashreplace"))
+                continue
+            for text in texts:
+                is_row = text.startswith("{") and text.endswith("}") and '":' in text
+                yield where, Fault("JSON where plain text is expected", text) if is_row else {"prompt": text}
 
 
 def rows_of(path: Path, kind: str) -> Iterator[tuple[str, Row | Fault]]:
@@ -289,8 +294,8 @@ def text_field(row: Row, name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is of type {type(value).__name__}, expected str')
-    if not value.strip():
-        raise ValueError(f'"{name}" is empty')
-    if re.search("[\0\ud800-\udfff]", value):  # half characters, which JSON can spell but UTF-8 cannot
+    if NO_TEXT.search(value):
         raise ValueError(f'"{name}" has characters that are no text')
+    if is_blank(value):
+        raise ValueError(f'"{name}" is empty')
     return value

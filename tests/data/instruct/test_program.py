@@ -116,7 +116,7 @@ def test_bytes_that_are_no_text_in_a_csv_file_are_rejected(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"id,caption\n1,a fox\n2,a f\xffx\n3\n")
     run(tmp_path / "t.csv", tmp_path / "out")
     reasons = [reject["reason"] for reject in read(tmp_path / "out.rejects.jsonl")]
-    assert reasons == ["caption has characters that are no text", "caption is missing"]
+    assert reasons == ["not UTF-8", "caption is missing"]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 60, -1, -5])

@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tarfile
 from pathlib import Path
 
@@ -372,9 +373,32 @@ def test_synsets_take_turns(tmp_path):
         for number in range(count):
             (tmp_path / synset / f"{synset}_{number}.JPEG").write_bytes(b"")
     (tmp_path / "LOC_synset_mapping.txt").write_text("n01 a fish\n")
+    for name in (".DS_Store", "n01/.DS_Store", "n01/._n01_0.JPEG", "__MACOSX/n01.JPEG", ".cache/a.JPEG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
     found = rows("synsets", tmp_path)
     assert [row["file"] for _, row in found] == [
         "n01/n01_0.JPEG", "n02/n02_0.JPEG", "n03/n03_0.JPEG", "n01/n01_1.JPEG", "n03/n03_1.JPEG", "n01/n01_2.JPEG"
     ]  # fmt: skip
     assert [row["synset"] for _, row in found[:3]] == ["n01", "n02", "n03"]
     assert rows("synsets", tmp_path, 4, 1) == found[4:]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("found", ["pipe", "device", "folder", "file"])
+def test_what_is_no_file_of_the_format_is_refused_unread(tmp_path, kind, found):
+    path = tmp_path / "odd"
+    make = {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "file": path.touch,
+    }
+    make[found]()
+    expected = "folder" if FORMATS[kind].folder else "file"
+    if found == expected:
+        file_parts([path], FORMATS[kind])
+        return
+    said = "not a plain file" if expected == "file" and found != "folder" else f"expected a {expected}"
+    with pytest.raises(ValueError, match=f"{path}: {said}"):
+        file_parts([path], FORMATS[kind])

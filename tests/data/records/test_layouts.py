@@ -146,6 +146,26 @@ def test_img2dataset_tars(tmp_path):
     assert all(images[0].size == (6, 4) for _, images in found)
 
 
+def test_text_and_images_of_tars_are_not_guessed(tmp_path):
+    file = tmp_path / "00000.tar"
+    texts = ["\ufeffa cat".encode(), "caf\xe9".encode("latin1"), "a cat".encode("utf-16"), b"new", b"two"]
+    with tarfile.open(file, "w") as archive:
+        for number, text in enumerate(texts):
+            add(archive, f"{number:09d}.jpg", png(number))
+            add(archive, f"{number:09d}.txt", b"old" if text == b"new" else text)
+        add(archive, "000000003.txt", b"new")
+        add(archive, "000000003.jpg", png(7))
+        add(archive, "000000004.webp", png(8))
+    found, bad = read([file], "webdataset", [Import(laion, "laion", tmp_path), loaded], tmp_path / "bad")
+    assert [said(record)[0][1] for record, _ in found] == ["a cat", "new"]
+    assert found[1][0].images[0].open().read() == png(7), "of two members of a name, the later one counts"
+    assert sorted(reason for _, reason in bad) == [
+        "archive member is not UTF-8",
+        "archive member is not UTF-8",
+        "row brings more than one image",
+    ]
+
+
 def test_what_a_tar_brings_beside_records_is_noted_and_not_lost(tmp_path):
     file = tmp_path / "a.tar"
     with tarfile.open(file, "w") as archive:

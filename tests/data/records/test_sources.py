@@ -31,6 +31,15 @@ def test_globs_are_read_in_order_and_passed_through_the_steps(tmp_path):
     assert list(records) == [("mine", "a0"), ("mine", "b0"), ("mine", "b1")]
 
 
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "what?.jsonl", "[x]/a.jsonl"])
+def test_a_path_that_exists_is_taken_as_written(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    (tmp_path / "a1.jsonl").touch()
+    assert RecordSource([str(path)]).paths() == [path]
+
+
 def test_class_folders_start_from_themselves(tmp_path):
     (tmp_path / "set" / "n01").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "set" / "n01" / "x.JPEG")

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vargpt_rl.common.wording import NO_TEXT
 from vargpt_rl.data.instruct.dialogue import Caption, Reject, Unusable
 from vargpt_rl.data.records.formats import FORMAT_OF, FORMATS, Fault, LeftOut, Row
 from vargpt_rl.data.records.reader import file_parts
 
-NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and half characters as JSON can spell them
 SPECIAL = re.compile(r"<image|<\|")
 
 
@@ -99,6 +99,6 @@ def _text(row: Row, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise Unusable(f"{name} is not text", repr(value))
     text = str(value)
-    if NO_TEXT.search(re.sub(r"\s", " ", text)):
+    if NO_TEXT.search(text):
         raise Unusable(f"{name} has characters that are no text", repr(text))
     return text

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import reprlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vargpt_rl.data.image_names import is_system_file
 from vargpt_rl.data.records.images import InArchive
 
 LONGEST = 16 * 2**20
 """Longest row of JSON, in characters or bytes, so that no damaged file fills the memory."""
+BOM = b"\xef\xbb\xbf"
 BATCH = 64
 """Rows that are converted to Python objects together."""
 LARGEST_GROUP = 2**30
@@ -72,17 +75,22 @@ class Format:
     """``parts(path)``: number of parts of a file that can be read on their own.
 
     ``rows(path, part, start, step)``: at least the rows start, start + step... of a part, each with its number.
-    ``text``: whether a file is UTF-8.
+    ``text``: whether a file is UTF-8. ``folder``: whether what is read is a folder of files.
     """
 
     parts: Callable[[Path], int]
     rows: Callable[[Path, int, int, int], Rows]
     text: bool = False
+    folder: bool = False
 
     def check(self, path: Path) -> None:
-        """ValueError, naming the file, for one that is compressed or of another kind by its first bytes."""
-        if not path.is_file():
+        """ValueError, naming the file, for one that is compressed or of another kind, by its first bytes too."""
+        if path.is_dir() != self.folder:
+            raise ValueError(f"{path}: expected a {'folder' if self.folder else 'file'}")
+        if self.folder:
             return
+        if not path.is_file():
+            raise ValueError(f"{path}: not a plain file")  # a pipe would block, a device never ends
         with path.open("rb") as file:
             head = file.read(64)
         for pattern, kind in _SIGNATURES + (_TEXT_SIGNATURES if self.text else ()):
@@ -123,7 +131,7 @@ def _jsonl_rows(path: Path, part: int, start: int, step: int) -> Rows:
 def _first_character(path: Path) -> bytes:
     """Return what tells an array from lines: both are found under the endings .json and .jsonl."""
     with path.open("rb") as file:
-        return file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        return file.read(_CHUNK).removeprefix(BOM).lstrip()[:1]
 
 
 def _array_rows(path: Path) -> Rows:
@@ -196,7 +204,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         number = 0
         while line := file.readline(LONGEST):
             if len(line) < LONGEST or line.endswith(b"\n"):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                yield number, line.removeprefix(BOM) if number == 0 else line
             else:
                 while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
                     pass
@@ -204,19 +212,50 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             number += 1
 
 
-# CSV with a header, which tells the delimiter. Bytes that are not UTF-8 become half characters, which no text may have.
+# CSV with a header, which tells the delimiter and whether blanks follow it; a first line "sep=;" (Excel's) says it too.
+# Bytes that are not UTF-8 become half characters.
+
+_SEPARATOR = re.compile(rf"sep=([{DELIMITERS}])\s*")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def _csv_rows(path: Path, part: int, start: int, step: int) -> Rows:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        head = file.readline(LONGEST)
-        delimiter = max(DELIMITERS, key=head.count)
-        reader = csv.DictReader(chain([head], iter(lambda: file.readline(LONGEST), "")), delimiter=delimiter)
-        try:
-            for row in reader:
-                yield reader.line_num - 1, row
-        except csv.Error as error:
-            yield reader.line_num - 1, Fault(f"rest of the file is lost: not CSV: {error}")
+        before, delimiter, head = -1, "", "\n"
+        while head and not head.strip("\ufeff \t\r\n"):
+            before, head = before + 1, file.readline(LONGEST)
+            if named := _SEPARATOR.fullmatch(head):
+                delimiter, head = named[1], "\n"
+        delimiter = delimiter or max(DELIMITERS, key=head.count)
+        spaced = all(name.startswith(" ") for name in head.split(delimiter)[1:])
+        lines = chain([head], iter(lambda: file.readline(LONGEST), ""))
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
+        names: list[str] | None = None
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                yield before + reader.line_num - 1, Fault(f"not CSV: {error}")
+                continue
+            if names is None:
+                names = [name.strip("\ufeff ") for name in fields]
+                if repeated := [name for name in names if name and names.count(name) > 1]:
+                    yield before, Fault(f"file is lost: the header has {repeated[0]!r} more than once")
+                    return
+            elif fields:
+                yield before + reader.line_num - 1, _csv_row(names, fields)
+
+
+def _csv_row(names: list[str], fields: list[str]) -> Row | Fault:
+    """Return a row. Fields that are missing at its end are None; surplus ones must be empty."""
+    written = reprlib.repr(fields)
+    if any(_NOT_UTF8.search(field) for field in fields):
+        return Fault("not UTF-8", written)
+    if any(fields[len(names) :]):
+        return Fault(f"row of {len(fields)} fields, expected {len(names)}: one with delimiters must be quoted", written)
+    return dict(zip_longest(names, fields[: len(names)]))
 
 
 # Parquet: a part is a row group.
@@ -329,24 +368,23 @@ def _tar_rows(path: Path, part: int, start: int, step: int) -> Rows:
 def _groups(archive: tarfile.TarFile) -> tuple[dict[str, list[tarfile.TarInfo]], bool]:
     """Return the members by their keys, and whether the archive is whole; the last key of one that is not is left out.
 
-    Files of the operating system (``._x``, ``.DS_Store``, ``__MACOSX``) are skipped.
+    Files of the operating system are skipped. Of members of the same name the last one counts, as where tar unpacks.
     """
-    groups: dict[str, list[tarfile.TarInfo]] = {}
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     key = None
     try:
         for member in archive:
-            parts = PurePosixPath(member.name).parts
-            if member.isdir() or not parts or "__MACOSX" in parts or parts[-1].startswith("."):
+            if member.isdir() or is_system_file(PurePosixPath(member.name)):
                 continue
             key = _key(member)
-            groups.setdefault(key, []).append(member)
+            groups.setdefault(key, {})[member.name] = member
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end
         whole = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError):
         whole = False
     if not whole and key is not None:
         del groups[key]
-    return groups, whole
+    return {key: list(members.values()) for key, members in groups.items()}, whole
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -374,25 +412,34 @@ def _sample(archive: tarfile.TarFile, path: Path, key: str, members: list[tarfil
                 return Fault("archive member is too long", member.name)
             file = archive.extractfile(member)
             assert file is not None  # only members that are not plain files have no content
+            data = file.read().removeprefix(BOM)
             if kind == ".txt":
-                row["txt"] = file.read().decode(errors="backslashreplace")
+                try:
+                    row["txt"] = data.decode()
+                except UnicodeDecodeError:
+                    return Fault("archive member is not UTF-8", member.name)
                 continue
-            parsed = _parsed(file.read())
+            parsed = _parsed(data)
             if isinstance(parsed, Fault):
                 return parsed
             row = parsed | row
     return row
 
 
-# Folders of images by class: <folder>/<synset>/<image>. Rows alternate between the classes.
+# Folders of images by class: <folder>/<synset>/<image>. Rows alternate between the classes. Files of the operating
+# system are skipped.
 
 
 def _synset_rows(path: Path, part: int, start: int, step: int) -> Rows:
-    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    classes = ([(folder, name) for name in sorted(os.listdir(path / folder))] for folder in folders)
+    folders = [name for name in _own_names(path) if (path / name).is_dir()]
+    classes = ([(folder, name) for name in _own_names(path / folder)] for folder in folders)
     around = (found for turn in zip_longest(*classes) for found in turn if found is not None)
     for number, (folder, name) in islice(enumerate(around), start, None, step):
         yield number, {"synset": folder, "file": f"{folder}/{name}"}
+
+
+def _own_names(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if not is_system_file(PurePosixPath(name)))
 
 
 FORMATS = {
@@ -400,7 +447,7 @@ FORMATS = {
     "json": Format(_one, _json_rows, text=True),
     "jsonl": Format(_one, _jsonl_rows, text=True),
     "parquet": Format(_parquet_parts, _parquet_rows),
-    "saved": Format(_saved_parts, _saved_rows),
-    "synsets": Format(_one, _synset_rows),
+    "saved": Format(_saved_parts, _saved_rows, folder=True),
+    "synsets": Format(_one, _synset_rows, folder=True),
     "webdataset": Format(_one, _tar_rows),
 }

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vargpt_rl.common.wording import is_blank
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.formats import Row
 from vargpt_rl.data.records.images import ImageRef, InArchive, InRecord, on_disk
@@ -97,8 +98,10 @@ def laion(row: Row, root: Path) -> RecordConversation:
         raise BadRecord("image was not fetched")
     key = _name(row, "key" if "key" in row else "__key__").zfill(9)
     caption = _text(row, "caption" if row.get("caption") or "txt" not in row else "txt")
-    brought = row.get("images")
-    image = _image(brought[0], root) if isinstance(brought, list) and brought else on_disk(root, f"{key[:5]}/{key}.jpg")
+    brought = row.get("images") or [f"{key[:5]}/{key}.jpg"]
+    if not isinstance(brought, list) or len(brought) > 1:
+        raise BadRecord("row brings more than one image")
+    image = _image(brought[0], root)
     return _drawing(key, caption.strip(), image)
 
 
@@ -202,7 +205,7 @@ def _string(value: object, name: str) -> str:
 
 def _text(row: Row, name: str, blank: bool = False) -> str:
     text = _of(row, name, str)
-    if not blank and not text.strip():
+    if not blank and is_blank(text):
         raise BadRecord(f'"{name}" is empty')
     return text
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from vargpt_rl.common.wording import NO_TEXT, is_blank
 from vargpt_rl.data.quarantine import BadRecord
 from vargpt_rl.data.records.images import MAX_PIXELS, ImageRef, load
 
@@ -81,9 +82,9 @@ def _wrong_type(record: RecordConversation) -> str | None:
     for name, value in texts.items():
         if not isinstance(value, str):
             return f"{name} is of type {type(value).__name__}, expected str"
-        if re.search("[\0\ud800-\udfff]", value):  # half characters, which JSON can spell but UTF-8 cannot
+        if NO_TEXT.search(value):
             return f"{name} has characters that are no text"
-    if not record.id.strip():
+    if is_blank(record.id):
         return "id is empty"
     if record.task not in TASKS:
         return f"unknown task, expected one of {', '.join(TASKS)}"
@@ -101,7 +102,7 @@ def _wrong_turns(record: RecordConversation) -> str | None:
     if record.messages[-1].role != "assistant":
         return "last turn is not the assistant's"
     for message in record.messages:
-        if not message.text.strip():
+        if is_blank(message.text):
             return "empty answer" if message.role == "assistant" else "empty question"
     return None
 

@@ -53,10 +53,13 @@ class RecordSource:
         return replace(self, files=[os.path.abspath(pattern) for pattern in self.files], images=images, names=names)
 
     def paths(self) -> list[Path]:
-        """Expand the globs: absolute paths, in order. ValueError for a pattern without a match."""
+        """Expand the globs: absolute paths, in order. A path that exists is taken as written.
+
+        ValueError for a pattern without a match.
+        """
         found = []
         for pattern in self.files:
-            matches = sorted(glob(pattern, recursive=True))
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob(pattern, recursive=True))
             if not matches:
                 raise ValueError(f"files: nothing fits {pattern}")
             found += [Path(path).resolve() for path in matches]
