@@ -54,6 +54,7 @@ from vargpt_rl.driver.judging import judge
 from vargpt_rl.driver.labelled import LabelsNeeded, pair_labelled, propose, waits_for_labels
 from vargpt_rl.driver.learned import train_reward
 from vargpt_rl.driver.online import forget_batches, train_online
+from vargpt_rl.driver.origins import check_origins
 from vargpt_rl.driver.own_pairs import encode_own_pairs, pair_own
 from vargpt_rl.driver.pairs import pair, sample_while_training
 from vargpt_rl.driver.report import show
@@ -229,8 +230,9 @@ def start(arguments: list[str]) -> int:
     Stop.resume = f"to resume: {command_line('resume', run.directory)}"
     resume(run)
     try:
+        check_origins(run, config, inputs)
         waiting = waits_for_labels(config, run)  # before the seconds that a cluster takes
-    except ValueError as error:  # damaged labels
+    except ValueError as error:  # another starting model, damaged labels
         report_error(error)
         return 2
     if waiting:

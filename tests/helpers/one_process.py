@@ -21,6 +21,7 @@ from vargpt_rl.common.dtypes import chosen_dtype
 from vargpt_rl.common.network import free_port
 from vargpt_rl.driver import judging
 from vargpt_rl.driver.labelled import LabelsNeeded
+from vargpt_rl.driver.origins import check_origins
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.start import prepare, resume
 from vargpt_rl.driver.weights import WeightSync
@@ -102,6 +103,7 @@ def start(arguments: list[str]) -> None:
     judging.scorers = own_scorers
     config, inputs, run = prepare(arguments)
     resume(run)
+    check_origins(run, config, inputs)
     bf16 = chosen_dtype(config.dtype, on_gpu=False) == torch.bfloat16
     adapter = config.adapter if config.adapter.is_on else None
     worker = Worker(inputs.model, inputs.source, threads=1, bf16=bf16, adapter=adapter)

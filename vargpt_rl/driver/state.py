@@ -28,6 +28,9 @@ NEW: dict[str, Any] = {
     "logs": {},
     "hashes": {},
 }
+ORIGINS = "origins"
+"""Key of the hashes of what the run reads from elsewhere (`vargpt_rl.driver.origins`); a run that has just begun has
+none."""
 REST = ("times", "events", "restarts", "seconds", "config", "summary", "logs", "files")
 """Keys under one hash."""
 
@@ -48,7 +51,8 @@ def _rest(state: dict[str, Any]) -> str:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state with its hashes."""
-    state["hashes"] = {"": _rest(state), **{step: _record(state, step) for step in state["steps"]}}
+    own = {ORIGINS: hash_of(state[ORIGINS])} if ORIGINS in state else {}
+    state["hashes"] = {"": _rest(state), **own, **{step: _record(state, step) for step in state["steps"]}}
     write_atomically(path, json.dumps(state, indent=1).encode())
 
 
@@ -80,6 +84,9 @@ def read_state(path: Path) -> tuple[dict[str, Any], str | None, list[str]]:
         told.append(f"{path}: its events, restarts and seconds are damaged and begin anew")
         known = {"files": state["files"]}  # an entry that changed does not fit its file
         state |= {key: copy.deepcopy(NEW[key]) for key in REST} | known
+    if hashes.get(ORIGINS) != (hash_of(state[ORIGINS]) if ORIGINS in state else None):
+        told.append(f"{path}: the hashes of the run's inputs are damaged and taken anew")
+        state.pop(ORIGINS, None)
     bad = next((step for step in state["steps"] if hashes.get(step) != _record(state, step)), None)
     state["files"] = {
         name: entry for name, entry in state["files"].items() if isinstance(entry, dict) and _is_inside(name)
