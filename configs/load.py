@@ -7,6 +7,7 @@ Values of text keys are taken as written: only numbers, lists and dictionaries a
 import difflib
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import cache
 from importlib.resources import files
@@ -62,7 +63,7 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
             groups.append(f"{key}={_choice(key, text)}")
         else:
             values.append((override, _nested(key, text, override)))
-    composed = _compose(groups) if saved is None else _saved(saved, groups)
+    composed = deepcopy(_composed(tuple(groups))) if saved is None else _saved(saved, groups)
     given = [nested for override, nested in values if not override.startswith("~")]
     for at_one_resolution, nested in product(composed.at.values(), given):
         _drop(at_one_resolution, nested)
@@ -99,11 +100,13 @@ def _merge(composed: DictConfig, override: str, nested: dict[str, Any]) -> None:
         raise ValueError(f"{override}: {first_line(error)}") from error
 
 
-def _compose(groups: list[str]) -> DictConfig:
+@cache
+def _composed(groups: tuple[str, ...]) -> DictConfig:
+    """Compose the files once a process; callers change copies."""
     ConfigStore.instance().store(name="schema", node=LoopConfig)
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            composed = compose("loop", overrides=groups)
+            composed = compose("loop", overrides=list(groups))
     except HydraException as error:
         raise ValueError(" ".join(str(error).split())) from error
     OmegaConf.set_struct(composed, False)  # of dictionaries; a dataclass refuses other keys by itself

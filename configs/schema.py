@@ -33,8 +33,8 @@ from vargpt_rl.common.settings import (
     MultipleOf,
     OneOf,
     at_iteration,
+    changed,
     merge,
-    parse,
 )
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.model.adapter import AdapterConfig
@@ -167,7 +167,7 @@ class LoopConfig:
             if given := {"pairs", "pair_images"} & self.at[resolution].get("preference", {}).keys():
                 raise ValueError(f"at.{resolution}.preference.{min(given)}: a run has one set of pairs")
             if int(resolution) not in self.resolutions:  # no stage runs with it: keys and ranges alone
-                merge(LoopConfig, self.at[resolution], f"at.{resolution}", replace(self, at={}))
+                merge(replace(self, at={}), self.at[resolution], f"at.{resolution}")
         for pixels in self.resolutions:
             check_schedule(self.at_resolution(pixels), pixels)
 
@@ -194,7 +194,7 @@ class LoopConfig:
         base = copy.copy(self)  # not made anew: the run's own values need not fit one resolution
         base.at = {}
         base.resolutions = [resolution]
-        return parse(LoopConfig, self.at.get(str(resolution), {}), f"at.{resolution}", base)
+        return changed(base, self.at.get(str(resolution), {}), f"at.{resolution}")
 
     def with_batch_size(self, resolution: int, size: int) -> "LoopConfig":
         """Return settings whose workers compute ``size`` images at once at a resolution."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import pytest
@@ -17,6 +18,7 @@ from vargpt_rl.common.settings import (
     OneOf,
     Positive,
     as_written,
+    changed,
     check_ranges,
     expectations,
     kind_at,
@@ -65,16 +67,27 @@ class Kitchen:
     ],
 )
 def test_bad_values_are_named_with_their_range(values, message):
-    with pytest.raises(ValueError) as error:
-        parse(Kitchen, values, "at")
-    assert str(error.value) == message
+    for read in (partial(parse, Kitchen), partial(changed, Kitchen())):
+        with pytest.raises(ValueError) as error:
+            read(values, "at")
+        assert str(error.value) == message
 
 
 def test_right_values_make_the_object():
     found = parse(Kitchen, {"oven": {"minutes": 3}, "plates": [2], "extra": {"free": 3}}, "at")
     assert (found.oven.minutes, found.plates, found.extra) == (3.0, [2], {"free": 3})
-    assert parse(Kitchen, {"oven": {"degrees": 200}}, "at", found).oven == Oven(degrees=200, minutes=3.0)
     check_ranges(Oven, Oven(minutes=None))
+
+
+@pytest.mark.parametrize("values", [{"oven": {"degrees": 200}}, {"oven": {"degrees": 200}, "timer": 2}, {}])
+def test_changed_settings_are_a_copy_with_other_values(values):
+    base = Kitchen(oven=Oven(minutes=3.0), plates=[2])
+    found = changed(base, values, "at")
+    assert found.oven == Oven(degrees=200 if values else 180, minutes=3.0)
+    assert (found.plates, found.timer) == ([2], values.get("timer", 1))
+    found.plates.append(4)
+    found.oven.minutes = 1.0
+    assert base == Kitchen(oven=Oven(minutes=3.0), plates=[2])
 
 
 @given(st.floats(), st.floats(), st.booleans(), st.booleans(), st.floats())

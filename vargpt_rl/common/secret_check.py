@@ -35,7 +35,7 @@ def _reason(key: str, value: str) -> str | None:
     except ValueError:  # not a URL
         pass
     for variable, secret in os.environ.items():
-        if NAME.fullmatch(variable) and len(secret) >= LENGTH and secret in value:
+        if len(secret) >= LENGTH and secret in value and NAME.fullmatch(variable):
             return f"its value has that of the environment variable {variable}"
     return None
 

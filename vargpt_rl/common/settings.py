@@ -12,7 +12,9 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -29,9 +31,11 @@ from typing import (
 from vargpt_rl.common.errors import first_line
 
 if TYPE_CHECKING:  # at run time where it is used: ranges need no OmegaConf, and `vargpt_rl.bench.gpu` has none
+    from _typeshed import DataclassInstance
     from omegaconf import DictConfig
 
 Settings = TypeVar("Settings")
+Group = TypeVar("Group", bound="DataclassInstance")
 Value = TypeVar("Value")
 
 
@@ -156,8 +160,13 @@ def bare(kind: Any) -> Any:
     return kind
 
 
-def field_types(kind: Any) -> dict[str, Any]:
+def field_types(kind: Any) -> Mapping[str, Any]:
     """Return the annotated types of a dataclass's fields by name."""
+    return _field_types(kind)
+
+
+@cache
+def _field_types(kind: Any) -> Mapping[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -215,34 +224,59 @@ def build(kind: type[Settings], config: "DictConfig", key: str = "") -> Settings
     return OmegaConf.to_object(config)
 
 
-def parse(kind: type[Settings], values: Mapping[str, Any], key: str, base: Settings | None = None) -> Settings:
-    """Make a dataclass object of plain values, which replace those of ``base`` or the defaults.
+def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings:
+    """Make a dataclass object of plain values, which replace the defaults.
 
     Raises ValueError, naming the key, for an unknown key or a bad value.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    merged = merge(kind, values, key, base)
     try:
-        return OmegaConf.to_object(merged)
+        check_keys(kind, values)
+        return OmegaConf.to_object(_merged(kind, values))
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{key}: {first_line(error)}") from error
 
 
-def merge(kind: type[Settings], values: Mapping[str, Any], key: str, base: Settings | None = None) -> "DictConfig":
-    """Check keys, types and ranges as `parse` does, without comparing fields with each other."""
-    from omegaconf import DictConfig, OmegaConf
+def changed(base: Group, values: Mapping[str, Any], key: str) -> Group:
+    """Return a copy of a dataclass object in which plain values replace its own. Raises ValueError as `parse` does."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = merge(base, values, key)
+    try:
+        made = {name: OmegaConf.to_object(of) if OmegaConf.is_config(of) else of for name, of in merged.items()}
+        return replace(deepcopy(base), **made)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{key}: {first_line(error)}") from error
+
+
+def merge(base: "DataclassInstance", values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Check keys, types and ranges as `changed` does, without comparing fields with each other.
+
+    Returns those fields of ``base`` that have values. Groups of settings without any are not read: that takes long.
+    """
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        check_keys(kind, values)
-        merged = OmegaConf.merge(OmegaConf.structured(kind if base is None else base), values)
-        assert isinstance(merged, DictConfig)
-        check_ranges(kind, OmegaConf.to_container(merged, resolve=True))
-        return merged
+        check_keys(type(base), values)
+        if all(is_dataclass(getattr(base, name)) and isinstance(inside, Mapping) for name, inside in values.items()):
+            return {name: _merged(getattr(base, name), inside, name) for name, inside in values.items()}
+        merged = _merged(base, values)
+        return {name: merged[name] for name in values}
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{key}: {first_line(error)}") from error
+
+
+def _merged(base: Any, values: Mapping[str, Any], key: str = "") -> "DictConfig":
+    """Put values into a dataclass object, or into the defaults of a class, and check their ranges."""
+    from omegaconf import DictConfig, OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.structured(base), values)
+    assert isinstance(merged, DictConfig)
+    check_ranges(base if isinstance(base, type) else type(base), OmegaConf.to_container(merged, resolve=True), key)
+    return merged
 
 
 def check_keys(kind: Any, values: object) -> None:
