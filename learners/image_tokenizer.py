@@ -46,7 +46,12 @@ class TokenizerTraining:
         self.losses: list[float] = []
 
     def run(self, on_step: Callable[[int, float], None]) -> None:
-        """Train to the last step; ``on_step(steps done, loss)`` follows each."""
+        """Train to the last step; ``on_step(steps done, loss)`` follows each.
+
+        Raises ValueError at a step whose gradient is not finite. Without training, features are weaker than codes, and
+        each scale undoes the one before: after an even number of scales the decoder sees zeros, and each of its group
+        norms multiplies the gradient by a thousand.
+        """
         self.tokenizer.train()
         for step in range(len(self.losses), self.steps):
             for group in self.optimizer.param_groups:
@@ -54,7 +59,11 @@ class TokenizerTraining:
             loss = self.tokenizer.training_loss(next(self.batches), reconstruction_loss)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0, error_if_nonfinite=True)
+            if not torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0).isfinite():
+                raise ValueError(
+                    f"step {step + 1}: the gradient of the image tokenizer is not finite, as if the codes of all its "
+                    "scales added up to nothing: expected trained weights, or a resolution with an odd number of scales"
+                )
             self.optimizer.step()
             self.losses.append(loss.item())
             on_step(step + 1, self.losses[-1])

@@ -61,6 +61,22 @@ def test_what_is_trained_is_what_is_decoded():
     torch.testing.assert_close(trained.clamp(-1, 1), decoded, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("side", "cancels"), [(16, False), (32, True), (48, False), (64, False)])
+def test_weak_features_whose_codes_cancel_are_told_in_words(checkpoint, side, cancels):
+    tokenizer = load_model(checkpoint, torch.float32).image_tokenizer
+    assert cancels == (len(tokenizer.schedule_for(side)) % 2 == 0)
+    batches = ImageBatches(Patches(), ["red", "#102030", "blue"], side, 2, seed=0)
+    training = TokenizerTraining(tokenizer, batches, 2, 1e-3)
+    if not cancels:
+        training.run(lambda step, loss: None)
+        return
+    with torch.no_grad():
+        images = next(ImageBatches(Patches(), ["red", "#102030", "blue"], side, 2, seed=0))
+        assert not tokenizer.encode(images).summed_Bdhw.any()
+    with pytest.raises(ValueError, match=r"^step 1: the gradient of the image tokenizer is not finite, .* odd number"):
+        training.run(lambda step, loss: None)
+
+
 def test_loss_weighs_objects_above_background():
     target = torch.ones(1, 3, 8, 8)
     target[..., :2, :2] = -1
