@@ -21,7 +21,8 @@ def test_variants_share_all_but_their_method(variant):
     config = load_config(overrides(AlignmentStudy(), 2, variant))
     assert config.directory.name == f"seed-2-{variant}"
     assert (config.seed, config.sft, config.evaluation) == (base.seed, base.sft, base.evaluation)
-    own = {"grpo_twice": {"steps": 10}, "grpo_reuse": {"steps": 10}, "online_dpo": {"lr": base.rl.recipe.lr}}
+    longer = {"grpo_twice", "grpo_reuse", "grpo_to_4x4_reuse"}
+    own = {"online_dpo": {"lr": base.rl.recipe.lr}} | dict.fromkeys(longer, {"steps": base.rl.recipe.steps})
     recipe = replace(config.rl.recipe, **own.get(variant, {}))
     assert (recipe, config.dpo.recipe) == (base.rl.recipe, base.dpo.recipe)
     assert config.at_resolution(256).sft.recipe.steps == 70 and not config.at

@@ -28,6 +28,7 @@ BASE = "dpo"
 
 ONLINE = ["reward.path=rewards.shapes:shapes_reward", "dpo.control=false"]
 COARSE = "rl.credit_scales=5"
+TWO_EACH = ["rl.recipe.steps=20", "rl.updates=2"]
 VARIANTS: dict[str, list[str]] = {
     BASE: ["align.methods=[dpo]"],
     "dpo_alpha": ["align.methods=[dpo]", "dpo.credit_alpha=0.6", "dpo.control=false"],
@@ -45,7 +46,8 @@ VARIANTS: dict[str, list[str]] = {
     "grpo_to_4x4": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3"],
     "grpo_all_scales": [*ONLINE, "align.methods=[grpo]"],
     "grpo_twice": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.recipe.steps=20"],
-    "grpo_reuse": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.recipe.steps=20", "rl.updates=2"],
+    "grpo_reuse": [*ONLINE, "align.methods=[grpo]", COARSE, *TWO_EACH],
+    "grpo_to_4x4_reuse": [*ONLINE, "align.methods=[grpo]", "rl.credit_scales=3", *TWO_EACH],
     "grpo_vmr": [*ONLINE, "align.methods=[grpo]", COARSE, "rl.completions=2", "rl.prefix_scales=3"],
     "grpo_learned": [
         *ONLINE,
@@ -57,7 +59,7 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 """Settings of each variant. Online methods use alpha 0.6 and the scales up to 8 x 8 unless they say otherwise;
-``grpo_twice`` makes 20 updates, and ``grpo_reuse`` two on each of ten batches; the others make ``updates``."""
+``grpo_twice`` makes 20 updates, and variants with ``reuse`` two on each of ten batches; the others make ``updates``."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ DEMO = Program(
     Align the embedded model on the shapes world.
 
     A little SFT, then GRPO on the model's own images at 256 px: some four minutes on two CPU cores. --full runs every
-    stage at 128 and 256 px: eight to fifteen minutes. Results: runs/demo or runs/shapes-128-256.
+    stage at 128 and 256 px, in some eight minutes. Results: runs/demo or runs/shapes-128-256.
     """,
     examples=("vargpt-rl demo", "vargpt-rl demo --full", "vargpt-rl demo seed=1 name=second"),
     settings=(SETTINGS,),
