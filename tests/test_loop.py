@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.helpers.driver import stage_context
 from tests.helpers.faults import ask
+from tests.helpers.forks import run_loop
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
@@ -39,6 +40,8 @@ preference.count=8 evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2
 align.methods=[dpo] reward.path=null
 rollout.reply=generate rollout.reply_tokens=4 rollout.text_engine=transformers learner.save_every=1 name=test
 """
+OVERLAPPED = "+at.48.dpo.min_pairs=4"
+"""Half of the pairs of the second iteration are made beside its DPO."""
 
 
 TRAINED = ["iter-00-sft", "iter-00-dpo", "iter-01-sft", "iter-01-dpo"]
@@ -56,10 +59,6 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 def command(folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "vargpt_rl.loop", *arguments(folder, *overrides)]
-
-
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 def main(folder: Path, *overrides: str) -> int:
@@ -96,11 +95,12 @@ def folder(tmp_path_factory) -> Path:
 def finished(folder) -> Path:
     """A run that was killed in the middle of its first DPO, and which the same command then completed."""
     directory = folder / "test"
-    kill_where_it_hangs(folder, "iter-00-dpo/rank-0/step-2")
+    kill_where_it_hangs(folder, "iter-00-dpo/rank-0/step-2", OVERLAPPED)
     assert not (directory / "summary.json").exists()
-    again = run(folder)
+    again = subprocess.run(command(folder, OVERLAPPED), cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resuming after iter-00/pair" in again.stdout
+    (folder / "printed.txt").write_text(again.stdout)
     return directory
 
 
@@ -158,48 +158,55 @@ def test_edits_are_shown_in_a_grid(finished):
         assert grid.size == (LABEL + CELL * columns, CAPTION + CELL * rows)
 
 
-@pytest.mark.timeout(600)
+def test_edits_before_and_after_are_in_the_last_table(finished, folder):
+    assert "edit 48 px: 2 steps of 4 = 2 (micro) x 1 (accumulation) x 2 (ranks)" in (finished / "run.log").read_text()
+    table = [line for line in (folder / "printed.txt").read_text().splitlines() if line.startswith("│ edit")]
+    assert len(table) == 1 and table[0].count(" to ") == 2
+
+
+def alone(folder: Path, name: str, *settings: str, points: tuple[str, ...] = ("end",)) -> list[list]:
+    """Starts of a run in one process: point, exit code, and whether the point was missed."""
+    given = arguments(folder, f"name={name}", "rollout.workers=1", "learner.ranks=1", *settings)
+    return [end[:3] for end in run_loop(given, *points, faults=folder / "faults", log=folder / f"{name}.log")]
+
+
 def test_stages_run_without_the_others_from_a_checkpoint(finished, folder):
-    settings = ["name=alone", "stages=[tokenizer,edit]", f"checkpoint={finished}/model", "resolutions=[48]"]
-    alone = run(folder, *settings)
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    log = (folder / "alone/run.log").read_text()
-    assert "tokenizer 48 px: 2 steps of 8 = 8 (micro) x 1 (accumulation) x 1 (ranks)" in log
-    assert "edit 48 px: 2 steps of 4 = 2 (micro) x 1 (accumulation) x 2 (ranks)" in log
+    settings = ["stages=[tokenizer,edit]", f"checkpoint={finished}/model", "resolutions=[48]"]
+    assert alone(folder, "alone", *settings) == [["end", 0, False]], (folder / "alone.log").read_text()[-3000:]
     summary = json.loads((folder / "alone/summary.json").read_text())
     assert list(summary["stages"]) == ["tokenizer", "edit"] and not summary["iterations"]
     assert MEASURED["tokenizer"] <= summary["stages"]["tokenizer"]["eval"].keys()
     assert summary["stages"]["edit"]["swap"]["verified"]
-    table = [line for line in alone.stdout.splitlines() if line.startswith("│ edit")]
-    assert len(table) == 1 and table[0].count(" to ") == 2, "before and after"
 
 
-@pytest.mark.timeout(600)
 def test_dpo_overlaps_the_making_of_its_pairs(folder):
-    """Killed when the first of two parts is there."""
-    settings = [
-        "name=overlap",
-        "stages=[align]",
-        "iterations=1",
-        "resolutions=[32]",
-        "dpo.min_pairs=4",
-        "at.256.dpo.recipe.batch=4",
-    ]
-    settings += ["dpo.control=false", "rollout.workers=1", "learner.ranks=1", "rollout.reply=template"]
-    directory = folder / "overlap"
+    """Killed when the first of two parts is there; with a cluster: the second iteration of `finished`."""
+    settings = ["stages=[align]", "iterations=1", "resolutions=[32]", "dpo.min_pairs=4", "at.256.dpo.recipe.batch=4"]
+    settings += ["dpo.control=false", "rollout.reply=template"]
+    directory, second = folder / "overlap", "part-00001.parquet/written"
     first = directory / "preferences/iter-00/part-00000.parquet"
-    kill_where_it_hangs(folder, "part-00001.parquet/written", *settings)
-    assert first.exists()
-    again = run(folder, *settings)
-    assert again.returncode == 0, again.stderr[-3000:]
+    ends = alone(folder, "overlap", *settings, points=(second,))
+    assert ends == [[second, -signal.SIGKILL, False]] and first.exists()
+    assert alone(folder, "overlap", *settings) == [["end", 0, False]], (folder / "overlap.log").read_text()[-3000:]
     (iteration,) = json.loads((directory / "summary.json").read_text())["iterations"]
     assert iteration["pairs"]["parts"] == [4, 4] and iteration["pairs"]["built"] == 8
     assert iteration["dpo"]["step0_max_abs_logratio"] <= 1e-4 and iteration["dpo"]["steps"] == 3
     table = pd.read_parquet(directory / "preferences/iter-00.parquet")
     assert len(table) == 8 and table.pair_id.is_unique and not first.parent.exists()
-    steps = [json.loads(line) for line in (directory / "checkpoints/iter-00-dpo/order.jsonl").read_text().splitlines()]
+    assert_first_step_takes_the_first_part(directory / "checkpoints/iter-00-dpo", table)
+
+
+def assert_first_step_takes_the_first_part(trained: Path, table: pd.DataFrame) -> None:
+    steps = [json.loads(line) for line in (trained / "order.jsonl").read_text().splitlines()]
     assert set(steps[0]["pairs"]) == set(table.pair_id[:4])
     assert {name for step in steps for name in step["pairs"]} == set(table.pair_id)
+
+
+def test_dpo_overlaps_the_making_of_its_pairs_in_a_cluster(finished):
+    iteration = json.loads((finished / "summary.json").read_text())["iterations"][1]
+    assert iteration["pairs"]["parts"] == [4, 4]
+    table = pd.read_parquet(finished / "preferences/iter-01.parquet")
+    assert_first_step_takes_the_first_part(finished / "checkpoints/iter-01-dpo", table)
 
 
 @pytest.mark.parametrize("stages", [s for n in (1, 2, 5) for s in combinations(RUN_STAGES, n)], ids="+".join)
@@ -325,14 +332,13 @@ def test_the_best_policy_is_kept_beside_the_last(finished):
 
 def test_a_finished_run_says_so_and_does_nothing(finished, folder, capsys):
     before = (finished / "summary.json").read_bytes()
-    assert main(folder) == 0 and "complete" in capsys.readouterr().out
+    assert main(folder, OVERLAPPED) == 0 and "complete" in capsys.readouterr().out
     assert (finished / "summary.json").read_bytes() == before
 
 
-def test_other_settings_under_the_same_name_are_refused(finished, folder):
-    refused = run(folder, "dpo.beta=0.5")
-    assert refused.returncode == 2
-    assert "dpo.beta: 0.1 -> 0.5" in refused.stderr
+def test_other_settings_under_the_same_name_are_refused(finished, folder, capsys):
+    assert main(folder, OVERLAPPED, "dpo.beta=0.5") == 2
+    assert "dpo.beta: 0.1 -> 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ pretrain.records=8 pretrain.recipe.steps=2 pretrain.recipe.batch=4 pretrain.reci
 understanding.records=8 understanding.questions=16 understanding.recipe.steps=2 understanding.recipe.batch=8
 understanding.recipe.micro_batch=4 sft.records=16 sft.recipe.steps=4 sft.recipe.batch=4 sft.recipe.micro_batch=2
 dpo.recipe.steps=3 dpo.recipe.batch=4 dpo.recipe.micro_batch=2 preference.count=8
-evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled name=test
+evaluation.prompts=8 evaluation.questions=4 evaluation.grid=2 tracking.wandb=disabled rollout.workers=1 name=test
 """
 
 
@@ -45,6 +45,8 @@ def test_a_run_goes_through_every_stage_and_its_model_loads(tmp_path):
     assert iteration["swap"]["verified"] and iteration["swap"]["bytes"] > 0
     assert summary["understanding"]["after"]["n"] == 4
 
+    log = (folder / "run.log").read_text()
+    assert "tokenizer 32 px: 4 steps of 2 = 2 (micro) x 1 (accumulation) x 1 (ranks)" in log
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("index_accuracy" in line for line in metrics if line["stage"] == "sft")
     assert not any("bit_accuracy" in line for line in metrics)

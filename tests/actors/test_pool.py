@@ -28,6 +28,8 @@ SIDE = 64
 SAMPLING = SamplingConfig(cfg=1.0)
 PROMPTS = [Prompt(f"p{i}", f"{'a red circle ' * (i % 3)}and {i} stars") for i in range(20)]
 JOBS = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+PATIENT_S, IMPATIENT_S = 300.0, 5.0
+"""Seconds after which a worker that does not answer is lost: usually, and where it was stopped."""
 
 
 def deadly_patches(marker: Path) -> Patches:
@@ -49,23 +51,33 @@ def deadly_patches(marker: Path) -> Patches:
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray.cluster_resources()
+    """Resources for one pool; there is room for two."""
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield ray.cluster_resources() | {"CPU": 2.0}
     ray.shutdown()
+
+
+def open_pool(cluster, checkpoint, source, wait=True, **settings) -> RolloutPool:
+    """A pool that waits for its workers for 300 seconds, or, until the next is replaced, for ``call_timeout_s``."""
+    config = RolloutConfig(**{"workers": 2, "batch_size": 2, "call_timeout_s": PATIENT_S, **settings})
+
+    def note(event: str, restart: bool = False) -> None:
+        config.call_timeout_s = PATIENT_S
+
+    placement = plan([cluster], config, ranks=1, dtype="fp32")
+    return RolloutPool(config, placement, str(checkpoint), source, progress=unseen, note=note, wait=wait)
+
+
+def unseen(label: str, done: int, total: int) -> None:
+    """Ignore the progress."""
 
 
 @pytest.fixture
 def start(cluster, checkpoint, tmp_path):
     pools = []
 
-    def start(progress=None, **settings):
-        config = RolloutConfig(**{"workers": 2, "batch_size": 2, **settings})
-        source = deadly_patches(tmp_path / "died")
-        pools.append(
-            RolloutPool(
-                config, plan([cluster], config, ranks=1, dtype="fp32"), str(checkpoint), source, progress=progress
-            )
-        )
+    def start(source=None, **settings):
+        pools.append(open_pool(cluster, checkpoint, source or deadly_patches(tmp_path / "died"), **settings))
         return pools[-1]
 
     yield start
@@ -73,11 +85,26 @@ def start(cluster, checkpoint, tmp_path):
         pool.close()
 
 
-def test_run_keeps_order_and_raises_errors_as_they_are(start, tmp_path):
-    told = []
-    pool = start(progress=lambda *what: told.append(what), batch_size=3)
-    samples = pool.run(Worker.generate_images, JOBS[:8], SIDE, SAMPLING, "ckpt")
-    assert [(s.prompt, s.seed, s.version) for s in samples] == [(p, i, 0) for i, p in enumerate(PROMPTS[:8])]
+@pytest.fixture(scope="module")
+def shared(cluster, checkpoint):
+    """Two workers for several tests, some of which replace one and publish weights."""
+    pool = open_pool(cluster, checkpoint, Patches(), max_restarts=9)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def pool(shared):
+    """The shared pool, without a test's way of following it."""
+    yield shared
+    shared.progress = unseen
+
+
+def test_run_keeps_order_and_raises_errors_as_they_are(pool, tmp_path):
+    told, version, events, restarts = [], pool.version, list(pool.workers.events), pool.workers.restarts
+    pool.progress = lambda *what: told.append(what)
+    samples = pool.run(Worker.generate_images, JOBS[:8], SIDE, SAMPLING, "ckpt", batch_size=3)
+    assert [(s.prompt, s.seed, s.version) for s in samples] == [(p, i, version) for i, p in enumerate(PROMPTS[:8])]
     assert told[-1] == ("generate_images", 8, 8)
     assert len(told) == 3
     assert pool.run(Worker.encode, [], SIDE) == []
@@ -102,10 +129,10 @@ def test_run_keeps_order_and_raises_errors_as_they_are(start, tmp_path):
         pool.run(Worker.reward, drawn, SIDE, lambda images, prompts: 1 / 0)
     with pytest.raises(ValueError, match="multiple of 16"):
         pool.run(Worker.generate_images, JOBS[:2], 33, SAMPLING, "")
-    assert (pool.workers.restarts, pool.workers.events) == (0, [])
+    assert (pool.workers.restarts, pool.workers.events) == (restarts, events)
 
 
-def test_a_replacement_has_the_published_weights(start, tmp_path, checkpoint):
+def test_a_replacement_has_the_published_weights(pool, tmp_path, checkpoint):
     whole = load_file(tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors")
     decoder = {name: tensor for name, tensor in whole.items() if name.startswith("image_decoder")}
     nudged = {name: tensor * 1.5 for name, tensor in decoder.items()}
@@ -117,14 +144,14 @@ def test_a_replacement_has_the_published_weights(start, tmp_path, checkpoint):
             alive.remove(victim)
             os.kill(victim, signal.SIGKILL)
 
-    pool = start()
-    for version, name in enumerate(["whole", "decoder", "nudged"], start=1):
+    base, restarts = pool.version, pool.workers.restarts
+    for version, name in enumerate(["whole", "decoder", "nudged"], start=base + 1):
         report = pool.publish(tmp_path / f"{name}.safetensors", version)
         assert (report.version, report.workers, report.verified) == (version, 2, True)
     assert report.checksum == checksum(tmp_path / "nudged.safetensors")
-    assert [kept.version for kept in pool.weights.sets] == [1, 3], "the second set is superseded"
-    with pytest.raises(ValueError, match="version 3 published after version 3"):
-        pool.publish(tmp_path / "nudged.safetensors", 3)
+    assert [kept.version for kept in pool.weights.sets] == [base + 1, base + 3], "the second set is superseded"
+    with pytest.raises(ValueError, match=f"version {version} published after version {version}"):
+        pool.publish(tmp_path / "nudged.safetensors", version)
     undisturbed = pool.run(Worker.generate_images, JOBS, SIDE, SAMPLING, "ckpt")
 
     alive = [status["pid"] for status in pool.status()]
@@ -132,11 +159,11 @@ def test_a_replacement_has_the_published_weights(start, tmp_path, checkpoint):
     pool.progress = kill_once
     samples = pool.run(Worker.generate_images, JOBS, SIDE, SAMPLING, "ckpt")
     assert samples == undisturbed
-    assert pool.workers.restarts == 1
-    assert pool.workers.events == ["worker 0 lost during generate_images: restart 1 of 3"]
+    assert pool.workers.restarts == restarts + 1
+    assert pool.workers.events[restarts:] == [f"worker 0 lost during generate_images: restart {restarts + 1} of 9"]
     statuses = pool.status()
     assert victim not in [status["pid"] for status in statuses]
-    assert {(status["version"], status["checksum"]) for status in statuses} == {(3, report.checksum)}
+    assert {(status["version"], status["checksum"]) for status in statuses} == {(version, report.checksum)}
     first, second = pool.probe(samples[0].prompt, samples[0].bits, SIDE)
     assert first == second
 
@@ -188,31 +215,26 @@ def slow_patches(folder: Path) -> Patches:
     return SlowPatches()
 
 
-@pytest.mark.parametrize("pause_s", [0.0, 0.6])
-def test_a_late_batch_is_repeated_and_counts_once(cluster, checkpoint, tmp_path, monkeypatch, pause_s):
+def test_a_late_batch_is_repeated_and_counts_once(start, tmp_path, monkeypatch):
     """Also where the driver does not run for a while between looking for late batches and waiting for news."""
-    monkeypatch.setattr(actors.batches, "LATE_S", 0.5)
-    look = BatchJob.late_batches
+    look, pauses = BatchJob.late_batches, [0.0]
 
     def look_and_pause(job, calls):
         late = look(job, calls)
-        time.sleep(pause_s)
+        time.sleep(pauses[-1])
         return late
 
     monkeypatch.setattr(BatchJob, "late_batches", look_and_pause)
-    states, config = [], RolloutConfig(workers=2, batch_size=1, call_timeout_s=120.0)
-
-    def note(label, done, total):
-        states.append(pool.health())
-
-    (tmp_path / "slow").touch()
-    pool = RolloutPool(
-        config, plan([cluster], config, ranks=1, dtype="fp32"), str(checkpoint), slow_patches(tmp_path), progress=note
-    )
-    try:
+    pool = start(slow_patches(tmp_path), batch_size=1)
+    for rounds, pause_s in enumerate([0.0, 0.6], start=1):
+        pauses.append(pause_s)
+        states: list[list[State]] = []
+        pool.progress = lambda *_, states=states: states.append(pool.health())
+        monkeypatch.setattr(actors.batches, "LATE_S", 0.5)
+        (tmp_path / "slow").touch()
         keys = ["slow", *["red"] * 5]
         assert [encoded.key for encoded in pool.run(Worker.encode, keys, SIDE)] == keys
-        assert pool.repeated == 1 and pool.workers.restarts == 0
+        assert pool.repeated == rounds and pool.workers.restarts == 0
         assert pool.health() == [State.SUSPECT, State.HEALTHY], "the first worker is still at it"
         assert len(pool.run(Worker.encode, ["blue"] * 3, SIDE)) == 3, "the other one works on"
         (tmp_path / "slow").unlink()
@@ -222,8 +244,7 @@ def test_a_late_batch_is_repeated_and_counts_once(cluster, checkpoint, tmp_path,
         assert pool.health() == [State.HEALTHY] * 2, "it came back, and its second result is dropped"
         assert len(states) == 6 + 3 + 4 and pool.workers.restarts == 0
         assert all(len(seen) == 2 for seen in states)
-    finally:
-        pool.close()
+        (tmp_path / "first").rmdir()
 
 
 @dataclass(frozen=True)
@@ -238,16 +259,16 @@ class Delayed(SharedFileTransfer):
         yield from super().chunks()
 
 
-def test_a_replacement_is_stale_until_it_has_the_weights(start, tmp_path, checkpoint, monkeypatch):
+def test_a_replacement_is_stale_until_it_has_the_weights(pool, tmp_path, checkpoint, monkeypatch):
     whole = tiny_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
-    pool = start()
-    pool.publish(whole, 1)
+    version, restarts = pool.version + 1, pool.workers.restarts
+    pool.publish(whole, version)
     undisturbed = pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt")
     monkeypatch.setattr(pool.weights, "transfer", lambda old: Delayed(old.layout, old.path, tmp_path / "go"))
     os.kill(pool.status()[0]["pid"], signal.SIGKILL)
     assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
     seen, end = [pool.health()[0]], time.monotonic() + 200
-    assert seen[0] in (State.RESTARTING, State.STALE) and pool.workers.restarts == 1
+    assert seen[0] in (State.RESTARTING, State.STALE) and pool.workers.restarts == restarts + 1
     while seen[-1] != State.STALE:
         assert time.monotonic() < end, "the replacement does not come up"
         time.sleep(0.1)
@@ -255,7 +276,7 @@ def test_a_replacement_is_stale_until_it_has_the_weights(start, tmp_path, checkp
     assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
     assert pool.health() == [State.STALE, State.HEALTHY], "all was drawn by the other one"
     (tmp_path / "go").touch()
-    assert {(status["version"], status["health"]) for status in pool.status()} == {(1, State.HEALTHY)}
+    assert {(status["version"], status["health"]) for status in pool.status()} == {(version, State.HEALTHY)}
     assert pool.run(Worker.generate_images, JOBS[:6], SIDE, SAMPLING, "ckpt") == undisturbed
 
 
@@ -271,12 +292,13 @@ def own_processes(title: str) -> list[psutil.Process]:
 
 def test_a_stopped_worker_is_replaced_whatever_it_does(start):
     """A process that is stopped neither answers nor ends itself."""
-    pool = start(workers=1, call_timeout_s=40.0, max_restarts=2)
+    pool = start(workers=1, max_restarts=2)
     stopped = []
 
     def stop() -> None:
         stopped.append(psutil.Process(pool.status()[0]["pid"]))
         stopped[-1].send_signal(signal.SIGSTOP)
+        pool.config.call_timeout_s = IMPATIENT_S
 
     stop()
     assert [encoded.key for encoded in pool.run(Worker.encode, ["red", "blue"], SIDE)] == ["red", "blue"]
@@ -289,13 +311,12 @@ def test_a_stopped_worker_is_replaced_whatever_it_does(start):
 
 def test_a_worker_that_is_stopped_while_it_starts_is_replaced(cluster, checkpoint):
     before = own_processes("ray::Worker")
-    config = RolloutConfig(workers=1, call_timeout_s=40.0)
-    placement = plan([cluster], config, ranks=1, dtype="fp32")
-    pool = RolloutPool(config, placement, str(checkpoint), Patches(), wait=False)
+    pool = open_pool(cluster, checkpoint, Patches(), wait=False, workers=1)
     try:
         while not (new := [process for process in own_processes("ray::Worker") if process not in before]):
             time.sleep(0.05)
         new[0].send_signal(signal.SIGSTOP)
+        pool.config.call_timeout_s = IMPATIENT_S
         pool.wait_until_ready()
         assert pool.workers.events == ["worker 0 lost during starting: restart 1 of 3"]
         assert [encoded.key for encoded in pool.run(Worker.encode, ["red"], SIDE)] == ["red"]

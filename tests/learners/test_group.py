@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from actors.worker import Worker
 from learners.config import DpoConfig, LearnerConfig, Recipe
 from learners.group import LearnerGroup
-from learners.jobs import DpoJob
+from learners.jobs import DpoJob, SftJob
 from learners.sft import SftTrainer
 from tests.helpers.faults import ask
 from tests.helpers.streams import corpus_of, feed_of, sft_job, write_sources
@@ -40,6 +40,8 @@ SCHEDULE = schedule_for(SIDE)
 TOKENS = token_count(SCHEDULE)
 PROMPT = Prompt("p", "a red circle", "Here:")
 STEPS = 3
+PATIENT_S, IMPATIENT_S = 300.0, 10.0
+"""Seconds without progress after which ranks count as hanging: usually, and where they do hang."""
 
 
 @pytest.fixture(scope="module")
@@ -240,94 +242,9 @@ def test_learner_and_worker_encode_images_alike(start, model, tmp_path):
     np.testing.assert_array_equal(features, np.stack([one.features for one in encoded]))
 
 
-def test_lost_ranks_restart_and_resume_bitwise(group, faults, start, corpus, probe, tmp_path):
-    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
-    undisturbed, noted = group.run(job, lambda line: None), []
-    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1)
-    other = LearnerGroup(
-        config,
-        {"CPU": 0.5},
-        threads=1,
-        use_gpu=False,
-        bf16=False,
-        note=lambda event, restart=False: noted.append((event, restart)),
-    )
-
-    killed = ask(faults, "cut/rank-1/step-2")
-    found = other.run(replace(job, output=tmp_path / "cut"), lambda line: None)
-    assert not killed.exists()
-    assert {key: found[key] for key in found if key not in ("seconds", "time", "mfu", "peak_memory")} == {
-        key: undisturbed[key] for key in undisturbed if key not in ("seconds", "time", "mfu", "peak_memory")
-    }
-    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    assert noted == [("learner rank lost during sft: restart 1 of 1", True)] and other.restarts == 1
-    lines = map(json.loads, (tmp_path / "cut/log.jsonl").read_text().splitlines())
-    assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
-    killed = ask(faults, "again/rank-0/step-1")
-    with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
-        other.run(replace(job, output=tmp_path / "again"), lambda line: None)
-    assert not killed.exists() and not (tmp_path / "again/final").exists()
-
-
-def impatient_group(note) -> LearnerGroup:
-    """Two ranks that save after each step, count as hanging after 40 s without one, and restart once."""
-    config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=40)
-    return LearnerGroup(config, {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False, note=note)
-
-
-@pytest.mark.parametrize("how", ["stopped", "hanging"])
-def test_ranks_that_make_no_progress_restart_and_resume_bitwise(group, faults, start, corpus, probe, tmp_path, how):
-    """One of two ranks is stopped by a signal, or hangs in its own code: its peer waits for it and lives on."""
-    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path / "whole", probe)
-    group.run(job, lambda line: None)
-    noted = []
-    other = impatient_group(lambda event, restart=False: noted.append((event, restart)))
-    first = list(other.pids)
-
-    def stop(line: dict) -> None:
-        if line["step"] == 1 and not noted and how == "stopped":
-            os.kill(first[1], signal.SIGSTOP)
-
-    if how == "hanging":
-        ask(faults, "cut/rank-1/step-2", "hang")
-    other.run(replace(job, output=tmp_path / "cut"), stop)
-    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    ((event, restart),) = noted
-    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", event) and restart
-    assert not any(psutil.pid_exists(pid) for pid in first), "a stopped process would keep its memory"
-    other.close()
-
-
-def test_a_stopped_data_worker_counts_as_a_hang(group, start, probe, tmp_path):
-    sources = write_sources(tmp_path / "data")
-    feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
-    recipe = Recipe(steps=6, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
-    job = sft_job("understanding", start, feed, recipe, tmp_path / "whole", probe)
-    group.run(job, lambda line: None)
-    noted = []
-    other = impatient_group(lambda event, restart=False: noted.append(event))
-    stopped = []
-
-    def stop(line: dict) -> None:
-        if not stopped:
-            stopped.extend(psutil.Process(other.pids[0]).children())
-            stopped[0].send_signal(signal.SIGSTOP)
-
-    other.run(replace(job, output=tmp_path / "cut"), stop)
-    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", *noted)
-    assert not stopped[0].is_running()
-    expected, weights = (load_file(check_checkpoint(tmp_path / name / "final")) for name in ("whole", "cut"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    other.close()
-
-
 def test_a_job_resumes_from_a_checkpoint_saved_on_request(group, start, corpus, probe, tmp_path):
     """It is asked while it works, so the step is any but the last."""
-    recipe = Recipe(steps=100, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    recipe = Recipe(steps=40, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
     job, asked, lines = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path, probe), [], []
 
     def ask(line):
@@ -337,14 +254,104 @@ def test_a_job_resumes_from_a_checkpoint_saved_on_request(group, start, corpus, 
             asked.extend(path.name for path in (tmp_path / "trainer").glob("checkpoint-*"))
 
     whole = group.run(job, ask)
-    assert len(asked) == 2 and asked[0] < int(asked[1].removeprefix("checkpoint-")) < 100
+    assert len(asked) == 2 and asked[0] < int(asked[1].removeprefix("checkpoint-")) < 40
     again = group.run(job, lines.append)
     assert lines[0]["step"] == int(asked[1].removeprefix("checkpoint-")) + 1
     assert {key: again[key] for key in ("loss_last", "probe")} == {key: whole[key] for key in ("loss_last", "probe")}
     group.checkpoint(60)  # nothing is under way
 
 
-def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, start, probe, pairs, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(group, start, corpus, probe, tmp_path_factory) -> tuple[SftJob, dict]:
+    """A job, and its result where nothing goes wrong."""
+    recipe = Recipe(steps=STEPS, batch=4, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job = sft_job("sft", start, corpus.at(SIDE), recipe, tmp_path_factory.mktemp("whole"), probe)
+    return job, group.run(job, lambda line: None)
+
+
+class Restarting(LearnerGroup):
+    """Two ranks that save after each step and restart once; ``noted`` has what the group notes."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[str, bool]] = []
+        config = LearnerConfig(ranks=2, save_every=1, max_restarts=1, stall_timeout_s=PATIENT_S)
+        super().__init__(config, {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False, note=self.take_note)
+
+    def take_note(self, event: str, restart: bool = False) -> None:
+        self.noted.append((event, restart))
+        self.patience.limit_s = PATIENT_S
+
+    def expect_a_hang(self) -> None:
+        """Wait little until the next restart."""
+        self.patience.limit_s = IMPATIENT_S
+
+
+@pytest.fixture(scope="module")
+def restarting(cluster):
+    group = Restarting()
+    yield group
+    group.close()
+
+
+@pytest.fixture
+def other(restarting) -> Restarting:
+    """A group as if it had never restarted."""
+    restarting.noted.clear()
+    restarting.restarts = 0
+    return restarting
+
+
+def assert_same_weights(whole: Path, cut: Path) -> None:
+    expected, weights = (load_file(check_checkpoint(folder / "final")) for folder in (whole, cut))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("how", ["stopped", "hanging"])
+def test_ranks_that_make_no_progress_restart_and_resume_bitwise(other, undisturbed, faults, tmp_path, how):
+    """One of two ranks is stopped by a signal, or hangs in its own code: its peer waits for it and lives on."""
+    job, _ = undisturbed
+    first = list(other.pids)
+
+    def stop(line: dict) -> None:
+        if line["step"] == 1 and not other.noted:
+            other.expect_a_hang()
+            if how == "stopped":
+                os.kill(first[1], signal.SIGSTOP)
+
+    if how == "hanging":
+        ask(faults, "cut/rank-1/step-2", "hang")
+    other.run(replace(job, output=tmp_path / "cut"), stop)
+    assert_same_weights(job.output, tmp_path / "cut")
+    ((event, restart),) = other.noted
+    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", event) and restart
+    assert not any(psutil.pid_exists(pid) for pid in first), "a stopped process would keep its memory"
+
+
+def test_a_stopped_data_worker_counts_as_a_hang(group, other, start, probe, tmp_path):
+    sources = write_sources(tmp_path / "data")
+    feed = feed_of(tmp_path, sources, workers=1, held_out_fraction=0.2)
+    recipe = Recipe(steps=6, batch=8, micro_batch=2, lr=1e-3, warmup_ratio=0.0)
+    job = sft_job("understanding", start, feed, recipe, tmp_path / "whole", probe)
+    group.run(job, lambda line: None)
+    stopped = []
+
+    def stop(line: dict) -> None:
+        if not stopped:
+            other.expect_a_hang()
+            stopped.extend(psutil.Process(other.pids[0]).children())
+            stopped[0].send_signal(signal.SIGSTOP)
+
+    other.run(replace(job, output=tmp_path / "cut"), stop)
+    ((event, _),) = other.noted
+    assert re.fullmatch(r"learner rank lost during sft \(no progress in \d+ s\): restart 1 of 1", event)
+    assert not stopped[0].is_running()
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_references_of_other_weights_stop_the_job_at_step_0(
+    group, restarting, undisturbed, start, probe, pairs, tmp_path
+):
+    """The last job of ``group``, which its error closes."""
     shifted = [pair | {"reference_chosen_logp": pair["reference_chosen_logp"] + 1.0} for pair in pairs]
     write_table(tmp_path / "pairs.parquet", shifted)
     recipe = Recipe(steps=STEPS, batch=4, micro_batch=2)
@@ -357,13 +364,31 @@ def test_references_of_other_weights_stop_the_job_at_step_0(cluster, group, star
         seed=0,
         probe=probe,
     )
-    other = LearnerGroup(LearnerConfig(ranks=2), {"CPU": 0.5}, threads=1, use_gpu=False, bf16=False)
     with pytest.raises(RuntimeError, match="DPO step 0: policy and reference differ by 1 nats"):
-        other.run(job, lambda line: None)
+        group.run(job, lambda line: None)
     assert not (tmp_path / "out/final").exists()
-    assert set(group.pids).isdisjoint(other.pids)
-    for pid in group.pids:
+    assert set(group.pids).isdisjoint(restarting.pids)
+    for pid in restarting.pids:
         os.kill(pid, 0)  # the other group lives on
+
+
+def test_lost_ranks_restart_and_resume_bitwise(other, undisturbed, faults, tmp_path):
+    """The last jobs of ``other``, whose ranks are lost once too often."""
+    job, expected = undisturbed
+    killed = ask(faults, "cut/rank-1/step-2")
+    found = other.run(replace(job, output=tmp_path / "cut"), lambda line: None)
+    assert not killed.exists()
+    assert {key: found[key] for key in found if key not in ("seconds", "time", "mfu", "peak_memory")} == {
+        key: expected[key] for key in expected if key not in ("seconds", "time", "mfu", "peak_memory")
+    }
+    assert_same_weights(job.output, tmp_path / "cut")
+    assert other.noted == [("learner rank lost during sft: restart 1 of 1", True)] and other.restarts == 1
+    lines = map(json.loads, (tmp_path / "cut/log.jsonl").read_text().splitlines())
+    assert next(line["step"] for line in lines if "loss" in line) > 1, "it went on from a checkpoint"
+    killed = ask(faults, "again/rank-0/step-1")
+    with pytest.raises(RuntimeError, match="lost more than 1 times, now in sft"):
+        other.run(replace(job, output=tmp_path / "again"), lambda line: None)
+    assert not killed.exists() and not (tmp_path / "again/final").exists()
 
 
 def test_a_group_that_finds_no_room_says_so(cluster):
