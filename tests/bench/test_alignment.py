@@ -22,7 +22,7 @@ def test_variants_share_all_but_their_method(variant):
     assert config.directory.name == f"seed-2-{variant}"
     assert (config.seed, config.sft, config.evaluation) == (base.seed, base.sft, base.evaluation)
     longer = {"grpo_twice", "grpo_reuse", "grpo_to_4x4_reuse"}
-    own = {"online_dpo": {"lr": base.rl.recipe.lr}} | dict.fromkeys(longer, {"steps": base.rl.recipe.steps})
+    own = {"online_dpo": {"lr": base.rl.recipe.lr}} | {name: {"steps": base.rl.recipe.steps} for name in longer}
     recipe = replace(config.rl.recipe, **own.get(variant, {}))
     assert (recipe, config.dpo.recipe) == (base.rl.recipe, base.dpo.recipe)
     assert config.at_resolution(256).sft.recipe.steps == 70 and not config.at

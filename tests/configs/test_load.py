@@ -261,7 +261,7 @@ def test_at_changes_settings_at_its_resolution_only():
 @pytest.mark.parametrize(
     ("given", "steps", "batch"),
     [
-        ([], 32, 16),
+        ([], 28, 16),
         (["sft.recipe.steps=250"], 250, 16),
         (["sft.recipe={steps:250,batch:32}"], 250, 32),
         (["sft.recipe.steps=250", "at.256.sft.recipe.steps=7"], 7, 16),

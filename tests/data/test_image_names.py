@@ -21,7 +21,7 @@ def test_literal_names_win_over_similar_ones(tmp_path):
     assert names.like("a.webp") == ["a.jpg", "a.png", "A.png"] and names.like("") == []
 
 
-@given(st.text("a\u00e9\u00df\u0130\uac00.-", min_size=1, max_size=8))
+@given(st.text("a\u00e9\u00df\u0130\uac00.-", min_size=1, max_size=8).filter(lambda stem: stem[0] != "."))
 def test_every_spelling_of_a_name_finds_its_file(tmp_path_factory, stem):
     folder = tmp_path_factory.mktemp("names")
     file = f"{stem}.png"
@@ -30,3 +30,7 @@ def test_every_spelling_of_a_name_finds_its_file(tmp_path_factory, stem):
         spelt = unicodedata.normalize(form, file)
         assert names.named(spelt) == [file] and names.named(spelt.upper().replace(".PNG", ".png"))[:1] in ([file], [])
         assert names.stemmed(unicodedata.normalize(form, stem)) == [file]
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    assert names_of(tmp_path, ".a.png", "._a.png", "__MACOSX/a.png", "a.png").files == {"a.png"}
