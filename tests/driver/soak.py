@@ -22,12 +22,15 @@ import psutil
 from tests.driver.test_faults import SMALL, same
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl.common.command import run_command
-from vargpt_rl.driver.inputs import SHAPES_CHECK
 from vargpt_rl.storage.checkpoint import MARKER
 
 ROOT = Path(__file__).parents[2]
 PATIENT = ["learner.stall_timeout_s=60", "rollout.call_timeout_s=90", "rollout.max_restarts=9", "rollout.keep_every=4"]
-REWARD = [f"reward.path={SHAPES_CHECK}", "preference.builder=rewards.preferences:reward_gated"]
+REWARD = [
+    "reward.path=rewards.technical:sharpness",
+    "preference.builder=rewards.preferences:best_of_n",
+    "preference.samples=2",
+]
 VARIANTS = {
     "plain": [],
     "ranks": ["learner.ranks=2"],
