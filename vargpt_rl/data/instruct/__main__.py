@@ -31,7 +31,7 @@ from vargpt_rl.data.quarantine import Quarantine
 
 
 class Method(enum.Enum):
-    """How dialogues are written: from templates, or by a language model behind a chat server."""
+    """Writer of the dialogues: templates, or a language model behind a chat server."""
 
     template = "template"
     llm = "llm"
