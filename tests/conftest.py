@@ -19,6 +19,9 @@ from vargpt_rl.model.prompt import ChatFormat
 
 # One for all clusters of this process: Ray reads it once, and ``actors.cluster.connect`` sets it where it is not.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# Two files run at once on two cores. Runs that are compared bit by bit need one thread: how a product is split among
+# threads changes its last bits. Programs and forked processes inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs inherit ignored signals: under nohup, or in the background of a script, those of the tests would not stop.
 for ignored, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(ignored) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
