@@ -181,6 +181,9 @@ def _round(
         if start.orphans:
             totals["orphans"] += len(start.orphans)
             told.append(f"left {sorted(start.orphans)}")
+        if start.code and not start.fault:
+            verdict = "wrong: a start failed that nothing disturbed"
+            break
         if start.code is None:
             totals["hung"] += 1
             verdict = "hung"
