@@ -9,6 +9,7 @@ from tests.helpers.tiny import BITS
 from vargpt_rl.model import generate, modeling
 from vargpt_rl.model.bits import Bits
 from vargpt_rl.model.generate import SamplingConfig, draw_bits, generate_images, to_images, to_uint8
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.scales import schedule_for, token_count
 from vargpt_rl.model.unified import Drawing
 
@@ -116,16 +117,16 @@ def test_prompts_longer_than_the_unconditional_rows_work_with_guidance(model, ch
 
 
 def test_bits_have_the_probability_of_their_logits():
-    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    noise = SeededNoise([0, 1])
     logits = torch.zeros(2, 5000, 2)
     logits[0, :, 1] = torch.tensor(0.8 / 0.2).log()
     logits[1, :, 1] = torch.tensor(0.98 / 0.02).log()
-    share = draw_bits(logits, SamplingConfig(top_p=1.0), generators).float().mean((1, 2))
+    share = draw_bits(logits, SamplingConfig(top_p=1.0), noise).float().mean((1, 2))
     # five standard errors of 5000 draws
     assert share.tolist() == [pytest.approx(0.8, abs=0.028), pytest.approx(0.98, abs=0.01)]
-    share = draw_bits(logits, SamplingConfig(top_p=0.97), generators).float().mean((1, 2))
+    share = draw_bits(logits, SamplingConfig(top_p=0.97), noise).float().mean((1, 2))
     assert share.tolist() == [pytest.approx(0.8, abs=0.028), 1.0], "top_p drops the weaker option at 0.03 or below"
-    assert (draw_bits(logits, SamplingConfig(top_k=1), generators) == 1).all()
+    assert (draw_bits(logits, SamplingConfig(top_k=1), noise) == 1).all()
 
 
 def test_images_become_bytes():

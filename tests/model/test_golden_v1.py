@@ -264,7 +264,7 @@ def test_generation_draws_the_same_image(model, config, generate_data, monkeypat
     stored = {name.removeprefix(f"cfg{guidance}."): tensor for name, tensor in generate_data.items()}
     noise, drawn_so_far, logits, raw = stored["gaussian_noise"].float(), 0, [], []
 
-    def stored_noise(like_BnH, generators):
+    def stored_noise(like_BnH, how):
         nonlocal drawn_so_far
         at = slice(drawn_so_far, drawn_so_far := drawn_so_far + like_BnH.shape[1])
         return noise[:, at]

@@ -23,6 +23,7 @@ from vargpt_rl.model.generate import GeneratedImages, SamplingConfig, draw_bits,
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.likelihood import bit_log_probs, image_log_probs
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.prompt import REPLY, ChatFormat
 from vargpt_rl.model.scales import STRIDE, schedule_for
 from vargpt_rl.model.unified import Drawing
@@ -45,7 +46,7 @@ def redraw(
     """Generate as ``generate_images`` does, up to rounding, but without caches. Square images, no guidance."""
     schedule = schedule_for(*size)
     depth = model.config.image_tokenizer_config.bits
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = SeededNoise(seeds)
     summed_Bdhw = torch.zeros(len(seeds), depth, *schedule[-1])
     inputs = [torch.zeros(len(seeds), 0, depth)]
     bits = []
@@ -58,7 +59,7 @@ def redraw(
         # The scales so far are those of a whole image of this grid.
         drawing = Drawing(inputs_BLd, (grid[0] * STRIDE, grid[1] * STRIDE))
         logits = model(ids, mask, drawing=drawing, text_logits=False).image_logits[:, -grid[0] * grid[1] :]
-        bits.append(draw_bits(logits / sampling.tau, sampling, generators))
+        bits.append(draw_bits(logits / sampling.tau, sampling, noise))
         log_probs.append(image_log_probs(bit_log_probs(logits / sampling.tau, bits[-1])))
         summed_Bdhw = summed_Bdhw + resize(to_map(to_codes(bits[-1]), grid), schedule[-1])
         if k + 1 < len(schedule):

@@ -181,9 +181,9 @@ def draw_batch(
     rows = [chat.drawing_prompt(line["prompt"], REPLY, grid) for line, grid in zip(lines, grids, strict=True)]
     ids_BT = chat.pad(rows, "left").to(model.device)
     mask_BT = chat.pad([[1] * len(row) for row in rows], "left", value=0).to(model.device)
-    seen = [tensor.to(model.device) for tensor in shown or ()]
+    seen = {name: tensor.to(model.device) for name, tensor in (shown._asdict() if shown else {}).items()}
     size, sampling = tuple(lines[0]["size"]), SamplingConfig(**lines[0]["sampling"])
-    drawn = generate_images(model, ids_BT, mask_BT, [line["seed"] for line in lines], size, sampling, *seen)
+    drawn = generate_images(model, ids_BT, mask_BT, [line["seed"] for line in lines], size, sampling, **seen)
     return to_images(model, drawn.summed_Bdhw)
 
 

@@ -7,7 +7,8 @@ import torch
 from vargpt_rl.memory.inputs import batch, log_probs
 from vargpt_rl.memory.tracker import META, MetaModel, counting
 from vargpt_rl.memory.units import RUNTIME, breakdown
-from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_scales
+from vargpt_rl.model.generate import GenerationState, SamplingConfig, draw_scales, start_drawing
+from vargpt_rl.model.noise import SeededNoise
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def rollout(
         hook = model.image_decoder.register_forward_hook(after_scale)
         state = GenerationState(model, rows)
         state.read(ids, mask, inputs.get("pixel_values"), inputs.get("image_grid_thw"))
-        draw_scales(state, list(range(rows)), size, sampling)  # the tracker cannot see inference mode
+        # The tracker cannot see inference mode, in which `draw_next` is.
+        draw_scales(state, start_drawing(state, sampling), SeededNoise(list(range(rows)), META), size, sampling)
         hook.remove()
 
     def decoding():

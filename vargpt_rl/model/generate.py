@@ -13,6 +13,7 @@ scale and m twice as many, K scales, L image tokens, d bits or s symbols per tok
 latent grid, C decoder width, H language-model width (H W of images: pixels).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -21,11 +22,13 @@ from PIL import Image
 from transformers import DynamicCache
 
 from vargpt_rl.common.settings import Between, Count, NotNegative, Positive, check_ranges
-from vargpt_rl.model.decoder import DecoderContext, ScaleCache
+from vargpt_rl.model.decoder import Condition, DecoderContext, ScaleCache
 from vargpt_rl.model.likelihood import image_log_probs, symbol_log_probs
 from vargpt_rl.model.multiscale import Symbols
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.scales import scale_slices, token_count
 from vargpt_rl.model.unified import Unified
+from vargpt_rl.model.v1.decoder import V1Condition
 
 
 @dataclass
@@ -56,19 +59,18 @@ class GeneratedImages(NamedTuple):
     """Log-probability of each scale's labels in nats, float64: of the logits divided by tau, without guidance."""
 
 
-def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
+def draw_bits(logits_BnD2: torch.Tensor, sampling: SamplingConfig, noise: SeededNoise) -> torch.Tensor:
     """Sample bits uint8 [B, n, d] from logits [B, n, 2d], already divided by tau and guided.
 
     top_k and top_p act on two options: top_k = 1 keeps the likelier, top_p drops the weaker at 1 - top_p or below.
     """
     difference = logits_BnD2[..., 1::2].float() - logits_BnD2[..., 0::2].float()
     p = torch.sigmoid(difference)
-    noise = torch.stack([torch.rand(p.shape[1:], generator=g) for g in generators]).to(p.device)
     sure = torch.minimum(p, 1 - p) <= 1 - sampling.top_p if sampling.top_k > 1 else torch.ones_like(p, dtype=torch.bool)
-    return torch.where(sure, difference > 0, noise < p).to(torch.uint8)
+    return torch.where(sure, difference > 0, noise.uniform(*p.shape[1:]) < p).to(torch.uint8)
 
 
-def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
+def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, noise: SeededNoise) -> torch.Tensor:
     """Sample indices int32 [B, n, 1] from logits [B, n, V], already divided by tau and guided.
 
     Candidates are the ``top_k`` likeliest, in order, while the probability of those before is less than ``top_p``.
@@ -77,17 +79,17 @@ def draw_indices(logits_BnV: torch.Tensor, sampling: SamplingConfig, generators:
     p = likeliest.values.softmax(-1, dtype=torch.float64)
     p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0)
     reached = p.cumsum(-1)
-    noise = torch.stack([torch.rand(p.shape[1], 1, generator=g, dtype=torch.float64) for g in generators])
-    rank = (reached <= noise.to(p.device) * reached[..., -1:]).sum(-1, keepdim=True)
+    threshold = noise.uniform(p.shape[1], 1, dtype=torch.float64) * reached[..., -1:]
+    rank = (reached <= threshold).sum(-1, keepdim=True)
     return likeliest.indices.gather(-1, rank).to(torch.int32)
 
 
 def draw_labels(
-    logits_BnD: torch.Tensor, symbols: Symbols, sampling: SamplingConfig, generators: list[torch.Generator]
+    logits_BnD: torch.Tensor, symbols: Symbols, sampling: SamplingConfig, noise: SeededNoise
 ) -> torch.Tensor:
     """Sample bits or indices, integers [B, n, s], from logits [B, n, s * values]."""
     draw = draw_bits if symbols.values == 2 else draw_indices
-    return draw(logits_BnD, sampling, generators)
+    return draw(logits_BnD, sampling, noise)
 
 
 class GenerationState:
@@ -179,10 +181,12 @@ def generate_images(
     pixel_values: torch.Tensor | None = None,
     image_grid_thw: torch.Tensor | None = None,
     given_BLs: torch.Tensor | None = None,
+    draw: "DrawsScales | None" = None,
 ) -> GeneratedImages:
     """Generate one image of ``size`` (height, width) pixels for each prompt.
 
     ``given_BLs`` are the labels of the first scales, which are then not drawn: images are completed from there.
+    ``draw`` takes the place of `draw_scales`, as `vargpt_rl.model.graphs.DrawingGraphs` does.
 
     Prompts are int64 [B, T], left-padded, and end with ``image_gen_start``; raises ValueError otherwise, or if there is
     not one seed per sample.
@@ -194,48 +198,63 @@ def generate_images(
     model.image_tokenizer.schedule_for(*size)  # reject a bad size before reading the prompts
     reading = GenerationState(model, len(seeds))
     reading.read(input_ids_BT, attention_mask_BT, pixel_values, image_grid_thw)
-    return draw_next(reading, seeds, size, sampling, given_BLs)
+    start = start_drawing(reading, sampling)
+    return (draw or draw_scales)(reading, start, SeededNoise(seeds, model.device), size, sampling, given_BLs)
 
 
 @torch.inference_mode()
 def draw_next(
-    reading: GenerationState,
-    seeds: list[int],
-    size: tuple[int, int],
-    sampling: SamplingConfig,
-    given_BLs: torch.Tensor | None = None,
+    reading: GenerationState, seeds: list[int], size: tuple[int, int], sampling: SamplingConfig
 ) -> GeneratedImages:
     """Draw one image per row after ``image_gen_start``, which was read last. Its L tokens are read in the process."""
-    return draw_scales(reading, seeds, size, sampling, given_BLs)
+    return draw_scales(
+        reading, start_drawing(reading, sampling), SeededNoise(seeds, reading.model.device), size, sampling
+    )
+
+
+class DrawingStart(NamedTuple):
+    """What the decoder sees beside the image: its condition, and its context, if the family has one. M rows each."""
+
+    condition: Condition | V1Condition
+    context: DecoderContext | None
+
+
+def start_drawing(reading: GenerationState, sampling: SamplingConfig) -> DrawingStart:
+    """Compute condition and context of images that begin here; with guidance, of the unconditional branch too."""
+    model = reading.model
+    rows = reading.batch * (1 + model.guided(sampling.cfg))
+    unconditional_M = torch.arange(rows, device=model.device) >= reading.batch
+    return DrawingStart(*model.start_drawing(reading.context(), unconditional_M | model.draws_unconditionally))
 
 
 def draw_scales(
     reading: GenerationState,
-    seeds: list[int],
+    start: DrawingStart,
+    noise: SeededNoise,
     size: tuple[int, int],
     sampling: SamplingConfig,
     given_BLs: torch.Tensor | None = None,
 ) -> GeneratedImages:
-    """Do the work of `draw_next`, which differs in its inference mode only."""
+    """Draw one image per row, scale by scale: a pass of language model and decoder over the tokens of each.
+
+    Nothing here waits for the device.
+    """
     model = reading.model
     tokenizer = model.image_tokenizer
     decoder = model.image_decoder
     schedule = tokenizer.schedule_for(*size)
     symbols = model.config.image_tokenizer_config.symbols
     slices = scale_slices(schedule)
-    batch = len(seeds)
+    batch = reading.batch
     guided = model.guided(sampling.cfg)
-    unconditional_M = torch.arange(batch * (1 + guided), device=model.device) >= batch
-    condition, context = model.start_drawing(reading.context(), unconditional_M | model.draws_unconditionally)
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    condition, context = start
     decoder_cache = ScaleCache(model.config.decoder_config.depth, token_count(schedule))
     words_MnC = condition.start_N1C
     labels: list[torch.Tensor] = []
     log_probs: list[torch.Tensor] = []
     summed = None
     for k, at in enumerate(slices):
-        y_MnC = model.projector_out(model.drawing_states(reading, model.projector_in(words_MnC), generators))
+        y_MnC = model.projector_out(model.drawing_states(reading, model.projector_in(words_MnC), noise))
         logits = decoder(y_MnC, condition, context, schedule, cache=decoder_cache, tokens=at) / sampling.tau
         unguided_BnD = logits[:batch]
         if guided:
@@ -243,7 +262,7 @@ def draw_scales(
         if given_BLs is not None and at.stop <= given_BLs.shape[1]:
             labels.append(given_BLs[:, at])
         else:
-            labels.append(draw_labels(logits, symbols, sampling, generators))
+            labels.append(draw_labels(logits, symbols, sampling, noise))
         log_probs.append(image_log_probs(symbol_log_probs(unguided_BnD, labels[-1])))
         added = tokenizer.addend(labels[-1], schedule, k, words_MnC.dtype)
         summed = added if summed is None else summed + added
@@ -252,6 +271,10 @@ def draw_scales(
             words_MnC = decoder.words(inputs_BnD, slices[k + 1]).repeat(1 + guided, 1, 1)
     assert summed is not None  # a schedule has at least one scale
     return GeneratedImages(torch.cat(labels, 1), summed, torch.stack(log_probs, 1))
+
+
+DrawsScales = Callable[..., GeneratedImages]
+"""A function with the arguments of `draw_scales`."""
 
 
 @torch.inference_mode()

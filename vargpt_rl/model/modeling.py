@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLForConditional
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.decoder import Condition, DecoderContext, VisualDecoder
 from vargpt_rl.model.image_tokenizer import ImageTokenizer
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.unified import DrawnReader, Projector, Unified, text_positions
 
 MERGED_TOKENS = 16
@@ -105,9 +106,7 @@ class Vargpt(Unified, Qwen2VLForConditionalGeneration):
         both = torch.cat([context.states_NTC, states_BTC]), torch.cat([context.mask_NT, mask_BT])
         return condition, DecoderContext(*both)
 
-    def drawing_states(
-        self, reading: DrawnReader, embeds_MnH: torch.Tensor, generators: list[torch.Generator]
-    ) -> torch.Tensor:
+    def drawing_states(self, reading: DrawnReader, embeds_MnH: torch.Tensor, noise: SeededNoise) -> torch.Tensor:
         """Run one scale through the language model: samples after their prompt, the unconditional branch without."""
         batch = reading.batch
         if len(embeds_MnH) > batch and embeds_MnH.shape[1] <= MERGED_TOKENS:

@@ -98,10 +98,12 @@ def scales_within(schedule: Schedule, tokens: slice) -> list[slice]:
     return [at for at in scale_slices(schedule) if start <= at.start and at.stop <= stop]
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a table cached while sampling must also work in training
 def scale_index(schedule: Schedule, device: torch.device | None = None) -> torch.Tensor:
-    """Return the scale of each image token: int64 [L]."""
-    sizes = torch.tensor([h * w for h, w in schedule], device=device)
-    return torch.repeat_interleave(torch.arange(len(schedule), device=device), sizes)
+    """Return the scale of each image token: int64 [L]. It is made once; do not write to it."""
+    sizes = torch.tensor([h * w for h, w in schedule], device="cpu")
+    return torch.repeat_interleave(torch.arange(len(schedule), device="cpu"), sizes).to(device)
 
 
 def grid_positions(schedule: Schedule) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vargpt_rl.model.decoder import DecoderContext
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.scales import token_count
 
 if TYPE_CHECKING:
@@ -157,9 +158,7 @@ class Unified(ABC, MixedInto):
         """
 
     @abstractmethod
-    def drawing_states(
-        self, reading: "DrawnReader", embeds_MnH: torch.Tensor, generators: list[torch.Generator]
-    ) -> torch.Tensor:
+    def drawing_states(self, reading: "DrawnReader", embeds_MnH: torch.Tensor, noise: SeededNoise) -> torch.Tensor:
         """Return the states [M, n, H] of one scale: of the samples, then of their unconditional branch, if any."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ from PIL import Image
 from tests.helpers.tiny import V1_SIDES
 from vargpt_rl.model import generate
 from vargpt_rl.model.generate import SamplingConfig, draw_indices, generate_images
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.unified import replayed
 from vargpt_rl.model.v1 import modeling
 
@@ -82,12 +83,12 @@ def test_the_noise_that_guides_is_standard_normal_and_the_samples_own(v1_model, 
 
 
 def test_indices_have_the_probability_of_their_logits():
-    generators = [torch.Generator().manual_seed(0)]
+    noise = SeededNoise([0])
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = p.log().expand(1, 20000, 4)
 
     def shares(**how) -> list[float]:
-        drawn = draw_indices(logits, SamplingConfig(**{"top_k": 4, "top_p": 1.0} | how), generators)
+        drawn = draw_indices(logits, SamplingConfig(**{"top_k": 4, "top_p": 1.0} | how), noise)
         return (drawn.flatten().bincount(minlength=4) / 20000).tolist()
 
     error = 0.018  # five standard errors
@@ -101,7 +102,7 @@ def test_indices_have_the_probability_of_their_logits():
 
 def test_every_index_can_be_drawn_and_none_beyond():
     logits = torch.randn(3, 200, 7, generator=torch.Generator().manual_seed(0))
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    drawn = draw_indices(logits, SamplingConfig(top_k=900, top_p=1.0), generators)
+    noise = SeededNoise([0, 1, 2])
+    drawn = draw_indices(logits, SamplingConfig(top_k=900, top_p=1.0), noise)
     assert drawn.shape == (3, 200, 1) and drawn.dtype == torch.int32
     assert drawn.unique().tolist() == list(range(7))

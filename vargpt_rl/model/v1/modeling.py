@@ -15,16 +15,16 @@ import torch
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from vargpt_rl.model.decoder import DecoderContext
+from vargpt_rl.model.noise import SeededNoise
 from vargpt_rl.model.unified import DrawnReader, Projector, Unified, text_positions
 from vargpt_rl.model.v1.configuration import VargptV1Config
 from vargpt_rl.model.v1.decoder import V1Condition, V1VisualDecoder
 from vargpt_rl.model.v1.image_tokenizer import V1ImageTokenizer
 
 
-def gaussian_states(like_BnH: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Draw standard normal noise [B, n, H], each sample's from its own generator."""
-    noise = torch.stack([torch.randn(like_BnH.shape[1:], generator=g) for g in generators])
-    return noise.to(like_BnH)
+def gaussian_states(like_BnH: torch.Tensor, noise: SeededNoise) -> torch.Tensor:
+    """Draw standard normal noise [B, n, H], each sample's from its own seed."""
+    return noise.normal(*like_BnH.shape[1:]).to(like_BnH)
 
 
 class VargptV1(Unified, LlavaForConditionalGeneration):
@@ -87,14 +87,12 @@ class VargptV1(Unified, LlavaForConditionalGeneration):
     def start_drawing(self, context: DecoderContext | None, unconditional_M: torch.Tensor) -> tuple[V1Condition, None]:
         return self.image_decoder.condition(unconditional_M), None
 
-    def drawing_states(
-        self, reading: DrawnReader, embeds_MnH: torch.Tensor, generators: list[torch.Generator]
-    ) -> torch.Tensor:
+    def drawing_states(self, reading: DrawnReader, embeds_MnH: torch.Tensor, noise: SeededNoise) -> torch.Tensor:
         """Run one scale through the language model for the samples; the unconditional branch gets noise instead."""
         states = reading.read_drawn(embeds_MnH[: reading.batch])
         if len(embeds_MnH) == reading.batch:
             return states
-        return torch.cat([states, gaussian_states(states, generators)])
+        return torch.cat([states, gaussian_states(states, noise)])
 
     def guide(self, logits_MnV: torch.Tensor, cfg: float, progress: float) -> torch.Tensor:
         """Push the samples' logits away from the unconditional ones, more at each scale."""
