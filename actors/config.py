@@ -27,6 +27,12 @@ class RolloutConfig:
     that is nearly as fast as any. It is recorded with the run, since an image depends on its batch through rounding.
     """
 
+    cuda_graphs: bool = False
+    """On GPUs, record the sampling of each shape of batch as a CUDA graph and replay it (`vargpt_rl.model.graphs`).
+
+    Batches of few images are several times faster. A graph keeps the memory of its batch. Ignored without GPUs.
+    """
+
     max_restarts: CountOrNone = 3
     """Workers replaced before the run fails: of the whole pool, in one start of a run."""
 

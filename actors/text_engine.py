@@ -39,6 +39,7 @@ class VllmWorker(BaseWorker):
         threads: int,
         use_gpu: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = False,  # of images; vLLM has its own
         version_required: int = 0,
         adapter: AdapterConfig | None = None,
     ):

@@ -37,6 +37,7 @@ from vargpt_rl.model.adapter import AdapterConfig, MergedAdapter
 from vargpt_rl.model.bits import pack, unpack
 from vargpt_rl.model.families import markup_for
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
+from vargpt_rl.model.graphs import PROMPT_MULTIPLE, DrawingGraphs
 from vargpt_rl.model.likelihood import image_log_probs, scale_means, scale_sums, symbol_hits, symbol_log_probs
 from vargpt_rl.model.scales import token_count
 from vargpt_rl.model.unified import replayed
@@ -187,6 +188,7 @@ class Worker(BaseWorker):
         threads: int,
         use_gpu: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = False,
         version_required: int = 0,
         adapter: AdapterConfig | None = None,
     ):
@@ -195,6 +197,8 @@ class Worker(BaseWorker):
         device = "cuda" if use_gpu else "cpu"
         model = load_policy(Policy(checkpoint, adapter=adapter), dtype, device=device)
         self.model = model.to(device).eval()
+        self._draw_scales = DrawingGraphs() if cuda_graphs else None
+        self._prompt_multiple = PROMPT_MULTIPLE if use_gpu else 1
         self._merged = MergedAdapter(self.model) if adapter is not None and adapter.is_merged else None
         self.chat = markup_for(checkpoint, self.model.config)
         self.image_tokenizer = self.model.image_tokenizer
@@ -248,10 +252,18 @@ class Worker(BaseWorker):
     ) -> list[Sample]:
         grids, seen = self._shown([prompt for prompt, _ in jobs])
         rows = [self.chat.drawing_prompt(p.text, p.reply, grid) for (p, _), grid in zip(jobs, grids, strict=True)]
-        ids_BT, mask_BT = self._rows(rows, "left")
-        seeds = [seed for _, seed in jobs]
-        size = (resolution, resolution)
-        drawn = generate_images(self.model, ids_BT, mask_BT, seeds, size, sampling, **seen, given_BLs=given_BLs)
+        ids_BT, mask_BT = self._rows(rows, "left", self._prompt_multiple)
+        drawn = generate_images(
+            self.model,
+            ids_BT,
+            mask_BT,
+            [seed for _, seed in jobs],
+            (resolution, resolution),
+            sampling,
+            **seen,
+            given_BLs=given_BLs,
+            draw=self._draw_scales,
+        )
         settings = asdict(sampling)
         return [
             Sample(prompt, bits, resolution, seed, settings, self.version, checkpoint, log_probs)

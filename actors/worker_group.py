@@ -217,6 +217,7 @@ class WorkerGroup:
             threads=self.plan.threads_per_worker,
             use_gpu=self.plan.use_gpu,
             bf16=self.plan.bf16,
+            cuda_graphs=self.plan.use_gpu and self.config.cuda_graphs,
             version_required=self._weights.version,
             adapter=self._adapter,
         )

@@ -5,7 +5,7 @@ random weights in bf16 (fp32 on a CPU) and the size of the release, or the state
 
 - sampling with guidance in growing batches: images a second, share of the peak of a matrix product, peak memory;
 - DPO and SFT steps with fp32 master weights: seconds, model FLOPs utilisation, memory beside the memory plan;
-- which kernels attention ran in;
+- which kernels attention ran in, and what kinds of kernels take the time;
 - hashing the tensors that DPO trains, and swapping them into the model from a file;
 - log-probabilities of the same bits in bf16 and fp32.
 
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ import transformers
 
 from learners.config import Recipe
 from learners.flops import drawing_flops, matrix_peak, shape_of, step_flops
-from vargpt_rl.bench.gpu_checks import attention_kernels, hash_and_swap, precision
+from vargpt_rl.bench.gpu_checks import attention_kernels, hash_and_swap, precision, time_shares
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.memory.inputs import batch, preference_loss
@@ -38,6 +39,7 @@ from vargpt_rl.memory.training import TrainingMemory, activations, parameter_siz
 from vargpt_rl.memory.units import GIB, RUNTIME
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
+from vargpt_rl.model.graphs import DrawingGraphs
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.scales import schedule_for
@@ -50,6 +52,10 @@ FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 """Shares of the release's layers, tried in this order until a DPO step fits."""
 ROOM = 0.9
 """Share of the GPU's memory that may be planned."""
+SHARES_BATCH = 16
+"""Largest batch whose kernels are listed."""
+GRAPH_BATCH = 16
+"""Largest batch that is sampled as a CUDA graph too."""
 RESERVE_S = 90.0
 """Seconds kept for what comes after sampling and training."""
 STEPS = 3
@@ -209,33 +215,49 @@ def make_model(config: VargptConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def measure_sampling(bench: Bench, resolutions: list[int], batches: list[int]) -> None:
-    """Sample and decode growing batches, until one does not fit into memory or time."""
+    """Sample and decode growing batches, until one does not fit into memory or time.
+
+    The first batch of a shape is not timed: cuDNN makes its attention kernels during it. Small batches are timed as
+    CUDA graphs too.
+    """
     bench.model.eval()
     for resolution in resolutions:
         last_s = 0.0
         last = 1
         for rows in batches:
-
-            def draw(row: GpuRow, rows: int = rows, resolution: int = resolution) -> None:
-                inputs = batch(bench.model, rows, rows, resolution, text=TEXT)
-                ids = inputs["input_ids"][:, :TEXT].to(bench.device)
-                size = (resolution, resolution)
-
-                def once() -> None:
-                    drawn = generate_images(bench.model, ids, torch.ones_like(ids), list(range(rows)), size, SAMPLING)
-                    to_images(bench.model, drawn.summed_Bdhw)
-
-                if rows == batches[0]:
-                    once()  # kernels are chosen and loaded
-                row.seconds = bench.timed(once)
-                flops = drawing_flops(bench.model, rows, TEXT, schedule_for(resolution), guided=True)
-                row.share = flops / row.seconds / bench.peak
-                row.speed = f"{rows / row.seconds:.2f} images/s"
-
             row = GpuRow("sampling, guidance 3", resolution, rows)
-            if not bench.attempt(row, draw, last_s * rows / last):
+            if not bench.attempt(row, partial(time_sampling, bench, None, 1), 2 * last_s * rows / last):
                 break
             last_s, last = row.seconds or 0.0, rows
+            if bench.device.type == "cuda" and rows <= GRAPH_BATCH:
+                row = GpuRow("the same as a CUDA graph", resolution, rows)
+                bench.attempt(row, partial(time_sampling, bench, DrawingGraphs(), 2), 3 * last_s)
+
+
+def time_sampling(bench: Bench, draw: DrawingGraphs | None, before: int, row: GpuRow) -> None:
+    """Sample a batch ``before`` times, then time it."""
+    assert row.resolution is not None and row.batch is not None
+    once = sampling_of(bench, row.resolution, row.batch, draw)
+    for _ in range(before):
+        once()
+    row.seconds = bench.timed(once)
+    flops = drawing_flops(bench.model, row.batch, TEXT, schedule_for(row.resolution), guided=True)
+    row.share = flops / row.seconds / bench.peak
+    row.speed = f"{row.batch / row.seconds:.2f} images/s"
+
+
+def sampling_of(bench: Bench, resolution: int, rows: int, draw: DrawingGraphs | None = None) -> Callable[[], object]:
+    """Return a function that samples and decodes a batch."""
+    inputs = batch(bench.model, rows, rows, resolution, text=TEXT)
+    ids = inputs["input_ids"][:, :TEXT].to(bench.device)
+    mask = torch.ones_like(ids)
+    size = (resolution, resolution)
+
+    def sample() -> None:
+        drawn = generate_images(bench.model, ids, mask, list(range(rows)), size, SAMPLING, draw=draw)
+        to_images(bench.model, drawn.summed_Bdhw)
+
+    return sample
 
 
 def losses(bench: Bench, stage: str, resolution: int, rows: int) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
@@ -309,15 +331,31 @@ def measure_steps(
     model.zero_grad()
 
 
-def measure_checks(bench: Bench, resolution: int, folder: Path) -> None:
+def measure_shares(bench: Bench, work: str, resolution: int, rows: int, once: Callable[[], object]) -> None:
+    """Add a row with what kinds of kernels take the time of a step."""
+    once()
+    seconds = bench.timed(once)
+    row = GpuRow(f"{work}: kernels", resolution, rows, seconds=seconds)
+    row.note = time_shares(once, bench.device, seconds)
+    bench.add(row)
+
+
+def measure_checks(bench: Bench, resolution: int, batches: list[int], folder: Path) -> None:
     """Check kernels and precision; hash and swap. The model is in fp32 afterwards."""
     model = bench.model.train()
     trained = freeze(model, STAGES["dpo"])
     loss, ids_BT = losses(bench, "dpo", resolution, 2)
-    found = attention_kernels(lambda: loss().backward(), bench.device)
-    model.zero_grad()
+
+    def gradients() -> None:
+        loss().backward()
+        model.zero_grad()
+
+    found = attention_kernels(gradients, bench.device)
     bench.add(GpuRow("attention of a DPO step", resolution, 1, note=found))
+    measure_shares(bench, "DPO gradients", resolution, 1, gradients)
     model.eval()
+    for rows in {batches[0], max([rows for rows in batches if rows <= SHARES_BATCH], default=batches[0])}:
+        measure_shares(bench, "sampling, guidance 3", resolution, rows, sampling_of(bench, resolution, rows))
     swapped = hash_and_swap(model, trained, folder, bench.synchronize)
     for work, (seconds, size) in swapped.items():
         speed = f"{size / seconds / 1e9:.2f} GB/s"
@@ -358,6 +396,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.fraction is not None and not 0 < options.fraction <= 1:
         parser.error(f"--fraction {options.fraction}: expected above 0 and at most 1")
+    options.batches.sort()
     options.resolutions = options.resolutions or ([64] if options.tiny else [256, 512])
     return options
 
@@ -381,10 +420,10 @@ def main(arguments: list[str] | None = None) -> int:
         "layers of the release": None if options.tiny else fraction,
         "peak TFLOP/s": peak / 1e12,
     }
-    measure_sampling(bench, options.resolutions, sorted(options.batches))
+    measure_sampling(bench, options.resolutions, options.batches)
     for stage in ("dpo", "sft"):
         measure_steps(bench, config, stage, options.resolutions, sorted(options.micro_batches))
-    measure_checks(bench, options.resolutions[0], options.out)
+    measure_checks(bench, options.resolutions[0], options.batches, options.out)
     bench.facts["seconds"] = time.monotonic() - began
     bench.write()
     print(bench.table())

@@ -1,4 +1,4 @@
-"""Checks of `vargpt_rl.bench.gpu`: kernels of attention, hash and swap of a weight set, bf16 against fp32."""
+"""Checks of `vargpt_rl.bench.gpu`: kernels and where they spend the time, hash and swap of a set, bf16 against fp32."""
 
 import hashlib
 import re
@@ -20,6 +20,13 @@ KERNEL = re.compile("flash|fmha|sdpa", re.IGNORECASE)
 """Names of attention's fused kernels on NVIDIA GPUs."""
 ATTENTION = re.compile(r"aten::_scaled_dot_product_(\w+?)(_for_cpu)?$")
 """Operators that ``scaled_dot_product_attention`` chooses among."""
+WORK = {
+    "attention": re.compile("flash|fmha|sdpa|scaled_dot_product", re.IGNORECASE),
+    "convolutions": re.compile("conv|fprop|dgrad|wgrad|implicit", re.IGNORECASE),
+    "matrix products": re.compile("gemm|gemv|nvjet|cutlass|cublas|splitK|aten::(mm|bmm|addmm|linear)$", re.IGNORECASE),
+    "copies": re.compile("memcpy|memset|copy", re.IGNORECASE),
+}
+"""Kinds of work by the names of kernels, or of operators on a CPU; the first that matches counts."""
 
 
 def attention_kernels(step: Callable[[], None], device: torch.device) -> str:
@@ -38,6 +45,29 @@ def attention_kernels(step: Callable[[], None], device: torch.device) -> str:
     calls = ", ".join(f"{name} {count}" for name, count in sorted(operators.items()))
     verdict = "all in a flash kernel" if operators and not others else f"NOT in a flash kernel: {', '.join(others)}"
     return f"{verdict} ({calls}{'; kernels ' + ', '.join(sorted(kernels)) if kernels else ''})"
+
+
+def time_shares(step: Callable[[], object], device: torch.device, seconds: float) -> str:
+    """Run a step that takes ``seconds`` unwatched; describe the share of that time which each kind of kernel takes.
+
+    On a CPU operators take the place of kernels. What is left over on a GPU is time in which it waits for work.
+    """
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    spent: dict[str, float] = {}
+    calls = 0
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if not microseconds or event.key.startswith("cuda"):  # calls of the runtime
+            continue
+        kind = next((kind for kind, names in WORK.items() if names.search(event.key)), "other")
+        spent[kind] = spent.get(kind, 0.0) + microseconds / 1e6
+        calls += event.count
+    shares = [f"{kind} {time / seconds:.0%}" for kind, time in sorted(spent.items(), key=lambda item: -item[1])]
+    return f"{', '.join(shares)} of the time; {calls} {'kernels' if on_gpu else 'operators'}"
 
 
 def hash_and_swap(
