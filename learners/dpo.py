@@ -20,13 +20,14 @@ from trl import DPOTrainer
 
 from learners.config import DpoConfig
 from learners.flops import shape_of, step_flops
-from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE, ScoredOutput
+from learners.image_policy import ScoredOutput
 from learners.pairs import PairOrder, PairTable
 from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
-from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
+from vargpt_rl.losses.credit import scale_credit, summed_tokens, token_credit, weighted_sum
+from vargpt_rl.model.likelihood import log_prob_tolerance
 
 
 def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
@@ -38,8 +39,7 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
     """TRL's trainer on precomputed image tokens and references. ``record``: see `PairOrder`.
 
     ``settings.credit_scales`` below the number of scales needs a collator that leaves out the finer scales. With a
-    ``reference``, references are scored here, and the workers' are compared with them at step 0. ``rounded``: the
-    workers scored with merged weights, which are rounded; so is what they scored in other micro-batches.
+    ``reference``, references are scored here, and the workers' are compared with them at step 0.
     """
 
     survivors = ("step0_max_abs_logratio", "_total_train_tokens")
@@ -50,15 +50,12 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         pairs: PairTable,
         record: Path | None = None,
         reference: StartWeights | None = None,
-        rounded: bool = False,
         **kwargs,
     ):
         super().__init__(train_dataset=pairs.rows, **kwargs)
         self.train_dataset = pairs
         self.record = record
         self.reference = reference
-        size = self.args.per_device_train_batch_size
-        self.rounded = rounded or pairs.micro_batch not in (None, size)
         del self.model.forward  # TRL replaces it by its fused text head; ours returns log-probabilities itself
         self.settings = settings
         self.measured: dict[str, list[float]] = defaultdict(list)
@@ -90,6 +87,7 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         scales = self.settings.credit_scales
         credit_K = scale_credit(schedule, self.settings.credit_alpha, scales)
         credit_L = token_credit(schedule, self.settings.credit_alpha, scales)[:tokens].to(references_BK.device)
+        tolerance = self._tolerance(summed_tokens(schedule, credit_K))
         # From the unweighted total, so that weights of 1 change no digit of it.
         change_B = weighted_sum(references_BK, credit_K - 1)
         references_B = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]) + change_B
@@ -97,7 +95,7 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
             workers_B = references_B
             references_BK = self._score_reference(self.reference, inputs)
             references_B = weighted_sum(references_BK, credit_K)
-            self._assert_equal_at_step0(workers_B, references_B, "the workers' reference and the learner's")
+            self._assert_equal_at_step0(workers_B, references_B, "the workers' reference and the learner's", tolerance)
         scale = log_prob_scale(self.settings.logp_norm, tokens, bits)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (references_B * scale).chunk(2)
         outputs = []
@@ -111,8 +109,8 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         loss = super()._compute_loss(scored, inputs, return_outputs)
         outputs[0].log_probs_BK = outputs[0].log_probs_BK.detach()
         log_probs_B = weighted_sum(outputs[0].log_probs_BK, credit_K)
-        worst = self._assert_equal_at_step0(log_probs_B, references_B, "policy and reference")
-        self._assert_first_loss(loss)
+        worst = self._assert_equal_at_step0(log_probs_B, references_B, "policy and reference", tolerance)
+        self._assert_first_loss(loss, self.beta * tolerance)
         self.step0_max_abs_logratio = max(self.step0_max_abs_logratio, worst)
         self._measure_scales(outputs[0], references_BK)
         return loss
@@ -129,27 +127,27 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
     def _is_at_step0(self) -> bool:
         return self.state.global_step == 0 and self.model.training
 
-    @property
-    def _tolerance(self) -> float:
+    def _tolerance(self, tokens: float) -> float:
         """Nats by which scores of equal weights may differ."""
-        is_exact = self.settings.credit_scales is None and not self.rounded
-        return (LOG_PROB_TOLERANCE if is_exact else RESHAPED_TOLERANCE)[self.model.dtype]
+        return log_prob_tolerance(self.model.dtype, tokens * self.model.config.image_tokenizer_config.symbols.bits)
 
-    def _assert_equal_at_step0(self, found_B: torch.Tensor, expected_B: torch.Tensor, names: str) -> float:
+    def _assert_equal_at_step0(
+        self, found_B: torch.Tensor, expected_B: torch.Tensor, names: str, tolerance: float
+    ) -> float:
         """Before the first update log-ratios are 0. Return the largest, in nats; 0 after the first update."""
         if not self._is_at_step0:
             return 0.0
         worst = (found_B - expected_B).abs().max().item()
-        if not worst <= self._tolerance:
+        if not worst <= tolerance:
             raise RuntimeError(
-                f"DPO step 0: {names} differ by {worst:.3g} nats, expected at most {self._tolerance:g}; "
+                f"DPO step 0: {names} differ by {worst:.3g} nats, expected at most {tolerance:.3g}; "
                 f"the references were scored with other weights, other bits or another dtype"
             )
         return worst
 
-    def _assert_first_loss(self, loss: torch.Tensor) -> None:
+    def _assert_first_loss(self, loss: torch.Tensor, tolerance: float) -> None:
         """Before the first update the sigmoid loss is ln 2."""
-        at_ln2 = math.isclose(loss.item(), math.log(2), abs_tol=self._tolerance)
+        at_ln2 = math.isclose(loss.item(), math.log(2), abs_tol=tolerance)
         if self._is_at_step0 and self.loss_types == ["sigmoid"] and not at_ln2:
             raise RuntimeError(f"DPO step 0: loss {loss.item():.6f}, expected ln 2 = {math.log(2):.6f}")
 

@@ -19,15 +19,15 @@ from transformers import Trainer, TrainerControl
 
 from learners.config import RlConfig
 from learners.flops import shape_of, step_flops
-from learners.image_policy import RESHAPED_TOLERANCE
 from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
 from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
-from vargpt_rl.losses.credit import part_means, scale_credit, weighted_sum
+from vargpt_rl.losses.credit import part_means, scale_credit, summed_tokens, weighted_sum
 from vargpt_rl.losses.policy_gradient import kl_k3
+from vargpt_rl.model.likelihood import log_prob_tolerance
 
 
 class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
@@ -96,9 +96,11 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
             "reference": torch.full_like(drawn_at_N, step == 0, dtype=torch.bool),
         }
         own_N = weighted_sum(output.log_probs_BK.detach(), credit_K)
+        bits = summed_tokens(schedule, credit_K) * self.model.config.image_tokenizer_config.symbols.bits
+        tolerance = log_prob_tolerance(self.model.dtype, bits) / min(tau, 1.0)
         for name, by_scale_NK in given_NK.items():
             difference_N = own_N - weighted_sum(by_scale_NK, credit_K)
-            self._assert_equal(difference_N[current_N[name]], name, tau)
+            self._assert_equal(difference_N[current_N[name]], name, tolerance)
         images = ScoredImages(
             log_prob=_means(output.log_probs_BK, mean_PK),
             advantage=inputs["advantage"],
@@ -138,16 +140,15 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
                 found["reference"] = self.model(**given, **score).log_probs_BK
         return found | {name: _required(inputs, f"{name}_by_scale") for name in wanted - found.keys()}
 
-    def _assert_equal(self, difference_N: torch.Tensor, name: str, tau: float) -> None:
+    def _assert_equal(self, difference_N: torch.Tensor, name: str, tolerance: float) -> None:
         """RuntimeError unless log-probabilities that must equal the policy's do so, up to rounding, in nats."""
         if not self.model.training or not len(difference_N):
             return
         worst = difference_N.abs().max().item()
-        tolerance = RESHAPED_TOLERANCE[self.model.dtype] / min(tau, 1.0)
         if not worst <= tolerance:
             raise RuntimeError(
                 f"policy gradient, step {self.state.global_step}: log-probabilities of the {name}, which has the "
-                f"current weights, differ by {worst:.3g} nats from the policy's, expected at most {tolerance:g} (a "
+                f"current weights, differ by {worst:.3g} nats from the policy's, expected at most {tolerance:.3g} (a "
                 f"ratio of 1); they were scored with other weights, other bits, another temperature or another dtype"
             )
         self.first_update_max_abs_log_ratio = max(self.first_update_max_abs_log_ratio, worst)

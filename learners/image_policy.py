@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 else:
     MixedInto = object
 
-LOG_PROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest difference in nats accepted between the log-probabilities of an image under equal weights. These are sums
-over all bits, whose rounding depends on the kernels chosen where worker and learner are different machines."""
-
-RESHAPED_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
-"""The same for passes of different shapes: other batch sizes, or the coarse scales alone. In fp32 up to 2e-4 nats were
-measured between a pass up to 8 x 8 and the whole one, 1e-3 between batches of 1 and 4 (256 px, random bits);
-the values of half precision are ten times the ones above."""
-
 
 @dataclass
 class ScoredOutput(VargptOutput):

@@ -316,7 +316,6 @@ class Rank:
             pairs=pairs,
             record=job.output / "order.jsonl",
             reference=self._reference(model, job.start, trained),
-            rounded=job.start.adapter is not None and job.start.adapter.is_merged,
             model=model,
             args=arguments,
             data_collator=PairCollator(chat, job.dpo.credit_scales, job.states),

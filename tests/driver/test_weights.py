@@ -92,8 +92,8 @@ def test_the_text_engine_gets_the_same_weights(tmp_path, sets):
 
 def test_workers_that_disagree_with_the_learner_stop_the_run():
     pool = WorkersDouble()
-    probe = Probe(Prompt("a", "a circle"), b"", 32)
-    assert verify_swap(pool, probe, -10.0) == 0.0
+    probe = Probe(Prompt("a", "a circle"), bytes(40), 32)
+    assert verify_swap(pool, probe, -10.0, torch.float32) == 0.0
     pool.probed = [-10.0, -10.5]
     with pytest.raises(RuntimeError, match="after the swap"):
-        verify_swap(pool, probe, -10.0)
+        verify_swap(pool, probe, -10.0, torch.float32)

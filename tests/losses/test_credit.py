@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
+from vargpt_rl.losses.credit import scale_credit, summed_tokens, token_credit, weighted_sum
 from vargpt_rl.model.likelihood import scale_sums
 from vargpt_rl.model.scales import schedule_for, token_count
 
@@ -66,3 +66,12 @@ def test_gradients_scale_with_the_credit_of_each_scale():
 
     ratio = gradient(0.6, 2) / gradient(0.0, None)
     torch.testing.assert_close(ratio[0], token_credit(SCHEDULE, 0.6, 2))
+
+
+def test_a_weighted_sum_varies_as_one_of_more_tokens():
+    schedule = schedule_for(64)
+    assert summed_tokens(schedule, scale_credit(schedule, 0.0)) == token_count(schedule)
+    credit_L = token_credit(schedule, 0.6)
+    assert summed_tokens(schedule, scale_credit(schedule, 0.6)) == pytest.approx((credit_L**2).sum().item())
+    first = scale_credit(schedule, 0.0, 2)
+    assert summed_tokens(schedule, first) == token_count(schedule[:2])

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from vargpt_rl.model.likelihood import (
+    ROUNDING,
     bit_entropy,
     bit_hits,
     bit_log_probs,
     image_log_probs,
+    log_prob_tolerance,
     scale_means,
     scale_sums,
     symbol_entropy,
@@ -94,3 +96,11 @@ def test_symbols_of_any_number_of_values_are_softmaxes_over_them(depth, values):
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-6)
     assert torch.equal(symbol_hits(logits, labels), log_p.argmax(-1) == labels)
     assert symbol_log_probs(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_tolerance_grows_with_the_root_of_the_bits():
+    for dtype, of_one in ROUNDING.items():
+        assert log_prob_tolerance(dtype, 1) == of_one
+        assert log_prob_tolerance(dtype, 400) == pytest.approx(20 * of_one)
+    # Of 16,672 bits at 256 px: what an H200 differed by from fp32 passes, another prompt's 100 nats do not.
+    assert 1.3 < log_prob_tolerance(torch.bfloat16, 16_672) < 10

@@ -7,7 +7,6 @@ import numpy as np
 
 from learners.config import Recipe
 from learners.group import RunningJob
-from learners.image_policy import LOG_PROB_TOLERANCE, RESHAPED_TOLERANCE
 from learners.jobs import DpoJob, SftJob, TokenizerJob
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.data.preferences import part_path, prompts_of, read_table
@@ -18,7 +17,7 @@ from vargpt_rl.driver.prompts import edit_records
 from vargpt_rl.driver.seeds import Purpose, seeds_for
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.driver.stored_states import complete_states
-from vargpt_rl.driver.weights import PROBE_TOLERANCE, verify_swap
+from vargpt_rl.driver.weights import verify_swap
 from vargpt_rl.model.bits import pack
 from vargpt_rl.model.families import load_config
 from vargpt_rl.model.prompt import REPLY
@@ -202,10 +201,8 @@ def swap(context: StageContext, policy: Policy, trained: dict) -> dict:
     """Swap to ``policy``; verify that workers score the probe as the learner did whose result is ``trained``."""
     swapped = context.swap_to(policy)
     if "probe" in trained:
-        dtype = context.session.learners.dtype
-        exact = max(PROBE_TOLERANCE, LOG_PROB_TOLERANCE[dtype])
-        tolerance = RESHAPED_TOLERANCE[dtype] if context.config.adapter.is_merged else exact
-        swapped["probe_difference"] = verify_swap(context.pool, random_probe(context), trained["probe"], tolerance)
+        probe, dtype = random_probe(context), context.session.learners.dtype
+        swapped["probe_difference"] = verify_swap(context.pool, probe, trained["probe"], dtype)
     return swapped
 
 

@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from actors.pool import RolloutPool
 from actors.weights import SwapReport
 from vargpt_rl.data.samples import Probe
 from vargpt_rl.driver.run import Run
+from vargpt_rl.model.likelihood import log_prob_tolerance
 from vargpt_rl.storage.checkpoint import WEIGHTS, Policy, recorded_hashes
 
 Log = Callable[[str, int, dict], None]
 """Takes the stage's name, the step and its metrics."""
-
-PROBE_TOLERANCE = 1e-3
-"""Nats by which learner and worker may differ on one image in fp32: the order of additions over all its bits."""
 
 
 def _owners(weights: Sequence[Path]) -> dict[str, Path]:
@@ -89,13 +89,13 @@ def _publish(pool: RolloutPool, path: Path, version: int, stage: str, log: Log) 
     return report
 
 
-def verify_swap(pool: RolloutPool, probe: Probe, learner: float, tolerance: float = PROBE_TOLERANCE) -> float:
+def verify_swap(pool: RolloutPool, probe: Probe, learner: float, dtype: torch.dtype) -> float:
     """Return the largest difference, in nats, between the learner's and the workers' score of the probe.
 
-    RuntimeError if it is above the tolerance: the workers do not hold the weights that were trained.
+    RuntimeError if rounding in ``dtype`` does not explain it: the workers do not hold the weights that were trained.
     """
     workers = pool.probe(probe.prompt, probe.bits, probe.resolution)
     worst = max(abs(value - learner) for value in workers)
-    if not worst <= tolerance + 1e-6 * abs(learner):
+    if not worst <= log_prob_tolerance(dtype, 8 * len(probe.bits)):
         raise RuntimeError(f"after the swap workers score the probe {workers}, the learner {learner}")
     return worst

@@ -51,6 +51,12 @@ def weighted_sum(values_NK: torch.Tensor, weights_K: torch.Tensor) -> torch.Tens
     return (values_NK.double() * weights_K[:scales].to(values_NK.device)).sum(1)
 
 
+def summed_tokens(schedule: Schedule, credit_K: torch.Tensor) -> float:
+    """Return how many tokens of weight 1 have a sum with the variance of the weighted one."""
+    areas_K = torch.tensor([h * w for h, w in schedule], dtype=torch.float64)
+    return (areas_K * credit_K**2).sum().item()
+
+
 def part_means(schedule: Schedule, credit_K: torch.Tensor, symbols: int, split: int | None) -> tuple[torch.Tensor, ...]:
     """float64 [P, K] and [P]: weights that turn sums by scale into each part's mean, and each part's share of credit.
 

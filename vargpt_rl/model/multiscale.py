@@ -26,6 +26,11 @@ class Symbols(NamedTuple):
     values: int
 
     @property
+    def bits(self) -> int:
+        """Bits of a token."""
+        return self.depth * (self.values - 1).bit_length()
+
+    @property
     def name(self) -> str:
         """Name of one symbol, "bit" or "index"."""
         return "bit" if self.values == 2 else "index"
