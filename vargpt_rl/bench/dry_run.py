@@ -43,6 +43,10 @@ BITS = 2084
 SCALES = 10
 SCORE = ImageScore(-10.0 * SCALES, [-10.0] * SCALES, [0.5] * SCALES)
 """A reference score, the same for each image."""
+SAMPLING = "sample, encode winners"
+RESUMED = "the same, resumed after the last part"
+JUDGING = "judge samples and winners"
+PAIRING = "score and write pairs"
 
 
 def random_sample(
@@ -190,12 +194,12 @@ def measure_steps(context: StageContext) -> list[StepCost]:
         return result
 
     def sample_twice(context: StageContext) -> dict:
-        timed("sample, encode winners", lambda: sample(context, policy))
-        return timed("the same, resumed after the last part", lambda: sample(context, policy))
+        timed(SAMPLING, lambda: sample(context, policy))
+        return timed(RESUMED, lambda: sample(context, policy))
 
     context.step(Step.SAMPLE, sample_twice)
-    timed("judge samples and winners", lambda: context.step(Step.JUDGE, judge))
-    timed("score and write pairs", lambda: context.step(Step.PAIR, pair, policy, {}))
+    timed(JUDGING, lambda: context.step(Step.JUDGE, judge))
+    timed(PAIRING, lambda: context.step(Step.PAIR, pair, policy, {}))
     return found
 
 

@@ -108,7 +108,10 @@ CLUSTER = (
         name="simulate",
         module="vargpt_rl.simulate.__main__",
         summary="Predict the time of an iteration on more GPUs, from measured costs.",
-        examples=("vargpt-rl cluster simulate costs=costs.json 'gpus=[8,64]'",),
+        examples=(
+            "vargpt-rl cluster simulate costs=costs.json 'gpus=[8,64]'",
+            "vargpt-rl cluster simulate costs=costs.json placement=colocated",
+        ),
         settings=("vargpt_rl.simulate.__main__:SimulateSettings",),
     ),
     Program(

@@ -1,11 +1,12 @@
 """Predict an iteration's time: ``python -m vargpt_rl.simulate costs=FILE [run=DIR gpus=[8,64,512] prompts=... ...]``.
 
-``costs`` is a file of ``python -m vargpt_rl.simulate.measure``. With ``run``, a finished run's directory, the costs of
-its model and GPUs replace those of the embedded model. For each number of GPUs, the table has the time until the pairs
-and until DPO are finished, the share of it in which the workers, the ranks and the driver are busy, and which of them
-is busiest: if it is the driver, more GPUs do not help.
+``costs`` is a file of ``python -m vargpt_rl.simulate.measure``, or one of this package (``h200_256px.json``). With
+``run``, a finished run's directory, the costs of its model and GPUs replace those of the file. For each number of GPUs,
+the table has the time until the pairs and until DPO are finished, the share of it in which the workers, the ranks and
+the driver are busy, and which of them is busiest: if it is the driver, more GPUs do not help.
 
-Not included: SFT, evaluation, failures, saturated disks and networks, reducing gradients over more ranks, and rewards.
+Not included: SFT, DPO's control, evaluation, failures, saturated disks and networks, reducing gradients over ranks,
+and rewards.
 """
 
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.common.settings import Between, Count, at_least
+from vargpt_rl.common.settings import Between, Count, OneOf, at_least
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
 
@@ -31,8 +32,10 @@ class SimulateSettings:
     """Directory of a finished run, whose costs replace the measured ones."""
     gpus: list[Annotated[int, at_least(2)]] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256, 512, 1024])
     """Numbers of GPUs to predict for."""
+    placement: Annotated[str, OneOf("split", "colocated")] = "split"
+    """As ``placement.kind``: separate GPUs for workers and ranks, or both on each GPU, in turns."""
     draw_share: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.5
-    """Share of the GPUs that sample; the others train."""
+    """Share of the GPUs that sample with ``placement=split``; the others train."""
     prompts: Count = 180_000
     sources: Count = 2
     """Number of SFT checkpoints that sample."""
@@ -46,11 +49,17 @@ class SimulateSettings:
     def __post_init__(self):
         if not self.gpus:
             raise ValueError("gpus=[]: expected one or more")
+        if self.placement == "colocated" and self.min_pairs:
+            raise ValueError(
+                f"min_pairs={self.min_pairs}: expected null with placement=colocated, whose GPUs train or sample"
+            )
 
 
-def split(gpus: int, share: float) -> Machine:
-    """Split GPUs into workers and ranks, at least one of each."""
-    workers = min(gpus - 1, max(1, round(gpus * share)))
+def place(gpus: int, settings: SimulateSettings) -> Machine:
+    """Place workers and ranks: one of each on every GPU if colocated, else on GPUs of their own."""
+    if settings.placement == "colocated":
+        return Machine(gpus, gpus)
+    workers = min(gpus - 1, max(1, round(gpus * settings.draw_share)))
     return Machine(workers, gpus - workers)
 
 
@@ -84,7 +93,7 @@ def run(settings: SimulateSettings) -> None:
     )
     table = results_table("an iteration's pairs and DPO", columns)
     for gpus in settings.gpus:
-        machine = split(gpus, settings.draw_share)
+        machine = place(gpus, settings)
         found = simulate(costs, work, machine)
         busy = shares(found, machine)
         kinds = {"workers": busy["workers"], "ranks": busy["ranks"]}

@@ -1,4 +1,8 @@
-"""Costs of an iteration's parts, measured by ``vargpt_rl.simulate.measure`` and stored as JSON."""
+"""Costs of an iteration's parts, stored as JSON: measured by ``vargpt_rl.simulate.measure``, or put together by hand.
+
+``h200_256px.json`` and ``h200_512px.json`` hold those of the released model's size on one NVIDIA H200. Their
+``sources`` say where each number comes from.
+"""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,6 +12,9 @@ from omegaconf import OmegaConf
 
 from configs.schema import LoopConfig
 from vargpt_rl.driver.run import CONFIG, SUMMARY
+
+SOURCES = "sources"
+"""Optional key of a file: where its numbers come from, for the reader."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Costs:
     byte_s: float
     """Driver: per byte of a result."""
     pair_s: float
-    """Driver: to write a pair to the table."""
+    """Driver: for a prompt's part of the records, its pair and the pair's row, besides dispatching."""
     swap_s: float
     """Worker: to swap weights, besides their bytes."""
     swap_byte_s: float
@@ -60,13 +67,13 @@ class Costs:
         """Read a file. ValueError, naming file and key, for a missing, unknown or bad key."""
         found = json.loads(path.read_text())
         names = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or found.keys() != names:
-            odd = sorted(names ^ set(found))
+        if not isinstance(found, dict) or found.keys() - {SOURCES} != names:
+            odd = sorted(names ^ (set(found) - {SOURCES}))
             raise ValueError(
                 f"{path}: missing or unknown keys {', '.join(odd)}: expected a file of vargpt_rl.simulate.measure"
             )
         try:
-            return cls(**found)
+            return cls(**{name: found[name] for name in names})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,7 +2,8 @@
 
 As in ``actors.pool``, the driver dispatches a batch to each idle worker and takes results, one at a time; while it
 writes a part of the preference table, it does nothing else. As in ``learners.pairs``, DPO may run the share of its
-steps that matches the share of finished parts. If processes share CPU cores, each computation holds one.
+steps that matches the share of finished parts. If processes share CPU cores, each computation holds one. Workers and
+ranks that share GPUs (``placement=colocated``) are as many as GPUs, without overlap.
 """
 
 from collections import Counter, defaultdict

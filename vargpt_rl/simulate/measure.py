@@ -24,7 +24,7 @@ from actors.pool import RolloutPool
 from actors.resources import Placement
 from actors.worker import Failure, PromptedBits, Worker
 from learners.jobs import DpoJob
-from vargpt_rl.bench import scale
+from vargpt_rl.bench.dry_run import PAIRING, SAMPLING, enter_iteration, measure_steps
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.settings import Count
@@ -44,7 +44,7 @@ BATCHES = 4
 IDLE_BATCHES = 200
 """Batches that idle workers answer."""
 PAIRS = 10_000
-"""Pairs of the table that is timed: with few, plots and imports would count as the cost of a pair."""
+"""Prompts of the driver's dry run: with few, imports and fixed costs would count as the cost of a pair."""
 PAYLOAD = 2**16
 """Bytes per item that idle workers return."""
 
@@ -127,9 +127,9 @@ def train_costs(context: StageContext, policy: Policy) -> tuple[float, float]:
 
 
 def pair_cost(folder: Path) -> float:
-    """CPU seconds of the driver for a pair: to build it, write it to the table and describe it, among many others."""
-    found = scale.measure(PAIRS, folder)
-    return sum(found[part] for part in ("build", "write table", "describe")) / PAIRS
+    """CPU seconds of the driver's own steps for a prompt among many: from planning its sample to its pair's row."""
+    found = measure_steps(enter_iteration(PAIRS, folder))
+    return sum(step.cpu for step in found if step.name in (SAMPLING, PAIRING)) / PAIRS
 
 
 def swap_costs(context: StageContext, policy: Policy) -> tuple[float, float, int]:
