@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, Either, NotNegative, OneOf, Positive, at_least
+from vargpt_rl.common.settings import Between, Count, CountOrNone, Either, NotNegative, OneOf, Seconds, at_least
 
 AUTO = "auto"
 """Value of ``rollout.batch_size`` that has the driver find it."""
@@ -40,7 +40,7 @@ class RolloutConfig:
     """Images after which what was sampled, judged or scored so far is kept, for a run that is interrupted and resumed.
     null: 16 batches of each worker, at least 1024. Rounded up to whole batches."""
 
-    call_timeout_s: Positive = 1800.0
+    call_timeout_s: Seconds = 1800.0
     """Seconds for one batch, after which its worker counts as lost."""
 
     transport: Annotated[str, OneOf("auto", "shared_fs", "object_store", "broadcast")] = "auto"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Share
+from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Seconds, Share
 
 SCHEDULES = (
     "linear",
@@ -219,9 +219,9 @@ class LearnerConfig:
     """GPUs reserved per rank, if the cluster has any."""
     peak_tflops: Positive | None = None
     """Peak of one rank's device in TFLOP/s, of which ``time/mfu`` is the share; null measures a matrix product."""
-    start_timeout_s: Positive = 300.0
+    start_timeout_s: Seconds = 300.0
     """Longest wait for the ranks' resources and for their start."""
-    stall_timeout_s: Positive = 1800.0
+    stall_timeout_s: Seconds = 1800.0
     """Longest wait without progress of a stage (a line in its log): then ranks or their data workers hang, and are
     restarted. It must cover loading the model, a step, and saving; three times the longest step is always allowed."""
     save_every: Count | None = 200

@@ -20,7 +20,7 @@ from rewards import Reward
 from rewards.images import from_png
 from vargpt_rl.common.errors import first_line
 from vargpt_rl.common.failpoints import point
-from vargpt_rl.common.settings import Count, CountOrNone, Positive
+from vargpt_rl.common.settings import Count, CountOrNone, Seconds
 
 START_S = 900.0
 """Seconds in which a reward's process must start and load its model."""
@@ -41,7 +41,7 @@ class RewardTerm:
     required: bool = True
     """True leaves an image that this reward does not score without a score; False lets the others decide."""
 
-    timeout_s: Positive = 120.0
+    timeout_s: Seconds = 120.0
     """Seconds for one batch."""
 
     batch_size: Count = 16

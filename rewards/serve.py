@@ -31,7 +31,7 @@ from rewards.images import from_png
 from rewards.remote import TOKEN
 from vargpt_rl.common.command import CommandFailed, run_command
 from vargpt_rl.common.plugins import make_plugin
-from vargpt_rl.common.settings import Between, Positive
+from vargpt_rl.common.settings import Between, Seconds
 
 if not (find_spec("fastapi") and find_spec("uvicorn")):
     raise ValueError("rewards.serve needs the extra 'serve': pip install 'vargpt-rl[serve]'")
@@ -71,7 +71,7 @@ class Serve:
     options: str = "{}"
     port: Annotated[int, Between(1, 65535)] = 8000
     host: str = "127.0.0.1"
-    timeout_s: Positive = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds until a request is answered with 503, its wait for others included. After as many seconds in the reward
     itself the program ends with exit code 1, since a hung call cannot be stopped in any other way."""
 

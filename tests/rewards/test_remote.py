@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
+from rewards import remote
 from rewards.images import to_png
 from rewards.remote import TOKEN, HttpReward
 from vargpt_rl.common.network import free_port
@@ -143,6 +146,16 @@ ANSWERS = {
     "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000,
     "nothing": b"",
+    "whole, but shorter than promised": b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"scores": [1]}',
+    "absurd length": b'HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n{"scores": [1]}',
+    "chunks without an end": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{"scores": [1]}\r\n',
+    "negative chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nxxxxx",
+    "negative chunk of an error": b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nxxxxx",
+    "gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b'{"scores": [1]}'),
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "redirect": b"HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n",
+    "busy": b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+    "other protocol": b'HTTP/3 200 OK\r\n\r\n{"scores": [1]}',
 }
 
 
@@ -185,6 +198,44 @@ def drip(connection: socket.socket, text: bytes = b"1" * 200) -> None:
 def test_odd_answers_are_errors_of_two_kinds(name):
     with raw_server(answering(ANSWERS[name])) as url, pytest.raises((OSError, ValueError)):
         HttpReward(url, timeout_s=10)(reds(1), ["a"])
+
+
+ENDLESS = {
+    "body": b"HTTP/1.1 200 OK\r\n\r\n",
+    "body of an error": b"HTTP/1.1 500 No\r\n\r\n",
+    "long body": b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\n",
+    "long chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffff\r\n",
+    "chunk of -1 bytes": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
+    "chunk of -1 bytes of an error": b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
+    "header": b"HTTP/1.1 200 OK\r\nX: ",
+    "status": b"HTTP/1.1 200 ",
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "trailers": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{"scores": [1]}\r\n0\r\n',
+    "other heads": b"",
+}
+REPEATED = {"chunks": b"ffff\r\n" + bytes(0xFFFF) + b"\r\n", "trailers": b"X: y\r\n" * 9000,
+            "other heads": b"HTTP/1.1 100 Continue\r\n\r\n" * 3000}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_endless_answer_fills_no_memory(name, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_ANSWER", 2**20)
+    piece = REPEATED.get(name, bytes(65536))
+
+    def answer(connection: socket.socket) -> None:
+        answering(ENDLESS[name])(connection)
+        while True:
+            connection.sendall(piece)
+
+    with raw_server(answer) as url:
+        tracemalloc.start()
+        try:
+            with pytest.raises(OSError) as error:
+                HttpReward(url, timeout_s=10)(reds(1), ["a"])
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert not isinstance(error.value, TimeoutError) and peak < 6 * 2**20
 
 
 @pytest.mark.parametrize("where", ["status", "header", "body", "body of an error"])
@@ -310,6 +361,60 @@ def test_a_refused_token_is_not_repeated():
     assert "secret" not in str(error.value)
 
 
+REPEATING = {
+    "body": b'HTTP/1.1 200 OK\r\n\r\n{"oops": "secret"}',
+    "status": b"secret no\r\n\r\n",
+    "reason": b"HTTP/1.1 500 secret\r\nContent-Length: 0\r\n\r\n",
+    "cut": b"HTTP/1.1 403 No\r\n\r\n" + b"." * (remote.SHOWN - 3) + b"secret",
+    "lines": b"HTTP/1.1 403 No\r\n\r\n\x1b[31ma\r\n\0b\n" + b"secret\n" * 1000,
+}
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_errors_are_one_short_line_without_the_token(name):
+    with raw_server(answering(REPEATING[name])) as url, pytest.raises((OSError, ValueError)) as error:
+        HttpReward(f"{url}?key=hidden", timeout_s=10)(reds(1), ["a"])
+    told = str(error.value)
+    assert told.isprintable() and len(told) < 450
+    assert "sec" not in told and "hidden" not in told
+    assert error.value.__cause__ is None or "sec" not in str(error.value.__cause__)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    for url in ("http://me:hidden@a/score", "http://me:hidden@a:port/", "http://hidden@[::1/", "http://a:1\\hidden@b/"):
+        with pytest.raises(ValueError, match=f"expected no user or password in it; {TOKEN} is sent") as error:
+            HttpReward(url)
+        assert "hidden" not in str(error.value)
+    assert HttpReward("http://a/b@c").url == "http://a/b@c"
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e10, None, "5", True, [1]])
+def test_a_time_that_cannot_be_waited_is_refused_at_once(seconds):
+    with pytest.raises(ValueError, match=r"timeout_s=.*: expected above 0 and at most 604800"):
+        HttpReward("http://a/", timeout_s=seconds)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "LOCALHOST", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "0", "[::ffff:127.0.0.1]"],
+)
+def test_no_name_of_this_machine_is_asked_through_a_proxy(host, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with raw_server(answering(b'HTTP/1.1 200 OK\r\n\r\n{"scores": [1]}')) as url:
+        assert HttpReward(url.replace("127.0.0.1", host), timeout_s=10)(reds(1), ["a"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("localhost.", True), ("a.localhost.", True), ("ip6-localhost", True), ("::", True), ("::1", True),
+     (socket.gethostname().lower(), True), ("127.0.1.1", True), ("10.0.0.1", False), ("reward.invalid", False),
+     ("127.0.0.1.invalid", False), ("localhost.invalid", False), ("::ffff:10.0.0.1", False), ("b\u00fccher.de", False)],
+)  # fmt: skip
+def test_other_hosts_are_asked_through_a_proxy(host, here):
+    assert remote._is_loopback(host) == here
+
+
 def test_the_loopback_is_not_asked_through_a_proxy(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -319,8 +424,11 @@ def test_the_loopback_is_not_asked_through_a_proxy(server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://a/b", "http://", "http://a:port/", "http://[::1/", "http://a b/", "http://a/\n"]
-)
+    "url",
+    ["ftp://a/b", "http://", "http://a:port/", "http://[::1/", "http://a b/", "http://a/\n", "http://a:0/",
+     "http://a:99999/", "http://a:+80/", "http://a..b/", f"http://{'a' * 300}/", "http://a/\u00fc", "http:a", "//a/",
+     " http://a/", 5, None, b"http://a/"],
+)  # fmt: skip
 def test_addresses_that_are_none_are_refused_at_once(url):
     with pytest.raises(ValueError, match="expected http"):
         HttpReward(url)

@@ -18,7 +18,7 @@ from rewards.combined import WeightedSum, scorers
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
 from vargpt_rl.common.console import wide_console
-from vargpt_rl.common.settings import Count, Positive
+from vargpt_rl.common.settings import Count, Seconds
 from vargpt_rl.data.shapes import render, sample_scene
 
 HEALTHY = {"checker": {"path": "rewards.shapes:shapes_reward"}, "sharpness": {"path": "rewards.technical:sharpness"}}
@@ -32,7 +32,7 @@ class RewardBenchSettings:
     side: Count = 128
     """Side of an image in pixels."""
     batch: Count = 64
-    timeout_s: Positive = 1.0
+    timeout_s: Seconds = 1.0
     """The hanging reward's deadline for a batch, in seconds."""
 
 

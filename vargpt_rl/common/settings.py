@@ -148,6 +148,10 @@ NotNegative = Annotated[float, at_least(0)]
 """A number of 0 or more."""
 Share = Annotated[float, Between(0, 1)]
 """A number from 0 to 1."""
+SECONDS = Between(0, 7 * 24 * 3600, includes_low=False)
+"""Times to wait: up to a week, beyond which the system's own waits overflow."""
+Seconds = Annotated[float, SECONDS]
+"""A time to wait."""
 
 
 def bare(kind: Any) -> Any:

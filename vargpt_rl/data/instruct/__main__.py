@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.common.command import CommandFailed, run_command
-from vargpt_rl.common.settings import Count, CountOrNone, Positive, Share
+from vargpt_rl.common.settings import Count, CountOrNone, Seconds, Share
 from vargpt_rl.data.instruct.captions import Fields, drawn_at_random, read_captions
 from vargpt_rl.data.instruct.dialogue import Caption, Dialogue, Reject, Unusable
 from vargpt_rl.data.instruct.output import KEPT, WITHOUT_PICTURE, WRITTEN, continued, fresh, record, write
@@ -64,7 +64,7 @@ class InstructCommand:
     """Environment variable with the key, if the server needs one."""
     concurrency: Count = 4
     """Requests that run at once."""
-    timeout_s: Positive = 60.0
+    timeout_s: Seconds = 60.0
     """Seconds that a request may take."""
     retries: CountOrNone = 5
     """Repetitions of a failed request."""
