@@ -231,8 +231,9 @@ def plan(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool, compare: boo
     edited = {case.resolution: case.settings.data.seen_side for case in cases if case.edits}
     dequantised = four_bit_bytes(whole, config.adapter, _dtype(config, on_gpu))[1]
     worker = training[0].whole + _originals(config, whole, on_gpu) + dequantised
+    graphs = on_gpu and config.rollout.cuda_graphs
     rollouts = [
-        rollout(small, worker, px, at.rollout.images_at_once, at.sampling, edited.get(px, 0))
+        rollout(small, worker, px, at.rollout.images_at_once, at.sampling, edited.get(px, 0), graphs)
         for px, at in settings.items()
     ]
     return MemoryPlan(training, rollouts)
@@ -265,7 +266,8 @@ def bound(config: LoopConfig, model: PreTrainedConfig, on_gpu: bool) -> MemoryPl
     training = [case.need(whole, on_gpu, kept) for case in cases]
     dequantised = four_bit_bytes(whole, config.adapter, _dtype(config, on_gpu))[1]
     weights = training[0].whole + _originals(config, whole, on_gpu) + dequantised
-    worker = rollout(small, weights, resolution, rows, sampling, edits * config.data.seen_side)
+    graphs = on_gpu and config.rollout.cuda_graphs
+    worker = rollout(small, weights, resolution, rows, sampling, edits * config.data.seen_side, graphs)
     return MemoryPlan(training, [replace(worker, resolution=case.resolution) for case in cases])
 
 

@@ -31,11 +31,18 @@ class RolloutMemory:
 
 
 def rollout(
-    meta: MetaModel, weights: int, resolution: int, rows: int, sampling: SamplingConfig, shown_side: int = 0
+    meta: MetaModel,
+    weights: int,
+    resolution: int,
+    rows: int,
+    sampling: SamplingConfig,
+    shown_side: int = 0,
+    keeps_graphs: bool = False,
 ) -> RolloutMemory:
     """Count a worker's peak: sampling, encoding or scoring ``rows`` images at once, or decoding one.
 
-    ``shown_side`` is the side of the images in prompts, if any.
+    ``shown_side`` is the side of the images in prompts, if any. With ``keeps_graphs`` a recorded batch keeps the memory
+    of sampling (`vargpt_rl.model.graphs`), and the rest comes on top.
     """
     model = meta.model.eval()
     size = (resolution, resolution)
@@ -75,4 +82,6 @@ def rollout(
         with torch.no_grad(), counting(meta) as tracker:
             job()
         peaks.append(tracker.peak)
-    return RolloutMemory(resolution, rows, weights, caches, max(peaks) - caches)
+    sampled, *others = peaks
+    peak = sampled + max(others) if keeps_graphs else max(peaks)
+    return RolloutMemory(resolution, rows, weights, caches, peak - caches)
