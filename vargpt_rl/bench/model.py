@@ -1,18 +1,24 @@
 """Measure the model and its preference step: ``python -m vargpt_rl.bench.model [--tiny]``.
 
-Seconds an image of sampling with guidance, for several batches; CPU seconds and peak memory of a DPO step on one pair.
-Random weights, fp32, one thread: a language model and a decoder of 8 layers of width 512, an image tokenizer of base
-width 32. Beside each time stands the speed of a matrix product of the same run, so that runs on a shared machine can be
-compared.
+Seconds and CPU seconds an image of sampling with guidance, for several batches, and of a DPO step on one pair, with the
+step's peak memory beside the weights. ``DPO step`` is its gradients; ``DPO step, AdamW`` also has the update, and
+AdamW's state in its memory. Random weights, fp32, one thread: a language model and a decoder of 8 layers of width 512,
+an image tokenizer of base width 32.
+
+Beside each row stands the speed of a matrix product, measured right after it (GFLOP/s by CPU time), and the share of it
+that the row reached, so that runs on a shared machine can be compared. Operations are counted by `learners.flops`:
+without the image tokenizer, norms and the update.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
+from learners.flops import drawing_flops, shape_of, step_flops
 from learners.image_policy import ImagePolicy
 from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.bench.memory import Case, enlarged, real_loss, score
@@ -23,6 +29,7 @@ from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.generate import SamplingConfig, generate_images, to_images
 from vargpt_rl.model.hub import EMBEDDED
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.scales import schedule_for
 from vargpt_rl.stages import LANGUAGE_INPUTS, STAGES, freeze
 
 TEXT = 32
@@ -42,18 +49,33 @@ def bench_config() -> VargptConfig:
     return config
 
 
-def cpu_seconds(function: Callable, *args) -> float:
-    """Call a function; return the processor time it took."""
-    began = time.process_time()
+@dataclass
+class ModelRow:
+    """A measurement."""
+
+    work: str
+    resolution: int
+    seconds: float
+    cpu: float
+    """CPU seconds."""
+    memory: int | None = None
+    """Peak bytes beside the weights."""
+    flops: int | None = None
+
+
+def measured(function: Callable, *args) -> tuple[float, float]:
+    """Call a function; return seconds and CPU seconds."""
+    began = time.perf_counter()
+    spent = time.process_time()
     function(*args)
-    return time.process_time() - began
+    return time.perf_counter() - began, time.process_time() - spent
 
 
 def matrix_peak() -> float:
-    """Measure the best of five matrix products: floating-point operations per second."""
+    """Measure the best of five matrix products: floating-point operations per CPU second."""
     size = 1024
     a, b = torch.randn(2, size, size)
-    return 2 * size**3 / min(cpu_seconds(torch.mm, a, b) for _ in range(5))
+    return 2 * size**3 / min(measured(torch.mm, a, b)[1] for _ in range(5))
 
 
 def draw(model: Vargpt, resolution: int, rows: int) -> None:
@@ -80,6 +102,58 @@ def states_of(model: ImagePolicy, resolution: int) -> torch.Tensor:
     return states_BTH
 
 
+def prepared_adamw(model: ImagePolicy) -> torch.optim.AdamW:
+    """Create AdamW for what trains, with its state as after a first step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    model.zero_grad()
+    return optimizer
+
+
+def update(model: ImagePolicy, resolution: int, optimizer: torch.optim.Optimizer) -> None:
+    """Take a whole DPO step on one pair."""
+    step(model, resolution)
+    optimizer.step()
+
+
+def sampling_rows(model: ImagePolicy, resolution: int, batches: list[int]) -> Iterator[ModelRow]:
+    """Measure sampling, an image in each batch size."""
+    model.eval()
+    for rows in batches:
+        seconds, cpu = measured(draw, model, resolution, rows)
+        flops = drawing_flops(model, rows, TEXT, schedule_for(resolution), guided=True) // rows
+        yield ModelRow(f"image, guidance 3, batch {rows}", resolution, seconds / rows, cpu / rows, flops=flops)
+
+
+def step_rows(model: ImagePolicy, resolution: int) -> Iterator[ModelRow]:
+    """Measure DPO steps: with everything that the stage trains, with the update, and with frozen parts."""
+    model.train()
+
+    def measure(work: str, function: Callable, *args, counted: bool = True) -> ModelRow:
+        memory = peak_memory(function, model, resolution, *args)  # and a first step, which takes longer
+        model.zero_grad()
+        seconds, cpu = measured(function, model, resolution, *args)
+        model.zero_grad()
+        ids_BT = batch(model, 2, 2, resolution, text=TEXT)["input_ids"]
+        flops = step_flops(model, shape_of(model, ids_BT, schedule_for(resolution))) if counted else None
+        return ModelRow(work, resolution, seconds, cpu, memory, flops)
+
+    freeze(model, STAGES["dpo"])
+    yield measure("DPO step", step)
+    optimizer = prepared_adamw(model)
+    whole = measure("DPO step, AdamW", update, optimizer)
+    assert whole.memory is not None
+    whole.memory += sum(part.nbytes for state in optimizer.state.values() for part in state.values())
+    yield whole
+    del optimizer
+    freeze(model, STAGES["dpo"].without((LANGUAGE_INPUTS,)))
+    yield measure(f"DPO step, {LANGUAGE_INPUTS} frozen", step)
+    yield measure("DPO step, states stored", step, states_of(model, resolution), counted=False)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,30 +166,15 @@ def main(arguments: list[str] | None = None) -> int:
     config = VargptConfig.from_pretrained(EMBEDDED) if options.tiny else bench_config()
     resolutions = options.resolutions or ([64] if options.tiny else [256, 512])
     model = ImagePolicy(config)
-    table = results_table(
-        "the model, fp32, one thread", ("work", "px", "CPU s", "MiB", "GFLOP/s of mm"), left=("work",)
-    )
-
-    def add(work: str, resolution: int, seconds: float, mib: str) -> None:
-        table.add_row(work, str(resolution), f"{seconds:.3f}", mib, f"{matrix_peak() / 1e9:.1f}")
-
+    columns = ("work", "px", "s", "CPU s", "MiB", "GFLOP/s of mm", "of it")
+    table = results_table("the model, fp32, one thread", columns, left=("work",))
     for resolution in resolutions:
-        model.eval()
-        for rows in options.batches:
-            seconds = cpu_seconds(draw, model, resolution, rows) / rows
-            add(f"image, guidance 3, batch {rows}", resolution, seconds, "")
-        model.train()
-        works: dict[str, tuple[tuple[str, ...], bool]] = {
-            "DPO step": ((), False),
-            f"DPO step, {LANGUAGE_INPUTS} frozen": ((LANGUAGE_INPUTS,), False),
-            "DPO step, states stored": ((LANGUAGE_INPUTS,), True),
-        }
-        for work, (frozen, stored) in works.items():
-            freeze(model, STAGES["dpo"].without(frozen))
-            given = (states_of(model, resolution),) if stored else ()
-            seconds = cpu_seconds(step, model, resolution, *given)
-            model.zero_grad()
-            add(work, resolution, seconds, f"{peak_memory(step, model, resolution, *given) / MIB:.0f}")
+        for row in (*sampling_rows(model, resolution, options.batches), *step_rows(model, resolution)):
+            peak = matrix_peak()
+            memory = "" if row.memory is None else f"{row.memory / MIB:.0f}"
+            share = "" if row.flops is None else f"{row.flops / row.cpu / peak:.0%}"
+            figures = f"{row.seconds:.3f}", f"{row.cpu:.3f}", memory, f"{peak / 1e9:.1f}", share
+            table.add_row(row.work, str(resolution), *figures)
     wide_console().print(table)
     return 0
 
