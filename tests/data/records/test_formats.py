@@ -4,8 +4,10 @@ import json
 import lzma
 import os
 import tarfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -226,7 +228,7 @@ def test_rows_and_row_groups_of_parquet_are_bounded(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(rows_of), path)
     monkeypatch.setattr(formats, "LONGEST", 1000)
     assert [row for _, row in rows("parquet", path)] == [rows_of[0], "row of more than 1000 bytes", rows_of[2]]
-    values = [[["x" * 90] * 20], [["x" * 9] * 20]]  # a list of lists
+    values = [[["x" * 90] * 20], [["x" * 9] * 5]]  # a list of lists
     pq.write_table(pa.table({"lists": values, "none": [None, None], "numbers": [[1.0] * 9] * 2}), path)
     assert rows("parquet", path) == [
         (0, "row of more than 1000 bytes"),
@@ -235,6 +237,144 @@ def test_rows_and_row_groups_of_parquet_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST_GROUP", 100)
     ((number, reason),) = rows("parquet", path)
     assert number == 0 and reason.startswith("row group is lost: of ") and reason.endswith("expected at most 100")
+
+
+ENCODINGS = ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_every_encoding_of_texts_is_read(tmp_path, encoding, version):
+    path = tmp_path / "a.parquet"
+    items = [{"text": text} for text in ("abc", "abd", None, "abe")]
+    how = {"use_dictionary": False, "column_encoding": encoding, "data_page_version": version}
+    pq.write_table(pa.Table.from_pylist(items), path, **how)
+    assert [row for _, row in rows("parquet", path)] == items
+
+
+def of(kind: pa.DataType, *values: object) -> pa.Array:
+    return pa.array(values, kind)
+
+
+ODD_VALUES = {
+    "time beyond the calendar": of(pa.timestamp("us"), 2**62, 0),
+    "date beyond the calendar": of(pa.int32(), 2**31 - 1, 0).cast(pa.date32()),
+    "duration beyond the clock": of(pa.duration("s"), 2**62, 0),
+    "unknown time zone": of(pa.timestamp("us", tz="No/Where"), 0, None),
+    "no UTF-8": pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"\xff\xfeok")
+    ),
+    "fields of the same name": pa.StructArray.from_arrays(
+        [of(pa.int32(), 1, 2), of(pa.int32(), 1, 2)], names=["a", "a"], mask=pa.array([False, True])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_VALUES)
+def test_a_value_that_python_cannot_hold_costs_its_row(tmp_path, name):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "odd": ODD_VALUES[name]}), path)
+    (_, first), (_, second) = rows("parquet", path)
+    assert first.startswith("row has a value that cannot be read") and second["id"] == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        of(pa.map_(pa.string(), pa.int32()), [("a", 1)]),
+        of(pa.list_view(pa.string()), ["a"]),
+        of(pa.string_view(), "a"),
+        of(pa.large_binary(), b"a"),
+        of(pa.list_(pa.float32(), 2), [1.0, 2.0]),
+        of(pa.string(), "a").dictionary_encode(),
+        pa.ExtensionArray.from_storage(pa.json_(), of(pa.string(), "{}")),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_other_kinds_of_values_are_read(tmp_path, values):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": values}), path)
+    assert rows("parquet", path) == [(0, {"a": values[0].as_py()})]
+
+
+def test_columns_of_the_same_or_no_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([of(pa.int32(), 1), of(pa.int32(), 2)], names=["a", "a"]), path)
+    assert rows("parquet", path) == [(0, "file is lost: it has column 'a' more than once")]
+    pq.write_table(
+        pa.table(
+            {"abc": [1]},
+        ),
+        path,
+        store_schema=False,
+    )
+    path.write_bytes(path.read_bytes().replace(b"abc", b"\xff\xfe\xfd"))
+    ((_, reason),) = rows("parquet", path)
+    assert reason == "rest of the row group is lost: Parquet cannot be read (UnicodeDecodeError)"
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), path)
+    assert rows("parquet", path) == []
+
+
+SMALL = 2**20
+BOMBS = {
+    "page": (of(pa.large_binary(), bytes(64 * SMALL)), "PLAIN"),
+    "pages": (of(pa.binary(), *([bytes(SMALL)] * 64)), "PLAIN"),
+    "fixed length": (of(pa.binary(SMALL), *([bytes(SMALL)] * 64)), None),
+    "shared prefixes": (of(pa.binary(), *([bytes(SMALL)] * 64)), "DELTA_BYTE_ARRAY"),
+    "shared prefixes in a list": (of(pa.list_(pa.binary()), [bytes(SMALL)] * 64), "DELTA_BYTE_ARRAY"),
+    "numbers": (of(pa.list_(pa.int8()), bytes(8 * SMALL)), None),
+    "absent values": (of(pa.list_(pa.int8()), [None] * (8 * SMALL)), None),
+}
+
+
+@pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_by_its_pages(tmp_path, monkeypatch, name, honest):
+    """64 MiB in a few kB are refused above 32 MiB, whatever the footer says of sizes."""
+    path = tmp_path / "a.parquet"
+    values, encoding = BOMBS[name]
+    how = {"use_dictionary": False, "column_encoding": encoding} if encoding else {}
+    table = pa.table({"a": values})
+    pq.write_table(table, path, compression="zstd", write_statistics=False, write_batch_size=1, **how)
+    if not honest:
+        understate(path)
+    del table
+    monkeypatch.setattr(formats, "LARGEST_GROUP", 32 * SMALL)
+    before = pa.total_allocated_bytes()
+    ((_, reason),) = rows("parquet", path)
+    assert reason.startswith("row group is lost: of ") and pa.total_allocated_bytes() - before < SMALL
+
+
+def understate(path: Path) -> None:
+    """Write into the footer that the values of the first column take 50 bytes."""
+    size = pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size
+    length = max(1, -(-(2 * size).bit_length() // 7))
+    coded = [bytes((2 * number >> 7 * at & 127) | (128 if at < length - 1 else 0) for at in range(length))
+             for number in (size, 50)]  # fmt: skip
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:footer] + data[footer:].replace(*coded))
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 50
+
+
+def test_a_row_of_many_small_values_is_refused_in_no_time(tmp_path):
+    path = tmp_path / "a.parquet"
+    repeated = pa.DictionaryArray.from_arrays(np.zeros(10**6, np.int32), ["x"]).cast(pa.string())
+    pq.write_table(pa.table({"a": pa.ListArray.from_arrays(pa.array([0, 10**6], pa.int32()), repeated)}), path)
+    began = time.monotonic()
+    assert rows("parquet", path) == [(0, f"row of more than {formats.LONGEST} bytes")]
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("cut", [1, 5, 50, 500])
+def test_pages_that_cannot_be_found_are_a_fault(tmp_path, cut):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [f"{number}" for number in range(1000)]}), path, use_dictionary=False)
+    data = path.read_bytes()
+    for damage in (b"\xff" * cut, bytes(cut), data[cut : 2 * cut]):
+        path.write_bytes(data[:4] + damage + data[4 + len(damage) :])
+        found = rows("parquet", path)
+        assert all(isinstance(row, dict) for _, row in found) or "lost: " in found[-1][1]
 
 
 # Saved data sets

@@ -10,7 +10,8 @@ import os
 import re
 import reprlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
@@ -20,13 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vargpt_rl.data.image_names import is_system_file
+from vargpt_rl.data.records.columns import BATCH, array_size, dictionary_columns, group_size
 from vargpt_rl.data.records.images import InArchive
 
 LONGEST = 16 * 2**20
 """Longest row of JSON, in characters or bytes, so that no damaged file fills the memory."""
 BOM = b"\xef\xbb\xbf"
-BATCH = 64
-"""Rows that are converted to Python objects together."""
 LARGEST_GROUP = 2**30
 """Most bytes of a Parquet row group, uncompressed."""
 IMAGES = {".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -264,56 +264,56 @@ def _csv_row(names: list[str], fields: list[str]) -> Row | Fault:
 def _parquet_parts(path: Path) -> int:
     try:
         return pq.ParquetFile(path).num_row_groups
-    except (pa.ArrowException, OSError):
+    except _UNREADABLE:
         return 1  # whose only row is the fault
 
 
 def _parquet_rows(path: Path, part: int, start: int, step: int) -> Rows:
     number = 0
     try:
-        # Values stay in a dictionary until their row is read: a page of a few bytes can repeat one large value.
         with pq.ParquetFile(path) as file:
-            columns = [file.schema.column(index) for index in range(len(file.schema))]
-        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
-            if (size := _group_size(file.metadata.row_group(part))) > LARGEST_GROUP:
-                yield 0, Fault(f"row group is lost: of {size} bytes, expected at most {LARGEST_GROUP}")
+            if fault := _columns_fault(file.schema_arrow.names):
+                yield 0, fault
                 return
+            in_dictionary = dictionary_columns(file, part)
+            size = group_size(path, file, part, LARGEST_GROUP)
+        if size > LARGEST_GROUP:
+            yield 0, Fault(f"row group is lost: of {size} bytes or more, expected at most {LARGEST_GROUP}")
+            return
+        with pq.ParquetFile(path, read_dictionary=in_dictionary) as file:
             for batch in file.iter_batches(BATCH, row_groups=[part], use_threads=False):
                 first = start - number if start >= number else (start - number) % step
-                for at in range(first, batch.num_rows, step):
-                    yield number + at, _parquet_row({name: batch[name][at] for name in batch.schema.names})
+                yield from ((number + at, row) for at, row in _arrow_rows(batch, range(first, batch.num_rows, step)))
                 number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         yield number, Fault(f"rest of the row group is lost: Parquet cannot be read ({type(error).__name__})")
 
 
-def _group_size(group: pq.RowGroupMetaData) -> int:
-    """Return the bytes of a decoded row group: what its pages hold, and eight for each value or its absence."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    return sum(column.total_uncompressed_size + 8 * column.num_values for column in columns)
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+"""Errors of damaged files; a ValueError for pages that cannot be found and names that are not UTF-8."""
 
 
-def _parquet_row(values: dict[str, pa.Scalar]) -> Row | Fault:
-    if sum(_scalar_size(value) for value in values.values()) > LONGEST:
-        return Fault(f"row of more than {LONGEST} bytes")
-    return {name: value.as_py() for name, value in values.items()}
+def _columns_fault(names: list[str]) -> Fault | None:
+    name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
+    return Fault(f"file is lost: it has column {name!r} more than once") if count > 1 else None
 
 
-def _scalar_size(value: pa.Scalar) -> int:
-    """Return the bytes of a value as a Python object would hold them, without making it."""
-    if not value.is_valid:
-        return 0
-    if isinstance(value, pa.DictionaryScalar):
-        return _scalar_size(value.value)
-    if isinstance(value, pa.StructScalar):
-        return sum(_scalar_size(item) for item in value.values())
-    if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):  # texts are among them
-        return value.as_buffer().size
-    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        plain = pa.types.is_primitive(value.type.value_type)
-        return 8 * len(value.values) if plain else sum(_scalar_size(item) for item in value.values)
-    return 8
+def _arrow_rows(batch: pa.RecordBatch, taken: Iterable[int]) -> Iterator[tuple[int, Row | Fault]]:
+    """Yield rows, or the fault of one that is too long or has values that Python has no objects for."""
+    checked = _arrow_size(batch) <= LONGEST
+    for at in taken:
+        if not checked and _arrow_size(batch.slice(at, 1)) > LONGEST:
+            yield at, Fault(f"row of more than {LONGEST} bytes")
+            continue
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        try:
+            yield at, {name: column[at].as_py() for name, column in columns}
+        except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+            yield at, Fault(f"row has a value that cannot be read ({type(error).__name__})")
+
+
+def _arrow_size(batch: pa.RecordBatch) -> int:
+    return sum(array_size(column, LONGEST) for column in batch.columns)
 
 
 # Folders that `datasets.Dataset.save_to_disk` wrote. They are mapped into memory, not read into it.
@@ -324,12 +324,13 @@ def _saved_rows(path: Path, part: int, start: int, step: int) -> Rows:
 
     try:
         data = load_from_disk(str(path)).with_format("arrow")  # which leaves images encoded
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         yield 0, Fault(f"data set is lost: it cannot be read ({type(error).__name__})")
         return
     for first in range(start, len(data), step * BATCH):
         taken = range(first, min(first + step * BATCH, len(data)), step)
-        yield from zip(taken, data[taken].to_pylist(), strict=True)
+        for batch in data[taken].combine_chunks().to_batches():
+            yield from zip(taken, (row for _, row in _arrow_rows(batch, range(batch.num_rows))), strict=True)
 
 
 def _saved_parts(path: Path) -> int:
