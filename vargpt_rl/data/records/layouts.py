@@ -83,8 +83,15 @@ def journeydb(row: Row, root: Path) -> RecordConversation:
     labels = row.get("Task2") or {}
     if not isinstance(labels, dict):
         raise BadRecord(f'"Task2" is of type {type(labels).__name__}, expected dict')
-    caption = _text(labels, "Caption") if labels.get("Caption") else split_commands(_text(row, "prompt"))[0]
+    caption = _text(labels, "Caption") if labels.get("Caption") else _without_commands(_text(row, "prompt"))
     return _drawing(PurePosixPath(file).stem, caption, on_disk(root, file))
+
+
+def _without_commands(prompt: str) -> str:
+    try:
+        return split_commands(prompt)[0]
+    except ValueError as error:
+        raise BadRecord(str(error)) from error
 
 
 def laion(row: Row, root: Path) -> RecordConversation:

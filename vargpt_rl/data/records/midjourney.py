@@ -1,6 +1,6 @@
 """Midjourney prompts, separated from commands such as ``--ar 16:9`` and from marks of the place they were copied from.
 
-Source of the commands and their short names: Midjourney's parameter list (up to version 7) and public guides to it.
+Source of the commands and their short names: Midjourney's parameter list (up to version 8) and public guides to it.
 """
 
 import re
@@ -10,52 +10,53 @@ from re import fullmatch
 
 from vargpt_rl.data.samples import Prompt
 
-_NUMBER = r"-?\d*\.?\d+"
+_NUMBER = r"[-+]?\d*\.?\d+"
+_AMOUNT = rf"(?:{_NUMBER}|\d{{1,3}}(?:,\d{{3}})+)%?"
 _WEIGHT = rf"(?:::{_NUMBER})?"
-_ADDRESS = r"<?https?://\S+"
+_ADDRESS = r"[<(\[\"'“]*(?i:(?:https?|ftp)://|s\.mj\.run/|(?:cdn|media)\.(?:discordapp|midjourney)\.(?:com|net)/)\S+"
 _REFERENCE = r"\S+"
 _VALUES = {
-    "ar": rf"{_NUMBER}:{_NUMBER}",
-    "bs": _NUMBER,
-    "chaos": _NUMBER,
+    "ar": rf"{_NUMBER}[:\uff1a/xX]{_NUMBER}",
+    "bs": _AMOUNT,
+    "chaos": _AMOUNT,
     "cref": _REFERENCE,
-    "cw": _NUMBER,
+    "cw": _AMOUNT,
     "dref": _REFERENCE,
-    "dw": _NUMBER,
-    "end": _ADDRESS,
-    "exp": _NUMBER,
-    "h": _NUMBER,
-    "iw": _NUMBER,
+    "dw": _AMOUNT,
+    "end": rf"{_ADDRESS}|loop",
+    "exp": _AMOUNT,
+    "h": _AMOUNT,
+    "iw": _AMOUNT,
     "motion": "low|high",
-    "niji": _NUMBER,
+    "niji": _AMOUNT,
     "oref": _REFERENCE,
-    "ow": _NUMBER,
-    "p": rf"(?=\S*\d)[\w-]+{_WEIGHT}",
-    "quality": _NUMBER,
-    "repeat": _NUMBER,
-    "sameseed": _NUMBER,
-    "seed": _NUMBER,
+    "ow": _AMOUNT,
+    "p": rf"(?:(?=\S*\d)[\w-]+|[a-z]{{7}}){_WEIGHT}",
+    "quality": _AMOUNT,
+    "repeat": _AMOUNT,
+    "sameseed": _AMOUNT,
+    "seed": _AMOUNT,
     "sref": _REFERENCE,
-    "stop": _NUMBER,
+    "stop": _AMOUNT,
     "style": r"[A-Za-z0-9-]+",
-    "stylize": _NUMBER,
-    "sv": _NUMBER,
-    "sw": _NUMBER,
+    "stylize": _AMOUNT,
+    "sv": _AMOUNT,
+    "sw": _AMOUNT,
     "v": rf"{_NUMBER}|niji",
-    "w": _NUMBER,
-    "weird": _NUMBER,
+    "w": _AMOUNT,
+    "weird": _AMOUNT,
 }
 """Commands that take a value, with its form."""
 _FURTHER = {
     "cref": _ADDRESS,
     "oref": _ADDRESS,
     "p": _VALUES["p"],
-    "sref": rf"({_ADDRESS}|\d+){_WEIGHT}",
+    "sref": rf"({_ADDRESS}|\d+|random){_WEIGHT}",
 }
 """Form of each further value of commands that take several."""
 _FLAGS = {
-    "beta", "creative", "draft", "fast", "hd", "loop", "public", "raw", "relax", "sd", "stealth", "test", "testp",
-    "tile", "turbo", "upbeta", "uplight", "video",
+    "beta", "creative", "draft", "fast", "hd", "hq", "loop", "newclip", "nostretch", "public", "raw", "relax", "sd",
+    "stealth", "test", "testp", "tile", "turbo", "upanime", "upbeta", "uplight", "video",
 }  # fmt: skip
 _SHORT = {
     "aspect": "ar",
@@ -67,11 +68,17 @@ _SHORT = {
     "s": "stylize",
     "version": "v",
 }
-_DASHES = ("--", "\u2014", "\u2013")  # phones turn two hyphens into a dash
-_QUOTED = re.compile(r"\s*\*\*(?P<prompt>.+)\*\*\s*(-\s.*)?", re.DOTALL)
+_DASHES = re.compile("[-\u2010-\u2015\u2212\uff0d]{2,}|[\u2012-\u2015]")
+"""What two hyphens become on phones, in word processors and in East Asian keyboards' wide letters."""
+_NAME = re.compile(r"([a-z]+)([=:\uff1a]?)(.*)", re.DOTALL)
+_CLOSING = ".,;)]}\"'\u201d\u2019`"
+"""Letters that may follow a value and are no part of it."""
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+_QUOTED = re.compile(r"\s*\*\*(?P<prompt>.+?)\*\*\s*([-\u2013\u2014]\s.*)?", re.DOTALL)
 """A message of Midjourney's on Discord: "**prompt** - <@user> (fast)"."""
-_IMAGINE = re.compile(r"\s*/imagine\b\s*(prompt:)?", re.IGNORECASE)
-_PART_END = re.compile(rf"::({_NUMBER})?")
+_ASKED = r"/imagine\b\s*(?:prompt\b\s*[:\uff1a]?)?|imagine prompt\s*[:\uff1a]"
+_IMAGINE = re.compile(rf"(?P<code>`*) ?(?:(?:{_ASKED})\s*)+", re.IGNORECASE)
+_PART_END = re.compile(rf"(?:::|\uff1a\uff1a)({_NUMBER})?")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _COMMA = re.compile(r"(?<!\\),")
 """A comma between options; one after a backslash is part of an option."""
@@ -93,12 +100,19 @@ def split_commands(prompt: str) -> tuple[str, dict[str, str]]:
     """Split ``prompt`` into its words without commands, joined by blanks, and its commands.
 
     ``no`` takes all words up to the next command. Others take the next word if it has the form of their value, a comma
-    behind it aside. What looks like a command but is unknown stays text. Of equal commands the last one counts.
-    Addresses of images are the command ``image``. Weights (``::2``) are dropped; a part of negative weight goes to
-    ``no``, since that is how Midjourney reads it. "/imagine" and the marks of a Discord message are removed.
+    behind it aside; a value may also be joined to the name (``--v6``, ``--ar=3:2``), and a command to the word before
+    it (``8k,--ar 3:2``), where that cannot be a dash between words. What looks like a command but is unknown stays
+    text. Of equal commands the last one counts. Addresses of images are the command ``image``. Weights (``::2``) are
+    dropped; a part of negative weight goes to ``no``, since that is how Midjourney reads it. "/imagine" and the marks
+    of a Discord message are removed. ValueError for a prompt that is too long.
     """
+    if len(prompt) > LONGEST_PROMPT:
+        raise ValueError(f"prompt of more than {LONGEST_PROMPT} characters")
+    prompt = " ".join(_INVISIBLE.sub("", prompt).split())
     quoted = _QUOTED.fullmatch(prompt)
-    text = _IMAGINE.sub("", quoted["prompt"] if quoted else prompt, count=1)
+    text = quoted["prompt"] if quoted else prompt
+    if asked := _IMAGINE.match(text):
+        text = text[asked.end() :].rstrip("`" if asked["code"] else "")
     commands: dict[str, str] = {}
     while True:  # a weight may have joined a command to the word before it
         words, found = _split_words(text)
@@ -131,30 +145,59 @@ def permutations(prompt: str) -> list[str]:
 
 
 def _split_words(prompt: str) -> tuple[str, dict[str, str]]:
-    words, text, commands = deque(prompt.split()), [], {}
+    words, text, commands = deque(_words(prompt)), [], {}
+    images: list[str] = []
     while words:
         word = words.popleft()
-        name = _command(word)
-        if name is None and fullmatch(_ADDRESS, word):
-            commands["image"] = f"{commands.get('image', '')} {word.strip('<>,')}".strip()
-        elif name is None:
-            text.append(word)
-        elif name == "no":
+        if (found := _command(word)) is None:
+            (images if fullmatch(_ADDRESS, word) else text).append(word)
+            continue
+        name, value = found
+        if name == "no":
             unwanted = []
             while words and _command(words[0]) is None:
                 unwanted.append(words.popleft())
             commands[name] = " ".join(unwanted)
         else:
-            commands[name] = " ".join(_values(name, words))
+            commands[name] = " ".join(map(_plain_address, [value] if value else _values(name, words)))
+    if images:
+        commands["image"] = " ".join(map(_plain_address, images))
     return " ".join(text), commands
+
+
+def _words(prompt: str) -> list[str]:
+    """Return the words of a prompt, commands apart from words that they are joined to."""
+    words = prompt.split()
+    found = []
+    for at, word in enumerate(words):
+        begin = 0
+        for dashes in [] if fullmatch(_ADDRESS, word) else _DASHES.finditer(word):
+            command = _command(word[dashes.start() :])
+            if dashes.start() == begin or command is None:
+                continue
+            before = word[dashes.start() - 1]
+            numbered = bool(command[1]) or fullmatch(
+                _AMOUNT + r"(?::\S+)?", (words[at + 1 :] or [""])[0].rstrip(_CLOSING)
+            )
+            ends = not before.isalpha() if len(dashes[0]) > 1 else not before.isalnum()
+            if ends or (command[0] in _VALUES and numbered):
+                found.append(word[begin : dashes.start()])
+                begin = dashes.start()
+        found.append(word[begin:])
+    return found
+
+
+def _plain_address(word: str) -> str:
+    """Return an address without brackets, quotes and what follows it; any other word as it is."""
+    return re.sub(r"[<>()\[\]\"'\u201c\u201d]", "", word).rstrip(",.;") if fullmatch(_ADDRESS, word) else word
 
 
 def _values(name: str, words: deque[str]) -> list[str]:
     """Remove the values of the command ``name`` from the front of ``words`` and return them."""
     found: list[str] = []
     form = _VALUES.get(name)
-    while form and words and _command(words[0]) is None and fullmatch(form, words[0].rstrip(".,;")):
-        found.append(words.popleft().rstrip(".,;"))
+    while form and words and _command(words[0]) is None and fullmatch(form, words[0].rstrip(_CLOSING)):
+        found.append(words.popleft().rstrip(_CLOSING))
         form = _FURTHER.get(name)
     return found
 
@@ -168,11 +211,17 @@ def _without_weights(text: str) -> tuple[str, list[str]]:
     return " ".join(part for part, weight in weighted if weight >= 0), [p for p, weight in weighted if weight < 0]
 
 
-def _command(word: str) -> str | None:
-    """Return the full name of the command ``word``, or None if it is no command."""
-    dash = next((dash for dash in _DASHES if word.startswith(dash)), None)
-    if dash is None:
+def _command(word: str) -> tuple[str, str] | None:
+    """Return the full name of the command ``word`` and the value joined to it, or None if it is no command."""
+    dashes = _DASHES.match(word)
+    named = _NAME.fullmatch(word[dashes.end() :].rstrip(",;").lower()) if dashes else None
+    if named is None:
         return None
-    name = word.removeprefix(dash).rstrip(",;").lower()
-    name = _SHORT.get(name, name)
-    return name if name in _VALUES or name in _FLAGS or name == "no" else None
+    name = _SHORT.get(named[1], named[1])
+    if name not in _VALUES and name not in _FLAGS and name != "no":
+        return None
+    value = named[3].rstrip(_CLOSING)
+    if not value:
+        return name, ""
+    numeric = _VALUES.get(name) == _AMOUNT or name in ("ar", "v")
+    return (name, value) if numeric and fullmatch(_VALUES[name], value) else None
