@@ -4,6 +4,8 @@ Defaults are the embedded demo: the tiny model on the shapes world, sized for tw
 """
 
 import copy
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +31,11 @@ from vargpt_rl.common.settings import (
     Between,
     Count,
     CountOrNone,
+    Either,
     FolderName,
+    Line,
     MultipleOf,
+    OneLine,
     OneOf,
     at_iteration,
     changed,
@@ -42,6 +47,19 @@ from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.hub import TINY
 from vargpt_rl.model.scales import STRIDE
 from vargpt_rl.stages import ALIGN, RUN_STAGES, Learns, stages_of
+
+ONCE = (
+    "name", "runs", "seed", "checkpoint", "dtype", "stages", "iterations", "resolutions", "data", "placement",
+    "learner", "rollout.workers", "rollout.gpus_per_worker", "rollout.transport", "rollout.text_engine",
+    "rollout.text_gpus", "reward", "evaluation.reward",
+)  # fmt: skip
+"""Keys that a run reads once, whatever the resolution."""
+
+
+def _keys(settings: Mapping[str, Any]) -> set[str]:
+    """Return the keys of nested settings, and those of the groups that they are in."""
+    inside = {f"{name}.{key}" for name, part in settings.items() if isinstance(part, Mapping) for key in part}
+    return {*settings, *inside}
 
 
 @dataclass
@@ -71,13 +89,13 @@ class TrackingConfig:
 
     wandb: Annotated[str, OneOf("offline", "online", "disabled")] = "offline"
     """offline, online or disabled."""
-    project: str = "vargpt_rl"
+    project: Line = "vargpt_rl"
     """wandb's project."""
     table_rows: CountOrNone = 16
     """Pairs of an iteration whose images are kept, small, for the run's page and for wandb."""
     images: CountOrNone = 120
     """Held-out images of each moment that are kept, small, for the run's page."""
-    best: str | None = "last.overall"
+    best: Line | None = "last.overall"
     """Moment and metric of the evaluation by which the best policy is kept in ``best/RESOLUTION``; null keeps none.
 
     "last" is the moment after the last of ``align.methods`` that changes the policy. The policy with the highest value
@@ -97,11 +115,11 @@ class LoopConfig:
 
     name: Annotated[str, FolderName()] | None = None
     """Name of the run; null names it after its data and resolutions."""
-    runs: str = "runs"
+    runs: Line = "runs"
     """Folder of all runs."""
     seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     """Seed of everything random."""
-    checkpoint: str = TINY
+    checkpoint: Annotated[str, Either(OneOf(""), OneLine())] = TINY
     """Starting model: "tiny", "tiny_v1", a model directory or a hub name."""
     dtype: Annotated[str, OneOf(*DTYPES)] = "fp32"
     """Of workers and learners: auto, fp32 or bf16.
@@ -159,8 +177,10 @@ class LoopConfig:
     def check_resolutions(self) -> None:
         """ValueError for a bad setting under ``at``, and for what does not fit the images of a resolution."""
         for resolution in self.at:
-            if not resolution.isdecimal():
-                raise ValueError(f"at.{resolution}: expected a resolution in pixels")
+            if not re.fullmatch("[1-9][0-9]{0,8}", resolution) or int(resolution) not in MultipleOf(STRIDE):
+                raise ValueError(f"at.{resolution}: expected a resolution in pixels, {MultipleOf(STRIDE)}")
+            if once := [key for key in ONCE if key in _keys(self.at[resolution])]:
+                raise ValueError(f"at.{resolution}.{once[0]}: the same at all resolutions, expected it without at")
             if "adapter" in self.at[resolution]:
                 key = next(iter(self.at[resolution]["adapter"]), "KEY")
                 raise ValueError(f"at.{resolution}.adapter.{key}: a run has one adapter, expected adapter.{key}=VALUE")

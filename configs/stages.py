@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from learners.config import DpoConfig, LearnedRewardConfig, Recipe, RlConfig
-from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Share, at_least
+from vargpt_rl.common.settings import (
+    Between,
+    Count,
+    CountOrNone,
+    LearningRate,
+    Line,
+    NotNegative,
+    OneOf,
+    Share,
+    at_least,
+)
 
 
 @dataclass
@@ -16,7 +26,7 @@ class TokenizerStage:
     """Optimizer steps."""
     batch: Count = 8
     """Images per step."""
-    lr: Positive = 1e-3
+    lr: LearningRate = 1e-3
     """Peak learning rate."""
     images: Count = 600
     """Training images of the data source, to which their winners are added."""
@@ -67,7 +77,7 @@ class SftStage:
     """
     shares: list[Share] = field(default_factory=list)
     """Share of the samples that each of ``checkpoints`` draws, the final model the rest; empty for equal shares."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[Line] = field(default_factory=list)
     """Parts that stay as they are, for ablations: as `DpoConfig.frozen`."""
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=40, batch=32, micro_batch=16, lr=1e-4))
 
@@ -139,7 +149,7 @@ class RlStage(RlConfig):
 class RewardStage(LearnedRewardConfig):
     """A reward learned from preference pairs, on the understanding half of the iteration's policy."""
 
-    table: str | None = None
+    table: Line | None = None
     """Preference table to learn from; null is the iteration's own, which is made if ``dpo`` has not made it."""
     held_out: Annotated[float, Between(0, 1, includes_low=False, includes_high=False)] = 0.2
     """Share of the prompts whose pairs only measure the reward."""

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, NotNegative, OneOf, Positive, Seconds, Share
+from vargpt_rl.common.settings import (
+    Between,
+    Count,
+    CountOrNone,
+    LearningRate,
+    Line,
+    NotNegative,
+    OneOf,
+    Positive,
+    Seconds,
+    Share,
+)
 
 SCHEDULES = (
     "linear",
@@ -50,13 +61,13 @@ class Recipe:
     """Examples (or pairs) per step, over all ranks."""
     micro_batch: Count = 8
     """Examples (or pairs) per forward pass of one rank."""
-    lr: Positive = 5e-5
+    lr: LearningRate = 5e-5
     """Peak learning rate of AdamW."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
     """Learning-rate schedule after warmup: a ``transformers`` scheduler type."""
     warmup_ratio: Share = 0.1
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Share = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this total norm."""
@@ -136,7 +147,7 @@ class DpoConfig:
     """
     credit_scales: Count | None = None
     """Train this number of coarse scales alone; null trains all. 5 is up to 8 x 8."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[Line] = field(default_factory=list)
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
     stored_states: bool = False
@@ -152,6 +163,8 @@ class DpoConfig:
             raise ValueError("dpo.loss_type=[]: expected one or more")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"dpo.loss_weights={self.loss_weights}: expected one weight for each of {self.loss_type}")
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError(f"dpo.loss_weights={self.loss_weights}: expected one above 0, or nothing trains")
 
 
 @dataclass
@@ -183,7 +196,7 @@ class RlConfig:
     """Optimizer steps on each batch of images."""
     normalise: bool = True
     """Divide advantages by the standard deviation of the group's rewards."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[Line] = field(default_factory=list)
     """Parts that stay as they are: of projector_in, projector_out, image_decoder, and ``language_inputs``, all that the
     language model reads of images (projector_in among it), so that it needs no backward pass."""
     stored_states: bool = False

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.preferences import HUMAN
-from vargpt_rl.common.settings import Count
+from vargpt_rl.common.settings import Count, Line
 
 
 @dataclass
@@ -15,7 +15,7 @@ class RewardConfig:
     ``rewards.processes.RewardTerm``.
     """
 
-    path: str | None = None
+    path: Line | None = None
     """``module:Name`` or ``file.py:name``; null scores nothing."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of a class's constructor, or keyword-only arguments of a function."""
@@ -25,24 +25,24 @@ class RewardConfig:
 class PreferenceConfig:
     """Preference pairs of an iteration."""
 
-    builder: str = "rewards.preferences:external_winner"
+    builder: Line = "rewards.preferences:external_winner"
     """Preference builder: ``module:name`` or ``file.py:name``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the builder."""
-    winners: str | None = None
+    winners: Line | None = None
     """Folder of the stronger system's images.
 
     Matched by file name (captioned data) or by the prompt's id, as in ``<id>.png`` (records; a held-out record without
     one there has its own image as winner). Letter case, Unicode normal form and ending may differ.
     """
-    pairs: str | None = None
+    pairs: Line | None = None
     """File or folder of pairs that people have judged: two images, a prompt, who won (Pick-a-Pic, HPDv2, JSON lines).
 
     All of them replace samples, winners and builder: nothing is drawn for pairs. See docs/preferences.md.
     """
-    pair_images: str | None = None
+    pair_images: Line | None = None
     """Folder in which the images that ``pairs`` names are; null is the folder of the file."""
-    prompts: str | None = None
+    prompts: Line | None = None
     """File of prompts, instead of the data source's own."""
     count: Count = 128
     """Prompts per iteration."""

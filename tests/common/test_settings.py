@@ -15,6 +15,7 @@ from vargpt_rl.common.settings import (
     Either,
     FolderName,
     MultipleOf,
+    OneLine,
     OneOf,
     Positive,
     as_written,
@@ -33,6 +34,7 @@ class Oven:
     minutes: Positive | None = None
     mode: Annotated[str, OneOf("fan", "grill")] = "fan"
     volume: float = 1.0
+    light: bool = False
 
 
 @dataclass
@@ -54,6 +56,11 @@ class Kitchen:
         ({"oven": {"minutes": math.inf}}, "at: oven.minutes=inf: expected a number above 0"),
         ({"oven": {"volume": -math.inf}}, "at: oven.volume=-inf: expected a finite number"),
         ({"extra": {"free": math.inf}}, "at: extra.free=inf: expected a finite number"),
+        ({"oven": {"volume": 1e300}}, "at: oven.volume=1e+300: expected 0 or a number between 1.2e-38 and 3.4e+38"),
+        ({"oven": {"volume": -1e-300}}, "at: oven.volume=-1e-300: expected 0 or a number between 1.2e-38 and 3.4e+38"),
+        ({"timer": 2**32}, "at: timer=4294967296: expected a whole number below 4294967296"),
+        ({"oven": {"light": 2}}, "at: 2 for oven.light: expected true or false"),
+        ({"oven": {"light": -0.5}}, "at: -0.5 for oven.light: expected true or false"),
         ({"timer": 0}, "at: timer=0: expected 1 or more or auto"),
         ({"timer": "late"}, "at: timer=late: expected 1 or more or auto"),
         ({"oven": {"mode": "fam"}}, "at: oven.mode=fam: expected one of fan, grill"),
@@ -106,6 +113,25 @@ def test_paths_are_no_folder_names(name):
 @pytest.mark.parametrize("name", ["a", "2024_01", ".a", "a b", "a=b", "李明", "it's", "a..b", "x" * 200])
 def test_words_are_folder_names(name):
     assert name in FolderName()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\u3000", "a\nb", "a\0", "\t", "\x1b[31m", "a\x85b", "\ud800", "x" * 4096, "李" * 1366]
+)
+def test_blank_and_broken_texts_are_no_line(text):
+    assert text not in OneLine()
+
+
+@pytest.mark.parametrize(
+    "text", ["a", " a", "/a b/李明", "a\u3000b", "a\u200db", "~", "x" * 4095, "file (1).jsonl", "%s", "${x"]
+)
+def test_paths_are_lines(text):
+    assert text in OneLine()
+
+
+def test_flags_and_free_options_of_any_size_are_taken():
+    made = parse(Kitchen, {"oven": {"light": 1}, "extra": {"bytes": 10**12, "tiny": 1e-300, "on": 5}}, "at")
+    assert made.oven.light is True and made.extra == {"bytes": 10**12, "tiny": 1e-300, "on": 5}
 
 
 def test_ranges_of_a_field_can_be_read():

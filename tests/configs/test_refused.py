@@ -6,7 +6,7 @@ import pytest
 
 from configs.consistency import check_devices
 from configs.load import load_config
-from configs.schema import LoopConfig
+from configs.schema import ONCE, LoopConfig
 from learners.config import LOSS_TYPES, OPTIMIZERS, SCHEDULES
 from vargpt_rl.common.settings import dotted, expectations, kind_at
 from vargpt_rl.driver import start
@@ -27,6 +27,10 @@ def nothing_starts(monkeypatch):
     monkeypatch.setattr(start, "gather", gather)
 
 
+VALID_ONCE = {"runs": "x", "name": "x", "checkpoint": "x", "dtype": "bf16", "stages": "[align]", "resolutions": "[256]",
+              "data": "{block: 5}", "placement": "{kind: split}", "learner": "{ranks: 1}",
+              "rollout.transport": "auto", "rollout.text_engine": "auto",
+              "reward": "{path: x}", "evaluation.reward": "{path: x}"}  # fmt: skip
 COUNTS = [
     "iterations",
     "preference.count",
@@ -141,7 +145,31 @@ WORDS = {
     "adapter.full": "[language]",
     "adapter.targets": "[image_tokenizer]",
     "at.256.adapter.rank": "4",
+    "sft.recipe.weight_decay": "2",
+    "dpo.control": "2",
+    "sft.recipe": "{offload: 2}",
+    "at.256.dpo.control": "-1",
 }
+LINES = [
+    "runs",
+    "data.captions",
+    "data.id_field",
+    "preference.winners",
+    "preference.pairs",
+    "preference.prompts",
+    "preference.builder",
+    "reward.path",
+    "evaluation.reward.path",
+    "learned_reward.table",
+    "tracking.project",
+    "tracking.best",
+]
+ABSURD = [
+    *((key, "1" + "0" * 30) for key in (*COUNTS, *FROM_ZERO)),
+    *((key, value) for key in (*ABOVE_ZERO, *NOT_NEGATIVE) for value in ("1e308", "1e-320")),
+    *((f"{block}.lr", "5e6") for block in ("tokenizer", "sft.recipe", "rl.recipe", "at.256.dpo.recipe")),
+    *((f"at.256.{key}", VALID_ONCE.get(key, "1")) for key in ONCE),
+]
 BAD = [
     *((key, value) for key in COUNTS for value in ("0", "-1")),
     *((key, "-1") for key in FROM_ZERO),
@@ -150,6 +178,9 @@ BAD = [
     *((key, value) for key in SHARES for value in ("-1", "2", "nan", "inf")),
     *WORDS.items(),
     *(("name", value) for value in (".", "a/b", "/tmp/x", "../up", "", "a\nb", "x" * 300)),
+    *((key, value) for key in LINES for value in ("", "  ", "a\nb", "\0", "x" * 5000)),
+    *ABSURD,
+    ("dpo.loss_weights", "[0]"),
 ]
 
 
@@ -162,11 +193,30 @@ def test_impossible_values_are_one_line_with_key(key, value, capsys):
     assert "expected" in message or "could not be converted" in message or "not a valid bool" in message
 
 
-def test_every_number_of_a_run_has_a_range():
+def test_every_number_and_text_of_a_run_has_a_range():
     for key in dotted(LoopConfig):
         kind = kind_at(LoopConfig, key.split("."))
-        numbers = "int" in str(kind) or "float" in str(kind)
-        assert not numbers or expectations(kind), f"{key} takes any number"
+        ranged = any(name in str(kind) for name in ("int", "float", "str")) and "dict" not in str(kind)
+        assert not ranged or expectations(kind), f"{key} takes anything"
+
+
+@pytest.mark.parametrize("resolution", ["0256", "100", "0", "256px", "\uff12\uff15\uff16", "+256", "1" * 5000, "-16"])
+def test_what_is_no_resolution_is_refused(resolution, capsys):
+    assert main([f"at.{resolution}.sft.records=4"]) == 2
+    message = capsys.readouterr().err
+    assert "expected a resolution in pixels, a positive multiple of 16" in message and message.count("\n") == 1
+
+
+def test_settings_of_one_resolution_that_differ_are_taken():
+    given = [
+        "rollout.batch_size=2",
+        "align.methods=[dpo]",
+        "tracking.images=3",
+        "dpo.control=false",
+        "sampling.top_p=0.5",
+    ]
+    config = load_config([f"at.256.{setting}" for setting in given])
+    assert config.at_resolution(256).tracking.images == 3 and not config.at_resolution(256).dpo.control
 
 
 @pytest.mark.parametrize(

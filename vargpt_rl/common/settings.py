@@ -3,14 +3,16 @@
     steps: Annotated[int, at_least(1)] = 100
     schedule: Annotated[str, OneOf("linear", "cosine")] = "cosine"
 
-Floats are finite everywhere. `build` makes the object: it refuses the first value outside its range, by its dotted key,
-before any ``__post_init__`` compares one field with another. Other annotations than `Expected` are ignored.
+Numbers are everywhere of a size that fits: whole ones below 2^32, others within float32, which is what trains with
+them. `build` makes the object: it refuses the first value outside its range, by its dotted key, before any
+``__post_init__`` compares one field with another. Other annotations than `Expected` are ignored.
 """
 
 import difflib
 import math
 import re
 import types
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -34,6 +36,8 @@ if TYPE_CHECKING:  # at run time where it is used: ranges need no OmegaConf, and
     from _typeshed import DataclassInstance
     from omegaconf import DictConfig
 
+SMALLEST, LARGEST = 1.2e-38, 3.4e38
+"""Of normal numbers in float32."""
 Settings = TypeVar("Settings")
 Group = TypeVar("Group", bound="DataclassInstance")
 Value = TypeVar("Value")
@@ -138,6 +142,23 @@ class FolderName:
         return f"a plain folder name of at most {self.longest} bytes, not a path"
 
 
+@dataclass(frozen=True)
+class OneLine:
+    """Texts of one line that are not blank, such as paths and names of columns."""
+
+    longest: int = 4095
+    """Bytes in UTF-8; no path is longer on Linux."""
+
+    def __contains__(self, value: str, /) -> bool:
+        plain = not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
+        return plain and bool(value.strip()) and len(value.encode()) <= self.longest
+
+    def __str__(self) -> str:
+        return "a line of text that is not blank"
+
+
+Line = Annotated[str, OneLine()]
+"""A line of text."""
 Count = Annotated[int, at_least(1)]
 """1 or more."""
 CountOrNone = Annotated[int, at_least(0)]
@@ -148,6 +169,8 @@ NotNegative = Annotated[float, at_least(0)]
 """A number of 0 or more."""
 Share = Annotated[float, Between(0, 1)]
 """A number from 0 to 1."""
+LearningRate = Annotated[float, Between(0, 1, includes_low=False)]
+"""A peak learning rate."""
 SECONDS = Between(0, 7 * 24 * 3600, includes_low=False)
 """Times to wait: up to a week, beyond which the system's own waits overflow."""
 Seconds = Annotated[float, SECONDS]
@@ -188,10 +211,23 @@ def check_ranges(kind: Any, value: Any, key: str = "", whole: Any = None) -> Non
             check_ranges(*part)
         return
     finite = not isinstance(value, float) or math.isfinite(value)
-    for expected in expectations(kind) or ([] if finite else ["a finite number"]):
-        if not finite or value not in expected:
-            item = f"{value}" if whole is None else f"{whole}: {value}"
-            raise ValueError(f"{key}={item}: expected {expected}")
+    outside = [str(expected) for expected in expectations(kind) if not finite or value not in expected]
+    if told := outside[:1] or _size_fault(value, inner is Any):
+        item = f"{value}"[:200] if whole is None else f"{whole}: {value}"[:200]
+        raise ValueError(f"{key}={item}: expected {told[0]}")
+
+
+def _size_fault(value: Any, is_free: bool) -> list[str]:
+    """Return what is expected of a number of another size, if it is one; free options may be of any finite size."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ["a finite number"]
+    if is_free:
+        return []
+    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+        return [f"0 or a number between {SMALLEST:g} and {LARGEST:g}"]
+    if isinstance(value, int) and not -(2**32) < value < 2**32:
+        return [f"a whole number below {2**32}"]
+    return []
 
 
 def _parts(kind: Any, value: Any, key: str) -> Iterator[tuple[Any, Any, str, Any]]:
@@ -284,16 +320,20 @@ def _merged(base: Any, values: Mapping[str, Any], key: str = "") -> "DictConfig"
 
 
 def check_keys(kind: Any, values: object) -> None:
-    """Raise ValueError for a key in nested plain values that ``kind`` does not have, with the nearest that it has."""
-    for names in _paths(values):
-        kind_at(kind, names)
+    """Raise ValueError for a key in nested plain values that ``kind`` does not have, with the nearest that it has.
+
+    Also for a number where a flag is expected: OmegaConf takes any but 0 for true.
+    """
+    for names, value in _paths(values):
+        if bare(kind_at(kind, names)) is bool and isinstance(value, int | float) and value not in (0, 1):
+            raise ValueError(f"{value} for {'.'.join(names) or 'a flag'}: expected true or false")
 
 
-def _paths(values: object) -> Iterator[list[str]]:
+def _paths(values: object, names: tuple[str, ...] = ()) -> Iterator[tuple[list[str], object]]:
+    yield list(names), values
     if isinstance(values, Mapping):
         for name, inside in values.items():
-            yield [str(name)]
-            yield from ([str(name), *names] for names in _paths(inside))
+            yield from _paths(inside, (*names, str(name)))
 
 
 def kind_at(kind: Any, names: list[str]) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, OneOf, Share, at_least, parse
+from vargpt_rl.common.settings import Between, Count, CountOrNone, Line, OneOf, Share, at_least, parse
 from vargpt_rl.data.records.sources import RecordSource
 
 
@@ -14,15 +14,15 @@ class DataConfig:
     kind: Annotated[str, OneOf("shapes", "captioned", "records", "pairs")] = "shapes"
     """shapes (drawn on demand), captioned (a folder of images), records (streams of conversations) or pairs (those of
     ``preference.pairs`` alone)."""
-    captions: str | None = None
+    captions: Line | None = None
     """Captioned: file of captions. JSON lines or an array, CSV or Parquet, by its ending."""
-    images: str | None = None
+    images: Line | None = None
     """Captioned: folder of the captions' images."""
-    image_field: str = "file"
+    image_field: Line = "file"
     """Captioned: key or column of the image's name (``file_name`` in the metadata of Hugging Face image folders)."""
-    caption_field: str = "caption"
+    caption_field: Line = "caption"
     """Captioned: key or column of the caption."""
-    id_field: str = "id"
+    id_field: Line = "id"
     """Captioned: key or column of the identifier, a text or a whole number; without one it is the image's name."""
     max_bad_fraction: Share = 0.01
     """Captioned, records and pairs: fraction of the records that may be unusable."""
@@ -44,7 +44,7 @@ class DataConfig:
     """Records: shown images keep their shape and are resized to at most this many pixels."""
     pack: bool = True
     """Records: short texts share a row."""
-    encoded: str | None = None
+    encoded: Line | None = None
     """Records: folder with the features of images to draw, made by ``vargpt_rl.data.encode``, with a sub-folder for
     each resolution (``DIR/256``). Without it the learner runs the image tokenizer."""
 

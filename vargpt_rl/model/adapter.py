@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import nn
 
-from vargpt_rl.common.settings import Between, Count, OneOf, Positive
+from vargpt_rl.common.settings import Between, Count, Line, OneOf, Positive
 from vargpt_rl.model.parts import IMAGE_TOKENIZER, PARTS
 
 if TYPE_CHECKING:  # peft takes a second to load, and only a model with an adapter needs it
@@ -41,7 +41,7 @@ class AdapterConfig:
     """The product counts alpha / rank."""
     dropout: Annotated[float, Between(0, 1, includes_high=False)] = 0.0
     """Share of a layer's inputs that supervised stages hide from the adapter. DPO and online methods hide none."""
-    targets: list[str] = field(default_factory=lambda: ["language_model", "image_decoder", "projectors"])
+    targets: list[Line] = field(default_factory=lambda: ["language_model", "image_decoder", "projectors"])
     """Linear layers that get matrices: parts (language_model, vision_tower, image_decoder, projectors), names of
     layers, or ends of names such as self_attention.qkv. A stage trains those of the parts that it trains."""
     full: list[Annotated[str, OneOf(*PARTS)]] = field(default_factory=list)

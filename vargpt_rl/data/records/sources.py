@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated
 
-from vargpt_rl.common.settings import OneOf, Positive
+from vargpt_rl.common.settings import Line, OneOf, Positive
 from vargpt_rl.data.records.formats import FORMATS
 from vargpt_rl.data.records.layouts import (
     Import,
@@ -30,15 +30,15 @@ LAYOUTS = {"native": native, "llava": llava, "journeydb": journeydb, "laion": la
 class RecordSource:
     """Files of records, as configured."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[Line] = field(default_factory=list)
     """Paths or globs."""
     format: Annotated[str, OneOf(*FORMATS)] = "jsonl"
     """Format of the files, a key of `vargpt_rl.data.records.formats.FORMATS`."""
     layout: Annotated[str, OneOf(*LAYOUTS, "imagenet")] = "native"
     """Layout of the rows, a key of `LAYOUTS` or "imagenet"."""
-    images: str | None = None
+    images: Line | None = None
     """Folder that the names of images are relative to; by default that of the first file."""
-    names: str | None = None
+    names: Line | None = None
     """File of class names; for the layout imagenet only."""
     weight: Positive = 1.0
     """Share of a batch, relative to the other sources of the same modality."""
