@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from vargpt_rl.data.image_names import is_system_file
 from vargpt_rl.data.records.columns import BATCH, array_size, dictionary_columns, group_size
 from vargpt_rl.data.records.images import InArchive
+from vargpt_rl.data.records.saved import NotAsSaved, check_saved
 
 LONGEST = 16 * 2**20
 """Longest row of JSON, in characters or bytes, so that no damaged file fills the memory."""
@@ -323,8 +324,12 @@ def _saved_rows(path: Path, part: int, start: int, step: int) -> Rows:
     from datasets import load_from_disk  # takes a second, which other formats need not wait for
 
     try:
+        check_saved(path)
         data = load_from_disk(str(path)).with_format("arrow")  # which leaves images encoded
-    except _UNREADABLE as error:
+    except NotAsSaved as error:
+        yield 0, Fault(f"data set is lost: {error}")
+        return
+    except (*_UNREADABLE, AttributeError, LookupError, RecursionError, TypeError) as error:  # of its description
         yield 0, Fault(f"data set is lost: it cannot be read ({type(error).__name__})")
         return
     for first in range(start, len(data), step * BATCH):
