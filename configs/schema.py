@@ -31,7 +31,6 @@ from vargpt_rl.common.settings import (
     Between,
     Count,
     CountOrNone,
-    Either,
     FolderName,
     Line,
     MultipleOf,
@@ -119,7 +118,7 @@ class LoopConfig:
     """Folder of all runs."""
     seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     """Seed of everything random."""
-    checkpoint: Annotated[str, Either(OneOf(""), OneLine())] = TINY
+    checkpoint: Annotated[str, OneLine(or_empty=True)] = TINY
     """Starting model: "tiny", "tiny_v1", a model directory or a hub name."""
     dtype: Annotated[str, OneOf(*DTYPES)] = "fp32"
     """Of workers and learners: auto, fp32 or bf16.

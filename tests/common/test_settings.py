@@ -58,6 +58,8 @@ class Kitchen:
         ({"extra": {"free": math.inf}}, "at: extra.free=inf: expected a finite number"),
         ({"oven": {"volume": 1e300}}, "at: oven.volume=1e+300: expected 0 or a number between 1.2e-38 and 3.4e+38"),
         ({"oven": {"volume": -1e-300}}, "at: oven.volume=-1e-300: expected 0 or a number between 1.2e-38 and 3.4e+38"),
+        ({"spares": {"../up": {}}}, "at: spares.../up: expected a plain folder name of at most 200 bytes, not a path"),
+        ({"spares": {"/x": {}}}, "at: spares./x: expected a plain folder name of at most 200 bytes, not a path"),
         ({"timer": 2**32}, "at: timer=4294967296: expected a whole number below 4294967296"),
         ({"oven": {"light": 2}}, "at: 2 for oven.light: expected true or false"),
         ({"oven": {"light": -0.5}}, "at: -0.5 for oven.light: expected true or false"),

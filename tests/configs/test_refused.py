@@ -200,6 +200,13 @@ def test_every_number_and_text_of_a_run_has_a_range():
         assert not ranged or expectations(kind), f"{key} takes anything"
 
 
+@pytest.mark.parametrize("name", ["/tmp/x", "a/b", "a\\b", " a", "x" * 300])
+def test_a_source_is_named_as_a_folder_can_be(name, capsys):
+    assert main(["data=records", f"data.sources.{name}.files=[x]", "preference.prompts=p", "preference.winners=w"]) == 2
+    message = capsys.readouterr().err
+    assert f"data.sources.{name}: expected a plain folder name" in message and message.count("\n") == 1
+
+
 @pytest.mark.parametrize("resolution", ["0256", "100", "0", "256px", "\uff12\uff15\uff16", "+256", "1" * 5000, "-16"])
 def test_what_is_no_resolution_is_refused(resolution, capsys):
     assert main([f"at.{resolution}.sft.records=4"]) == 2

@@ -148,8 +148,12 @@ class OneLine:
 
     longest: int = 4095
     """Bytes in UTF-8; no path is longer on Linux."""
+    or_empty: bool = False
+    """Whether "" is taken too, for a value that is given later."""
 
     def __contains__(self, value: str, /) -> bool:
+        if self.or_empty and value == "":
+            return True
         plain = not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
         return plain and bool(value.strip()) and len(value.encode()) <= self.longest
 
@@ -239,11 +243,20 @@ def _parts(kind: Any, value: Any, key: str) -> Iterator[tuple[Any, Any, str, Any
     elif get_origin(kind) is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{key}={value}: expected {{KEY:VALUE,...}}")
+        if is_dataclass(bare(get_args(kind)[1])):
+            check_names(value, key)
         yield from ((get_args(kind)[1], inside, f"{key}.{name}".lstrip("."), None) for name, inside in value.items())
     else:
         if not isinstance(value, list):
             raise ValueError(f"{key}={value}: expected [VALUE,...]")
         yield from ((get_args(kind)[0], item, key, value) for item in value)
+
+
+def check_names(groups: Mapping[str, Any], key: str) -> None:
+    """Raise ValueError for a name of a group of settings that no folder can have: files are written under it."""
+    for name in groups:
+        if name not in FolderName():
+            raise ValueError(f"{key}.{name}: expected {FolderName()}".replace("\n", " "))
 
 
 def expectations(kind: Any) -> list[Any]:

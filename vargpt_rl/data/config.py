@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vargpt_rl.common.settings import Between, Count, CountOrNone, Line, OneOf, Share, at_least, parse
+from vargpt_rl.common.settings import Between, Count, CountOrNone, Line, OneOf, Share, at_least, check_names, parse
 from vargpt_rl.data.records.sources import RecordSource
 
 
@@ -54,6 +54,7 @@ class DataConfig:
 
     def records(self) -> dict[str, RecordSource]:
         """Return the sources. ValueError for an unknown key or a bad value in one, and if there are none."""
+        check_names(self.sources, "data.sources")
         found = {name: parse(RecordSource, keys, f"data.sources.{name}") for name, keys in self.sources.items()}
         if not found:
             raise ValueError("data.sources: none given, expected +data.sources.NAME.files=[FILE,...]")
