@@ -50,7 +50,7 @@ from vargpt_rl.stages import ALIGN, RUN_STAGES, Learns, stages_of
 ONCE = (
     "name", "runs", "seed", "checkpoint", "dtype", "stages", "iterations", "resolutions", "data", "placement",
     "learner", "rollout.workers", "rollout.gpus_per_worker", "rollout.transport", "rollout.text_engine",
-    "rollout.text_gpus", "reward", "evaluation.reward",
+    "rollout.text_gpus", "rollout.cuda_graphs", "reward", "evaluation.reward",
 )  # fmt: skip
 """Keys that a run reads once, whatever the resolution."""
 
