@@ -20,14 +20,13 @@ from trl import DPOTrainer
 
 from learners.config import DpoConfig
 from learners.flops import shape_of, step_flops
-from learners.image_policy import ScoredOutput
+from learners.image_policy import ScoredOutput, sum_tolerance
 from learners.pairs import PairOrder, PairTable
 from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
-from vargpt_rl.losses.credit import scale_credit, summed_tokens, token_credit, weighted_sum
-from vargpt_rl.model.likelihood import log_prob_tolerance
+from vargpt_rl.losses.credit import scale_credit, token_credit, weighted_sum
 
 
 def log_prob_scale(norm: str, tokens: int, bits: int) -> float:
@@ -87,7 +86,7 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
         scales = self.settings.credit_scales
         credit_K = scale_credit(schedule, self.settings.credit_alpha, scales)
         credit_L = token_credit(schedule, self.settings.credit_alpha, scales)[:tokens].to(references_BK.device)
-        tolerance = self._tolerance(summed_tokens(schedule, credit_K))
+        tolerance = sum_tolerance(self.model, schedule, credit_K)
         # From the unweighted total, so that weights of 1 change no digit of it.
         change_B = weighted_sum(references_BK, credit_K - 1)
         references_B = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]) + change_B
@@ -126,10 +125,6 @@ class ImageDpoTrainer(ExactInputs, TimedSteps, Resumable, DPOTrainer):
     @property
     def _is_at_step0(self) -> bool:
         return self.state.global_step == 0 and self.model.training
-
-    def _tolerance(self, tokens: float) -> float:
-        """Nats by which scores of equal weights may differ."""
-        return log_prob_tolerance(self.model.dtype, tokens * self.model.config.image_tokenizer_config.symbols.bits)
 
     def _assert_equal_at_step0(
         self, found_B: torch.Tensor, expected_B: torch.Tensor, names: str, tolerance: float

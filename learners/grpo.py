@@ -19,15 +19,15 @@ from transformers import Trainer, TrainerControl
 
 from learners.config import RlConfig
 from learners.flops import shape_of, step_flops
+from learners.image_policy import sum_tolerance
 from learners.methods import OnlineMethod, ScoredImages
 from learners.policy_batches import PolicyBatches
 from learners.reference import StartWeights
 from learners.resume import Resumable
 from learners.step_times import TimedSteps
 from learners.training import ExactInputs
-from vargpt_rl.losses.credit import part_means, scale_credit, summed_tokens, weighted_sum
+from vargpt_rl.losses.credit import part_means, scale_credit, weighted_sum
 from vargpt_rl.losses.policy_gradient import kl_k3
-from vargpt_rl.model.likelihood import log_prob_tolerance
 
 
 class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
@@ -96,8 +96,7 @@ class PolicyGradientTrainer(ExactInputs, TimedSteps, Resumable, Trainer):
             "reference": torch.full_like(drawn_at_N, step == 0, dtype=torch.bool),
         }
         own_N = weighted_sum(output.log_probs_BK.detach(), credit_K)
-        bits = summed_tokens(schedule, credit_K) * self.model.config.image_tokenizer_config.symbols.bits
-        tolerance = log_prob_tolerance(self.model.dtype, bits) / min(tau, 1.0)
+        tolerance = sum_tolerance(self.model, schedule, credit_K) / min(tau, 1.0)
         for name, by_scale_NK in given_NK.items():
             difference_N = own_N - weighted_sum(by_scale_NK, credit_K)
             self._assert_equal(difference_N[current_N[name]], name, tolerance)

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vargpt_rl.model.likelihood import scale_means, scale_sums, symbol_entropy, symbol_hits, symbol_log_probs
+from vargpt_rl.losses.credit import summed_tokens
+from vargpt_rl.model.likelihood import (
+    log_prob_tolerance,
+    scale_means,
+    scale_sums,
+    symbol_entropy,
+    symbol_hits,
+    symbol_log_probs,
+)
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.scales import Schedule
 from vargpt_rl.model.unified import Unified, VargptOutput, replayed
 from vargpt_rl.model.v1.modeling import VargptV1
 
@@ -17,6 +26,12 @@ if TYPE_CHECKING:
     from vargpt_rl.model.unified import Unified as MixedInto
 else:
     MixedInto = object
+
+
+def sum_tolerance(model: Unified, schedule: Schedule, credit_K: torch.Tensor) -> float:
+    """Nats by which an image's log-probability, weighted by scale, may differ under equal weights."""
+    bits = model.config.image_tokenizer_config.symbols.bits
+    return log_prob_tolerance(model.dtype, summed_tokens(schedule, credit_K) * bits)
 
 
 @dataclass

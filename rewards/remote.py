@@ -189,7 +189,7 @@ def _end(connected: socket.socket) -> None:
 
 
 class _Bounded(io.RawIOBase):
-    """What a server sends, up to `MAX_ANSWER` bytes, whatever it says of lengths and chunks."""
+    """A server's answer, up to `MAX_ANSWER` bytes whatever it says of lengths and chunks."""
 
     def __init__(self, source: io.RawIOBase):
         self.source = source

@@ -5,7 +5,6 @@ model's small tokenizer, and the settings of the release else. ``--fraction`` of
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from vargpt_rl.bench.gpu import make_model, sized_config
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.model.configuration import VargptConfig
 from vargpt_rl.model.hub import EMBEDDED
+from vargpt_rl.storage.sharded import TOKENIZER_FILES, copy_files
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
-"""Files of the embedded model that are copied."""
 TOKEN_IDS = (
     *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
     *("image_gen_start_token_id", "image_gen_end_token_id", "image_gen_pad_token_id"),
@@ -39,8 +37,7 @@ def write_checkpoint(config: VargptConfig, folder: Path, device: torch.device) -
     """Write model (bf16, random, seed 0), tokenizer and image processor; return the number of parameters."""
     model = make_model(with_embedded_tokens(config), device, torch.bfloat16)
     model.save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copyfile(EMBEDDED / name, folder / name)
+    copy_files(EMBEDDED, folder, (*TOKENIZER_FILES, "preprocessor_config.json"))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -213,7 +213,7 @@ def draw_next(
 
 
 class DrawingStart(NamedTuple):
-    """What the decoder sees beside the image: its condition, and its context, if the family has one. M rows each."""
+    """Inputs of the decoder beside the image: condition, and context if the family has one. M rows each."""
 
     condition: Condition | V1Condition
     context: DecoderContext | None

@@ -88,9 +88,9 @@ class DrawingGraph:
         self.graph.replay()
         return GeneratedImages(*(tensor.clone() for tensor in self.output))
 
-    def renew(self, reading: GenerationState, start: DrawingStart, noise: SeededNoise) -> None:
-        """Write the prompts and the noise of another batch where the graph reads them."""
-        torch._foreach_copy_(self.inputs, inputs_of(reading, start))
+    def renew(self, inputs: list[torch.Tensor], noise: SeededNoise) -> None:
+        """Write the `inputs_of` another batch and its noise where the graph reads them."""
+        torch._foreach_copy_(self.inputs, inputs)
         self.noise.renew(noise)
 
 
@@ -115,8 +115,8 @@ class DrawingGraphs:
         """Draw a batch; a completion of given scales is drawn as usual. The reading is used up."""
         if given_BLs is not None:
             return draw_scales(reading, start, noise, size, sampling, given_BLs)
-        shapes = tuple(tensor.shape for tensor in inputs_of(reading, start))
-        shape = (size, *vars(sampling).values(), shapes)
+        inputs = inputs_of(reading, start)
+        shape = (size, *vars(sampling).values(), tuple(tensor.shape for tensor in inputs))
         known = self.shapes.pop(shape, None)
         match known:
             case None:
@@ -124,7 +124,7 @@ class DrawingGraphs:
                 drawn = draw_scales(reading, start, ListedNoise(noise, draws), size, sampling)
                 self.shapes[shape] = draws
             case DrawingGraph():
-                known.renew(reading, start, noise)
+                known.renew(inputs, noise)
                 self.shapes[shape] = known
                 drawn = known.draw()
             case _:

@@ -19,7 +19,7 @@ _DICTIONARY = 2
 
 
 class NotAsSaved(ValueError):
-    """What is wrong with a saved data set."""
+    """A saved data set has a fault, which the message names."""
 
 
 def check_saved(folder: Path) -> None:
