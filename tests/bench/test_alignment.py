@@ -41,7 +41,7 @@ def test_the_table_has_means_spreads_and_paired_gains():
     assert table(results).splitlines()[2:] == [
         "| SFT | 0.375 ± 0.177 | - | - | 0.250, 0.500 | - | - | - |",
         "| control | 0.500 ± 0.000 | +0.125 ± 0.125 (0.125) | - | 0.500, 0.500 | - | - | - |",
-        "| grpo | 0.875 ± 0.177 | +0.500 ± 0.189 (0.000) | +0.375 ± 0.183 (0.125) | 0.750, 1.000 | - | - | 8 ± 1 |",
+        "| grpo | 0.875 ± 0.177 | +0.500 ± 0.204 (0.000) | +0.375 ± 0.239 (0.125) | 0.750, 1.000 | - | - | 8 ± 1 |",
     ]
 
 
@@ -68,7 +68,7 @@ def test_every_run_is_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     assert made == {f"seed-{seed}-{name}": 1 for seed in range(2) for name in ("dpo", "grpo")}
     shown = capsys.readouterr().out
     assert "| SFT | 0.500 ± 0.000 | - | - | 0.500, 0.500 | - | 0.700 ± 0.000 | - |" in shown
-    row = "| grpo | 1.000 ± 0.000 | +0.500 ± 0.289 (0.000) | +0.500 ± 0.289 (0.000) | 1.000, 1.000 |"
+    row = "| grpo | 1.000 ± 0.000 | +0.500 ± 0.500 (0.000) | +0.500 ± 0.500 (0.000) | 1.000, 1.000 |"
     assert row + " 0.500 ± 0.000 | 0.600 ± 0.000 | 3 ± 0 |" in shown
 
 

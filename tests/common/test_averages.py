@@ -2,6 +2,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
 from vargpt_rl.common.averages import interval, mean_and_error, share_with_interval, wilson, with_interval
@@ -30,6 +32,43 @@ def test_the_interval_of_a_mean_is_students():
     known = t.interval(0.95, 3, loc=np.mean(values), scale=np.std(values, ddof=1) / 2)
     assert interval(values) == pytest.approx(known)
     assert interval([0.25]) is None and with_interval("score", [0.25]) == {"score": 0.25}
+
+
+def test_the_clustered_error_is_that_of_statsmodels_formula():
+    values = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.25]
+    clusters = ["a", "a", "b", "c", "c", "c", "d"]
+    mean = float(np.mean(values))
+    sums = [1.0 - 2 * mean, 1.0 - mean, 1.5 - 3 * mean, 0.25 - mean]
+    expected = math.sqrt(4 / 3 * sum(each**2 for each in sums)) / 7
+    assert mean_and_error(values, clusters) == (pytest.approx(mean), pytest.approx(expected))
+    assert mean_and_error(values, range(7)) == pytest.approx(mean_and_error(values))
+    assert mean_and_error([0.0, 1.0], "aa") == (0.5, 0.0)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(2, 5))
+def test_copies_of_values_tell_no_more_than_the_values(right, copies):
+    values = [float(each) for each in right]
+    repeated = [value for value in values for _ in range(copies)]
+    clusters = [number for number in range(len(values)) for _ in range(copies)]
+    assert mean_and_error(repeated, clusters) == pytest.approx(mean_and_error(values))
+    assert interval(values, range(len(values))) == pytest.approx(interval(values))
+    # The estimated error has the factor G / (G - 1), which that of a share, of known variance, has not.
+    count = len(values) - (0 < sum(values) < len(values))
+    assert interval(repeated, clusters) == pytest.approx(wilson(np.mean(values) * count, count))
+
+
+def test_clustered_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = plain = 0
+    for _ in range(400):
+        shares = rng.beta(1, 1, size=60)  # of each prompt
+        values = (rng.random((60, 4)) < shares[:, None]).astype(float).ravel().tolist()
+        low, high = interval(values, [number for number in range(60) for _ in range(4)])
+        covered += low <= 0.5 <= high
+        low, high = interval(values)
+        plain += low <= 0.5 <= high
+    # 95 % of 400, with four standard errors of 1.1 %
+    assert covered > 0.905 * 400 > plain
 
 
 def test_an_interval_of_nothing_is_an_error():

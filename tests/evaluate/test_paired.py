@@ -9,8 +9,12 @@ from scipy.stats import binomtest
 from vargpt_rl.evaluate.paired import Comparison, ScoredImage, compare, paired_gain, read_scores, write_scores
 
 
-def images(scores):
-    return [ScoredImage(prompt_id=f"p{i}", prompt="<b>", seed=i, score=score) for i, score in enumerate(scores)]
+def images(scores, prompts=None):
+    """Images with these scores, of prompts of their own unless they are given."""
+    return [
+        ScoredImage(prompt_id=f"p{i}", prompt=f"<b> {prompts[i] if prompts else i}", seed=i, score=score)
+        for i, score in enumerate(scores)
+    ]
 
 
 def test_scores_survive_a_file(tmp_path):
@@ -54,8 +58,31 @@ def test_a_comparison_counts_outcomes_and_tests_their_signs():
 
 
 def test_images_that_are_all_alike_show_nothing():
-    assert Comparison(gain=0.0, error=0.0, better=0, worse=0, alike=9).p == 1.0
-    assert Comparison(gain=0.2, error=0.1, better=10, worse=0, alike=0).p == pytest.approx(2 / 2**10)
+    alike = compare(images([1.0, 0.0, 0.5]), images([1.0, 0.0, 0.5]))
+    assert (alike.p, alike.error) == (1.0, 0.0)
+    ten = {"prompts_better": 10, "prompts_worse": 0, "prompts": 10}
+    assert Comparison(gain=0.2, error=0.1, better=10, worse=0, alike=0, **ten).p == pytest.approx(2 / 2**10)
+
+
+def test_images_of_one_prompt_are_not_independent_of_one_another():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(size=50)
+    alone = effect.tolist()
+    repeated = np.repeat(effect, 4).tolist()
+    prompts = np.repeat(np.arange(50), 4).tolist()
+    gain, error = paired_gain(images(repeated, prompts), images([0.0] * 200, prompts))
+    once = paired_gain(images(alone), images([0.0] * 50))
+    assert (gain, error) == (pytest.approx(once[0]), pytest.approx(once[1])), "four equal images tell no more than one"
+    assert error > 1.9 * paired_gain(images(repeated), images([0.0] * 200))[1]
+    found = compare(images(repeated, prompts), images([0.0] * 200, prompts))
+    assert found.better + found.worse == 200 and found.prompts_better + found.prompts_worse == found.prompts == 50
+    assert found.p == pytest.approx(binomtest(int((effect > 0).sum()), 50).pvalue)
+
+
+def test_a_prompt_whose_images_cancel_out_decides_nothing():
+    found = compare(images([0.1 + 0.2, 0.0, 1.0], "aab"), images([0.0, 0.3, 0.0], "aab"))
+    assert (found.better, found.worse, found.alike) == (2, 1, 0)
+    assert (found.prompts_better, found.prompts_worse, found.prompts) == (1, 0, 2)
 
 
 def test_scores_written_before_images_were_kept_are_read(tmp_path):

@@ -9,7 +9,8 @@ from vargpt_rl.evaluate.paired import ScoredImage, write_scores
 def scored(scores: list[float]) -> list[ScoredImage]:
     """Held-out images with these scores."""
     return [
-        ScoredImage(prompt_id=f"p{i}", prompt="a red circle", seed=i, score=score) for i, score in enumerate(scores)
+        ScoredImage(prompt_id=f"p{i}", prompt=f"{i + 1} red circles", seed=i, score=score)
+        for i, score in enumerate(scores)
     ]
 
 

@@ -108,7 +108,8 @@ def run_loop(arguments: list[str], log: Path) -> None:
 def pooled_gain(pairs: Sequence[tuple[list[ScoredImage], list[ScoredImage]]]) -> str:
     """Format the gain of images over their baseline, paired image by image, given both of each seed.
 
-    The first error is over the images of all seeds, the second, in brackets, over the seeds' mean gains.
+    The first error is over the images of all seeds, those of one prompt together, the second, in brackets, over the
+    seeds' mean gains.
     """
     pooled: list[ScoredImage] = []
     base: list[ScoredImage] = []

@@ -1,7 +1,8 @@
 """Averages with their standard error, and shares with their confidence interval."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -9,35 +10,53 @@ CONFIDENCE = 0.95
 """Confidence level of every interval."""
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error. ValueError if there are no values: a score of nothing is not zero."""
+def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
+    """Return the mean and its standard error. ValueError if there are no values: a score of nothing is not zero.
+
+    ``clusters`` names the group of each value, such as the prompt of an image: values of a group need not be
+    independent, and what counts for the error are the groups' sums (cluster-robust, with the factor G / (G - 1) for G
+    groups; Liang and Zeger, 1986). If every value is a group of its own, that is the plain standard error.
+    """
     if not values:
         raise ValueError("no values to average: nothing was scored")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), spread / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
+        sums[cluster] += value - mean
+    groups = len(sums)
+    if groups == 1:
+        return mean, 0.0
+    return mean, math.sqrt(groups / (groups - 1) * math.fsum(each**2 for each in sums.values())) / len(values)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
+def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float] | None:
     """Return the 95 % confidence interval of the mean; None for a single value that is neither 0 nor 1.
 
     Of a share (all values are 0 or 1) it is Wilson's score interval, which is honest for few values and near 0 and 1;
-    else Student's t interval. ValueError if there are no values.
+    else Student's t interval. With ``clusters`` (`mean_and_error`), a share has the effective number of values: as many
+    independent ones as have its error (Kish, 1965), or as there are groups where all values are alike. ValueError if
+    there are no values.
     """
-    mean, error = mean_and_error(values)
+    mean, error = mean_and_error(values, clusters)
+    groups = len(values) if clusters is None else len(set(clusters))
     if set(values) <= {0.0, 1.0}:
-        return wilson(sum(values), len(values))
-    if len(values) == 1:
+        count: float = len(values)
+        if groups < count:
+            count = min(count, mean * (1 - mean) / error**2) if error else groups
+        return wilson(mean * count, count)
+    if groups == 1:
         return None
     from scipy.stats import t
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    half = float(t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
     return mean - half, mean + half
 
 
-def wilson(successes: float, count: int) -> tuple[float, float]:
+def wilson(successes: float, count: float) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a share (Wilson, 1927).
 
-    ``successes`` may be fractional: ties count half. ValueError unless it is from 0 to ``count``, which is at least 1.
+    Both may be fractional: ties count half, and dependent values less than one each. ValueError unless ``successes`` is
+    from 0 to ``count``, which is at least 1.
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"{successes} of {count}: expected a share of at least one")
@@ -51,9 +70,9 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+def with_interval(name: str, values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
     """Return the mean as ``name`` and, if there is one, its `interval` as ``name_low`` and ``name_high``."""
-    bounds = interval(values)
+    bounds = interval(values, clusters)
     found = {name: float(np.mean(values))}
     return found if bounds is None else found | {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
 

@@ -208,4 +208,5 @@ class ShapesCheck:
         for skill, value in zip(self.skills(prompts), values, strict=True):
             by_task[skill].append(value)
         tasks = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
-        return {**with_interval("overall", values), "n": len(verdicts), **tasks}
+        captions = [prompt.text for prompt in prompts]
+        return {**with_interval("overall", values, captions), "n": len(verdicts), **tasks}

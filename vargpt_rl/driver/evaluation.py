@@ -252,7 +252,7 @@ def score_images(context: StageContext, samples: list[Sample], keep: str = "") -
                 found[name] = list(check.values(verdicts))
             else:
                 found[name] = score(context, items, plugin, keep and name)[0]
-            means |= _means(name, found[name])
+            means |= _means(name, found[name], [prompt.text for prompt, _ in items])
     if check:
         means |= check.scores([prompt for prompt, _ in items], verdicts)
         found["score"] = list(check.values(verdicts))
@@ -293,10 +293,11 @@ def _look(
     return [verdict for verdict, _ in seen], [*files, *[None] * (len(items) - len(files))]
 
 
-def _means(name: str, values: list[float | None]) -> dict[str, float]:
+def _means(name: str, values: list[float | None], prompts: list[str]) -> dict[str, float]:
     """Return mean, interval and number of the images that were scored."""
-    scored = [value for value in values if value is not None]
-    return {**with_interval(name, scored), f"{name}_n": len(scored)}
+    scored = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if value is not None]
+    means = with_interval(name, [value for value, _ in scored], [prompt for _, prompt in scored])
+    return {**means, f"{name}_n": len(scored)}
 
 
 def _checked(context: StageContext, items: list[PromptedBits], check: ImageCheck) -> dict[str, float]:

@@ -114,11 +114,13 @@ def summary(rows: list[dict]) -> Scores:
 
     A prompt counts as correct if any of its images is. Prompts are identified by their metadata.
     """
-    tasks, prompts = defaultdict(list), defaultdict(list)
+    tasks, prompts, asked = defaultdict(list), defaultdict(list), defaultdict(list)
     for row in rows:
         tasks[row["tag"]].append(row["correct"])
         prompts[row["metadata"]].append(row["correct"])
-    shares, intervals = summarise({task: [float(right) for right in correct] for task, correct in tasks.items()})
+        asked[row["tag"]].append(row["metadata"])
+    groups = {task: [float(right) for right in correct] for task, correct in tasks.items()}
+    shares, intervals = summarise(groups, asked)
     return Scores(
         shares | {"overall": sum(shares.values()) / len(shares)},
         intervals,

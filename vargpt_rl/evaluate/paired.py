@@ -1,18 +1,22 @@
 """Scores of held-out images, one line per image, and paired comparisons between moments of a run.
 
 Every moment draws the same prompts with the same seeds, so the difference of two moments is taken image by image: its
-standard error lacks the spread between prompts, which is most of the error of either mean. Images of different sizes
-are different images: moments of iterations at different resolutions are never compared.
+standard error lacks the spread between prompts, which is most of the error of either mean. Images of one prompt are not
+independent of one another: errors and tests count prompts, by their text. Images of different sizes are different
+images: moments of iterations at different resolutions are never compared.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vargpt_rl.common.averages import mean_and_error
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
+
+ROUNDING = 1e-12
+"""Differences of scores up to this size are rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +60,10 @@ def read_scores(path: Path) -> list[ScoredImage]:
 def paired_gain(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> tuple[float, float] | None:
     """Return the mean difference of scores to ``baseline`` and its standard error, over images scored at both moments.
 
-    None if there are none.
+    The error is clustered by prompt (`vargpt_rl.common.averages.mean_and_error`). None if there are no such images.
     """
-    differences = _differences(images, baseline)
-    return mean_and_error(differences) if differences else None
+    prompts, differences = _differences(images, baseline)
+    return mean_and_error(differences, prompts) if differences else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +75,68 @@ class Comparison:
     better: int
     worse: int
     alike: int
+    prompts_better: int
+    """Prompts whose images are better in sum."""
+    prompts_worse: int
+    prompts: int
+    """Prompts in all."""
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of the exact sign test, which leaves out images that score alike.
+        """Two-sided p-value of the exact sign test over prompts, which leaves out those whose images score alike.
 
-        For right and wrong images this is McNemar's exact test.
+        With one image of each prompt, right or wrong, this is McNemar's exact test.
         """
-        if self.better + self.worse == 0:
+        decided = self.prompts_better + self.prompts_worse
+        if decided == 0:
             return 1.0
         from scipy.stats import binomtest
 
-        return float(binomtest(self.better, self.better + self.worse).pvalue)
+        return float(binomtest(self.prompts_better, decided).pvalue)
 
     def as_metrics(self, name: str) -> dict[str, float]:
-        """Return ``name`` (the gain), ``name_stderr``, ``name_better``, ``name_worse``, ``name_alike``, ``name_p``."""
+        """Return ``name`` (the gain), and what `vargpt_rl.evaluate.wording.gain_of` reads under ``name_...``."""
         return {
             name: self.gain,
             f"{name}_stderr": self.error,
             f"{name}_better": self.better,
             f"{name}_worse": self.worse,
             f"{name}_alike": self.alike,
+            f"{name}_prompts": self.prompts,
             f"{name}_p": self.p,
         }
 
 
 def compare(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> Comparison | None:
     """Compare scores with those of ``baseline``, over images scored at both moments; None if there are none."""
-    differences = _differences(images, baseline)
+    prompts, differences = _differences(images, baseline)
     if not differences:
         return None
-    gain, error = mean_and_error(differences)
-    signs = Counter((value > 0) - (value < 0) for value in differences)
-    return Comparison(gain=gain, error=error, better=signs[1], worse=signs[-1], alike=signs[0])
+    gain, error = mean_and_error(differences, prompts)
+    sums: dict[str, float] = defaultdict(float)
+    for prompt, difference in zip(prompts, differences, strict=True):
+        sums[prompt] += difference
+    of_images, of_prompts = _signs(differences), _signs(sums.values())
+    return Comparison(
+        gain=gain,
+        error=error,
+        better=of_images[1],
+        worse=of_images[-1],
+        alike=of_images[0],
+        prompts_better=of_prompts[1],
+        prompts_worse=of_prompts[-1],
+        prompts=len(sums),
+    )
 
 
-def _differences(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> list[float]:
-    """Return the differences of scores, over images scored at both moments."""
+def _signs(values: Iterable[float]) -> Counter[int]:
+    """Count values by their sign; what rounding leaves of 0 is 0."""
+    return Counter((value > ROUNDING) - (value < -ROUNDING) for value in values)
+
+
+def _differences(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> tuple[list[str], list[float]]:
+    """Return prompts and differences of scores, of images scored at both moments."""
     known = {image.key: image.score for image in baseline}
-    pairs = [(image.score, known.get(image.key)) for image in images]
-    return [new - old for new, old in pairs if new is not None and old is not None]
+    found = [(image.prompt, image.score, known.get(image.key)) for image in images]
+    both = [(prompt, new - old) for prompt, new, old in found if new is not None and old is not None]
+    return [prompt for prompt, _ in both], [difference for _, difference in both]

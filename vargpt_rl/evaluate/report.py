@@ -32,12 +32,16 @@ class Scores:
 
 
 def summarise(
-    groups: Mapping[str, Sequence[float]], scale: float = 1.0
+    groups: Mapping[str, Sequence[float]], prompts: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return the mean of each group and the intervals of those that have one, both times ``scale``."""
-    means = {name: scale * mean_and_error(values)[0] for name, values in groups.items()}
-    bounds = {name: interval(values) for name, values in groups.items()}
-    return means, {name: (scale * found[0], scale * found[1]) for name, found in bounds.items() if found}
+    """Return the mean of each group and the intervals of those that have one.
+
+    ``prompts`` are those of the values of groups that have several images of a prompt, which are not independent.
+    """
+    known = prompts or {}
+    means = {name: mean_and_error(values)[0] for name, values in groups.items()}
+    bounds = {name: interval(values, known.get(name)) for name, values in groups.items()}
+    return means, {name: found for name, found in bounds.items() if found}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the held-out captions. The seed determines all prompts. The JSON file also has e
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TypeVar
 
 from vargpt_rl.data.config import DataConfig
 from vargpt_rl.data.images import read_image
@@ -17,6 +18,11 @@ from vargpt_rl.evaluate.evaluated_model import EvaluatedModel, ImageRequest, Que
 from vargpt_rl.evaluate.report import Column, Scores, summarise
 from vargpt_rl.evaluate.settings import EvaluateConfig
 
+Value = TypeVar("Value")
+NOTE = (
+    "Accuracies with their 95 % interval (Wilson), in which images of one caption are not independent. It does not "
+    "include the variance over seeds."
+)
 COUNT = 300
 """Number of captions, of edits and of questions, unless ``limit`` is set."""
 LEAST_SIDE = 64  # pixels; the checker needs as much
@@ -78,16 +84,16 @@ class Shapes:
             float(answer == truth) for answer, (_, _, truth) in zip(answers, self.questions, strict=True)
         ]
         return Scores(
-            *summarise(groups),
+            *summarise(groups, {"overall": self.captions, **by_task(self.captions, self.captions)}),
             {name: len(values) for name, values in groups.items()},
             {"edits": edit_check.scores(prompts, verdicts)},
-            notes=["Accuracies with their 95 % interval (Wilson), which does not include the variance over seeds."],
+            notes=[NOTE],
         )
 
 
-def by_task(captions: Sequence[str], correct: Sequence[float]) -> dict[str, list[float]]:
-    """Group the values by task, in the order of the tasks."""
+def by_task(captions: Sequence[str], values: Sequence[Value]) -> dict[str, list[Value]]:
+    """Group the values of captions by task, in the order of the tasks."""
     groups = defaultdict(list)
-    for caption, value in zip(captions, correct, strict=True):
+    for caption, value in zip(captions, values, strict=True):
         groups[parse(caption).task].append(value)
     return {task: groups[task] for task in TASKS if task in groups}

@@ -28,11 +28,14 @@ def with_bounds(result: Mapping[str, float], key: str) -> str:
 
 
 def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
-    """Say what a comparison shows; ``gain`` has the keys gain, stderr, better, worse, alike and p."""
+    """Say what a comparison shows; ``gain`` has the keys gain, stderr, better, worse, alike, p, and mostly prompts."""
     better, worse, alike = (round(gain[key]) for key in ("better", "worse", "alike"))
+    count = better + worse + alike
+    prompts = round(gain.get("prompts", count))
+    images = f"{count} images" + (f" of {prompts} prompts" if prompts < count else "")
     low, high = gain["gain"] - Z * gain["stderr"], gain["gain"] + Z * gain["stderr"]
     return (
-        f"{policy} against {baseline} on the same {better + worse + alike} images: {better} better, {worse} worse, "
+        f"{policy} against {baseline} on the same {images}: {better} better, {worse} worse, "
         f"{alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
         f"sign test {p_value(gain['p'])}: {outcome(gain)}"
     )
@@ -41,8 +44,8 @@ def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
 def outcome(gain: Mapping[str, float]) -> str:
     """Say in words what mean and sign test show together.
 
-    The sign test counts images, the mean weighs them by how far they differ: a few large losses can outweigh many small
-    gains. Where every difference is one (right or wrong), both say the same and the exact test decides.
+    The sign test counts prompts, the mean weighs them by how far they differ: a few large losses can outweigh many
+    small gains. Where every difference is one (right or wrong), both say the same and the exact test decides.
     """
     ahead = gain["better"] - gain["worse"]
     of_images = 0 if gain["p"] >= SHOWN_BELOW else 1 if ahead > 0 else -1
@@ -71,9 +74,11 @@ def p_value(p: float) -> str:
 
 
 def gain_of(result: Mapping[str, float], name: str) -> dict[str, float] | None:
-    """Return the comparison called ``name`` in a result (`vargpt_rl.evaluate.paired.Comparison.as_metrics`), if any."""
+    """Return the comparison called ``name`` in a result (`vargpt_rl.evaluate.paired.Comparison.as_metrics`), if any.
+
+    Older results have no number of prompts.
+    """
     if f"{name}_p" not in result:
         return None
-    return {"gain": result[name]} | {
-        key: result[f"{name}_{key}"] for key in ("stderr", "better", "worse", "alike", "p")
-    }
+    keys = ("stderr", "better", "worse", "alike", "prompts", "p")
+    return {"gain": result[name]} | {key: result[f"{name}_{key}"] for key in keys if f"{name}_{key}" in result}

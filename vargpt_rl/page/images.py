@@ -219,12 +219,15 @@ def _skills(title: str, moments: list[Moment]) -> SkillTable:
     rows: list[tuple[str, list[SkillCell | None]]] = [
         (
             skill.replace("_", " "),
-            [mean_of([image.score for image in moment.images if skill in (EVERY, image.skill)]) for moment in moments],
+            [
+                mean_of([image for image in moment.images if skill in (EVERY, image.skill)], "score")
+                for moment in moments
+            ],
         )
         for skill in (EVERY, *skills)
     ]
     for name, title_of in (("reward", "training reward"), ("judge", "judge")):
-        values = [mean_of([getattr(image, name) for image in moment.images]) for moment in moments]
+        values = [mean_of(moment.images, name) for moment in moments]
         if values == rows[0][1]:  # the score is this very reward
             rows[0] = (f"{rows[0][0]} (= {title_of})", values)
         elif any(values):
@@ -232,10 +235,11 @@ def _skills(title: str, moments: list[Moment]) -> SkillTable:
     return SkillTable(title=title, columns=[moment.title for moment in moments], rows=rows)
 
 
-def mean_of(values: list[float | None]) -> SkillCell | None:
-    """Return the mean of scores with its interval; None if nothing is scored."""
-    scored = [value for value in values if value is not None]
+def mean_of(images: Sequence[ScoredImage], name: str) -> SkillCell | None:
+    """Return the mean of the scores called ``name`` with its interval; None if nothing is scored."""
+    scored = [image for image in images if getattr(image, name) is not None]
     if not scored:
         return None
-    low, high = interval(scored) or (None, None)
-    return SkillCell(mean=sum(scored) / len(scored), low=low, high=high, n=len(scored))
+    values = [getattr(image, name) for image in scored]
+    low, high = interval(values, [image.prompt for image in scored]) or (None, None)
+    return SkillCell(mean=sum(values) / len(values), low=low, high=high, n=len(values))

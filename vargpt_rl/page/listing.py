@@ -26,7 +26,7 @@ def last_score(run: RunContents) -> str:
     """Return the score that was measured last with its resolution and moment; "-" if there is none."""
     for stage in reversed(run.stages):
         for moment in reversed(moments_of(run, stage)):
-            if found := mean_of([image.score for image in moment.images]):
+            if found := mean_of(moment.images, "score"):
                 return f"{found.mean:.3f} at {moment.resolution} px, {moment.title}"
     return "-"
 
