@@ -3,15 +3,15 @@
     python -m torch.distributed.run --nproc-per-node 2 -m learners.pretrain_tiny OUT
 
 It replaces the papers' starting points (a trained Qwen2-VL, a trained Infinity decoder, a trained image tokenizer) by
-a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits and
-questions. Seeds are fixed. The embedded weights were made before this script had edits, with 24, 6 and 2 drawings a
-step at 128, 256 and 512 px, in about two and a half hours on two cores. ``--image-tokenizer DIR`` reuses the image
-tokenizer of an existing model and saves the first hour; ``--base DIR`` continues from all of its weights. Matrices are
-trained with Muon, which needs less than half the steps of AdamW here.
+a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits, questions
+and conversations with several of these. Seeds are fixed. ``--image-tokenizer DIR`` reuses the image tokenizer of an
+existing model and saves the first hour; ``--base DIR`` continues from all of its weights. Matrices are trained with
+Muon, which needs less than half the steps of AdamW here.
 """
 
 import argparse
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,16 +28,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from learners.image_tokenizer import TokenizerTraining, learning_rate
 from vargpt_rl.common.streams import make_outputs_lasting
-from vargpt_rl.data.batches import DrawExample, SftCollator, TextExample
+from vargpt_rl.data.batches import DrawExample, Example, Row, SftCollator, TextExample
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, render, sample_scene
-from vargpt_rl.data.shapes_tasks import edit, question
+from vargpt_rl.data.shapes_dialogues import Dialogue, ask, dialogue, varied_scene
+from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
+from vargpt_rl.model.drawing_defaults import FILE, DrawingDefaults, with_defaults
 from vargpt_rl.model.modeling import Vargpt
-from vargpt_rl.model.prompt import REPLY, SYSTEM, ChatFormat
+from vargpt_rl.model.prompt import REPLY, SYSTEM, ChatFormat, ImageToDraw, Part
+from vargpt_rl.model.scales import token_count
 from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
+from vargpt_rl.storage.files import write_atomically
 
 SPECIAL = [
     "endoftext",
@@ -158,22 +162,65 @@ def encode_edits(model: Vargpt, count: int, side: int, seed: int) -> list[Edit]:
 
 
 def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) -> list[TextExample]:
-    """Questions about images in the clean and commercial styles."""
+    """Questions about images in the clean and commercial styles; half of them ask for all that is there."""
     examples = []
     for _ in range(count):
-        scene = sample_scene(rng)
+        scene = varied_scene(rng)
         image = render(scene, SEEN_SIDE, str(rng.choice(["clean", "commercial"])), rng)
-        examples.append(TextExample(*question(scene, rng), chat.vision_inputs([image])))
+        examples.append(TextExample(*ask(scene, rng), chat.vision_inputs([image])))
     return examples
 
 
+class Conversation(NamedTuple):
+    """A dialogue, with the features of the images that the assistant draws in it."""
+
+    dialogue: Dialogue
+    features: tuple[np.ndarray, ...]
+
+    def row(self, chat: ChatFormat, side: int, rng: np.random.Generator) -> Row:
+        """Encode the whole conversation; ``side`` is that of its drawings in pixels."""
+        turns = self.dialogue.turns
+        images = [render(turn.shown, SEEN_SIDE, self.dialogue.style, rng) for turn in turns if turn.shown]
+        vision = chat.vision_inputs(images) if images else None
+        shown = iter(chat.shown(vision.image_grid_thw if vision else None))
+        tokens = token_count(chat.config.image_tokenizer_config.schedule_for(side))
+        said: list[tuple[str, list[Part]]] = []
+        for turn in turns:
+            said.append(("user", [*([next(shown)] if turn.shown else []), turn.text]))
+            said.append(("assistant", [turn.reply, *([ImageToDraw(tokens)] if turn.drawn else [])]))
+        return Row(chat.encode(said), vision, self.features)
+
+
+@torch.inference_mode()
+def encode_conversations(model: Vargpt, count: int, side: int, seed: int) -> list[Conversation]:
+    """Conversations of two to four turns that draw at least once."""
+    rng, conversations = np.random.default_rng(seed), []
+    while len(conversations) < count:
+        talk = dialogue(rng, int(rng.integers(2, MOST_TURNS + 1)))
+        drawn = [image_tensor(turn.drawn, side, talk.style, rng) for turn in talk.turns if turn.drawn]
+        if drawn:
+            features = model.image_tokenizer.features(torch.stack(drawn).float() / 127.5 - 1).half().numpy()
+            conversations.append(Conversation(talk, tuple(features)))
+    return conversations
+
+
+MOST_TURNS = 4
+"""Turns of the longest conversations."""
+DEFAULTS = DrawingDefaults(resolution=128, cfg=1.0, tau=0.5, top_k=900, top_p=0.97, turns=MOST_TURNS, edits=True)
+"""What the model is drawn with, and what it was trained on."""
 CORPORA = {128: 8000, 256: 2400, 512: 128}
-"""Numbers of drawings, and of edits, by resolution, split over the ranks."""
-DRAWINGS_PER_STEP = {128: 8, 256: 3, 512: 1}
+"""Numbers of drawings by resolution, split over the ranks."""
+EDITS = {128: 6000, 256: 800, 512: 64}
+"""Numbers of edits."""
+CONVERSATIONS = {128: 3000, 256: 320, 512: 16}
+"""Numbers of conversations."""
+DRAWINGS_PER_STEP = {128: 5, 256: 2, 512: 1}
 """Drawings per step on each rank, by resolution."""
-EDITS_PER_STEP = {128: 16, 256: 4, 512: 1}
-"""Edits per step on each rank, by resolution."""
-QUESTIONS_PER_STEP = 8
+EDITS_PER_STEP = {128: 4, 256: 1, 512: 1}
+"""Edits per step on each rank."""
+CONVERSATIONS_PER_STEP = {128: 3, 256: 1, 512: 1}
+"""Conversations per step on each rank."""
+QUESTIONS_PER_STEP = 14
 PHASES = ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05}))
 """Progressive resolution: (share of the steps at which a phase ends, probability of each resolution in it)."""
 CONTINUED = ((1.0, {128: 0.7, 256: 0.27, 512: 0.03}),)
@@ -182,6 +229,36 @@ PEAK_LR = 2e-3
 """Peak learning rate of AdamW."""
 MUON_LR = 6e-3
 """Peak learning rate of Muon."""
+
+
+class Corpora(NamedTuple):
+    """What is trained on besides questions, by resolution."""
+
+    drawings: dict[int, list[DrawExample]]
+    edits: dict[int, list[Edit]]
+    conversations: dict[int, list[Conversation]]
+
+    def batches(self, side: int, chat: ChatFormat, rng: np.random.Generator) -> dict[str, list[Example]]:
+        """Sample a step's examples of each kind, questions included."""
+        drawn = rng.integers(len(self.drawings[side]), size=DRAWINGS_PER_STEP[side])
+        edited = rng.integers(len(self.edits[side]), size=EDITS_PER_STEP[side])
+        held = rng.integers(len(self.conversations[side]), size=CONVERSATIONS_PER_STEP[side])
+        return {
+            "drawings": [self.drawings[side][i] for i in drawn],
+            "edits": [self.edits[side][i].example(chat) for i in edited],
+            "questions": list(question_examples(chat, rng, QUESTIONS_PER_STEP)),
+            "conversations": [self.conversations[side][i].row(chat, side, rng) for i in held],
+        }
+
+
+def encode_corpora(model: Vargpt, rank: int, ranks: int) -> Corpora:
+    """Encode a rank's share of all drawings, edits and conversations."""
+    first = 1000 * rank
+    return Corpora(
+        {side: encode_corpus(model, n // ranks, side, side + first) for side, n in CORPORA.items()},
+        {side: encode_edits(model, n // ranks, side, side + first + 1) for side, n in EDITS.items()},
+        {side: encode_conversations(model, n // ranks, side, side + first + 2) for side, n in CONVERSATIONS.items()},
+    )
 
 
 def build_optimizers(model: Vargpt, peak_lr: float) -> list[torch.optim.Optimizer]:
@@ -209,16 +286,14 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: bool = False) -> None:
-    """Train all but the image tokenizer on drawings and edits at several resolutions, and on questions.
+    """Train all but the image tokenizer on drawings, edits and conversations at several resolutions, and on questions.
 
     If ``continued``, all resolutions are used from the start, at half the learning rates, which decay from the start.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     stage, rng, schedule_rng = STAGES["base"], np.random.default_rng(11 + rank), np.random.default_rng(5)
     torch.manual_seed(11 + rank)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    corpora = {side: encode_corpus(model, n // ranks, side, seed=side + 1000 * rank) for side, n in CORPORA.items()}
-    edits = {side: encode_edits(model, n // ranks, side, seed=side + 1000 * rank + 1) for side, n in CORPORA.items()}
+    corpora = encode_corpora(model, rank, dist.get_world_size() if dist.is_initialized() else 1)
     freeze(model, stage)
     collate, model = SftCollator(chat), model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -231,13 +306,7 @@ def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: 
                 group["lr"] = learning_rate(step, steps, peak, decay=decay)
         shares = next(shares for until, shares in phases if step < until * steps)
         side = int(schedule_rng.choice(list(shares), p=list(shares.values())))  # the same on every rank
-        drawn = rng.integers(len(corpora[side]), size=DRAWINGS_PER_STEP[side])
-        edited = rng.integers(len(edits[side]), size=EDITS_PER_STEP[side])
-        batches = {
-            "drawings": [corpora[side][i] for i in drawn],
-            "edits": [edits[side][i].example(chat) for i in edited],
-            "questions": question_examples(chat, rng, QUESTIONS_PER_STEP),
-        }
+        batches = corpora.batches(side, chat, rng)
         metrics = {}
         for kind, examples in batches.items():
             loss, measured = sft_loss(model, collate(examples), stage.noise, stage.text_weight, reweight=True)
@@ -306,6 +375,8 @@ def main() -> None:
     train_base(model, chat, options.base_steps, report, continued=options.base is not None)
     if main_rank:
         model.half().save_pretrained(options.out)
+        content = with_defaults(options.out, DEFAULTS)
+        write_atomically(options.out / FILE, json.dumps(content, indent=2).encode())
 
 
 if __name__ == "__main__":

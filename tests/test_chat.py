@@ -60,32 +60,64 @@ def test_images_and_draw_are_for_one_turn(tmp_path, image):
     ]
 
 
-def test_single_turns_are_conversations_of_their_own_and_questions_see_the_last_image(tmp_path, image):
+@pytest.fixture
+def drawing(tmp_path):
+    """Runs lines with a model trained on so many turns, which always draws; the turns of each conversation."""
+
+    def run(turns, *lines, edits=True) -> list[list[tuple[str, int, bool]]]:
+        begun = []
+
+        def begin():
+            begun.append(Listener("Here:", DrawnImage(Image.new("RGB", (8, 8)), None, 0)))
+            return begun[-1]
+
+        Chat(begin, tmp_path, turns, edits).run(lines)
+        return [each.turns for each in begun]
+
+    return run
+
+
+def test_single_turns_are_conversations_of_their_own_and_questions_see_the_last_image(drawing, image):
+    lines = ["hm?", "/draw a star", "What colour is it?", "a circle", f"/image {image}", f"/image {image}", "Which?"]
+    assert drawing(1, *lines) == [
+        [("hm?", 0, False)],
+        [("a star", 0, True)],
+        [("What colour is it?", 1, False)],
+        [("a circle", 0, False)],
+        [("Which?", 2, False)],
+    ]
+
+
+def test_a_conversation_ends_after_as_many_turns_as_were_trained_on(drawing):
+    lines = ["a star", "What is it?", "a circle", "Is it red?", "/reset", "Why?", "a cross", "More?"]
+    assert drawing(2, *lines) == [
+        [("a star", 0, False), ("What is it?", 0, False)],
+        [("a circle", 0, False), ("Is it red?", 0, False)],
+        [("Why?", 0, False), ("a cross", 0, False)],
+        [("More?", 1, False)],
+    ]
+    assert len(drawing(None, *["a star"] * 9)) == 1, "a checkpoint that does not say how many"
+
+
+def test_a_turn_that_fails_counts_for_nothing(tmp_path):
+    class Refuses(Listener):
+        def say(self, text, images, draw):
+            if text == "bad":
+                raise ValueError("no")
+            return super().say(text, images, draw)
+
     begun = []
+    Chat(lambda: begun.append(Refuses("Yes.")) or begun[-1], tmp_path, turns=2).run(["one", "bad", "two", "three"])
+    assert [[text for text, _, _ in each.turns] for each in begun] == [["one", "two"], ["three"]]
 
-    def begin():
-        begun.append(Listener("Here:", DrawnImage(Image.new("RGB", (8, 8)), None, 0)))
-        return begun[-1]
 
-    lines = [
-        "hm?",
-        "/draw a star",
-        "What colour is it?",
-        "a circle",
-        f"/image {image}",
-        "/image " + str(image),
-        "Which?",
-    ]
-    Chat(begin, tmp_path, single_turns=True).run(lines)
-    turns = [turn for each in begun for turn in each.turns]
-    assert turns == [
-        ("hm?", 0, False),
-        ("a star", 0, True),
-        ("What colour is it?", 1, False),
-        ("a circle", 0, False),
-        ("Which?", 2, False),
-    ]
-    assert all(len(each.turns) <= 1 for each in begun)
+def test_edits_show_the_last_image_or_the_given_one(drawing, image, capsys):
+    lines = ["/edit make it blue", "a star", "/edit make it blue", f"/image {image}", f"/image {image}", "/edit merge"]
+    assert drawing(4, *lines, "/edit") == [[("a star", 0, False), ("make it blue", 1, True), ("merge", 2, True)]]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("/edit: there is no image yet") and said[-1] == "/edit: expected what to change"
+    drawing(4, "a star", "/edit make it blue", edits=False)
+    assert chat.NO_EDITS in capsys.readouterr().out
 
 
 def test_reset_forgets_and_quit_ends(tmp_path, image):

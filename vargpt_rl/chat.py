@@ -24,6 +24,7 @@ from vargpt_rl.model.hub import check_model
 HELP = """\
 /image FILE   show an image with the next turn; may be repeated
 /draw [TEXT]  the next reply is an image; with TEXT, that is the turn
+/edit TEXT    change the image given by /image, or else the last one drawn
 /reset        start a new conversation
 /quit         end the chat
 /help         this list"""
@@ -46,26 +47,37 @@ class ChatConfig(DrawingSettings):
         self.replies = ReplyConfig(self.temperature, self.max_tokens)
 
 
-SINGLE_TURNS = """\
-This checkpoint was trained on single turns: each turn is a new conversation. A question, which ends with a question
-mark, is about the images given, else about the last one drawn."""
+NO_EDITS = "This checkpoint was not trained on edits: expect no image that makes sense."
+
+
+def described(turns: int) -> str:
+    """Tell a user of a checkpoint that was trained on conversations of so many turns what follows from that."""
+    after = "each turn is" if turns == 1 else f"after {turns} turns comes"
+    return f"""\
+This checkpoint was trained on conversations of {turns} turn{"s" if turns > 1 else ""}: {after} a new conversation. A
+question that begins one, and ends with a question mark, is about the images given, else about the last one drawn."""
 
 
 class Talk:
     """One user's turns with a model. ``begin`` starts a new conversation.
 
-    With ``single_turns``, each turn is a conversation of its own, and a question is about the last image drawn.
+    One also starts after ``turns`` turns, those of the longest conversations that the model was trained on, if that is
+    known. A question that begins a conversation shows the last image drawn, if no other.
     """
 
-    def __init__(self, begin: Callable[[], Conversation], single_turns: bool = False):
+    def __init__(self, begin: Callable[[], Conversation], turns: int | None = None):
         self.begin = begin
-        self.single_turns = single_turns
+        self.turns = turns
         self.reset()
 
     def reset(self) -> None:
         """Start a new conversation."""
-        self.conversation = self.begin()
+        self._start()
         self.last: list[Image.Image] = []
+
+    def _start(self) -> None:
+        self.conversation = self.begin()
+        self.taken = 0
 
     def say(
         self,
@@ -78,13 +90,14 @@ class Talk:
 
         Raises ValueError if that is impossible.
         """
-        shown = list(images)
-        if self.single_turns:
-            self.conversation = self.begin()
-            shown = shown or (self.last if text.endswith("?") and not draw else [])
+        if self.taken == self.turns:
+            self._start()
+        asks = text.endswith("?") and not draw
+        shown = list(images) or (self.last if asks and self.taken == 0 else [])
         if adjust:
             adjust(self.conversation)
         reply = self.conversation.say(text, shown, draw)
+        self.taken += 1
         self.last = [part.image for part in reply if not isinstance(part, str)][-1:] or self.last
         return reply
 
@@ -92,12 +105,15 @@ class Talk:
 class Chat:
     """Answers one user's lines. ``begin`` starts a new conversation; images are saved to ``out``.
 
-    ``single_turns``: see `Talk`.
+    ``turns``: see `Talk`. ``edits``: whether the model was trained on edits, None if unknown.
     """
 
-    def __init__(self, begin: Callable[[], Conversation], out: Path, single_turns: bool = False):
-        self.talk = Talk(begin, single_turns)
+    def __init__(
+        self, begin: Callable[[], Conversation], out: Path, turns: int | None = None, edits: bool | None = None
+    ):
+        self.talk = Talk(begin, turns)
         self.out = out
+        self.edits = edits
         self.images: list[Image.Image] = []
         self.draw = False
 
@@ -128,6 +144,8 @@ class Chat:
                 self.draw = True
                 if text:
                     self.say(text)
+            case "/edit", text:
+                self.edit(text)
             case "/image", "":
                 raise ValueError("/image: expected a file")
             case "/image", file:
@@ -135,7 +153,7 @@ class Chat:
             case "/reset", _:
                 self.reset()
             case "/help", _:
-                print(f"{HELP}\n{SINGLE_TURNS}" if self.talk.single_turns else HELP, flush=True)
+                print(f"{HELP}\n{described(self.talk.turns)}" if self.talk.turns else HELP, flush=True)
             case _:
                 raise ValueError(f"{line}: no such command, /help lists them")
 
@@ -144,6 +162,18 @@ class Chat:
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
         self.show(self.talk.say(text, images, draw))
+
+    def edit(self, text: str) -> None:
+        """Show the images attached to the turn, else the last one drawn, and draw what ``text`` makes of it."""
+        if not text:
+            raise ValueError("/edit: expected what to change")
+        self.images = self.images or list(self.talk.last)
+        if not self.images:
+            raise ValueError("/edit: there is no image yet, draw one or give one by /image FILE")
+        if self.edits is False:
+            print(NO_EDITS, flush=True)
+        self.draw = True
+        self.say(text)
 
     def show(self, reply: Reply) -> None:
         """Print words, and the paths of saved images."""
@@ -184,10 +214,10 @@ def chat(config: ChatConfig) -> None:
     def begin() -> Conversation:
         return Conversation(model, form, config.size, config.sampling, config.replies, next(seeds))
 
-    single = config.defaults.turns == 1
-    print("/help lists the commands" + (", each turn is a new conversation" if single else ""), flush=True)
+    turns = config.defaults.turns
+    print("/help lists the commands" + (", each turn is a new conversation" if turns == 1 else ""), flush=True)
     cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")  # declared as TextIO, which lacks reconfigure
-    Chat(begin, out, single).run(typed())
+    Chat(begin, out, turns, config.defaults.edits).run(typed())
 
 
 def main(arguments: list[str] | None = None) -> int:

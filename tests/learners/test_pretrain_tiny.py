@@ -10,13 +10,15 @@ from PIL import Image
 
 import vargpt_rl
 from learners import pretrain_tiny
-from learners.pretrain_tiny import SEEN_SIDE, encode_edits, train_base
+from learners.pretrain_tiny import MOST_TURNS, SEEN_SIDE, encode_conversations, encode_edits, train_base
 from vargpt_rl.data.batches import SftCollator
 from vargpt_rl.data.shapes import COLOURS
 from vargpt_rl.data.shapes_check import find_things
+from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.generate import to_uint8
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
+from vargpt_rl.model.scales import token_count
 from vargpt_rl.stages import STAGES, freeze
 
 TINY = Path(vargpt_rl.__file__).parent / "tiny"
@@ -71,12 +73,35 @@ def follows(instruction: str, before: list, after: list) -> bool:
     return after == (before if last in ("larger", "smaller") else sorted([*others, *((last, shape) for _ in named)]))
 
 
+def test_conversations_teach_all_their_images_and_words(embedded, chat):
+    talks = encode_conversations(embedded, 12, 128, seed=3)
+    assert {len(talk.dialogue.turns) for talk in talks} == set(range(2, MOST_TURNS + 1))
+    rows = [talk.row(chat, 128, np.random.default_rng(0)) for talk in talks]
+    tokens = token_count(embedded.image_tokenizer.schedule_for(128))
+    for talk, row in zip(talks, rows, strict=True):
+        turns = talk.dialogue.turns
+        drawn, shown = ([turn for turn in turns if turn.drawn], [turn for turn in turns if turn.shown])
+        assert len(row.drawn) == len(drawn) > 0
+        assert row.text.ids.count(embedded.config.image_gen_pad_token_id) == tokens * len(drawn)
+        assert (len(row.vision.image_grid_thw) if row.vision else 0) == len(shown)
+        words = chat.tokenizer.decode(row.text.ids)
+        places = [words.index(turn.text) for turn in turns]
+        assert all(turn.reply in words for turn in turns) and places[0] < places[-1]
+    batch = SftCollator(chat)(rows)
+    with torch.no_grad():
+        loss, _ = sft_loss(embedded, batch, STAGES["base"].noise, 1.0)
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("continued", [False, True])
 def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeypatch, continued):
     for name, values in {
         "CORPORA": {128: 8},
         "DRAWINGS_PER_STEP": {128: 2},
+        "EDITS": {128: 8},
+        "CONVERSATIONS": {128: 4},
         "EDITS_PER_STEP": {128: 2},
+        "CONVERSATIONS_PER_STEP": {128: 1},
         "QUESTIONS_PER_STEP": 2,
         "PHASES": ((1.0, {128: 1.0}),),
         "CONTINUED": ((1.0, {128: 1.0}),),
@@ -86,7 +111,12 @@ def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeyp
     seen = []
     train_base(embedded, chat, 2, lambda step, side, metrics: seen.append((step, side, metrics)), continued)
     assert [(step, side) for step, side, _ in seen] == [(0, 128), (1, 128)]
-    assert {key.split("/")[0] for _, _, metrics in seen for key in metrics} == {"drawings", "edits", "questions"}
+    assert {key.split("/")[0] for _, _, metrics in seen for key in metrics} == {
+        "drawings",
+        "edits",
+        "questions",
+        "conversations",
+    }
     assert all(np.isfinite(value) for _, _, metrics in seen for value in metrics.values() if np.isscalar(value))
     trained = set(freeze(embedded, STAGES["base"]))
     moved = {name for name, tensor in embedded.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -135,7 +135,7 @@ def make_speaker(config: ChatConfig) -> Speaker:
         return Conversation(model, form, config.size, config.sampling, config.replies, config.seed)
 
     name = str(Path(config.checkpoint)) if config.checkpoint else ""
-    return Speaker(name, Talk(begin, config.defaults.turns == 1))
+    return Speaker(name, Talk(begin, config.defaults.turns))
 
 
 def serve_chat(arguments: list[str], beside: str | None, port: int) -> None:
