@@ -15,6 +15,7 @@ def test_variants_share_all_but_what_trains():
     whole, adapted = (load_config(overrides(AdapterStudy(), 1, variant, "grpo")) for variant in ("full", "16"))
     assert not whole.adapter.is_on and (adapted.adapter.rank, adapted.adapter.alpha) == (16, 32.0)
     assert adapted.sft.recipe.lr == pytest.approx(10 * whole.sft.recipe.lr)
+    assert adapted.rl.recipe.lr == pytest.approx(2.5 * whole.rl.recipe.lr)
     assert (adapted.evaluation, adapted.rl.group, adapted.seed) == (whole.evaluation, whole.rl.group, 1)
     assert load_config(overrides(AdapterStudy(), 1, "16", "dpo")).align.methods == ["dpo"]
 

@@ -48,6 +48,8 @@ class AdapterStudy(StudySizes):
     """Parts with an adapter."""
     faster: Positive = 10.0
     """Factor of an adapter's learning rates over those of whole weights; its alpha is twice its rank."""
+    faster_online: Positive = 2.5
+    """The same for GRPO, whose few steps are as large as AdamW makes them."""
 
     def __post_init__(self):
         for variant in self.variants:
@@ -64,9 +66,10 @@ RATES = {"sft": 1e-4, "dpo": 1e-5, "rl": 2e-4}
 def overrides(study: AdapterStudy, seed: int, variant: str, method: str) -> list[str]:
     """The loop's settings for a variant and a method."""
     adapter = []
-    factor = 1.0
+    rates = RATES
     if variant != WHOLE:
-        factor = study.faster
+        faster = {"rl": study.faster_online}
+        rates = {block: faster.get(block, study.faster) * rate for block, rate in RATES.items()}
         adapter = [
             "adapter=lora",
             f"adapter.rank={variant}",
@@ -79,8 +82,10 @@ def overrides(study: AdapterStudy, seed: int, variant: str, method: str) -> list
         "rl.recipe.micro_batch=8",
         "rl.prompts=8",
         "rl.group=8",
-        "rl.credit_scales=5",
-        *(f"{block}.recipe.lr={factor * rate:g}" for block, rate in RATES.items()),
+        "rl.credit_scales=3",
+        f"rl.recipe.steps={2 * study.updates}",
+        "rl.updates=2",
+        *(f"{block}.recipe.lr={rate:g}" for block, rate in rates.items()),
         *ONLINE,
         f"align.methods=[{method}]",
         *adapter,
@@ -149,8 +154,9 @@ def run(study: AdapterStudy) -> Results:
 def table(results: Sequence[Mapping[tuple[str, str], Measured]]) -> str:
     """Format a Markdown row per policy.
 
-    ``±`` of a score is the standard error over the images of all seeds; that of a difference is paired image by image,
-    and its second error (in brackets) is over the seeds. Other cells are means, and their spread over seeds.
+    ``±`` of a score is the standard error over the images of all seeds, clustered by prompt; a difference is paired
+    image by image, and its second error (in brackets) is over the seeds. Other cells are means, and their spread over
+    seeds.
     """
     lines = [
         "| method | trained | held-out score | over full | seconds a step | peak GiB | swap MB | swap s | tensors |",
@@ -161,8 +167,9 @@ def table(results: Sequence[Mapping[tuple[str, str], Measured]]) -> str:
             if known != method:
                 continue
             policies = [result[variant, method] for result in results]
-            scores = [image.score for policy in policies for image in policy.images if image.score is not None]
-            mean, error = mean_and_error(scores)
+            images = [image for policy in policies for image in policy.images]
+            scores = [image.score for image in images if image.score is not None]
+            mean, error = mean_and_error(scores, [image.prompt for image in images if image.score is not None])
             cells = [
                 method,
                 variant if variant == WHOLE else f"rank {variant}",
