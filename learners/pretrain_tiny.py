@@ -7,6 +7,9 @@ a model of the shapes world: first the image tokenizer is trained, then everythi
 and conversations with several of these. Seeds are fixed. ``--image-tokenizer DIR`` reuses the image tokenizer of an
 existing model and saves the first hour; ``--base DIR`` continues from all of its weights. Matrices are trained with
 Muon, which needs less than half the steps of AdamW here.
+
+The embedded weights were made before this script had edits and conversations, with 24, 6 and 2 drawings a step at 128,
+256 and 512 px, in about two and a half hours on two cores.
 """
 
 import argparse

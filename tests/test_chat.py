@@ -88,7 +88,7 @@ def test_single_turns_are_conversations_of_their_own_and_questions_see_the_last_
     ]
 
 
-def test_a_conversation_ends_after_as_many_turns_as_were_trained_on(drawing):
+def test_a_conversation_ends_after_as_many_turns_as_were_trained_on(drawing, capsys):
     lines = ["a star", "What is it?", "a circle", "Is it red?", "/reset", "Why?", "a cross", "More?"]
     assert drawing(2, *lines) == [
         [("a star", 0, False), ("What is it?", 0, False)],
@@ -96,7 +96,25 @@ def test_a_conversation_ends_after_as_many_turns_as_were_trained_on(drawing):
         [("Why?", 0, False), ("a cross", 0, False)],
         [("More?", 1, False)],
     ]
+    assert capsys.readouterr().out.count(chat.NEW) == 2, "those that no one asked for"
     assert len(drawing(None, *["a star"] * 9)) == 1, "a checkpoint that does not say how many"
+
+
+def test_a_question_shows_the_last_image_only_where_the_conversation_has_none(tmp_path, image):
+    begun = []
+
+    class Mute(Listener):
+        def say(self, text, images, draw):
+            super().say(text, images, draw)
+            return ["Yes."] if text != "a star" else [DrawnImage(Image.new("RGB", (8, 8)), None, 0)]
+
+    lines = ["a star", "so", "hello", "Is it red?", f"/image {image}", "Which?", "/edit make it blue"]
+    Chat(lambda: begun.append(Mute()) or begun[-1], tmp_path, turns=2).run(lines)
+    assert [each.turns for each in begun] == [
+        [("a star", 0, False), ("so", 0, False)],
+        [("hello", 0, False), ("Is it red?", 1, False)],
+        [("Which?", 1, False), ("make it blue", 1, True)],
+    ]
 
 
 def test_a_turn_that_fails_counts_for_nothing(tmp_path):

@@ -24,7 +24,7 @@ from vargpt_rl.model.hub import check_model
 HELP = """\
 /image FILE   show an image with the next turn; may be repeated
 /draw [TEXT]  the next reply is an image; with TEXT, that is the turn
-/edit TEXT    change the image given by /image, or else the last one drawn
+/edit TEXT    change the image given by /image, or else the last one shown or drawn
 /reset        start a new conversation
 /quit         end the chat
 /help         this list"""
@@ -47,6 +47,7 @@ class ChatConfig(DrawingSettings):
         self.replies = ReplyConfig(self.temperature, self.max_tokens)
 
 
+NEW = "(a new conversation)"
 NO_EDITS = "This checkpoint was not trained on edits: expect no image that makes sense."
 
 
@@ -54,15 +55,16 @@ def described(turns: int) -> str:
     """Tell a user of a checkpoint that was trained on conversations of so many turns what follows from that."""
     after = "each turn is" if turns == 1 else f"after {turns} turns comes"
     return f"""\
-This checkpoint was trained on conversations of {turns} turn{"s" if turns > 1 else ""}: {after} a new conversation. A
-question that begins one, and ends with a question mark, is about the images given, else about the last one drawn."""
+This checkpoint was trained on conversations of {turns} turn{"s" if turns > 1 else ""}: {after} a new conversation.
+A question in one that has no image yet, which ends with a question mark, is about the last image shown or drawn."""
 
 
 class Talk:
     """One user's turns with a model. ``begin`` starts a new conversation.
 
     One also starts after ``turns`` turns, those of the longest conversations that the model was trained on, if that is
-    known. A question that begins a conversation shows the last image drawn, if no other.
+    known; ``is_new`` tells whether the last turn began one so. A question in a conversation without images shows the
+    last image that was shown or drawn before.
     """
 
     def __init__(self, begin: Callable[[], Conversation], turns: int | None = None):
@@ -74,10 +76,12 @@ class Talk:
         """Start a new conversation."""
         self._start()
         self.last: list[Image.Image] = []
+        self.is_new = False
 
     def _start(self) -> None:
         self.conversation = self.begin()
         self.taken = 0
+        self.has_image = False
 
     def say(
         self,
@@ -90,15 +94,18 @@ class Talk:
 
         Raises ValueError if that is impossible.
         """
-        if self.taken == self.turns:
+        self.is_new = self.taken == self.turns
+        if self.is_new:
             self._start()
         asks = text.endswith("?") and not draw
-        shown = list(images) or (self.last if asks and self.taken == 0 else [])
+        shown = list(images) or ([] if self.has_image or not asks else self.last)
         if adjust:
             adjust(self.conversation)
         reply = self.conversation.say(text, shown, draw)
         self.taken += 1
-        self.last = [part.image for part in reply if not isinstance(part, str)][-1:] or self.last
+        seen = [*shown, *(part.image for part in reply if not isinstance(part, str))]
+        self.has_image = self.has_image or bool(seen)
+        self.last = seen[-1:] or self.last
         return reply
 
 
@@ -161,10 +168,13 @@ class Chat:
         """Take one turn, with the images attached to it."""
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
-        self.show(self.talk.say(text, images, draw))
+        reply = self.talk.say(text, images, draw)
+        if self.talk.is_new and self.talk.turns != 1:
+            print(NEW, flush=True)
+        self.show(reply)
 
     def edit(self, text: str) -> None:
-        """Show the images attached to the turn, else the last one drawn, and draw what ``text`` makes of it."""
+        """Show the images attached to the turn, else the last one seen, and draw what ``text`` makes of it."""
         if not text:
             raise ValueError("/edit: expected what to change")
         self.images = self.images or list(self.talk.last)
@@ -209,12 +219,12 @@ def chat(config: ChatConfig) -> None:
     folder = check_model(config.checkpoint)
     out = make_folder(config.out)
     model, form = load(folder, config.device, config.dtype)
-    seeds = count(config.seed)
+    turns = config.defaults.turns
+    seeds = count(config.seed, turns or 1)  # a conversation's k-th image has its seed plus k
 
     def begin() -> Conversation:
         return Conversation(model, form, config.size, config.sampling, config.replies, next(seeds))
 
-    turns = config.defaults.turns
     print("/help lists the commands" + (", each turn is a new conversation" if turns == 1 else ""), flush=True)
     cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")  # declared as TextIO, which lacks reconfigure
     Chat(begin, out, turns, config.defaults.edits).run(typed())

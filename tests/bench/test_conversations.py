@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vargpt_rl.bench.conversations import ConversationBench, converse, drawn_alone, main, table, two_kinds
-from vargpt_rl.data.shapes import is_held_out, parse, render, scene_for
+from vargpt_rl.data.shapes import Scene, is_held_out, parse, render, scene_for
 from vargpt_rl.data.shapes_tasks import edit, question
 from vargpt_rl.inference.conversation import DrawnImage
 from vargpt_rl.model.prompt import REPLY
@@ -18,11 +18,11 @@ KINDS = ["drawing, turn 1", "question about it, turn 2", "change of it, turn 3",
 class Perfect:
     """A partner who draws and answers rightly; ``fails`` are the turns that it gets wrong."""
 
-    def __init__(self, seed: int, fails: set[int]):
-        # The same decisions as the benchmark's, so that answers and changed scenes are known.
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, fails: set[int]):
         self.fails = fails
         self.turns: list[str] = []
+        self.answers: dict[str, str] = {}
+        self.changes: dict[str, Scene] = {}
 
     def say(self, text: str):
         self.turns.append(text)
@@ -35,8 +35,7 @@ class Perfect:
 
 
 def held(fails: set[int], monkeypatch) -> tuple[dict, Perfect]:
-    partner = Perfect(3, fails)
-    partner.answers, partner.changes = {}, {}
+    partner = Perfect(fails)
 
     def asked(scene, rng):
         text, answer = question(scene, rng)
@@ -52,7 +51,7 @@ def held(fails: set[int], monkeypatch) -> tuple[dict, Perfect]:
     monkeypatch.setattr("vargpt_rl.bench.conversations.edit", changed)
     results = defaultdict(list)
     converse(partner, np.random.default_rng(3), results)
-    return dict(results), partner
+    return {kind: [right for _, right in replies] for kind, replies in results.items()}, partner
 
 
 def test_a_perfect_partner_gets_all_four_turns_right(monkeypatch):
@@ -85,7 +84,8 @@ def test_scenes_have_two_kinds_and_held_out_captions():
 
 
 def test_the_table_has_a_column_for_each_model():
-    rows = table({"a": {"x": [True, True, False]}, "b": {"x": [False], "y": [True]}}).splitlines()
+    replies = {"a": {"x": [("1", True), ("2", True), ("3", False)]}, "b": {"x": [("1", False)], "y": [("1", True)]}}
+    rows = table(replies).splitlines()
     assert rows[0] == "| reply | a | b |"
     assert rows[2] == "| x | 0.667 (0.21 to 0.94) of 3 | 0.000 (0.00 to 0.79) of 1 |"
     assert rows[3].startswith("| y | - | 1.000")

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from vargpt_rl.common.averages import with_interval
 from vargpt_rl.data import shapes, shapes_check
 from vargpt_rl.data.samples import Prompt
 
@@ -146,6 +147,15 @@ def test_scores_are_by_task():
     scores = shapes_check.ShapesCheck().scores(prompts, verdicts)
     assert scores["single_object"] == 1.0 and scores["colours"] == 0.5
     assert scores["overall"] == pytest.approx(2 / 3) and scores["n"] == 3
+
+
+def test_repeated_captions_widen_the_interval():
+    prompts = [Prompt(str(i), caption) for i, caption in enumerate(["a red circle", "a cyan cross", "a square"] * 5)]
+    verdicts = [shapes_check.ImageVerdict("circle" in prompt.text, "", ()) for prompt in prompts]
+    found = shapes_check.ShapesCheck().scores(prompts, verdicts)
+    independent = with_interval("overall", [float(verdict.correct) for verdict in verdicts])
+    assert found["overall"] == independent["overall"]
+    assert found["overall_low"] < independent["overall_low"] and independent["overall_high"] < found["overall_high"]
 
 
 def test_the_check_reads_images():

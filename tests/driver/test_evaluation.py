@@ -83,6 +83,13 @@ def test_without_an_exact_check_the_judge_scores_else_the_reward(scored):
     assert scored(SAMPLES, exact=False) == {"n": 3}
 
 
+def test_images_of_one_prompt_are_not_independent_of_one_another(scored):
+    once = scored(SAMPLES, None, judge, exact=False)
+    repeated = scored(SAMPLES * 6, None, judge, exact=False)
+    assert (repeated["judge"], repeated["judge_n"]) == (once["judge"], 6 * once["judge_n"])
+    assert repeated["judge_low"] <= once["judge_low"] and once["judge_high"] <= repeated["judge_high"]
+
+
 def test_images_are_kept_with_their_verdicts(tmp_path):
     context = stage_context(tmp_path, "tracking.images=2")
     context.pool.check = lambda items, side, check: check([WHITE] * len(items), [prompt for prompt, _ in items])

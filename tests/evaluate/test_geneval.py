@@ -104,6 +104,18 @@ def test_summary_agrees_with_the_benchmarks(tmp_path_factory, groups):
     assert found == pytest.approx(official(path), abs=1e-12)
 
 
+def test_images_of_one_prompt_are_not_independent_of_one_another():
+    def width(prompts: int) -> float:
+        rows = [
+            {"filename": "f", "tag": "colors", "metadata": str(i % prompts), "correct": i % prompts % 2 == 0}
+            for i in range(40)
+        ]
+        low, high = summary(rows).intervals["colors"]
+        return high - low
+
+    assert width(10) > 1.5 * width(40)
+
+
 def test_rejects_incomplete_results(command, prompts, painted, folder, result, capsys):
     command("benchmark=geneval", prompts)
     where = folder("geneval")

@@ -60,7 +60,7 @@ def test_a_comparison_counts_outcomes_and_tests_their_signs():
 def test_images_that_are_all_alike_show_nothing():
     alike = compare(images([1.0, 0.0, 0.5]), images([1.0, 0.0, 0.5]))
     assert (alike.p, alike.error) == (1.0, 0.0)
-    ten = {"prompts_better": 10, "prompts_worse": 0, "prompts": 10}
+    ten = {"prompts_better": 10, "prompts_worse": 0, "prompts": 10, "half_width": 0.2}
     assert Comparison(gain=0.2, error=0.1, better=10, worse=0, alike=0, **ten).p == pytest.approx(2 / 2**10)
 
 
@@ -77,6 +77,17 @@ def test_images_of_one_prompt_are_not_independent_of_one_another():
     found = compare(images(repeated, prompts), images([0.0] * 200, prompts))
     assert found.better + found.worse == 200 and found.prompts_better + found.prompts_worse == found.prompts == 50
     assert found.p == pytest.approx(binomtest(int((effect > 0).sum()), 50).pvalue)
+
+
+def test_images_of_a_single_prompt_have_their_own_error():
+    found = compare(images([1.0, 1.0, 0.0, 1.0], "aaaa"), images([0.0] * 4, "aaaa"))
+    assert found.error == pytest.approx(0.25) and found.half_width == pytest.approx(3.182 * 0.25, rel=1e-3)
+    assert (found.p, found.prompts) == (1.0, 1)
+
+
+def test_few_prompts_widen_the_interval():
+    found = compare(images([1.0, 0.5, 0.0] * 4, "abc" * 4), images([0.0] * 12, "abc" * 4))
+    assert found.half_width == pytest.approx(4.303 * found.error, rel=1e-3), "Student's t of two degrees of freedom"
 
 
 def test_a_prompt_whose_images_cancel_out_decides_nothing():

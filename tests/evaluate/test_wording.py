@@ -40,5 +40,29 @@ def test_the_outcome_says_what_mean_and_sign_test_show(found, told):
     assert verdict("DPO", "SFT", found).endswith(told)
 
 
+def of_prompts(found, prompts, better, worse, half_width):
+    own = {"prompts": prompts, "prompts_better": better, "prompts_worse": worse, "half_width": half_width}
+    return found | own
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        # More images are better, but they are those of one prompt, and its test has the other direction.
+        (of_prompts(gain(1 / 3, 0.3, 20, 10, 0.012), 11, 1, 10, 0.7), "more prompts are worse than better, but no ch"),
+        (of_prompts(gain(0.2, 0.05, 60, 10, 0.2, 170), 87, 12, 5, 0.1), "the mean is higher, but not for most prompts"),
+        (of_prompts(gain(0.2, 0.05, 60, 10, 1e-4, 170), 87, 30, 5, 0.1), "better"),
+        (of_prompts(gain(0.2, 0.05, 60, 10, 0.3, 170), 87, 12, 5, 0.3), "no difference shown"),
+    ],
+)
+def test_the_test_counts_prompts_where_they_repeat(found, told):
+    assert outcome(found).startswith(told)
+    assert verdict("DPO", "SFT", found).startswith(
+        f"DPO against SFT on the same {found['better'] + found['worse'] + found['alike']} images of {found['prompts']} "
+        f"prompts: {found['better']} better, {found['worse']} worse"
+    )
+    assert f"of {found['prompts_better']} prompts better and {found['prompts_worse']} worse" in verdict("", "", found)
+
+
 def test_agreement_names_right_pairs_share_and_interval():
     assert agreement({"right": 8.5, "n": 10, "low": 0.5, "high": 0.9}) == "8.5 of 10 pairs: 0.85 (0.50 to 0.90)"

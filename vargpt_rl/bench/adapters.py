@@ -49,7 +49,7 @@ class AdapterStudy(StudySizes):
     faster: Positive = 10.0
     """Factor of an adapter's learning rates over those of whole weights; its alpha is twice its rank."""
     faster_online: Positive = 2.5
-    """The same for GRPO, whose few steps are as large as AdamW makes them."""
+    """The same for GRPO, whose first steps AdamW makes as large as the rate: they then change the weights alike."""
 
     def __post_init__(self):
         for variant in self.variants:

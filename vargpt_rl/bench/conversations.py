@@ -32,8 +32,8 @@ TWO_KINDS = ("two_objects", "position", "colour_attribution")
 """Tasks some of whose captions have two kinds of things."""
 SHOWN_SIDE = 128
 
-Results = dict[str, list[bool]]
-"""Whether each reply of a kind was right."""
+Results = dict[str, list[tuple[str, bool]]]
+"""Of each reply of a kind, the caption that it depends on, and whether it was right."""
 
 
 @dataclass
@@ -66,17 +66,18 @@ def converse(talk: Conversation, rng: np.random.Generator, results: Results) -> 
     caption, other = (sample_scene(rng, split="held_out").caption for _ in range(2))
     image = drawn_alone(talk.say(caption))
     right = image is not None and check(image, caption).correct
-    results["drawing, turn 1"].append(right)
+    results["drawing, turn 1"].append((caption, right))
     if image is None or not right:
         return
     before = Scene(caption, "", tuple(find_things(image)))
     asked, answer = question(before, rng)
-    results["question about it, turn 2"].append(said(talk.say(asked)) == answer)
+    results["question about it, turn 2"].append((caption, said(talk.say(asked)) == answer))
     instruction, after = edit(before, rng)
     changed = drawn_alone(talk.say(instruction))
-    results["change of it, turn 3"].append(changed is not None and check_edit(before, after, changed).correct)
+    right = changed is not None and check_edit(before, after, changed).correct
+    results["change of it, turn 3"].append((caption, right))
     last = drawn_alone(talk.say(other))
-    results["another drawing, turn 4"].append(last is not None and check(last, other).correct)
+    results["another drawing, turn 4"].append((other, last is not None and check(last, other).correct))
 
 
 def two_kinds(rng: np.random.Generator) -> Scene:
@@ -93,23 +94,26 @@ def measure(checkpoint: str, config: ConversationBench) -> Results:
     model, chat = load(folder)
     defaults = read_defaults(folder)
     sampling = SamplingConfig() if defaults.cfg is None else SamplingConfig(cfg=defaults.cfg)
-    rng = np.random.default_rng(config.seed)
     results: Results = defaultdict(list)
 
-    def begin(seed: int) -> Conversation:
-        return Conversation(model, chat, (config.resolution,) * 2, sampling, seed=seed)
+    def begin(number: int) -> Conversation:
+        return Conversation(model, chat, (config.resolution,) * 2, sampling, seed=config.seed + 10 * number)
 
     for number in range(config.count):
-        converse(begin(config.seed + 10 * number), rng, results)
+        converse(begin(number), np.random.default_rng([config.seed, number]), results)
     for number in range(config.count):
+        rng = np.random.default_rng([config.seed, config.count + number])
         scene = two_kinds(rng)
         image = render(scene, SHOWN_SIDE, "clean", rng)
         asked, answer = question(scene, rng)
-        results["question, two kinds shown"].append(said(begin(number).say(asked, [image])) == answer)
-        results["list of two kinds shown"].append(said(begin(number).say(DESCRIBE, [image])) == describe(scene))
         instruction, after = edit(scene, rng)
         changed = drawn_alone(begin(number).say(instruction, [image]))
-        results["change, two kinds shown"].append(changed is not None and check_edit(scene, after, changed).correct)
+        for kind, right in {
+            "question, two kinds shown": said(begin(number).say(asked, [image])) == answer,
+            "list of two kinds shown": said(begin(number).say(DESCRIBE, [image])) == describe(scene),
+            "change, two kinds shown": changed is not None and check_edit(scene, after, changed).correct,
+        }.items():
+            results[kind].append((scene.caption, right))
     return results
 
 
@@ -123,12 +127,12 @@ def table(measured: dict[str, Results]) -> str:
     return "\n".join(lines)
 
 
-def _cell(right: list[bool]) -> str:
-    """Format a share with its interval and the number of replies."""
-    if not right:
+def _cell(replies: list[tuple[str, bool]]) -> str:
+    """Format a share with its interval, clustered by caption, and the number of replies."""
+    if not replies:
         return "-"
-    share = with_interval("right", [float(each) for each in right])
-    return f"{share['right']:.3f} ({share['right_low']:.2f} to {share['right_high']:.2f}) of {len(right)}"
+    share = with_interval("right", [float(right) for _, right in replies], [caption for caption, _ in replies])
+    return f"{share['right']:.3f} ({share['right_low']:.2f} to {share['right_high']:.2f}) of {len(replies)}"
 
 
 def run(config: ConversationBench) -> None:

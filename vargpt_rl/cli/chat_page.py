@@ -1,6 +1,7 @@
 """A local page to chat on: ``vargpt-rl chat --page``. Images, seeds, sizes, and two checkpoints side by side.
 
-One conversation with each checkpoint at a time. A turn goes to all of them, with the same seed and size.
+One conversation with each checkpoint at a time, of as many turns as it was trained on. A turn goes to all of them, with
+the same seed and size.
 """
 
 import base64
@@ -14,7 +15,7 @@ from typing import Annotated
 
 from PIL import Image
 
-from vargpt_rl.chat import ChatConfig, Talk
+from vargpt_rl.chat import NEW, ChatConfig, Talk
 from vargpt_rl.common.command import load_command
 from vargpt_rl.data.images import decode
 from vargpt_rl.inference.conversation import Conversation, Reply, load
@@ -62,7 +63,8 @@ class Speaker:
             conversation.resize(size)
             conversation.next_seed = turn.seed
 
-        return parts_of(self.talk.say(turn.text, images, turn.draw, adjust))
+        parts = parts_of(self.talk.say(turn.text, images, turn.draw, adjust))
+        return [{"text": NEW}, *parts] if self.talk.is_new and self.talk.turns != 1 else parts
 
 
 def parts_of(reply: Reply) -> list[dict[str, str | int]]:

@@ -15,13 +15,14 @@ def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
 
     ``clusters`` names the group of each value, such as the prompt of an image: values of a group need not be
     independent, and what counts for the error are the groups' sums (cluster-robust, with the factor G / (G - 1) for G
-    groups; Liang and Zeger, 1986). If every value is a group of its own, that is the plain standard error.
+    groups; Liang and Zeger, 1986). If every value is a group of its own, that is the plain standard error, which a
+    single group has too: it is then the error of that group's mean.
     """
     if not values:
         raise ValueError("no values to average: nothing was scored")
     mean = float(np.mean(values))
     sums: dict[Hashable, float] = defaultdict(float)
-    for value, cluster in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
+    for value, cluster in zip(values, _groups(values, clusters), strict=True):
         sums[cluster] += value - mean
     groups = len(sums)
     if groups == 1:
@@ -33,23 +34,39 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None
     """Return the 95 % confidence interval of the mean; None for a single value that is neither 0 nor 1.
 
     Of a share (all values are 0 or 1) it is Wilson's score interval, which is honest for few values and near 0 and 1;
-    else Student's t interval. With ``clusters`` (`mean_and_error`), a share has the effective number of values: as many
-    independent ones as have its error (Kish, 1965), or as there are groups where all values are alike. ValueError if
-    there are no values.
+    else Student's t interval. With ``clusters`` (`mean_and_error`), a share counts as many independent values as would
+    have its error and Student's interval (Korn and Graubard, 1998), at most all. ValueError if there are no values.
     """
     mean, error = mean_and_error(values, clusters)
-    groups = len(values) if clusters is None else len(set(clusters))
+    groups = len(set(_groups(values, clusters)))
     if set(values) <= {0.0, 1.0}:
         count: float = len(values)
         if groups < count:
-            count = min(count, mean * (1 - mean) / error**2) if error else groups
+            if 0 < mean < 1 and error > 0:
+                count = min(count, mean * (1 - mean) / error**2)
+            count = max(1.0, count * (_student(10**9) / _student(groups - 1)) ** 2)
         return wilson(mean * count, count)
     if groups == 1:
         return None
+    half = _student(groups - 1) * error
+    return mean - half, mean + half
+
+
+def half_width(error: float, groups: int) -> float:
+    """Return half the width of the 95 % interval of a mean of so many groups with this standard error (Student's t)."""
+    return _student(groups - 1) * error if groups > 1 else math.inf
+
+
+def _student(degrees: int) -> float:
+    """Return the quantile of Student's t that a 95 % interval takes."""
     from scipy.stats import t
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
-    return mean - half, mean + half
+    return float(t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
+def _groups(values: Sequence[float], clusters: Sequence[Hashable] | None) -> Sequence[Hashable]:
+    """Return the group of each value: its own without ``clusters``, or if these are all the same."""
+    return range(len(values)) if clusters is None or len(set(clusters)) == 1 else clusters
 
 
 def wilson(successes: float, count: float) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def varied_scene(rng: np.random.Generator, split: str = "train") -> Scene:
 
 
 def dialogue(rng: np.random.Generator, turns: int, split: str = "train") -> Dialogue:
-    """Make a conversation. It begins with a drawing, or with an image that the user shows.
+    """Make a conversation. It begins with a drawing, with an image that the user shows, or with small talk.
 
     Questions and edits are about the latest image. Every second one shows it again, as chats do that need it seen.
     """

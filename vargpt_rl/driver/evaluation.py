@@ -209,7 +209,7 @@ def bit_nll(context: StageContext, policy: Policy) -> dict[str, float]:
     winners = list(encode_winners(context, prompts).values())
     scores = context.pool.run(Worker.score, [(winner.prompt, winner.bits) for winner in winners], context.resolution)
     each = [-score.total / (8 * len(winner.bits)) for winner, score in zip(winners, scores, strict=True)]
-    mean, error = mean_and_error(each)
+    mean, error = mean_and_error(each, [winner.prompt.text for winner in winners])
     return {"nats": mean, "nats_stderr": error, "n": len(each)}
 
 

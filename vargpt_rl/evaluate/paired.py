@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vargpt_rl.common.averages import mean_and_error
+from vargpt_rl.common.averages import half_width, mean_and_error
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
 
@@ -72,6 +72,9 @@ class Comparison:
 
     gain: float
     error: float
+    """Standard error of the gain, clustered by prompt."""
+    half_width: float
+    """Half the width of the gain's 95 % interval."""
     better: int
     worse: int
     alike: int
@@ -99,10 +102,13 @@ class Comparison:
         return {
             name: self.gain,
             f"{name}_stderr": self.error,
+            f"{name}_half_width": self.half_width,
             f"{name}_better": self.better,
             f"{name}_worse": self.worse,
             f"{name}_alike": self.alike,
             f"{name}_prompts": self.prompts,
+            f"{name}_prompts_better": self.prompts_better,
+            f"{name}_prompts_worse": self.prompts_worse,
             f"{name}_p": self.p,
         }
 
@@ -120,6 +126,7 @@ def compare(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> C
     return Comparison(
         gain=gain,
         error=error,
+        half_width=half_width(error, len(sums) if len(sums) > 1 else len(differences)),
         better=of_images[1],
         worse=of_images[-1],
         alike=of_images[0],

@@ -20,8 +20,8 @@ from vargpt_rl.evaluate.settings import EvaluateConfig
 
 Value = TypeVar("Value")
 NOTE = (
-    "Accuracies with their 95 % interval (Wilson), in which images of one caption are not independent. It does not "
-    "include the variance over seeds."
+    "Accuracies with their 95 % interval (Wilson); images of one caption count as dependent. It does not include the "
+    "variance over seeds."
 )
 COUNT = 300
 """Number of captions, of edits and of questions, unless ``limit`` is set."""

@@ -28,35 +28,44 @@ def with_bounds(result: Mapping[str, float], key: str) -> str:
 
 
 def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
-    """Say what a comparison shows; ``gain`` has the keys gain, stderr, better, worse, alike, p, and mostly prompts."""
+    """Say what a comparison shows; ``gain`` is that of `gain_of`."""
     better, worse, alike = (round(gain[key]) for key in ("better", "worse", "alike"))
-    count = better + worse + alike
-    prompts = round(gain.get("prompts", count))
-    images = f"{count} images" + (f" of {prompts} prompts" if prompts < count else "")
-    low, high = gain["gain"] - Z * gain["stderr"], gain["gain"] + Z * gain["stderr"]
+    low, high = gain["gain"] - _half_width(gain), gain["gain"] + _half_width(gain)
+    of_prompts = test_of = ""
+    if "prompts" in gain and gain["prompts"] < better + worse + alike:
+        of_prompts = f" of {gain['prompts']:.0f} prompt{'s' if gain['prompts'] > 1 else ''}"
+        test_of = f" of {gain['prompts_better']:.0f} prompts better and {gain['prompts_worse']:.0f} worse"
     return (
-        f"{policy} against {baseline} on the same {images}: {better} better, {worse} worse, "
-        f"{alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
-        f"sign test {p_value(gain['p'])}: {outcome(gain)}"
+        f"{policy} against {baseline} on the same {better + worse + alike} images{of_prompts}: {better} better, "
+        f"{worse} worse, {alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
+        f"sign test{test_of} {p_value(gain['p'])}: {outcome(gain)}"
     )
+
+
+def _half_width(gain: Mapping[str, float]) -> float:
+    """Return half the width of a gain's 95 % interval; older results have none, and a normal one is taken."""
+    return gain.get("half_width", Z * gain["stderr"])
 
 
 def outcome(gain: Mapping[str, float]) -> str:
     """Say in words what mean and sign test show together.
 
-    The sign test counts prompts, the mean weighs them by how far they differ: a few large losses can outweigh many
-    small gains. Where every difference is one (right or wrong), both say the same and the exact test decides.
+    The sign test counts prompts (images, in older results), the mean weighs them by how far they differ: a few large
+    losses can outweigh many small gains. Where every prompt has one image, right or wrong, both say the same and the
+    exact test decides.
     """
-    ahead = gain["better"] - gain["worse"]
-    of_images = 0 if gain["p"] >= SHOWN_BELOW else 1 if ahead > 0 else -1
-    width = Z * gain["stderr"]
-    of_mean = 1 if gain["gain"] > width else -1 if gain["gain"] < -width else 0
     count = gain["better"] + gain["worse"] + gain["alike"]
-    if of_images == of_mean or abs(gain["gain"] * count - ahead) < 1e-6:
-        return OUTCOMES[of_images]
-    if not of_images:
-        return f"the mean is {'higher' if of_mean > 0 else 'lower'}, but not for most images: a few differ by much"
-    told = f"more images are {'better than worse' if of_images > 0 else 'worse than better'}"
+    units = "prompts" if "prompts" in gain else "images"
+    ahead = gain.get("prompts_better", gain["better"]) - gain.get("prompts_worse", gain["worse"])
+    of_units = 0 if gain["p"] >= SHOWN_BELOW else 1 if ahead > 0 else -1
+    width = _half_width(gain)
+    of_mean = 1 if gain["gain"] > width else -1 if gain["gain"] < -width else 0
+    is_exact = gain.get("prompts", count) == count and abs(gain["gain"] * count - ahead) < 1e-6
+    if of_units == of_mean or is_exact:
+        return OUTCOMES[of_units]
+    if not of_units:
+        return f"the mean is {'higher' if of_mean > 0 else 'lower'}, but not for most {units}: a few differ by much"
+    told = f"more {units} are {'better than worse' if of_units > 0 else 'worse than better'}"
     if not of_mean:
         return f"{told}, but no change of the mean is shown"
     return f"{told}, but the mean is {'higher' if of_mean > 0 else 'lower'}: a few differ by much. Look at them"
@@ -76,9 +85,10 @@ def p_value(p: float) -> str:
 def gain_of(result: Mapping[str, float], name: str) -> dict[str, float] | None:
     """Return the comparison called ``name`` in a result (`vargpt_rl.evaluate.paired.Comparison.as_metrics`), if any.
 
-    Older results have no number of prompts.
+    It has the keys gain, stderr, better, worse, alike and p. Those about prompts and the half width are missing from
+    older results.
     """
     if f"{name}_p" not in result:
         return None
-    keys = ("stderr", "better", "worse", "alike", "prompts", "p")
-    return {"gain": result[name]} | {key: result[f"{name}_{key}"] for key in keys if f"{name}_{key}" in result}
+    own = ("stderr", "half_width", "better", "worse", "alike", "prompts", "prompts_better", "prompts_worse", "p")
+    return {"gain": result[name]} | {key: result[f"{name}_{key}"] for key in own if f"{name}_{key}" in result}
