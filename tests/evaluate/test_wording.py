@@ -61,7 +61,8 @@ def test_the_test_counts_prompts_where_they_repeat(found, told):
         f"DPO against SFT on the same {found['better'] + found['worse'] + found['alike']} images of {found['prompts']} "
         f"prompts: {found['better']} better, {found['worse']} worse"
     )
-    assert f"of {found['prompts_better']} prompts better and {found['prompts_worse']} worse" in verdict("", "", found)
+    told_test = f"sign test of prompts ({found['prompts_better']} better, {found['prompts_worse']} worse) p "
+    assert told_test in verdict("DPO", "SFT", found)
 
 
 def test_agreement_names_right_pairs_share_and_interval():

@@ -34,7 +34,7 @@ def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
     of_prompts = test_of = ""
     if "prompts" in gain and gain["prompts"] < better + worse + alike:
         of_prompts = f" of {gain['prompts']:.0f} prompt{'s' if gain['prompts'] > 1 else ''}"
-        test_of = f" of {gain['prompts_better']:.0f} prompts better and {gain['prompts_worse']:.0f} worse"
+        test_of = f" of prompts ({gain['prompts_better']:.0f} better, {gain['prompts_worse']:.0f} worse)"
     return (
         f"{policy} against {baseline} on the same {better + worse + alike} images{of_prompts}: {better} better, "
         f"{worse} worse, {alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
