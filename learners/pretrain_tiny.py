@@ -34,7 +34,7 @@ from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.data.batches import DrawExample, Example, Row, SftCollator, TextExample
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.shapes import Scene, render, sample_scene
-from vargpt_rl.data.shapes_dialogues import Dialogue, ask, dialogue, varied_scene
+from vargpt_rl.data.shapes_dialogues import ShapesDialogue, ask, dialogue, varied_scene
 from vargpt_rl.data.shapes_tasks import edit
 from vargpt_rl.losses.supervised import sft_loss
 from vargpt_rl.model.configuration import VargptConfig
@@ -174,10 +174,10 @@ def question_examples(chat: ChatFormat, rng: np.random.Generator, count: int) ->
     return examples
 
 
-class Conversation(NamedTuple):
+class EncodedDialogue(NamedTuple):
     """A dialogue, with the features of the images that the assistant draws in it."""
 
-    dialogue: Dialogue
+    dialogue: ShapesDialogue
     features: tuple[np.ndarray, ...]
 
     def row(self, chat: ChatFormat, side: int, rng: np.random.Generator) -> Row:
@@ -195,7 +195,7 @@ class Conversation(NamedTuple):
 
 
 @torch.inference_mode()
-def encode_conversations(model: Vargpt, count: int, side: int, seed: int) -> list[Conversation]:
+def encode_conversations(model: Vargpt, count: int, side: int, seed: int) -> list[EncodedDialogue]:
     """Conversations of two to four turns that draw at least once."""
     rng, conversations = np.random.default_rng(seed), []
     while len(conversations) < count:
@@ -203,7 +203,7 @@ def encode_conversations(model: Vargpt, count: int, side: int, seed: int) -> lis
         drawn = [image_tensor(turn.drawn, side, talk.style, rng) for turn in talk.turns if turn.drawn]
         if drawn:
             features = model.image_tokenizer.features(torch.stack(drawn).float() / 127.5 - 1).half().numpy()
-            conversations.append(Conversation(talk, tuple(features)))
+            conversations.append(EncodedDialogue(talk, tuple(features)))
     return conversations
 
 
@@ -239,7 +239,7 @@ class Corpora(NamedTuple):
 
     drawings: dict[int, list[DrawExample]]
     edits: dict[int, list[Edit]]
-    conversations: dict[int, list[Conversation]]
+    conversations: dict[int, list[EncodedDialogue]]
 
     def batches(self, side: int, chat: ChatFormat, rng: np.random.Generator) -> dict[str, list[Example]]:
         """Sample a step's examples of each kind, questions included."""

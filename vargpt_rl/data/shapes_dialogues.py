@@ -24,7 +24,7 @@ SMALL_TALK = {
 
 
 @dataclass(frozen=True)
-class Turn:
+class ShapesTurn:
     """A turn of the user, and the reply: words, or an image of ``drawn`` after `REPLY`."""
 
     text: str
@@ -35,10 +35,10 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class ShapesDialogue:
     """A conversation, all of whose images are in one style."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[ShapesTurn, ...]
     style: str
 
 
@@ -72,13 +72,13 @@ def varied_scene(rng: np.random.Generator, split: str = "train") -> Scene:
     return edit(scene, rng)[1] if rng.random() < 0.5 else scene
 
 
-def dialogue(rng: np.random.Generator, turns: int, split: str = "train") -> Dialogue:
+def dialogue(rng: np.random.Generator, turns: int, split: str = "train") -> ShapesDialogue:
     """Make a conversation. It begins with a drawing, with an image that the user shows, or with small talk.
 
     Questions and edits are about the latest image. Every second one shows it again, as chats do that need it seen.
     """
     latest: Scene | None = None
-    made: list[Turn] = []
+    made: list[ShapesTurn] = []
     for _ in range(turns):
         kind = str(rng.choice(list(_KINDS), p=_SHARES if latest else _FIRST))
         turn = _KINDS[kind](latest, rng, split)
@@ -86,35 +86,35 @@ def dialogue(rng: np.random.Generator, turns: int, split: str = "train") -> Dial
         latest = turn.drawn or turn.shown or latest
     shows = made[0].shown is not None
     style = str(rng.choice(["commercial", "clean"] if shows else ["clean", "clean", "corpus"]))
-    return Dialogue(tuple(made), style)
+    return ShapesDialogue(tuple(made), style)
 
 
-def _draw(latest: Scene | None, rng: np.random.Generator, split: str) -> Turn:
+def _draw(latest: Scene | None, rng: np.random.Generator, split: str) -> ShapesTurn:
     scene = sample_scene(rng, split=split)
-    return Turn(scene.caption, drawn=scene)
+    return ShapesTurn(scene.caption, drawn=scene)
 
 
-def _ask(latest: Scene | None, rng: np.random.Generator, split: str) -> Turn:
+def _ask(latest: Scene | None, rng: np.random.Generator, split: str) -> ShapesTurn:
     scene = latest or varied_scene(rng, split)
-    return Turn(*ask(scene, rng, described=0.3), shown=_shown(latest, scene, rng))
+    return ShapesTurn(*ask(scene, rng, described=0.3), shown=_shown(latest, scene, rng))
 
 
-def _change(latest: Scene | None, rng: np.random.Generator, split: str) -> Turn:
+def _change(latest: Scene | None, rng: np.random.Generator, split: str) -> ShapesTurn:
     scene = latest or sample_scene(rng, split=split)
     instruction, after = edit(scene, rng)
-    return Turn(instruction, shown=_shown(latest, scene, rng), drawn=after)
+    return ShapesTurn(instruction, shown=_shown(latest, scene, rng), drawn=after)
 
 
 def _shown(latest: Scene | None, scene: Scene, rng: np.random.Generator) -> Scene | None:
     return scene if latest is None or rng.random() < 0.5 else None
 
 
-def _talk(latest: Scene | None, rng: np.random.Generator, split: str) -> Turn:
+def _talk(latest: Scene | None, rng: np.random.Generator, split: str) -> ShapesTurn:
     text = str(rng.choice(list(SMALL_TALK)))
-    return Turn(text, SMALL_TALK[text])
+    return ShapesTurn(text, SMALL_TALK[text])
 
 
-_KINDS: dict[str, Callable[[Scene | None, np.random.Generator, str], Turn]] = {
+_KINDS: dict[str, Callable[[Scene | None, np.random.Generator, str], ShapesTurn]] = {
     "draw": _draw,
     "ask": _ask,
     "change": _change,
