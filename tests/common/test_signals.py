@@ -28,11 +28,31 @@ except SystemExit:
 finally:
     print("saved", file=sys.stderr)
 """
+DELETING = """
+    import time
+    class Thing:
+        def __del__(self):
+            time.sleep(0.3)  # an exception in here would be printed and forgotten
+    while True:
+        Thing()
+        time.sleep(0.2)
+"""
+CALLED_BACK = """
+    import time, weakref
+    class Thing:
+        pass
+    thing = Thing()
+    weakref.finalize(thing, time.sleep, 0.5)
+    del thing
+    time.sleep(60)
+"""
 PHASES = {
     "asleep": "import time; time.sleep(60)",
     "busy": "sum(i for i in iter(int, 1))",
     "printing": "[print('x' * 100, file=sys.stderr) for _ in iter(int, 1)]",
     "importing": "import torch, transformers, ray; import time; time.sleep(60)",
+    "in a finalizer": DELETING.strip(),
+    "in a callback of a weak reference": CALLED_BACK.strip(),
     "in a child": "import subprocess; subprocess.run(['sleep', '60'])",
 }
 

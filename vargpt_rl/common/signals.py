@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import sys
+import weakref
+from types import FrameType
 
 STOPS = {
     signal.SIGTERM: os.EX_TEMPFAIL,
@@ -22,14 +24,35 @@ class Stop:
     """What to say about resuming."""
 
 
-def stop(number: int, _frame: object) -> None:
-    """Signal handler: raise SystemExit, and ignore further signals. Raised inside a call of Ray, its status is lost."""
+RETRY_S = 0.05
+"""Seconds until a signal is handled again that came while Python would have dropped the exception."""
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Signal handler: raise SystemExit, and ignore further signals. Raised inside a call of Ray, its status is lost.
+
+    Python prints an exception in a finalizer or in a callback of a weak reference, and goes on: there the handler
+    returns, and is called again a little later.
+    """
+    if _drops_exceptions(frame):
+        signal.signal(signal.SIGALRM, lambda _, later: stop(number, later))
+        signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+        return
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     Stop.code = STOPS[signal.Signals(number)]
     with contextlib.suppress(OSError):  # the terminal may be gone; a print may have been interrupted
         os.write(2, f"{signal.Signals(number).name}: stopping; {Stop.resume}\n".encode())
     sys.exit(Stop.code)
+
+
+def _drops_exceptions(frame: FrameType | None) -> bool:
+    """Tell whether Python is in a finalizer or in a callback of the module weakref."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def handle_signals() -> None:
