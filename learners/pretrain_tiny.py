@@ -235,7 +235,7 @@ MUON_LR = 6e-3
 
 
 class Corpora(NamedTuple):
-    """What is trained on besides questions, by resolution."""
+    """Drawings, edits and conversations to train on, by resolution."""
 
     drawings: dict[int, list[DrawExample]]
     edits: dict[int, list[Edit]]

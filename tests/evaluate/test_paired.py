@@ -85,6 +85,11 @@ def test_images_of_a_single_prompt_have_their_own_error():
     assert (found.p, found.prompts) == (1.0, 1)
 
 
+def test_a_single_image_has_finite_figures():
+    found = compare(images([1.0]), images([0.0]))
+    assert (found.gain, found.error, found.half_width, found.p) == (1.0, 0.0, 0.0, 1.0)
+
+
 def test_few_prompts_widen_the_interval():
     found = compare(images([1.0, 0.5, 0.0] * 4, "abc" * 4), images([0.0] * 12, "abc" * 4))
     assert found.half_width == pytest.approx(4.303 * found.error, rel=1e-3), "Student's t of two degrees of freedom"

@@ -44,20 +44,21 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None
         if groups < count:
             if 0 < mean < 1 and error > 0:
                 count = min(count, mean * (1 - mean) / error**2)
-            count = max(1.0, count * (_student(10**9) / _student(groups - 1)) ** 2)
+            count = max(1.0, count * (_student(math.inf) / _student(groups - 1)) ** 2)
         return wilson(mean * count, count)
     if groups == 1:
         return None
-    half = _student(groups - 1) * error
+    half = half_width(values, clusters)
     return mean - half, mean + half
 
 
-def half_width(error: float, groups: int) -> float:
-    """Return half the width of the 95 % interval of a mean of so many groups with this standard error (Student's t)."""
-    return _student(groups - 1) * error if groups > 1 else math.inf
+def half_width(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
+    """Return half the width of the mean's 95 % interval by Student's t; 0, as its error, for a single value."""
+    error = mean_and_error(values, clusters)[1]
+    return _student(len(set(_groups(values, clusters))) - 1) * error if error else 0.0
 
 
-def _student(degrees: int) -> float:
+def _student(degrees: float) -> float:
     """Return the quantile of Student's t that a 95 % interval takes."""
     from scipy.stats import t
 

@@ -126,7 +126,7 @@ def compare(images: Sequence[ScoredImage], baseline: Sequence[ScoredImage]) -> C
     return Comparison(
         gain=gain,
         error=error,
-        half_width=half_width(error, len(sums) if len(sums) > 1 else len(differences)),
+        half_width=half_width(differences, prompts),
         better=of_images[1],
         worse=of_images[-1],
         alike=of_images[0],
