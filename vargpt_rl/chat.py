@@ -19,6 +19,7 @@ from vargpt_rl.common.command import run_command
 from vargpt_rl.data.images import read_image
 from vargpt_rl.inference.conversation import Conversation, Reply, ReplyConfig, load
 from vargpt_rl.inference.images import DrawingSettings, make_folder, save_image
+from vargpt_rl.model.drawing_defaults import NO_EDITS
 from vargpt_rl.model.hub import check_model
 
 HELP = """\
@@ -48,7 +49,6 @@ class ChatConfig(DrawingSettings):
 
 
 NEW = "(a new conversation)"
-NO_EDITS = "This checkpoint was not trained on edits: expect no image that makes sense."
 
 
 def described(turns: int) -> str:
@@ -63,8 +63,8 @@ class Talk:
     """One user's turns with a model. ``begin`` starts a new conversation.
 
     One also starts after ``turns`` turns, those of the longest conversations that the model was trained on, if that is
-    known; ``is_new`` tells whether the last turn began one so. A question in a conversation without images shows the
-    last image that was shown or drawn before.
+    known; ``is_new`` tells whether the last turn began one so, unless every turn does. A question in a conversation
+    without images shows the last image that was shown or drawn before.
     """
 
     def __init__(self, begin: Callable[[], Conversation], turns: int | None = None):
@@ -94,9 +94,10 @@ class Talk:
 
         Raises ValueError if that is impossible.
         """
-        self.is_new = self.taken == self.turns
-        if self.is_new:
+        restarts = self.taken == self.turns
+        if restarts:
             self._start()
+        self.is_new = restarts and self.turns != 1
         asks = text.endswith("?") and not draw
         shown = list(images) or ([] if self.has_image or not asks else self.last)
         if adjust:
@@ -169,7 +170,7 @@ class Chat:
         images, draw = self.images, self.draw
         self.images, self.draw = [], False
         reply = self.talk.say(text, images, draw)
-        if self.talk.is_new and self.talk.turns != 1:
+        if self.talk.is_new:
             print(NEW, flush=True)
         self.show(reply)
 
@@ -181,7 +182,7 @@ class Chat:
         if not self.images:
             raise ValueError("/edit: there is no image yet, draw one or give one by /image FILE")
         if self.edits is False:
-            print(NO_EDITS, flush=True)
+            print(f"This checkpoint {NO_EDITS}.", flush=True)
         self.draw = True
         self.say(text)
 

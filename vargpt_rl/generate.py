@@ -31,6 +31,7 @@ from vargpt_rl.inference.images import (
     make_folder,
     save_image,
 )
+from vargpt_rl.model.drawing_defaults import NO_EDITS
 from vargpt_rl.model.hub import check_model
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def generate(config: GenerateConfig) -> None:
     except ValueError as error:
         raise ValueError(f"image={error}") from error
     if image is not None and config.defaults.edits is False:
-        logger.warning("%s was not trained on edits: expect no image that makes sense", config.checkpoint)
+        logger.warning("%s %s", config.checkpoint, NO_EDITS)
     wanted = plan(config, folder, read_prompts(config))
     look = None if image is None else lambda _: image
     made = draw_missing(

@@ -24,8 +24,7 @@ from vargpt_rl.data.shapes_dialogues import DESCRIBE, describe
 from vargpt_rl.data.shapes_edit_check import check_edit
 from vargpt_rl.data.shapes_tasks import edit, question
 from vargpt_rl.inference.conversation import Conversation, DrawnImage, Reply, load
-from vargpt_rl.model.drawing_defaults import read_defaults
-from vargpt_rl.model.generate import SamplingConfig
+from vargpt_rl.inference.images import DrawingSettings
 from vargpt_rl.model.hub import check_model
 
 TWO_KINDS = ("two_objects", "position", "colour_attribution")
@@ -90,14 +89,12 @@ def two_kinds(rng: np.random.Generator) -> Scene:
 
 def measure(checkpoint: str, config: ConversationBench) -> Results:
     """Return whether each reply of a model was right, by kind."""
-    folder = check_model(checkpoint)
-    model, chat = load(folder)
-    defaults = read_defaults(folder)
-    sampling = SamplingConfig() if defaults.cfg is None else SamplingConfig(cfg=defaults.cfg)
+    settings = DrawingSettings(checkpoint=checkpoint, resolution=config.resolution)
+    model, chat = load(check_model(checkpoint))
     results: Results = defaultdict(list)
 
     def begin(number: int) -> Conversation:
-        return Conversation(model, chat, (config.resolution,) * 2, sampling, seed=config.seed + 10 * number)
+        return Conversation(model, chat, settings.size, settings.sampling, seed=config.seed + 10 * number)
 
     for number in range(config.count):
         converse(begin(number), np.random.default_rng([config.seed, number]), results)

@@ -64,7 +64,7 @@ class Speaker:
             conversation.next_seed = turn.seed
 
         parts = parts_of(self.talk.say(turn.text, images, turn.draw, adjust))
-        return [{"text": NEW}, *parts] if self.talk.is_new and self.talk.turns != 1 else parts
+        return [{"text": NEW}, *parts] if self.talk.is_new else parts
 
 
 def parts_of(reply: Reply) -> list[dict[str, str | int]]:

@@ -12,6 +12,8 @@ from vargpt_rl.common.settings import Between, Count, NotNegative, Positive, par
 
 FILE = "generation_config.json"
 KEY = "image_generation"
+NO_EDITS = "was not trained on edits: expect no image that makes sense"
+"""What to say of a checkpoint that is asked for an edit and has ``edits: false``."""
 
 
 @dataclass
