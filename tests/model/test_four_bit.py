@@ -62,6 +62,16 @@ def test_the_plan_counts_the_weights_in_4_bits(policy, quantised):
     assert saved == pytest.approx(1.484 * sum(sizes), rel=1e-3)
 
 
+@torch.no_grad()
+def test_layers_compute_alike_in_training_and_evaluation(policy):
+    model = load_policy(policy, torch.float32)
+    layer = model.get_submodule(four_bit_layers(model, QLORA.four_bit)[0])
+    inputs = torch.randn(5, layer.in_features)
+    evaluated = layer.eval()(inputs)
+    assert torch.equal(evaluated, layer.train()(inputs)) and torch.equal(evaluated, layer.eval()(inputs))
+    assert not torch.equal(evaluated, evaluated.bfloat16().float()), "nothing was rounded to bf16"
+
+
 def test_gradients_pass_through_4_bits_to_the_adapter(quantised):
     trained = freeze(quantised.train(), STAGES["understanding"], QLORA)
     ids = torch.arange(12)[None]

@@ -53,4 +53,5 @@ def quantise(model: nn.Module, parts: Sequence[str], device: str) -> None:
         if linear.bias is not None:
             small.bias = nn.Parameter(linear.bias.data, requires_grad=False)
         parent, _, own = name.rpartition(".")
+        small.support_avx512bf16_for_cpu = False  # else evaluation alone rounds to bf16 there, and training differs
         setattr(model.get_submodule(parent), own, small)
