@@ -107,12 +107,14 @@ def plan(
         needed = count = ranks + ceil(workers / workers_per_bundle)
         worker_bundles = [ranks + i // workers_per_bundle for i in range(workers)]
     if gpus and needed + text_gpus > gpus:
+        fitting = gpus - text_gpus
+        hint = f"; placement=colocated rollout.workers={fitting} learner.ranks={fitting} fits" if fitting > 0 else ""
         text, key = (f" and vLLM of {rollout.text_gpus:g}", "rollout.text_gpus, ") if text_gpus else ("", "")
         raise ValueError(
             f"{workers} rollout workers of {rollout.gpus_per_worker:g} GPUs and {ranks} learner ranks of "
             f"{gpus_per_rank:g}{text} need {needed + text_gpus} GPUs in placement={placement.kind}, but the cluster "
             f"has {gpus}; lower {key}rollout.workers, rollout.gpus_per_worker (a fraction shares a GPU) or "
-            "learner.ranks"
+            f"learner.ranks{hint}"
         )
 
     held = Counter([*range(ranks), *worker_bundles])

@@ -88,7 +88,7 @@ def _check_asked(config: "LoopConfig") -> None:
 
 def _check_data(config: "LoopConfig") -> None:
     """ValueError for what the stages need and the kind of data lacks."""
-    winners = {} if config.preference.pairs else {"preference.winners": config.preference.winners}
+    winners = {"preference.winners": config.preference.winners} if config.needs_winners else {}
     if config.data.kind in ("captioned", "pairs"):
         for stage in stages_of(config.stages):
             if stage.learns in (Learns.QUESTIONS, Learns.EDITS):
@@ -112,7 +112,7 @@ def _check_data(config: "LoopConfig") -> None:
             if config.data.max_tokens <= tokens:
                 raise ValueError(f"data.max_tokens={config.data.max_tokens}: an image of {resolution} px has {tokens}")
         if ALIGN in config.stages:
-            needed = {"preference.prompts": config.preference.prompts} | (winners if config.align.learns_pairs else {})
+            needed = {"preference.prompts": config.preference.prompts} | winners
             _check_set(needed, f"with data=records the iterations need {' and '.join(needed)}")
 
 

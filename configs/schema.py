@@ -204,6 +204,11 @@ class LoopConfig:
         return ALIGN in self.stages and "dpo" in self.align.methods
 
     @property
+    def needs_winners(self) -> bool:
+        """Tell whether the run makes pairs of a stronger system's images."""
+        return ALIGN in self.stages and self.align.learns_pairs and self.preference.uses_winners
+
+    @property
     def runs_rl(self) -> bool:
         """Tell whether the run trains on rewards of the policy's own images."""
         return ALIGN in self.stages and bool(self.align.online)

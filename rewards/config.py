@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.preferences import HUMAN
+from rewards.preferences import HUMAN, OWN_SAMPLES
 from vargpt_rl.common.settings import Count, Line
 
 
@@ -53,3 +53,9 @@ class PreferenceConfig:
     def asks_people(self) -> bool:
         """Tell whether people label the pairs."""
         return self.builder == HUMAN
+
+    @property
+    def uses_winners(self) -> bool:
+        """Tell whether pairs are made of a stronger system's images."""
+        among_samples = self.asks_people and self.options.get("against", "samples") == "samples"
+        return self.pairs is None and self.builder != OWN_SAMPLES and not among_samples

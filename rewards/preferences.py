@@ -26,6 +26,8 @@ from vargpt_rl.data.samples import Prompt, Sample, Winner
 
 HUMAN = "rewards.preferences:human"
 """The builder whose pairs people label before a run continues."""
+OWN_SAMPLES = "rewards.preferences:best_of_n"
+"""The builder that needs no winners."""
 Built = tuple[list["PreferencePair"], Counter[str]]
 RewardValue = float | None
 

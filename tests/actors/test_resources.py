@@ -62,6 +62,15 @@ def test_too_few_gpus_names_the_sum(placement):
         plan([{"CPU": 8.0, "GPU": 2.0}], RolloutConfig(2, share), ranks, "fp32", share, placement)
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_the_error_names_settings_that_fit(gpus):
+    nodes = [{"CPU": 8.0, "GPU": float(gpus)}]
+    hint = f"; placement=colocated rollout.workers={gpus} learner.ranks={gpus} fits"
+    with pytest.raises(ValueError, match=hint):
+        plan(nodes, RolloutConfig(), 2, "fp32")
+    assert plan(nodes, RolloutConfig(gpus, 0.5), gpus, "fp32", 0.5, COLOCATED).ranks == gpus
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=4),
     st.integers(1, 9),

@@ -47,6 +47,23 @@ def test_resuming_takes_settings_of_the_folder_alone(saved, tmp_path):
         load_config([f"resume={saved}"])
 
 
+def test_winners_are_needed_where_pairs_are_made_of_them():
+    given = ["data=captioned", "data.captions=a", "data.images=b"]
+    human, best = (f"preference.builder=rewards.preferences:{name}" for name in ("human", "best_of_n"))
+    reward = "reward.path=rewards.shapes:shapes_reward"
+    without = (
+        ["align.methods=[grpo]", reward],
+        [best, "preference.samples=2", reward],
+        [human, "preference.samples=2"],
+        ["stages=[pretrain]"],
+    )
+    for settings in without:
+        assert not load_config([*given, *settings]).needs_winners
+    for settings in ([], [reward], [human, "+preference.options.against=winners"]):
+        with pytest.raises(ValueError, match="preference.winners is not set"):
+            load_config([*given, *settings])
+
+
 def test_captioned_data_needs_its_three_paths():
     with pytest.raises(ValueError, match="preference.winners is not set"):
         load_config(["data=captioned", "data.captions=a", "data.images=b"])

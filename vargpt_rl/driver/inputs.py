@@ -39,9 +39,6 @@ logger = logging.getLogger(__name__)
 SHAPES_CHECK = "rewards.shapes:shapes_reward"
 """The reward that equals the shapes world's exact check."""
 
-OWN_SAMPLES = "rewards.preferences:best_of_n"
-"""The preference builder that needs no winners."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -190,17 +187,9 @@ def gather(config: LoopConfig) -> Inputs:
         stream=stream,
     )
     inputs.check_quarantine()
-    if ALIGN in config.stages and needs_winners(config) and config.data.kind != "shapes":
+    if config.needs_winners and config.data.kind != "shapes":
         check_winners(config, inputs)
     return inputs
-
-
-def needs_winners(config: LoopConfig) -> bool:
-    """Tell whether pairs are made of winners."""
-    preference = config.preference
-    among_samples = preference.asks_people and preference.options.get("against", "samples") == "samples"
-    without = preference.pairs is not None or preference.builder == OWN_SAMPLES or among_samples
-    return config.align.learns_pairs and not without
 
 
 def open_own_pairs(config: LoopConfig, quarantine: Quarantine) -> tuple[OwnPairs, PairImages]:
