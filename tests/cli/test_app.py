@@ -1,6 +1,7 @@
 """The tree of subcommands: help without imports, examples, hints, exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from vargpt_rl.cli import configuration, images, pages, runs, tools
 from vargpt_rl.cli.app import main, make_app
 from vargpt_rl.cli.images import BENCHMARKS, split_prompts
-from vargpt_rl.cli.programs import refuse_misspelt
-from vargpt_rl.cli.runs import RUN
+from vargpt_rl.cli.programs import CONFIG_GROUPS, Program, class_path, dotted_fields, refuse_misspelt
+from vargpt_rl.cli.runs import RUN, SETTINGS
 
 HEAVY = {"torch", "hydra", "omegaconf", "ray", "transformers", "numpy", "rich", "pandas"}
 CHECK = """
@@ -63,6 +65,21 @@ def test_help_exists_and_is_quick(helped, words):
 def test_help_has_examples_of_the_command(helped, words):
     _, found, examples = helped["pages"][" ".join(words)]["page"].partition("Examples:")
     assert found and f"vargpt-rl {' '.join(words)}" in examples
+
+
+def programs():
+    """All programs of the command."""
+    for module in (configuration, images, pages, runs, tools):
+        for found in vars(module).values():
+            yield from (each for each in (found if isinstance(found, tuple) else [found]) if isinstance(each, Program))
+
+
+@pytest.mark.parametrize("program", list(programs()), ids=lambda program: program.name)
+def test_examples_name_keys_that_exist(program):
+    paths = [*program.settings, *([SETTINGS] if program.passes_on else [])]
+    known = {key for path in paths for key, _ in dotted_fields(class_path(path))} | CONFIG_GROUPS
+    keys = [word.partition("=")[0] for line in program.examples for word in shlex.split(line) if "=" in word]
+    assert [key for key in keys if key not in known and not key.startswith("sources.")] == []
 
 
 def test_help_fits_a_terminal(helped):

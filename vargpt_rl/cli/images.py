@@ -66,7 +66,7 @@ EVAL = Program(
     summary="Measure checkpoints side by side on a benchmark; the same command resumes.",
     examples=(
         "vargpt-rl eval shapes 'checkpoints=[tiny,runs/demo/model]' resolution=256",
-        "vargpt-rl eval geneval checkpoint=DIR prompts=FILE detector=DIR",
+        "vargpt-rl eval geneval checkpoint=DIR prompts=evaluation_metadata.jsonl",
     ),
     settings=("vargpt_rl.evaluate.settings:EvaluateConfig",),
     hidden=("benchmark",),

@@ -17,8 +17,9 @@ DEMO = Program(
     summary="""
     Align the embedded model on the shapes world.
 
-    A little SFT, then GRPO on the model's own images at 256 px: some four minutes on two CPU cores. --full runs every
-    stage at 128 and 256 px, in some eight minutes. Results: runs/demo or runs/shapes-128-256.
+    A little SFT, then GRPO on the model's own images at 256 px: some four minutes on two CPU cores. --full
+    pretrains the projectors, trains understanding, and aligns by SFT, DPO and GRPO at 128 and 256 px, in some eight
+    minutes. Results: runs/demo or runs/shapes-128-256.
     """,
     examples=("vargpt-rl demo", "vargpt-rl demo --full", "vargpt-rl demo seed=1 name=second"),
     settings=(SETTINGS,),
@@ -36,7 +37,7 @@ RUN = Program(
         "vargpt-rl run name=first iterations=1 'resolutions=[128]'",
         "vargpt-rl run 'align.methods=[dpo]' reward.path=null",
         "vargpt-rl run data=captioned data.captions=FILE data.images=DIR preference.winners=DIR",
-        "vargpt-rl run experiment=vargpt_v1_1 checkpoint=DIR",
+        "vargpt-rl run experiment=vargpt_v1_1_grpo checkpoint=DIR data=records preference.prompts=FILE ...",
     ),
     settings=(SETTINGS,),
 )
@@ -69,7 +70,7 @@ def add_run_commands(app: typer.Typer) -> None:
 
     @app.command(DEMO.name, help=help_text(DEMO.summary), cls=command_class(DEMO))
     def demo(
-        full: Annotated[bool, typer.Option("--full", help="All stages, 128 and 256 px.")] = False,
+        full: Annotated[bool, typer.Option("--full", help="All but tokenizer and edit, at 128 and 256 px.")] = False,
         settings: settings_argument(DEMO) = None,  # type: ignore[valid-type]
     ) -> None:
         refuse_misspelt(DEMO, settings or [])

@@ -86,7 +86,7 @@ LAUNCH = Program(
     module="vargpt_rl.launch",
     summary="Submit a run as a Slurm job. All other keys are the run's, see `vargpt-rl run --help`.",
     examples=(
-        "vargpt-rl cluster launch nodes=4 gpus_per_node=8 time=24:00:00 experiment=vargpt_v1_1 checkpoint=DIR",
+        "vargpt-rl cluster launch nodes=4 gpus_per_node=8 time=24:00:00 name=first data=captioned ...",
         "vargpt-rl cluster launch --dry-run nodes=1 name=first",
     ),
     settings=("vargpt_rl.launch:SlurmJob",),

@@ -40,7 +40,7 @@ CARD = """\
 # {name}
 
 A unified visual autoregressive model: it writes text token by token and draws images scale by scale. Aligned with
-[vargpt_rl](https://pypi.org/project/vargpt-rl/) from `{base}`.
+vargpt_rl from `{base}`.
 
     vargpt-rl draw PROMPT checkpoint=DIR
     vargpt-rl chat checkpoint=DIR
