@@ -124,7 +124,9 @@ def _saved(folder: Path, groups: list[str]) -> DictConfig:
         raise ValueError(f"{path}: expected the settings of a run: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: expected the settings of a run, got {type(found).__name__}")
-    place = {"name": folder.resolve().name, "runs": str(folder.parent)}
+    at, here = folder.resolve(), Path.cwd()
+    runs = at.parent.relative_to(here) if at.parent.is_relative_to(here) else at.parent
+    place = {"name": at.name, "runs": str(runs)}
     composed = OmegaConf.structured(LoopConfig)
     try:
         check_keys(LoopConfig, {key: value for key, value in found.items() if key not in ("at", "data")})

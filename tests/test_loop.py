@@ -53,6 +53,23 @@ MEASURED = {
 }
 
 
+def test_what_ends_a_run_is_in_its_log(tmp_path, monkeypatch):
+    context = stage_context(tmp_path, "name=failed")
+    monkeypatch.setattr(loop, "prepare", lambda arguments: (context.config, context.inputs, context.run))
+
+    def fail(run: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(loop, "resume", fail)
+    with pytest.raises(RuntimeError, match="no luck"):
+        loop.start([])
+    monkeypatch.setattr(loop, "resume", lambda run: sys.exit(75))
+    with pytest.raises(SystemExit):
+        loop.start([])
+    log = (context.run.directory / "run.log").read_text()
+    assert "Traceback" in log and "RuntimeError: no luck" in log and "stopping with exit code 75; to resume: " in log
+
+
 def arguments(folder: Path, *overrides: str) -> list[str]:
     return [f"runs={folder}", f"checkpoint={folder}/model", *SMALL.split(), *overrides]
 
@@ -97,7 +114,8 @@ def finished(folder) -> Path:
     directory = folder / "test"
     kill_where_it_hangs(folder, "iter-00-dpo/rank-0/step-2", OVERLAPPED)
     assert not (directory / "summary.json").exists()
-    again = subprocess.run(command(folder, OVERLAPPED), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    wide = os.environ | {"COLUMNS": "120"}  # GNU readline, which pytest imports, exports its own to child processes
+    again = subprocess.run(command(folder, OVERLAPPED), cwd=ROOT, env=wide, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resuming after iter-00/pair" in again.stdout
     (folder / "printed.txt").write_text(again.stdout)
@@ -324,8 +342,8 @@ def test_the_best_policy_is_kept_beside_the_last(finished):
         note = json.loads((finished / f"best/{size}/best.json").read_text())
         assert note == {"metric": "after_dpo.overall", "value": scores[k], "iteration": k, "resolution": size}
         kept.append({"path": f"best/{size}", **note})
-        card = {"README.md", "samples.png", "config.yaml"}
-        assert {path.name for path in (finished / f"best/{size}").iterdir()} == names - card | {"best.json"}
+        found = {path.name for path in (finished / f"best/{size}").iterdir()}
+        assert found | {"samples.png"} == names | {"best.json"}  # no grid is there before the first iteration's end
         assert Vargpt.from_pretrained(finished / f"best/{size}").config.model_type == "vargpt"
     assert summary["best"] == kept
 

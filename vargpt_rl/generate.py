@@ -125,8 +125,8 @@ def generate(config: GenerateConfig) -> None:
 
 def draw(config: DrawConfig, prompts: list[str]) -> None:
     """Draw images of some prompts and print the path of each. Nothing that exists is written over."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("expected a prompt, got an empty one")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"expected a prompt, got {'an empty one' if prompts else 'none'}")
     folder = check_model(config.checkpoint)
     out = make_folder(config.out)
     lines = [image_line(config, "", prompt, i, k) for i, prompt in enumerate(prompts) for k in range(config.images)]

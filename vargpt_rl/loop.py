@@ -228,28 +228,48 @@ def start(arguments: list[str]) -> int:
         show(run.summary, run.directory)
         return 0
     Stop.resume = f"to resume: {command_line('resume', run.directory)}"
+    log = keep_log(run.directory)
+    try:
+        return begin(config, inputs, run)
+    except SystemExit as stopped:
+        RECORD.info("stopping with exit code %s; %s", stopped.code, Stop.resume)
+        raise
+    except Exception:
+        RECORD.exception("the run failed")
+        raise
+    finally:
+        end_log(log)
+
+
+def begin(config: LoopConfig, inputs: Inputs, run: Run) -> int:
+    """Start Ray and run or resume all stages; return the exit code. SystemExit as `start`."""
     resume(run)
     try:
         check_origins(run, config, inputs)
         waiting = waits_for_labels(config, run)  # before the seconds that a cluster takes
     except ValueError as error:  # another starting model, damaged labels
-        report_error(error)
-        return 2
+        return refuse(error, 2)
     if waiting:
         print(waiting)
+        RECORD.info("%s", waiting)
         return os.EX_TEMPFAIL
     run.progress.say("starting Ray")
     try:
         connect()
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        report_error(f"no Ray cluster: {error}")
-        return 1
+        return refuse(f"no Ray cluster: {error}", 1)
     try:
         placement = place(config, inputs, run)
     except ValueError as error:
-        report_error(error)
-        return 2
+        return refuse(error, 2)
     return run_to_end(config, inputs, run, placement)
+
+
+def refuse(error: Exception | str, code: int) -> int:
+    """Report an error on stderr and in the run's log; return the exit code."""
+    report_error(error)
+    RECORD.info("error: %s", error)
+    return code
 
 
 def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> int:
@@ -257,7 +277,6 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
 
     SystemExit if a signal ends them; a training stage under way has then saved a checkpoint.
     """
-    log = keep_log(run.directory)
     run.track(config.tracking.wandb, config.tracking.project, plain(config))
     write_defaults(run)
     run.on_step = partial(update_page, run.directory)
@@ -266,7 +285,7 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
     try:
         session = open_session(config, inputs, run, placement)
         summary = execute(session)
-        write_card(run.directory, config, summary)
+        write_card(run.directory / "model", run.directory, config, summary)
         run.finish(summary)
         run.progress.close()
         show(summary, run.directory)
@@ -286,7 +305,6 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
         update_page(run.directory, ended=True)
         run.close(failed)
         disconnect()
-        end_log(log)
     return 0
 
 

@@ -21,5 +21,7 @@ def test_a_prompt_without_letters_has_a_name(tmp_path):
 
 
 def test_an_empty_prompt_is_refused(tmp_path, checkpoint, capsys):
+    assert main_draw([], [f"checkpoint={checkpoint}", f"out={tmp_path}"]) == 2
+    assert "expected a prompt, got none" in capsys.readouterr().err
     assert main_draw([" "], [f"checkpoint={checkpoint}", f"out={tmp_path}"]) == 2
     assert "expected a prompt" in capsys.readouterr().err

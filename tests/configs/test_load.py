@@ -1,5 +1,7 @@
 """Settings: unknown keys and bad values are errors of one line that name them; ``at`` changes them by resolution."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from omegaconf import OmegaConf
@@ -35,6 +37,20 @@ def test_settings_of_a_run_are_read_from_its_folder(saved):
     assert config.directory == saved
     assert config.dpo.beta == 0.3 and config.at["512"]["dpo"]["beta"] == 0.4
     assert config.rollout.workers == 3
+
+
+def test_a_run_is_found_by_whatever_names_its_folder(saved, tmp_path, monkeypatch):
+    link = tmp_path / "latest"
+    link.symlink_to(saved)
+    (saved / "model").mkdir()
+    for here, name, found in (
+        (saved, ".", saved),
+        (saved / "model", "..", saved),
+        (tmp_path, str(link), Path("runs/moved")),
+        (tmp_path, "runs/moved/", Path("runs/moved")),
+    ):
+        monkeypatch.chdir(here)
+        assert load_config([f"resume={name}"]).directory == found
 
 
 def test_resuming_takes_settings_of_the_folder_alone(saved, tmp_path):

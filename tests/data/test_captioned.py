@@ -136,6 +136,13 @@ def test_every_key_loads_in_another_process_and_folder(folder, monkeypatch):
     assert source.winner_key(Prompt("unknown", "thing 1")) is None
 
 
+def test_without_winners_the_own_image_is_what_samples_are_compared_with(folder):
+    config = CaptionedConfig(str(folder / "captions.jsonl"), str(folder / "images"), held_out_fraction=0.0)
+    source = CaptionedSource(config, Quarantine(folder / "quarantine.jsonl"))
+    assert all(source.winner_key(record.prompt) == record.image for record in source.records(10, 0))
+    assert source.winner_key(Prompt("unknown", "thing 1")) is None
+
+
 def saved(folder: Path, image: Image.Image, name: str = "odd.png", **options) -> str:
     image.save(folder / "images" / name, **options)
     return f"images/{name}"

@@ -1,9 +1,12 @@
 """Held-out measures: who judges, and what is counted."""
 
+import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from tests.helpers.driver import stage_context
@@ -121,6 +124,22 @@ def test_the_best_is_kept_by_resolution_and_the_last_method(tmp_path, monkeypatc
         evaluation._keep_best(context, Policy(""), moment, {"overall": 0.5})
     [(folder, note)] = kept
     assert folder == context.run.directory / "best/32" and note["metric"] == "after_grpo.overall"
+
+
+def test_the_best_has_a_model_card(tmp_path, monkeypatch):
+    context = stage_context(tmp_path, "align.methods=[grpo]", "reward.path=rewards.shapes:shapes_reward")
+    folder = context.run.directory / "best/32"
+
+    def export(policy: Policy, folder: Path, note: dict, files: dict) -> None:
+        if note["value"] > 0.4:
+            folder.mkdir(parents=True)
+            (folder / "best.json").write_text(json.dumps(note))
+
+    monkeypatch.setattr(evaluation, "keep_best", export)
+    evaluation._keep_best(context, Policy(""), "after_grpo", {"overall": 0.3, "n": 8})
+    assert not folder.exists()
+    evaluation._keep_best(context, Policy(""), "after_grpo", {"overall": 0.5, "n": 8})
+    assert "| 0 | 32 | after GRPO | 8 | 0.500 |" in ModelCard.load(folder / "README.md").text
 
 
 def test_nothing_scored_is_an_error_and_not_zero(scored):

@@ -37,7 +37,7 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
         (tmp_path / "samples" / name).write_bytes(name.encode())
     after = {"overall": 0.75, "overall_low": 0.67, "overall_high": 0.82, "n": 120}
     summary = {"stages": {}, "iterations": [{"resolution": 128, "eval": {"after_sft": after}}]}
-    write_card(tmp_path, config, summary)
+    write_card(tmp_path / "model", tmp_path, config, summary)
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.library_name == "vargpt_rl" and "grpo" in card.data.tags
     assert "from `tiny`" in card.text and "rewards.shapes:shapes_reward" in card.text
@@ -49,6 +49,6 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
 def test_a_card_without_scores_or_grid_is_written(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    write_card(tmp_path, load_config(["checkpoint=org/name"]), {"stages": {}, "iterations": []})
+    write_card(tmp_path / "model", tmp_path, load_config(["checkpoint=org/name"]), {"stages": {}, "iterations": []})
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.base_model == "org/name" and "samples.png" not in card.text

@@ -63,7 +63,9 @@ def test_a_long_part_is_told_every_30_s(clock, messages):
         progress.part("sft", step, 60, f"loss {1 / step:.2f}")
     told = messages.messages
     assert len(told) == 3
-    assert told[1].startswith("[3/4] iteration 0: SFT, about 0:54 left") and told[1].endswith("sft 30/60 loss 0.03")
+    assert told[1].startswith("[3/4] iteration 0: SFT, about 0:54 left") and told[1].endswith(
+        "sft 30/60 1.0/s loss 0.03"
+    )
 
 
 def test_time_left_counts_what_this_start_has_done(clock):

@@ -109,7 +109,7 @@ EXACT = SCORE | {"n": 120, "single object": 1.0}
 HALF = {"overall": 0.5, "overall_low": 0.4, "overall_high": 0.6}
 JUDGED = HALF | {"n": 60, "judge": 0.5, "judge_low": 0.4, "judge_high": 0.6}
 REWARDED = HALF | {"n": 60, "reward": 0.3, "reward_low": 0.2, "reward_high": 0.4}
-PAIRS = {"margin": 2.0, "accuracy": 0.875}
+PAIRS = {"margin": 2.0, "accuracy": 0.875, "accuracy_low": 0.53, "accuracy_high": 0.98}
 KINDS = {
     "shapes with its own reward": (REWARDED | EXACT | PAIRS, "0.700 (0.61 to 0.77)", "0.300 (0.20 to 0.40)"),
     "captioned without a reward": ({"n": 60} | PAIRS, "-", None),
@@ -135,11 +135,24 @@ def test_every_kind_of_data_shows_its_closing_table(kind, columns, capsys, monke
     }
     table = closing_table(summary)
     cells = {str(column.header): list(column.cells) for column in table.columns}
-    assert cells["score"] == ["-", score] and cells["accuracy"] == ["-", "0.875"]
+    assert cells["score"] == ["-", score] and cells["accuracy"] == ["-", "0.875 (0.53 to 0.98)"]
     assert cells.get("reward", ["-", None])[1] == reward
     show(summary, Path("runs/a"))
     shown = capsys.readouterr().out
     assert "after DPO" in " ".join(shown.split()) and "runs/a" in shown
+    tables, _, _ = shown.partition("1 s; everything")
+    assert max(map(len, tables.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize("name", ["exp[lr3]", "a[/x]b", ":smile:", "[red]", "a" * 90])
+def test_folders_and_events_are_shown_as_they_are(name, tmp_path, capsys):
+    folder = tmp_path / name
+    (folder / "model").mkdir(parents=True)
+    (folder / "report.html").touch()
+    show(NOTHING | {"iterations": [], "events": [f"worker lost: {name}"]}, folder)
+    shown = capsys.readouterr().out
+    assert f"everything is in {folder}\n" in shown and f"look at   {folder}/report.html\n" in shown
+    assert f"worker lost: {name}" in shown and f"checkpoint={folder}/model" in shown.replace("'", "")
 
 
 @pytest.mark.parametrize(

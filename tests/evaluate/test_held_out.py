@@ -14,8 +14,18 @@ from vargpt_rl.evaluate.held_out import Fidelity, preference_scores
 def test_margin_is_the_change_of_the_log_ratio():
     scores = preference_scores([-8.0, -9.0], [-12.0, -10.0], [-10.0, -10.0], [-10.0, -10.0], beta=0.5)
     assert scores["margin"] == pytest.approx(0.5 * np.mean([4.0, 1.0]))
-    assert scores["accuracy"] == 1.0
+    assert scores["accuracy"] == 1.0 == scores["accuracy_high"] and 0 < scores["accuracy_low"] < 0.5
     assert scores["chosen_logp_change"] == pytest.approx(1.5)
+
+
+def test_pairs_of_one_prompt_widen_the_interval_of_accuracy():
+    chosen, rejected = np.zeros(40), np.repeat([-1.0, 1.0, -1.0, -1.0], 10)
+    alone, clustered = (
+        preference_scores(chosen, rejected, chosen, chosen, 0.1, prompts)
+        for prompts in (None, [f"p{k // 10}" for k in range(40)])
+    )
+    assert alone["accuracy"] == clustered["accuracy"] == 0.75
+    assert clustered["accuracy_low"] < alone["accuracy_low"] < 0.75 < alone["accuracy_high"]
 
 
 def test_unchanged_policy_has_no_margin():

@@ -26,7 +26,7 @@ class CaptionedConfig:
     images: str
     """Folder of the captions' images."""
     winners: str | None = None
-    """Folder of a stronger system's images, under the same names; None where there are none."""
+    """Folder of a stronger system's images, under the same names; without it, a caption's winner is its own image."""
     image_field: str = "file"
     """Key of the image's name in the captions."""
     caption_field: str = "caption"
@@ -181,7 +181,11 @@ class CaptionedSource(Source):
 
     def winner_key(self, prompt: Prompt) -> str | None:
         entry = self._entries.get(prompt.id)
-        return f"winners/{entry.winner}" if entry and entry.winner else None
+        if entry is None:
+            return None
+        if self.config.winners is None:
+            return f"images/{entry.file}"
+        return f"winners/{entry.winner}" if entry.winner else None
 
 
 def _folder(path: str) -> Path:

@@ -13,7 +13,7 @@ from vargpt_rl.data.preferences import prompts_of, read_table
 from vargpt_rl.data.rollouts import Rollouts
 from vargpt_rl.data.samples import Prompt, Sample
 from vargpt_rl.data.sources import ImageCheck
-from vargpt_rl.driver.exported import generation_files
+from vargpt_rl.driver.exported import generation_files, write_card
 from vargpt_rl.driver.grids import write_images, write_row
 from vargpt_rl.driver.groups import draw_groups, measure_diversity
 from vargpt_rl.driver.judging import NO_REWARDS, score
@@ -29,7 +29,7 @@ from vargpt_rl.evaluate.paired import ScoredImage, compare, read_scores, write_s
 from vargpt_rl.evaluate.thumbnails import Illustrated
 from vargpt_rl.stages import STAGES, Measure
 from vargpt_rl.storage.checkpoint import Policy
-from vargpt_rl.storage.export import best_folder, keep_best
+from vargpt_rl.storage.export import best_folder, keep_best, read_best
 
 SEEDS = 4
 """Images of each prompt whose diversity is measured."""
@@ -136,7 +136,13 @@ def _keep_best(context: StageContext, policy: Policy, moment: str, result: dict)
         "resolution": context.resolution,
     }
     files = generation_files(context.session.config, policy.model, context.resolution)
-    keep_best(policy, best_folder(context.run.directory, context.resolution), note, files)
+    folder = best_folder(context.run.directory, context.resolution)
+    keep_best(policy, folder, note, files)
+    if read_best(folder) == note:
+        earlier = [{"resolution": context.resolution, "eval": {}}] * context.index
+        measured = {"resolution": context.resolution, "eval": {moment: result}}
+        summary = {"stages": {}, "iterations": [*earlier, measured]}
+        write_card(folder, context.run.directory, context.session.config, summary)
 
 
 # Measures
@@ -231,6 +237,7 @@ def preference_metrics(context: StageContext) -> dict[str, float]:
         rows.reference_chosen_logp,
         rows.reference_rejected_logp,
         context.config.dpo.beta,
+        list(rows.prompt),
     )
 
 

@@ -82,9 +82,8 @@ def _trained(adapter: AdapterConfig) -> str:
     return f"a low-rank adapter of rank {adapter.rank} of {parts}, merged here; alone in the run's `adapter/`"
 
 
-def write_card(directory: Path, config: LoopConfig, summary: dict) -> None:
-    """Write the model card of ``model/`` in a run's directory, with its settings and the last sample grid."""
-    folder = directory / "model"
+def write_card(folder: Path, directory: Path, config: LoopConfig, summary: dict) -> None:
+    """Write the model card of a ``folder`` in a run's directory, with the run's settings and its last sample grid."""
     shutil.copy(directory / "config.yaml", folder / "config.yaml")
     grids = sorted(path for path in directory.glob("samples/iter-*.png") if not path.stem.endswith("-pairs"))
     if grids:

@@ -57,7 +57,7 @@ class RunProgress:
         self.bars: Progress | None = None
         self.whole = self.current = TaskID(0)
         self.main = ""  # first part of the current step, which stands for most of it
-        self.named = ""  # part that the second bar shows
+        self.named = ""  # part under way
         self.part_began = self.began
         self.before: tuple[int, int] | None = None  # items done before the part of work under way, and items in all
 
@@ -124,16 +124,19 @@ class RunProgress:
         self.main = self.main or name
         if name == self.main:
             self.within = max(self.within, MOST * done / max(total, 1))
-        if self.bars:
-            if name != self.named:
+        if name != self.named:
+            self.named, self.part_began = name, self.clock()
+            if self.bars:
                 self.bars.reset(self.current, description=f"  {name.replace('_', ' ')}", total=total, visible=True)
-                self.named, self.part_began = name, self.clock()
-            figures = " ".join(filter(None, [f"{done}/{total}", rate(done, self.clock() - self.part_began), info]))
-            self.bars.update(self.current, completed=done, figures=figures)
+        if self.bars:
+            self.bars.update(self.current, completed=done, figures=self._figures_of_part(done, total, info))
         elif self.clock() - self.told >= LINE_EVERY_S:
             self.told = self.clock()
-            logger.info(" ".join(filter(None, [self.line(), f"- {name.replace('_', ' ')} {done}/{total}", info])))
+            logger.info(" ".join([self.line(), "-", name.replace("_", " "), self._figures_of_part(done, total, info)]))
         self._show()
+
+    def _figures_of_part(self, done: int, total: int, info: str) -> str:
+        return " ".join(filter(None, [f"{done}/{total}", rate(done, self.clock() - self.part_began), info]))
 
     @property
     def share(self) -> float:

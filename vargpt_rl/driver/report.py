@@ -27,7 +27,7 @@ def _number(result: dict | None, key: str, form: str) -> str:
 def _measure(result: dict | None) -> str:
     """Format a held-out measure with its interval, or its standard error."""
     for key, unit in (("overall", ""), ("accuracy", ""), ("psnr", " dB")):
-        if result and {f"{key}_low", f"{key}_stderr"} & result.keys():  # the accuracy on pairs has neither
+        if result and {f"{key}_low", f"{key}_stderr"} & result.keys():
             return f"{with_bounds(result, key)}{unit}"
     return "-"
 
@@ -92,7 +92,7 @@ def closing_table(summary: dict) -> Table:
             _score(result),
             *(with_bounds(result, judge) if judge in result else "-" for judge in judges),
             _number(result, "margin", "+.1f"),
-            _number(result, "accuracy", ".3f"),
+            with_bounds(result, "accuracy") if "margin" in result else "-",
         )
     return table
 
@@ -211,6 +211,7 @@ def next_steps(directory: Path) -> list[str]:
         found += [
             f"draw      {command_line('draw', 'PROMPT', f'checkpoint={directory}/model')}",
             f"chat      {command_line('chat', f'checkpoint={directory}/model')}",
+            f"continue  {command_line('run', f'checkpoint={directory}/model', 'name=NAME')}",
         ]
     return found
 
@@ -222,12 +223,12 @@ def show(summary: dict, directory: Path) -> None:
     for table in _tables(summary):
         console.print(fitted(table, console.width))
     for line in _remarks(summary):
-        console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"{summary['seconds']:.0f} s; everything is in {directory}")
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"{summary['seconds']:.0f} s; everything is in {directory}"), soft_wrap=True)
     if steps := next_steps(directory):
         console.print("next:")
     for step in steps:
-        console.print(f"  {step}", highlight=False, soft_wrap=True)
+        console.print(Text(f"  {step}"), soft_wrap=True)
     RECORD.info("summary\n%s", console.export_text())
 
 

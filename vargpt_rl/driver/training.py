@@ -135,7 +135,7 @@ def train_image_tokenizer(context: StageContext, policy: Policy) -> dict:
     settings = context.config.tokenizer
     records = context.source.records(settings.images, context.config.seed)
     winners = [key for record in records if (key := context.source.winner_key(record.prompt))]
-    keys = [*dict.fromkeys(record.image for record in records), *dict.fromkeys(winners)]
+    keys = list(dict.fromkeys([*(record.image for record in records), *winners]))
     job = TokenizerJob(
         start=policy,
         keys=keys,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vargpt_rl.common.averages import with_interval
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import Source
 
@@ -34,17 +35,19 @@ def preference_scores(
     reference_chosen: Sequence[float],
     reference_rejected: Sequence[float],
     beta: float,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Compute DPO's metrics on held-out pairs from summed log-probabilities in nats.
 
-    ``margin`` is beta x the mean log-ratio difference, ``accuracy`` the share of pairs where it is above 0;
-    ``chosen_logp_change`` shows whether the chosen images became more likely (nats per image).
+    ``margin`` is beta x the mean log-ratio difference, ``accuracy`` the share of pairs where it is above 0, with its
+    95 % interval, for which pairs of one of ``prompts`` are not independent; ``chosen_logp_change`` shows whether the
+    chosen images became more likely (nats per image).
     """
     change_chosen = np.subtract(chosen, reference_chosen)
     margins = beta * (change_chosen - np.subtract(rejected, reference_rejected))
     return {
         "margin": float(margins.mean()),
-        "accuracy": float((margins > 0).mean()),
+        **with_interval("accuracy", [float(margin > 0) for margin in margins], prompts),
         "chosen_logp": float(np.mean(chosen)),
         "chosen_logp_change": float(change_chosen.mean()),
     }
