@@ -23,7 +23,7 @@ from PIL import Image
 from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.driver.progress import RunProgress
-from vargpt_rl.driver.state import NEW, read_state, write_state
+from vargpt_rl.driver.state import BEGUN_IN, NEW, read_state, write_state
 from vargpt_rl.storage.files import content_hash, write_atomically
 from vargpt_rl.storage.lines import trim
 from vargpt_rl.storage.manifest import Manifest
@@ -123,6 +123,7 @@ class Run:
             for unfinished in directory.glob(f".{name}.*"):  # of a driver that was killed
                 unfinished.unlink()
         self.state, damaged, events = self._open_state()
+        self.state.setdefault(BEGUN_IN, os.getcwd())
         self.files = Manifest(directory, READ_BACK, self.state["files"])
         self.began = time.time() - self.state["seconds"]
         events += self._check_logs()

@@ -1,6 +1,7 @@
 """Start of a run: settings and inputs checked, workers and learner ranks placed and started."""
 
 import logging
+import os
 from pathlib import Path
 
 import ray
@@ -12,15 +13,16 @@ from actors.pool import RolloutPool
 from actors.resources import Placement, plan
 from actors.text_engine import start_text_engine
 from configs.consistency import check_devices
-from configs.load import load_config
+from configs.load import RESUME, load_config
 from configs.schema import LoopConfig
 from learners.group import LearnerGroup
 from vargpt_rl.common.memory import available_memory
 from vargpt_rl.driver.inputs import Inputs, gather, is_judged_by_its_reward
 from vargpt_rl.driver.plan import planned_steps
-from vargpt_rl.driver.run import SUMMARY, Run
+from vargpt_rl.driver.run import STATE, SUMMARY, Run
 from vargpt_rl.driver.session import Session
 from vargpt_rl.driver.settled import batch_limits, record_dtype, settled_batch_size, settled_dtype
+from vargpt_rl.driver.state import BEGUN_IN, read_state
 from vargpt_rl.driver.verify import check_steps
 from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
@@ -43,10 +45,22 @@ def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs
     A program that only looks at the run, or starts it elsewhere, needs no ``lock``.
     """
     config = load_config(arguments)
+    if any(argument.startswith(f"{RESUME}=") for argument in arguments):
+        enter_beginning(config)
     if lock and not (config.directory / SUMMARY).exists():
         check_machine(config)
     held = lock_folder(config.directory) if lock else None  # before anything is written there
     return config, gather(config), Run(config.directory, plain(config), held)
+
+
+def enter_beginning(config: LoopConfig) -> None:
+    """Change to the directory where a run was begun, if it is still there: relative paths in settings start from it."""
+    path = config.directory / STATE
+    begun = Path(read_state(path)[0].get(BEGUN_IN, "")) if path.exists() else Path()
+    if begun.is_dir() and not begun.samefile("."):
+        config.runs = str(Path(config.runs).resolve())
+        os.chdir(begun)
+        logger.info("relative paths in the settings start from %s, where the run was begun", begun)
 
 
 def check_machine(config: LoopConfig) -> None:

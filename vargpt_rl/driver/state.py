@@ -31,6 +31,8 @@ NEW: dict[str, Any] = {
 ORIGINS = "origins"
 """Key of the hashes of what the run reads from elsewhere (`vargpt_rl.driver.origins`); a run that has just begun has
 none."""
+BEGUN_IN = "begun_in"
+"""Key of the directory in which the run was begun, which relative paths in its settings start from."""
 REST = ("times", "events", "restarts", "seconds", "config", "summary", "logs", "files")
 """Keys under one hash."""
 
