@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import cache
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any, get_origin
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import LoopConfig
 from vargpt_rl.common.errors import first_line
+from vargpt_rl.common.fields import config_groups
 from vargpt_rl.common.secret_check import check_secrets
 from vargpt_rl.common.settings import as_written, bare, build, check_keys, check_ranges, kind_at, unquoted
 from vargpt_rl.data.records.sources import RecordSource
@@ -59,7 +59,7 @@ def load_config(overrides: list[str], assumed: dict[str, str] | None = None) -> 
             raise ValueError(f"{override}: expected key=value")
         if key == RESUME:
             saved = Path(text)
-        elif key in _groups():
+        elif key in config_groups():
             groups.append(f"{key}={_choice(key, text)}")
         else:
             values.append((override, _nested(key, text, override)))
@@ -137,19 +137,8 @@ def _saved(folder: Path, groups: list[str]) -> DictConfig:
     return composed
 
 
-@cache
-def _groups() -> dict[str, list[str]]:
-    """Return the groups of YAML files, each with its choices."""
-    folders = [path for path in files("configs").iterdir() if path.is_dir() and not path.name.startswith("_")]
-    choices = {
-        folder.name: sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
-        for folder in folders
-    }
-    return {name: found for name, found in choices.items() if found}
-
-
 def _choice(group: str, text: str) -> str:
-    choices = _groups()[group]
+    choices = config_groups()[group]
     if text not in (*choices, "null"):
         near = difflib.get_close_matches(text, choices, n=1)
         raise ValueError(

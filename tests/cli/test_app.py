@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from vargpt_rl.cli import configuration, images, pages, runs, tools
 from vargpt_rl.cli.app import main, make_app
+from vargpt_rl.cli.completion import LOOP
 from vargpt_rl.cli.images import BENCHMARKS, split_prompts
 from vargpt_rl.cli.programs import CONFIG_GROUPS, Program, class_path, dotted_fields, refuse_misspelt
-from vargpt_rl.cli.runs import RUN, SETTINGS
+from vargpt_rl.cli.runs import RUN
 
 HEAVY = {"torch", "hydra", "omegaconf", "ray", "transformers", "numpy", "rich", "pandas"}
 CHECK = """
@@ -40,7 +41,6 @@ def commands(group, words=()):
 
 
 COMMANDS = dict(commands(get_command(make_app())))
-LEAVES = [words for words, command in COMMANDS.items() if not hasattr(command, "commands")]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_help_exists_and_is_quick(helped, words):
     assert found["seconds"] < 0.3
 
 
-@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_help_has_examples_of_the_command(helped, words):
     _, found, examples = helped["pages"][" ".join(words)]["page"].partition("Examples:")
     assert found and f"vargpt-rl {' '.join(words)}" in examples
@@ -76,7 +76,7 @@ def programs():
 
 @pytest.mark.parametrize("program", list(programs()), ids=lambda program: program.name)
 def test_examples_name_keys_that_exist(program):
-    paths = [*program.settings, *([SETTINGS] if program.passes_on else [])]
+    paths = [*program.settings, *([LOOP] if program.passes_on else [])]
     known = {key for path in paths for key, _ in dotted_fields(class_path(path))} | CONFIG_GROUPS
     keys = [word.partition("=")[0] for line in program.examples for word in shlex.split(line) if "=" in word]
     assert [key for key in keys if key not in known and not key.startswith("sources.")] == []

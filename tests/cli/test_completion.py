@@ -28,6 +28,16 @@ def test_keys_complete_level_by_level_with_their_meaning():
     assert complete("nothing") == []
 
 
+def test_groups_and_keys_of_one_resolution_complete():
+    complete = complete_keys(("configs.schema:LoopConfig",))
+    assert "experiment=" in [key for key, _ in complete("exp")]
+    assert len(complete("experiment=")) > 3 and complete("experiment=qu") == [("experiment=quick", "")]
+    assert [key for key, _ in complete("at.256.dpo.bet")] == ["at.256.dpo.beta="]
+    assert "at.256.sft." in [key for key, _ in complete("at.256.")]
+    assert complete("dpo.beta=") == []
+    assert complete_keys(("vargpt_rl.chat:ChatConfig",))("experiment=") == []
+
+
 def test_runs_complete_by_folder_and_by_name(runs):
     assert complete_runs("runs/f") == ["runs/first"]
     assert complete_runs("sec") == ["second"]
@@ -50,6 +60,8 @@ def test_an_unknown_run_names_the_nearest(runs):
     [
         (["vargpt-rl", "dr"], "draw"),
         (["vargpt-rl", "run", "dpo.bet"], "dpo.beta="),
+        (["vargpt-rl", "cluster", "launch", "dpo.bet"], "dpo.beta="),
+        (["vargpt-rl", "run", "experiment=qu"], "experiment=quick"),
         (["vargpt-rl", "resume", "runs/"], "runs/first"),
         (["vargpt-rl", "eval", "sha"], "shapes"),
     ],

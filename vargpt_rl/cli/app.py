@@ -24,6 +24,12 @@ Try it:
 
 Settings are key=value. `vargpt-rl config keys` explains them; --install-completion completes them in your shell.
 """
+EXAMPLES = """\b
+Examples:
+  vargpt-rl draw "a large red circle"
+  vargpt-rl demo
+  vargpt-rl run --help
+"""
 
 
 def print_version(wanted: bool) -> None:
@@ -40,6 +46,7 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         name="vargpt-rl",
         help=SUMMARY,
+        epilog=EXAMPLES,
         no_args_is_help=True,
         rich_markup_mode=None,  # rich's help takes as long to load as all the rest
         pretty_exceptions_enable=False,

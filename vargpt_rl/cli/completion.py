@@ -1,11 +1,16 @@
 """Completion of keys and of runs, for the shell."""
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vargpt_rl.common.fields import class_path, dotted_fields, meaning
+from vargpt_rl.common.fields import class_path, config_groups, dotted_fields, meaning
 
+LOOP = "configs.schema:LoopConfig"
+"""Settings of a run."""
+AT = re.compile(r"at\.\d+\.")
+"""Beginning of keys for one resolution."""
 RUNS = Path("runs")
 """Folder of all runs, by default."""
 STATE = "state.json"
@@ -13,13 +18,25 @@ STATE = "state.json"
 
 
 def complete_keys(settings: tuple[str, ...]) -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function that completes the dotted keys of some classes, each with its meaning."""
+    """Return a function that completes the dotted keys of some classes, each with its meaning.
+
+    Of a run's settings also keys below ``at.RESOLUTION``, groups of YAML files and their choices.
+    """
+    groups = config_groups() if LOOP in settings else {}
 
     def complete(incomplete: str) -> list[tuple[str, str]]:
-        found = [pair for path in settings for pair in dotted_fields(class_path(path))]
-        keys = [(f"{key}." if field.group else f"{key}=", meaning(field)) for key, field in found]
-        depth = incomplete.count(".")
-        return [(key, doc) for key, doc in keys if key.startswith(incomplete) and key.rstrip(".").count(".") <= depth]
+        group, equals, begun = incomplete.partition("=")
+        if equals:
+            return [(f"{group}={name}", "") for name in groups.get(group, ()) if name.startswith(begun)]
+        prefix = found.group() if groups and (found := AT.match(incomplete)) else ""
+        fields = [pair for path in settings for pair in dotted_fields(class_path(path))]
+        keys = [(f"{key}." if field.group else f"{key}=", meaning(field)) for key, field in fields]
+        keys += [(f"{name}=", f"One of {', '.join(choices)}.") for name, choices in groups.items()]
+        rest = incomplete.removeprefix(prefix)
+        depth = rest.count(".")
+        return [
+            (prefix + key, doc) for key, doc in keys if key.startswith(rest) and key.rstrip(".").count(".") <= depth
+        ]
 
     return complete
 

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from vargpt_rl.cli.completion import complete_runs, find_run
+from vargpt_rl.cli.completion import LOOP, complete_runs, find_run
 from vargpt_rl.cli.pages import or_error
 from vargpt_rl.cli.programs import Program, command_class, help_text, settings_argument
-from vargpt_rl.cli.runs import SETTINGS
 from vargpt_rl.cli.tools import group
 
 SHOW = Program(
@@ -16,7 +15,7 @@ SHOW = Program(
     module="configs.load",
     summary="Print all settings that a run would have, as YAML. Nothing is started.",
     examples=("vargpt-rl config show", "vargpt-rl config show experiment=quick dpo.beta=0.2"),
-    settings=(SETTINGS,),
+    settings=(LOOP,),
 )
 KEYS = Program(
     name="keys",
@@ -87,7 +86,7 @@ def show_environment(_: list[str]) -> None:
 
 def add_configuration_commands(app: typer.Typer) -> None:
     """Add ``config`` and ``env``."""
-    config = group(app, "config", "Show and explain settings.")
+    config = group(app, "config", "Show and explain settings.", (SHOW, KEYS, DIFF))
 
     @config.command(SHOW.name, help=help_text(SHOW.summary), cls=command_class(SHOW))
     def show(settings: settings_argument(SHOW) = None) -> None:  # type: ignore[valid-type]

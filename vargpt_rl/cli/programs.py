@@ -10,18 +10,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from vargpt_rl.cli.completion import complete_keys
+from vargpt_rl.cli.completion import LOOP, complete_keys
 from vargpt_rl.common.fields import (
-    ROOT,
     FieldSource,
     class_fields,
     class_path,
+    config_groups,
     dotted_fields,
     key_shown,
     meaning,
 )
 
-CONFIG_GROUPS = {folder.name for folder in (ROOT / "configs").iterdir() if folder.is_dir()} | {"resume"}
+CONFIG_GROUPS = config_groups().keys() | {"resume"}
 """Keys of a run that are no settings: groups of YAML files, and the folder of a run."""
 KEY_COLUMNS = 22
 """Columns for a key with its default; the meaning of a longer one begins on the next line."""
@@ -105,7 +105,8 @@ def refuse_misspelt(program: Program, settings: list[str]) -> None:
         key = key.lstrip("+")
         names = key.split(".")
         beginnings = {".".join(names[: i + 1]) for i in range(len(names))}
-        meant = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        words = known | CONFIG_GROUPS if LOOP in program.settings else known
+        meant = difflib.get_close_matches(key, words, n=1, cutoff=0.8)
         if not equals or not meant or beginnings & (known - groups_of(program)) or key in known | CONFIG_GROUPS:
             continue
         from vargpt_rl.common.command import report_error
@@ -127,7 +128,8 @@ def groups_of(program: Program) -> set[str]:
 
 def settings_argument(program: Program) -> Any:
     """Return the type of the parameter that takes the ``key=value`` arguments of a program."""
-    complete: Callable[[str], list[tuple[str, str]]] = complete_keys(program.settings)
+    paths = (*program.settings, LOOP) if program.passes_on else program.settings
+    complete: Callable[[str], list[tuple[str, str]]] = complete_keys(paths)
     return Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings; quote lists.", autocompletion=complete, show_default=False),

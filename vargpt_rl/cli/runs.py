@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from vargpt_rl.cli.completion import complete_runs, find_run
+from vargpt_rl.cli.completion import LOOP, complete_runs, find_run
 from vargpt_rl.cli.programs import Program, command_class, help_text, refuse_misspelt, settings_argument
 from vargpt_rl.common.signals import handle_signals
 from vargpt_rl.common.streams import make_outputs_lasting
 
-SETTINGS = "configs.schema:LoopConfig"
 DEMO = Program(
     name="demo",
     module="vargpt_rl.loop",
@@ -22,7 +21,7 @@ DEMO = Program(
     minutes. Results: runs/demo or runs/shapes-128-256.
     """,
     examples=("vargpt-rl demo", "vargpt-rl demo --full", "vargpt-rl demo seed=1 name=second"),
-    settings=(SETTINGS,),
+    settings=(LOOP,),
 )
 RUN = Program(
     name="run",
@@ -39,7 +38,7 @@ RUN = Program(
         "vargpt-rl run data=captioned data.captions=FILE data.images=DIR preference.winners=DIR",
         "vargpt-rl run experiment=vargpt_v1_1_grpo checkpoint=DIR data=records preference.prompts=FILE ...",
     ),
-    settings=(SETTINGS,),
+    settings=(LOOP,),
 )
 RESUME = Program(
     name="resume",
@@ -50,7 +49,7 @@ RESUME = Program(
     Only settings that do not change the result may be given: rollout.workers, learner.save_every and the like.
     """,
     examples=("vargpt-rl resume runs/first", "vargpt-rl resume first rollout.workers=2"),
-    settings=(SETTINGS,),
+    settings=(LOOP,),
 )
 
 

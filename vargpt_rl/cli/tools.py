@@ -124,16 +124,17 @@ CLUSTER = (
 )
 
 
-def group(app: typer.Typer, name: str, summary: str) -> typer.Typer:
-    """Add a group of subcommands."""
-    made = typer.Typer(help=summary, no_args_is_help=True, rich_markup_mode=None)
+def group(app: typer.Typer, name: str, summary: str, programs: tuple[Program, ...]) -> typer.Typer:
+    """Add a group of subcommands, whose help ends with an example of each of some programs."""
+    examples = "\n".join(["\b", "Examples:", *(f"  {program.examples[0]}" for program in programs)])
+    made = typer.Typer(help=summary, epilog=examples, no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(made, name=name)
     return made
 
 
 def add_tool_groups(app: typer.Typer) -> None:
     """Add ``data``, ``reward``, ``model`` and ``cluster``."""
-    data = group(app, "data", "Prepare training data, and look at preference pairs.")
+    data = group(app, "data", "Prepare training data, and look at preference pairs.", (*DATA, DESCRIBE))
     for program in DATA:
         add_program(data, program)
 
@@ -141,7 +142,7 @@ def add_tool_groups(app: typer.Typer) -> None:
     def describe(file: Annotated[Path, typer.Argument(help="A Parquet file of preference pairs.")]) -> None:
         call(DESCRIBE.module, ["describe", str(file)])
 
-    reward = group(app, "reward", "Test and serve rewards.")
+    reward = group(app, "reward", "Test and serve rewards.", (TEST, SERVE))
 
     @reward.command(TEST.name, help=help_text(TEST.summary), cls=command_class(TEST))
     def test(
@@ -151,7 +152,7 @@ def add_tool_groups(app: typer.Typer) -> None:
         call(TEST.module, [reward, *(settings or [])])
 
     add_program(reward, SERVE)
-    model = group(app, "model", "Describe, convert and assemble checkpoints.")
+    model = group(app, "model", "Describe, convert and assemble checkpoints.", (*MODEL, INFO))
     for program in MODEL:
         add_program(model, program)
 
@@ -159,7 +160,7 @@ def add_tool_groups(app: typer.Typer) -> None:
     def info(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder or a hub name.")]) -> None:
         call(INFO.module, [checkpoint])
 
-    cluster = group(app, "cluster", "Plan, predict and submit runs on GPUs.")
+    cluster = group(app, "cluster", "Plan, predict and submit runs on GPUs.", (LAUNCH, *CLUSTER))
 
     @cluster.command(LAUNCH.name, help=help_text(LAUNCH.summary), cls=command_class(LAUNCH))
     def launch(

@@ -15,6 +15,15 @@ ROOT = Path(__file__).parents[2]
 """Folder of the packages."""
 
 
+@cache
+def config_groups() -> dict[str, list[str]]:
+    """Return the groups of YAML files of a run's settings, each with its choices."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "configs").glob("*/*.yaml")):
+        groups.setdefault(path.parent.name, []).append(path.stem)
+    return groups
+
+
 @dataclass(frozen=True)
 class ClassPath:
     """A class by module and name."""
