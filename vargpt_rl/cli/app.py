@@ -16,19 +16,13 @@ SUMMARY = """
 Preference alignment for models that write text and draw images scale by scale.
 
 \b
-Try it:
+Examples:
   vargpt-rl draw "a large red circle"  an image, in seconds
   vargpt-rl demo                       a small run, in minutes
   vargpt-rl chat                       ask and draw
   vargpt-rl run data=captioned ...     your own images
 
 Settings are key=value. `vargpt-rl config keys` explains them; --install-completion completes them in your shell.
-"""
-EXAMPLES = """\b
-Examples:
-  vargpt-rl draw "a large red circle"
-  vargpt-rl demo
-  vargpt-rl run --help
 """
 
 
@@ -46,7 +40,6 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         name="vargpt-rl",
         help=SUMMARY,
-        epilog=EXAMPLES,
         no_args_is_help=True,
         rich_markup_mode=None,  # rich's help takes as long to load as all the rest
         pretty_exceptions_enable=False,
