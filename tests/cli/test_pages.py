@@ -40,6 +40,19 @@ def test_runs_are_listed_with_status_and_score(tmp_path):
     assert "2/" in lines["begun"] and lines["begun"].endswith("-")
 
 
+def test_a_run_with_damaged_settings_is_listed_with_the_others(tmp_path):
+    make_run(tmp_path / "whole")
+    damaged = make_run(tmp_path / "damaged", done=2) / "config.yaml"
+    damaged.write_text("name: damaged\nstages: [align]\nresolutions:\n")
+    found = invoke("runs", tmp_path)
+    assert found.exit_code == 0 and "2/?" in found.stdout and "complete" in found.stdout
+    assert f"{damaged}: resolutions is missing\n" in found.stdout
+    for command in (("report", damaged.parent), ("config", "diff", damaged.parent)):
+        found = invoke(*command)
+        assert found.exit_code == 0, found.stderr
+    assert f"{damaged}: runs, seed, checkpoint" in found.stdout and "missing, but in defaults.yaml" in found.stdout
+
+
 def test_no_run_to_list_is_one_line(tmp_path):
     found = invoke("runs", tmp_path)
     assert found.exit_code == 2 and "there is no run here" in found.stderr

@@ -1,5 +1,6 @@
 """What a page reads of a run directory, and what it makes of what is missing or damaged."""
 
+import datetime
 import json
 import os
 import socket
@@ -7,12 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+from markupsafe import escape
 
 from configs.load import load_config
 from tests.helpers.run_folder import CONFIG, make_run
 from vargpt_rl.driver.plan import planned_steps
 from vargpt_rl.driver.start import plain
 from vargpt_rl.page.contents import read_metrics, read_run
+from vargpt_rl.page.listing import differing_settings, run_lines
 from vargpt_rl.page.plan import expected_steps
 from vargpt_rl.page.render import PAGE, render, script_json, update_page, write_page
 
@@ -31,6 +35,12 @@ DEMO = [
 def test_steps_ahead_are_those_of_the_loop():
     assert expected_steps(CONFIG | {"iterations": 1}) == DEMO
     assert expected_steps({}) == []
+
+
+def test_a_setting_that_is_not_there_is_what_older_versions_did():
+    older = {key: value for key, value in CONFIG.items() if key not in ("align", "dpo", "learned_reward", "preference")}
+    steps = expected_steps(older)
+    assert "iter-00/sft" in steps and "iter-00/dpo" in steps and "iter-00/control" not in steps
 
 
 def test_pairs_are_made_once_an_iteration():
@@ -77,6 +87,36 @@ def test_a_damaged_file_is_named_on_the_page(tmp_path, name):
     folder = make_run(tmp_path / "run")
     (folder / name).write_bytes(b'{"a": [\n')
     assert name.rpartition("/")[2] in render([read_run(folder)])
+
+
+CUTS = [yaml.safe_dump(CONFIG, sort_keys=False)[:length] for length in range(0, 420, 60)]
+ODD = [
+    *({key: value} for key in CONFIG for value in (3, [1], {"a": None})),
+    {"stages": datetime.date(2026, 1, 1)},
+    {"align": {"methods": "dpo"}},
+    {"align": {"methods": [1], "sft": "no"}},
+    {"at": {128: {"dpo": 3}}},
+    {"at": {"128": 3}},
+    {"resolutions": []},
+]
+
+
+@pytest.fixture(scope="module")
+def some_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run", done=22)
+
+
+@pytest.mark.parametrize("text", [*CUTS, *(yaml.safe_dump(CONFIG | change) for change in ODD), "- a list", "&a [*a]"])
+def test_settings_that_are_cut_or_of_other_types_are_no_traceback(some_run, text):
+    path = some_run / "config.yaml"
+    path.write_text(text)
+    page = render([read_run(some_run), read_run(some_run)])
+    (_, _, *problems) = run_lines([read_run(some_run)])
+    assert all(problem.startswith(str(path)) and "\n" not in problem for problem in problems)
+    assert all(str(escape(problem)) in page for problem in problems)
+    differing_settings([read_run(some_run)])
+    if not isinstance(read_run(some_run).config.get("iterations"), int):
+        assert problems
 
 
 def test_a_run_without_scores_has_a_page(tmp_path):

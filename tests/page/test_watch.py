@@ -69,6 +69,14 @@ def test_a_later_version_leaves_the_library_out(run):
     assert version_of(run) == version_of(run)
 
 
+def test_a_run_that_is_renamed_is_named(run):
+    client = TestClient(make_app(run, "secret"), base_url="http://127.0.0.1")
+    run.rename(run.with_name("elsewhere"))
+    for path in ("/", "/version"):
+        answer = client.get(f"{path}?token=secret")
+        assert answer.status_code == 503 and answer.json()["detail"].startswith(f"{run}: the run is no longer here")
+
+
 def test_no_run_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2 and main([]) == 2
     assert "expected a run directory" in capsys.readouterr().err
@@ -93,5 +101,9 @@ def test_the_page_follows_within_five_seconds(run, chromium):
     wait_until(page, f"document.querySelector('.steps').innerText === '12 of {TOTAL} steps'", 5.0)
     page.locator(".canvas").first.scroll_into_view_if_needed()
     wait_until(page, "document.querySelector('.canvas').dataset.drawn === 'yes'")
+    run.rename(run.with_name("elsewhere"))
+    wait_until(page, "document.getElementById('live').innerText.includes('the run is no longer here')", 5.0)
+    run.with_name("elsewhere").rename(run)
+    wait_until(page, "document.getElementById('live').innerText === 'live'", 5.0)
     assert errors == []
     page.close()

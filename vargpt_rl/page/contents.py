@@ -4,6 +4,7 @@ import base64
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,13 @@ import psutil
 import yaml
 
 from vargpt_rl.evaluate.paired import ScoredImage, read_scores
-from vargpt_rl.page.plan import expected_steps
+from vargpt_rl.page.plan import expected_steps, setting
 from vargpt_rl.storage.images import CANDIDATES, PAIRS, images_folder, pair_image
 from vargpt_rl.storage.lock import HOLDER
 
+CONFIG = "config.yaml"
+DEFAULTS = "defaults.yaml"
+"""Files of the settings of a run, and of the defaults of its version."""
 QUIET_S = 600.0
 """Seconds without a new line of metrics after which a run on another machine counts as stopped."""
 PAIR_COLUMNS = (
@@ -77,7 +81,7 @@ class RunContents:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """Files that could not be read, and why."""
+    """Files that could not be read or used, and why."""
     ended: bool = False
     """The process of the run says that it ends: what is not complete is stopped."""
 
@@ -96,10 +100,29 @@ class RunContents:
         """Begin and end of finished steps, in seconds since 1970, as far as recorded."""
         return self.state.get("times", {})
 
+    def setting(self, key: str, kind: Any, missing: Any) -> Any:
+        """Return the setting of a dotted key, or ``missing`` if it is not there, or of another type."""
+        try:
+            return setting(self.config, key, kind, missing)
+        except ValueError as error:
+            self._note(f"{self.folder / CONFIG}: {error}")
+            return missing
+
+    @cached_property
+    def planned(self) -> list[str] | None:
+        """All steps of the run; None if the settings do not tell."""
+        if self.state and not self.config:
+            return None
+        try:
+            return expected_steps(self.config)
+        except ValueError as error:
+            self._note(f"{self.folder / CONFIG}: {error}")
+            return None
+
     @cached_property
     def ahead(self) -> list[str]:
-        """Steps that are still to be done."""
-        return [step for step in expected_steps(self.config) if step not in self.steps]
+        """Steps that are still to be done, as far as the settings tell."""
+        return [step for step in self.planned or [] if step not in self.steps]
 
     @cached_property
     def status(self) -> str:
@@ -187,24 +210,33 @@ def read_run(folder: Path) -> RunContents:
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a run directory")
     run = RunContents(folder=folder)
-    run.config = _read(run, "config.yaml", yaml.safe_load)
-    run.defaults = _read(run, "defaults.yaml", yaml.safe_load)
+    run.config = _read(run, CONFIG, _settings)
+    run.defaults = _read(run, DEFAULTS, _settings)
+    if lacking := [key for key in run.defaults if run.config and key not in run.config]:
+        run.problems.append(f"{folder / CONFIG}: {', '.join(lacking)}: missing, but in {DEFAULTS}")
     run.state = _read(run, "state.json", json.loads)
     run.summary = _read(run, "summary.json", json.loads)
     run.metrics = read_metrics(folder / "metrics.jsonl")
     return run
 
 
-def _read(run: RunContents, name: str, parse: Any) -> dict[str, Any]:
+def _settings(text: str) -> Any:
+    """Parse YAML; what JSON does not have becomes text."""
+    return json.loads(json.dumps(yaml.safe_load(text), default=str))
+
+
+def _read(run: RunContents, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     path = run.folder / name
     if not path.is_file():
         return {}
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if not isinstance(found, dict):
+            raise TypeError(f"expected keys with values, found {type(found).__name__}")
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         run.problems.append(f"{path}: {' '.join(str(error).split())}")
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

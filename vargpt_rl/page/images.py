@@ -101,7 +101,7 @@ class SkillTable:
 
 def moments_of(run: RunContents, stage: str) -> list[Moment]:
     """Return the measured moments of an iteration in the order in which a run has them."""
-    methods = run.config.get("align", {}).get("methods", ["dpo"])
+    methods = run.setting("align.methods", list[str], ["dpo"])
     keys = ["after_sft", "control", *(f"after_{method}" for method in methods)]
     found = []
     for key in dict.fromkeys(keys):
@@ -115,9 +115,14 @@ def moments_of(run: RunContents, stage: str) -> list[Moment]:
 
 def resolution(run: RunContents, stage: str) -> int | None:
     """Return the resolution of an iteration, by the settings."""
-    sizes = run.config.get("resolutions", [])
+    sizes = run.setting("resolutions", list[int], [])
     number = stage.rpartition("-")[2]
     return sizes[min(int(number), len(sizes) - 1)] if sizes and number.isdecimal() else None
+
+
+def size(resolution: int | None) -> str:
+    """Return a resolution in words; None is unknown."""
+    return "unknown size" if resolution is None else f"{resolution} px"
 
 
 def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
@@ -131,7 +136,7 @@ def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
         prefix = f"{run.name}, " if len(runs) > 1 else ""
         for stage in run.stages:
             found = moments_of(run, stage)
-            place = f"{prefix}{step_title(stage)}, {resolution(run, stage)} px"
+            place = f"{prefix}{step_title(stage)}, {size(resolution(run, stage))}"
             compared = [
                 (later, earlier) for i, later in enumerate(found) for earlier in found[:i] if earlier.key in BASELINES
             ]
@@ -141,10 +146,10 @@ def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
     if len(runs) > 1:
         for stage in runs[0].stages:
             first, second = (moments_of(run, stage) for run in runs[:2])
-            if not (first and second) or first[-1].resolution != second[-1].resolution:
+            if not (first and second) or first[-1].resolution != second[-1].resolution or not first[-1].resolution:
                 continue
             if sentence := _sentence(second[-1], first[-1], named=True):
-                told[f"{runs[1].name} against {runs[0].name}, {step_title(stage)}, {first[-1].resolution} px"] = [
+                told[f"{runs[1].name} against {runs[0].name}, {step_title(stage)}, {size(first[-1].resolution)}"] = [
                     sentence
                 ]
     return told
@@ -168,7 +173,7 @@ def galleries(runs: Sequence[RunContents]) -> list[Gallery]:
                 groups.setdefault((stage, moment.resolution), []).append(moment)
     named = len(runs) > 1
     return [
-        _gallery(f"{step_title(stage)}, {pixels} px", moments, named) for (stage, pixels), moments in groups.items()
+        _gallery(f"{step_title(stage)}, {size(pixels)}", moments, named) for (stage, pixels), moments in groups.items()
     ]
 
 
@@ -210,7 +215,7 @@ def skill_tables(runs: Sequence[RunContents]) -> list[SkillTable]:
         for stage in run.stages:
             if moments := moments_of(run, stage):
                 prefix = f"{run.name}, " if len(runs) > 1 else ""
-                tables.append(_skills(f"{prefix}{step_title(stage)}, {moments[0].resolution} px", moments))
+                tables.append(_skills(f"{prefix}{step_title(stage)}, {size(moments[0].resolution)}", moments))
     return tables
 
 

@@ -38,7 +38,8 @@ class Head:
     status: str
     strip: list[StepMark]
     done: int
-    total: int
+    total: int | None
+    """None if the settings do not tell."""
     seconds: float
     left: float | None
     """Estimated seconds left; None if there is nothing to estimate from."""
@@ -60,7 +61,7 @@ def head(run: RunContents) -> Head:
         status=run.status,
         strip=marks,
         done=len(run.steps),
-        total=len(marks),
+        total=None if run.planned is None else len(marks),
         seconds=run.state.get("seconds", 0.0),
         left=_left(run),
         seen=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.metrics[-1]["time"])) if run.metrics else "",
@@ -100,20 +101,19 @@ def _best(run: RunContents) -> list[dict[str, Any]]:
 
 
 def _facts(run: RunContents) -> list[tuple[str, str]]:
-    config = run.config
     facts = [
-        ("start", str(config.get("checkpoint", ""))),
-        ("data", str(config.get("data", {}).get("kind", ""))),
-        ("sizes", ", ".join(f"{size} px" for size in config.get("resolutions", []))),
-        ("methods", ", ".join(config.get("align", {}).get("methods", []))),
-        ("reward", str(config.get("reward", {}).get("path") or "none")),
-        ("seed", str(config.get("seed", ""))),
+        ("start", run.setting("checkpoint", str, "")),
+        ("data", run.setting("data.kind", str, "")),
+        ("sizes", ", ".join(f"{size} px" for size in run.setting("resolutions", list[int], []))),
+        ("methods", ", ".join(run.setting("align.methods", list[str], []))),
+        ("reward", run.setting("reward.path", str, "none")),
+        ("seed", str(run.setting("seed", int, ""))),
     ]
     facts += [
         (f"best at {best['resolution']} px", f"{best['path']}: iteration {best['iteration']}, {best['value']:.3f}")
         for best in _best(run)
     ]
-    return [(name, value) for name, value in facts if value] if config else []
+    return [(name, value) for name, value in facts if value] if run.config else []
 
 
 # Pairs

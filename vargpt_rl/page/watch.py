@@ -37,8 +37,10 @@ FOLLOWED = (
 def version_of(folder: Path) -> str:
     """Return a digest of names, sizes and times of the followed files, and of whether the run's process lives.
 
-    It is asked for every 1.5 s, so no file but the holder's is read.
+    It is asked for every 1.5 s, so no file but the holder's is read. ValueError if the folder is gone.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the run is no longer here, it was renamed or removed")
     digest = hashlib.blake2b(str(holder_lives(folder)).encode(), digest_size=8)
     for pattern in FOLLOWED:
         for path in sorted(folder.glob(pattern)):

@@ -105,16 +105,21 @@ function slide() {
   byId("edge").style.left = `${at}%`;
 }
 
-// A live page asks for a new version and takes over the sections that differ.
+// A live page asks for a new version and takes over the sections that differ, or shows what the server has to say.
+async function answered(address) {
+  const answer = await fetch(address).catch(() => { throw new Error("the server has stopped"); });
+  if (!answer.ok) throw new Error((await answer.json()).detail);
+  return answer;
+}
 async function follow(address) {
   let known = null;
   for (;;) {
     try {
-      const news = await (await fetch(address)).json();
+      const news = await (await answered(address)).json();
       byId("live").textContent = "live";
       if (known !== null && news.version !== known) await refresh();
       known = news.version;
-    } catch { byId("live").textContent = "the server has stopped"; }
+    } catch (error) { byId("live").textContent = error.message; }
     await new Promise((done) => setTimeout(done, 1500));
   }
 }
@@ -122,7 +127,7 @@ async function refresh() {
   const part = new URL(location.href);
   part.hash = "";
   part.searchParams.set("part", "1");
-  const fresh = new DOMParser().parseFromString(await (await fetch(part)).text(), "text/html");
+  const fresh = new DOMParser().parseFromString(await (await answered(part)).text(), "text/html");
   byId("figures").textContent = fresh.getElementById("figures").textContent;
   for (const section of fresh.querySelectorAll("main > section")) {
     const old = byId(section.id);
