@@ -24,6 +24,12 @@ def test_two_runs_leave_the_page_of_the_first_alone(tmp_path):
     assert not (first / "report.html").exists()
 
 
+def test_a_run_is_not_compared_with_itself(tmp_path):
+    run = make_run(tmp_path / "first", done=9)
+    found = invoke("compare", run, tmp_path / "first/../first")
+    assert found.exit_code == 2 and found.stderr == f"error: {run}: expected different runs, this one is given twice\n"
+
+
 def test_a_run_that_is_not_there_is_one_line(tmp_path):
     for command in ("report", "watch"):
         found = invoke(command, tmp_path / "none")

@@ -15,7 +15,8 @@ from configs.load import load_config
 from tests.helpers.run_folder import CONFIG, make_run
 from vargpt_rl.driver.plan import planned_steps
 from vargpt_rl.driver.start import plain
-from vargpt_rl.page.contents import read_metrics, read_run
+from vargpt_rl.page.contents import read_metrics, read_run, read_runs
+from vargpt_rl.page.images import galleries
 from vargpt_rl.page.listing import differing_settings, run_lines
 from vargpt_rl.page.plan import expected_steps
 from vargpt_rl.page.render import PAGE, render, script_json, update_page, write_page
@@ -155,6 +156,18 @@ def test_two_runs_stand_side_by_side(finished_run, tmp_path):
     assert '<th scope="row">dpo.beta</th><td>0.1</td><td>0.5</td>' in page
     assert "shown: GRPO" in page and "other: GRPO" in page
     assert "other&#39;s GRPO against shown&#39;s GRPO on the same 8 images" in page
+
+
+def test_runs_of_the_same_name_are_told_apart(finished_run, tmp_path):
+    folders = [make_run(tmp_path / place / "demo") for place in ("a/runs", "b/runs")]
+    page = write_page(folders).read_text()
+    assert (folders[0] / "compare-b-runs-demo.html").is_file()
+    for name in ("a/runs/demo", "b/runs/demo"):
+        assert f"<b>{name}, iteration 0, 64 px</b>" in page and f"{name}: GRPO" in page
+    assert "b/runs/demo&#39;s GRPO against a/runs/demo&#39;s GRPO on the same 8 images" in page
+    cells = galleries(read_runs(folders))[0].rows[0].by_run
+    assert [(name, len(shown)) for name, shown in cells.items()] == [("a/runs/demo", 4), ("b/runs/demo", 4)]
+    assert [run.name for run in read_runs([finished_run, folders[0]])] == ["shown", "demo"]
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, caplog, monkeypatch):

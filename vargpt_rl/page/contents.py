@@ -4,7 +4,7 @@ import base64
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -80,15 +80,15 @@ class RunContents:
     state: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    """The folder's name, if no other is given."""
     problems: list[str] = field(default_factory=list)
     """Files that could not be read or used, and why."""
     ended: bool = False
     """The process of the run says that it ends: what is not complete is stopped."""
 
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+    def __post_init__(self) -> None:
+        self.name = self.name or self.folder.resolve().name
 
     @property
     def steps(self) -> dict[str, dict]:
@@ -218,6 +218,23 @@ def read_run(folder: Path) -> RunContents:
     run.summary = _read(run, "summary.json", json.loads)
     run.metrics = read_metrics(folder / "metrics.jsonl")
     return run
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunContents]:
+    """Read run directories; names that are alike get as many parent folders as tell them apart.
+
+    ValueError for one that is no directory, or is there twice.
+    """
+    runs = [read_run(folder) for folder in folders]
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{folders[0]}: expected different runs, this one is given twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    for run, path in zip(runs, paths, strict=True):
+        run.name = "/".join(path.parts[-depth:])
+    return runs
 
 
 def _settings(text: str) -> Any:

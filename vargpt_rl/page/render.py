@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vargpt_rl.page.contents import RunContents, read_run
+from vargpt_rl.page.contents import RunContents, read_run, read_runs
 from vargpt_rl.page.curves import Plot, all_curves
 from vargpt_rl.page.images import galleries, skill_tables, verdicts
 from vargpt_rl.page.sections import duration, head, pair_sections, settings_section, time_section
@@ -130,10 +130,10 @@ def _version() -> str:
 def write_page(folders: Sequence[Path], target: Path | None = None) -> Path:
     """Write the page of the runs; return its path: by default `PAGE`, or ``compare-OTHER.html``, of the first one.
 
-    ValueError if a folder is no directory.
+    ValueError if a folder is no directory, or both are the same.
     """
-    runs = [read_run(folder) for folder in folders]
-    path = target or folders[0] / (PAGE if len(runs) == 1 else f"compare-{runs[1].name}.html")
+    runs = read_runs(folders)
+    path = target or folders[0] / (PAGE if len(runs) == 1 else f"compare-{runs[1].name.replace('/', '-')}.html")
     write_atomically(path, render(runs).encode())
     return path
 
