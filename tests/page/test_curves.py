@@ -73,6 +73,23 @@ def test_sizes_are_never_compared(tmp_path):
     runs[1].config["resolutions"] = [128, 256]
     assert not [place for place in verdicts(runs) if "against" in place]
     assert len(galleries(runs)) == 4, "no gallery mixes two resolutions"
+    for run in runs:
+        del run.config["resolutions"]
+    assert not [place for place in verdicts(runs) if "against" in place], "nor are unknown ones"
+    assert len(galleries(runs)) == 4
+
+
+def test_curves_of_two_sizes_are_not_drawn_over_each_other(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, done=30)) for name in ("a", "b")]
+    for entry in runs[1].metrics:
+        entry["resolution"] = 256
+    found = {stage.title: stage for stage in all_curves(runs)}
+    for size, name in ((64, "a"), (256, "b")):
+        (rewards, *_) = found[f"iteration 0: GRPO: own images, {size} px"].plots
+        assert {trace["name"] for trace in rewards.figure["data"]} == {f"{name}: reward", f"{name}: diversity"}
+    runs[1].metrics = runs[0].metrics
+    (rewards, *_) = all_curves(runs)[2].plots
+    assert len(rewards.figure["data"]) == 4, "those of one size are"
 
 
 def test_time_left_is_that_of_steps_of_the_same_name(tmp_path):

@@ -54,7 +54,7 @@ class StageCurves:
 
 
 def all_curves(runs: list[RunContents]) -> list[StageCurves]:
-    """Return the curves of every trained stage, those of two runs over each other."""
+    """Return the curves of every trained stage and resolution, those of two runs over each other."""
     found = []
     for key in dict.fromkeys(key for run in runs for key in _trained(run)):
         curves = _stage(runs, *key)
@@ -63,18 +63,20 @@ def all_curves(runs: list[RunContents]) -> list[StageCurves]:
     return found
 
 
-def _trained(run: RunContents) -> Iterator[tuple[int | None, str]]:
-    """Yield iteration and stage of the metrics that have a loss or the rewards of an update."""
+def _trained(run: RunContents) -> Iterator[tuple[int | None, str, int | None]]:
+    """Yield iteration, stage and resolution of the metrics that have a loss or the rewards of an update."""
     for entry in run.metrics:
         if "loss" in entry or entry["stage"].endswith("/rollout"):
-            yield entry.get("iteration"), entry["stage"]
+            yield entry.get("iteration"), entry["stage"], entry.get("resolution")
 
 
-def _stage(runs: list[RunContents], iteration: int | None, stage: str) -> StageCurves:
+def _stage(runs: list[RunContents], iteration: int | None, stage: str, resolution: int | None) -> StageCurves:
     place = "" if iteration is None else f"iteration {iteration}: "
-    series = [run.series(iteration, stage) for run in runs]
-    sizes = sorted({entry["resolution"] for entries in series for entry in entries if entry.get("resolution")})
-    curves = StageCurves(title=f"{place}{step_title(stage)}, {' and '.join(map(str, sizes))} px")
+    size = f", {resolution} px" if resolution else ""
+    series = [
+        [entry for entry in run.series(iteration, stage) if entry.get("resolution") == resolution] for run in runs
+    ]
+    curves = StageCurves(title=f"{place}{step_title(stage)}{size}")
     several = len(runs) > 1
     for title, unit, keys in PLOTS:
         traces = []

@@ -166,14 +166,15 @@ def _sentence(later: Moment, earlier: Moment, named: bool = False) -> str:
 
 def galleries(runs: Sequence[RunContents]) -> list[Gallery]:
     """Return the galleries of all iterations; two runs stand side by side where their resolutions agree."""
-    groups: dict[tuple[str, int | None], list[Moment]] = {}
+    groups: dict[tuple[str, int | str], list[Moment]] = {}
     for run in runs:
         for stage in run.stages:
             for moment in moments_of(run, stage):
-                groups.setdefault((stage, moment.resolution), []).append(moment)
+                groups.setdefault((stage, moment.resolution or f"unknown, of {run.name}"), []).append(moment)
     named = len(runs) > 1
     return [
-        _gallery(f"{step_title(stage)}, {size(pixels)}", moments, named) for (stage, pixels), moments in groups.items()
+        _gallery(f"{step_title(stage)}, {size(moments[0].resolution)}", moments, named)
+        for (stage, _), moments in groups.items()
     ]
 
 
