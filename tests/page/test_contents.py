@@ -20,6 +20,7 @@ from vargpt_rl.page.images import galleries
 from vargpt_rl.page.listing import differing_settings, run_lines
 from vargpt_rl.page.plan import expected_steps
 from vargpt_rl.page.render import PAGE, render, script_json, update_page, write_page
+from vargpt_rl.page.sections import pair_sections
 
 DEMO = [
     *("pretrain", "pretrain/swap", "pretrain/eval"),
@@ -147,6 +148,14 @@ def test_the_page_says_what_differs_from_the_defaults(finished_run):
     page = render([read_run(finished_run)])
     assert '<th scope="row">iterations</th><td>1</td><td>2</td>' in page
     assert '<th scope="row">dpo.beta</th>' not in page
+
+
+def test_counts_of_pairs_are_shown_where_dpo_begins_before_all_are_there(finished_run):
+    run = read_run(finished_run)
+    counts = pair_sections([run])[0].counts
+    assert counts == [("built", "4"), ("dropped", "1"), ("identical bits", "1")]
+    run.steps["iter-00/pair"] = {"rollout": {"images": 8}, "pairs": run.steps["iter-00/pair"]}
+    assert pair_sections([run])[0].counts == counts
 
 
 def test_two_runs_stand_side_by_side(finished_run, tmp_path):

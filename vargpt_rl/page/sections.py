@@ -164,6 +164,7 @@ def _pairs(run: RunContents, stage: str, title: str) -> PairSection:
     if lines:
         section.plots += _scales_and_sources(lines[-1])
     result = run.steps.get(f"{stage}/pair", {})
+    result = result.get("pairs", result)  # with dpo.min_pairs, sampling is part of the step
     if "built" in result:
         section.counts = [
             ("built", str(result["built"])),
