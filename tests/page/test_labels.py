@@ -1,11 +1,14 @@
 """Labels: sides, files, undo, agreement, export; and the page on which people give them."""
 
+import errno
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -38,6 +41,7 @@ from vargpt_rl.page.labels import (
     votes,
     winner_of,
 )
+from vargpt_rl.page.serving import serve
 
 SERVER = (
     "import sys; from pathlib import Path; from vargpt_rl.page.label import label_pairs; label_pairs(Path(sys.argv[1]))"
@@ -157,6 +161,44 @@ def test_an_answer_to_another_pair_is_not_taken(run):
     assert len(read_labels(labels_file(run, "ada"))) == 1
 
 
+def label_all(client, rater="ada"):
+    """Give an answer to every pair that is left; return what is shown then."""
+    while not (shown := client.get(f"/next?token=secret&rater={rater}").json())["finished"]:
+        answer = {"rater": rater, "position": shown["position"], "side": "alike", "seconds": 1}
+        assert client.post("/label?token=secret", json=answer).status_code == 200
+    return shown
+
+
+def test_pairs_of_a_later_iteration_appear(run):
+    client = TestClient(make_app(run, "secret"), base_url="http://127.0.0.1")
+    assert label_all(client)["total"] == 13
+    make_run(run, pairs=12)
+    shown = client.get("/next?token=secret&rater=ada").json()
+    assert (shown["position"], shown["total"], shown["finished"]) == (13, 26, False)
+
+
+def test_an_answer_that_cannot_be_saved_is_told_in_one_line(run):
+    client = TestClient(make_app(run, "secret"), base_url="http://127.0.0.1")
+    (run / "labels").rmdir()
+    (run / "labels").touch()  # as root, no folder is read-only
+    answer = client.post("/label?token=secret", json={"rater": "ada", "position": 0, "side": "left", "seconds": 1})
+    assert answer.status_code == 503 and str(run / "labels") in answer.json()["detail"]
+    with pytest.raises(OSError, match="labels"):
+        make_app(run, "secret")
+
+
+@pytest.mark.parametrize("damage", [b'{"x": 1}', b"[]", b'{"pair', b"\xff", b'{"pair_id": "a", "winner": []}'])
+def test_a_damaged_file_of_another_rater_is_left_out_and_named(run, damage):
+    add_label(run, label("pair0", "chosen", rater="bob"))
+    path = labels_file(run, "bob")
+    path.write_bytes(path.read_bytes() + damage + b"\n")
+    client = TestClient(make_app(run, "secret"), base_url="http://127.0.0.1")
+    told = label_all(client)["summary"]
+    assert told[0].startswith(f"left out: {path} is damaged in line 2: ") and told[1].startswith("ada: 12 of 12 pairs")
+    own = client.get("/next?token=secret&rater=bob")
+    assert own.status_code == 503 and own.json()["detail"] == told[0].removeprefix("left out: ")
+
+
 def test_a_run_without_images_of_pairs_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there is nothing to label"):
         make_app(make_run(tmp_path / "run", done=3), "secret")
@@ -206,9 +248,12 @@ def test_twelve_pairs_are_labelled_by_keys_across_reload_and_kill(run, chromium)
         wait_for(6)
         for count in range(7, 14):
             press(next(keys), count)
-        assert page.locator("#done").is_visible() and "ada: 11 of 12 pairs" in page.locator("#summary").inner_text()
+        wait_until(page, "!document.getElementById('done').hidden")
+        assert "ada: 11 of 12 pairs" in page.locator("#summary").inner_text()
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        make_run(run, pairs=12)
+        wait_until(page, "document.getElementById('count').textContent.includes(': 13 of 26')")
     finally:
         server.kill()
         server.wait()
@@ -216,6 +261,34 @@ def test_twelve_pairs_are_labelled_by_keys_across_reload_and_kill(run, chromium)
     labels = all_labels(run)["ada"]
     assert len(labels) == 13 and {each.winner for each in labels} == {"chosen", "rejected", "alike", "bad", None}
     assert all(json.loads(line) for line in labels_file(run, "ada").read_text().splitlines())
+
+
+def test_a_rater_reads_what_was_saved_and_what_was_not(run, chromium, monkeypatch):
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device", "labels/ada.jsonl"))
+    damaged = Mock(side_effect=ValueError("iter-00.parquet: damaged"))
+    addresses = []
+    app = make_app(run, "secret")
+    threading.Thread(target=lambda: serve(app, "secret", 0, addresses.append), daemon=True).start()
+    page = chromium.new_page()
+    while not addresses:
+        page.wait_for_timeout(50)
+    page.goto(addresses[0])
+    page.get_by_label("Your name").fill("ada")
+    page.keyboard.press("Enter")
+    wait_until(page, "document.getElementById('count').textContent.includes(': 0 of 13')")
+    for name, double, told in (
+        ("add_label", full, "Not saved: [Errno 28] No space left on device: 'labels/ada.jsonl'. What"),
+        ("show_task", damaged, "Saved, but the next pair cannot be shown: iter-00.parquet: damaged. What"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"vargpt_rl.page.label.{name}", double)
+            page.keyboard.press("1")
+            wait_until(page, f"document.getElementById('trouble').textContent.startsWith({json.dumps(told)})")
+    assert len(all_labels(run)["ada"]) == 1
+    page.keyboard.press("1")
+    wait_until(page, "document.getElementById('count').textContent.includes(': 1 of 13')")
+    assert len(all_labels(run)["ada"]) == 1, "the pair that is shown again has an answer"
+    page.close()
 
 
 def test_two_raters_label_at_the_same_time(run):

@@ -72,13 +72,12 @@ def holder_lives(folder: Path) -> bool | None:
 
 @dataclass(kw_only=True)
 class RunContents:
-    """A run directory as read: settings, finished steps, metrics, events. Files of images are read when asked for."""
+    """A run directory as read: settings, finished steps, events. Metrics and images are read when asked for."""
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     """The folder's name, if no other is given."""
@@ -89,6 +88,11 @@ class RunContents:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.folder.resolve().name
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics, which may be many: read when first asked for."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def steps(self) -> dict[str, dict]:
@@ -216,7 +220,6 @@ def read_run(folder: Path) -> RunContents:
         run.problems.append(f"{folder / CONFIG}: {', '.join(lacking)}: missing, but in {DEFAULTS}")
     run.state = _read(run, "state.json", json.loads)
     run.summary = _read(run, "summary.json", json.loads)
-    run.metrics = read_metrics(folder / "metrics.jsonl")
     return run
 
 

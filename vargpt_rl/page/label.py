@@ -6,15 +6,18 @@ disk before the next pair is shown. Several raters may use several browsers.
 
 import threading
 from pathlib import Path
+from typing import Annotated, Literal
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from vargpt_rl.page.contents import RunContents, read_run
 from vargpt_rl.page.labels import (
+    RATER,
     Label,
     add_label,
+    check_writable,
     labelled_pairs,
     labels_file,
     read_labels,
@@ -26,22 +29,26 @@ from vargpt_rl.page.labels import (
 from vargpt_rl.page.render import render_template
 from vargpt_rl.page.serving import new_token, private_app, serve
 
+Rater = Annotated[str, Field(pattern=f"^{RATER.pattern}$")]
+
 
 class Answer(BaseModel):
     """An answer of a rater to the pair that is shown at a position."""
 
-    rater: str
+    rater: Rater
     position: int
-    side: str | None = None
+    side: Literal["left", "right", "alike", "bad"] | None = None
     seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+def answers_of(folder: Path, rater: str) -> int:
+    """Return how many answers of a rater stand. ValueError naming file and line if they are damaged."""
+    return len(read_labels(labels_file(folder, rater)))
 
 
 def show_task(run: RunContents, rater: str) -> dict[str, object]:
     """Return the next pair of a rater, without origin, with the progress; at the end the summary instead."""
-    try:
-        done = len(read_labels(labels_file(run.folder, rater)))
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+    done = answers_of(run.folder, rater)
     tasks = tasks_for(labelled_pairs(run), rater)
     found: dict[str, object] = {"position": done, "total": len(tasks)}
     if done >= len(tasks):
@@ -52,60 +59,59 @@ def show_task(run: RunContents, rater: str) -> dict[str, object]:
     return found | {"finished": False, "prompt": task.row.prompt, "left": left, "right": right}
 
 
-def keep_answer(run: RunContents, answer: Answer) -> dict[str, object]:
-    """Write an answer, unless another tab of the rater was quicker; return what to show next."""
-    shown = show_task(run, answer.rater)
-    if answer.position != shown["position"] or shown["finished"]:
-        return shown
-    task = tasks_for(labelled_pairs(run), answer.rater)[answer.position]
-    try:
-        winner = winner_of(answer.side, task.flipped)
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+def keep_answer(run: RunContents, answer: Answer) -> None:
+    """Write an answer, unless another tab of the rater was quicker."""
+    tasks = tasks_for(labelled_pairs(run), answer.rater)
+    if answer.position != answers_of(run.folder, answer.rater) or answer.position >= len(tasks):
+        return
+    task = tasks[answer.position]
     add_label(
         run.folder,
         Label(
             pair_id=task.row.pair_id,
             stage=task.stage,
-            winner=winner,
+            winner=winner_of(answer.side, task.flipped),
             rater=answer.rater,
             seconds=round(answer.seconds, 2),
             flipped=task.flipped,
             again=task.again,
         ),
     )
-    return show_task(run, answer.rater)
 
 
 def make_app(folder: Path, token: str) -> FastAPI:
-    """Return the app on which the pairs of a run are labelled. ValueError if no images of pairs are kept."""
-    run = read_run(folder)
-    if not labelled_pairs(run):
+    """Return the app on which the pairs of a run are labelled.
+
+    The run is read at each request, so that pairs of later iterations appear. ValueError if no images of pairs are
+    kept, OSError if labels cannot be written.
+    """
+    if not labelled_pairs(read_run(folder)):
         raise ValueError(
             f"{folder}: there is nothing to label, as no images of pairs are kept here (tracking.table_rows)"
         )
+    check_writable(folder)
     app = private_app(token)
     writing = threading.Lock()  # two tabs of one rater
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        return render_template("label.html", name=run.name)
+        return render_template("label.html", name=folder.resolve().name)
 
     @app.get("/next")
-    def following(rater: str) -> dict[str, object]:
-        return show_task(run, rater)
+    def following(rater: Rater) -> dict[str, object]:
+        return show_task(read_run(folder), rater)
 
     @app.post("/label")
-    def label(answer: Answer) -> dict[str, object]:
+    def label(answer: Answer) -> dict[str, int]:
         with writing:
-            return keep_answer(run, answer)
+            keep_answer(read_run(folder), answer)
+            return {"position": answers_of(folder, answer.rater)}
 
     @app.post("/undo")
-    def back(rater: str) -> dict[str, object]:
+    def back(rater: Rater) -> dict[str, int]:
         with writing:
-            show_task(run, rater)  # refuses a name that is none
             undo(folder, rater)
-            return show_task(run, rater)
+            return {"position": answers_of(folder, rater)}
 
     return app
 

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 from vargpt_rl.common.averages import wilson
 from vargpt_rl.common.usage import command_line
 from vargpt_rl.evaluate.wording import agreement
 from vargpt_rl.page.contents import PairRow, RunContents
+from vargpt_rl.storage.files import sync
 from vargpt_rl.storage.images import PAIRS, images_folder, pair_image
 from vargpt_rl.storage.lines import read_records, trim
 
@@ -101,14 +104,24 @@ def labels_file(run: Path, rater: str) -> Path:
     return run / LABELS / f"{rater}.jsonl"
 
 
+def check_writable(run: Path) -> None:
+    """Make sure that labels can be written into a run directory. OSError if they cannot."""
+    (run / LABELS).mkdir(exist_ok=True)
+    with TemporaryFile(dir=run / LABELS):
+        pass
+
+
 def append(path: Path, record: dict) -> None:
     """Append a line and sync it; a line that was torn before is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
     trim(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
 
 
 def add_label(run: Path, label: Label) -> None:
@@ -123,22 +136,33 @@ def undo(run: Path, rater: str) -> None:
 
 
 def read_labels(path: Path) -> list[Label]:
-    """Read the labels that stand, in order. ValueError naming a file that is damaged."""
+    """Read the labels that stand, in order. ValueError naming file and line if it is damaged."""
     found: list[Label] = []
-    try:
-        for record in read_records(path):
+    for number, record in enumerate(read_records(path), 1):
+        try:
             if record.get("undo"):
                 found = found[:-1]
             else:
-                found.append(Label(**record))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not labels of pairs: {error}") from error
+                found.append(_label(record))
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged in line {number}: no label of a pair: {error}") from error
     return found
 
 
+def _label(record: dict[str, Any]) -> Label:
+    label = Label(**record)
+    if not isinstance(label.pair_id, str) or label.winner not in (*WINNERS, None):
+        raise ValueError(f"pair {label.pair_id!r}, winner {label.winner!r}")
+    return label
+
+
 def all_labels(run: Path) -> dict[str, list[Label]]:
-    """Return the labels of every rater by name."""
-    return {path.stem: read_labels(path) for path in sorted((run / LABELS).glob("*.jsonl"))}
+    """Return the labels of every rater by name. ValueError naming file and line if one is damaged."""
+    return {path.stem: read_labels(path) for path in _label_files(run)}
+
+
+def _label_files(run: Path) -> list[Path]:
+    return sorted((run / LABELS).glob("*.jsonl"))
 
 
 def votes(labels: Sequence[Label]) -> dict[str, str]:
@@ -199,10 +223,15 @@ def reward_agreement(pairs: Sequence[PairRow], winners: dict[str, str]) -> tuple
 
 
 def summarise_labels(run: RunContents) -> list[str]:
-    """Return what the labels of a run say, in lines."""
-    raters = all_labels(run.folder)
-    pairs = labelled_pairs(run)
+    """Return what the labels of a run say, in lines; damaged files of raters are named and left out."""
+    raters = {}
     lines = []
+    for path in _label_files(run.folder):
+        try:
+            raters[path.stem] = read_labels(path)
+        except (OSError, ValueError) as error:
+            lines.append(f"left out: {error}")
+    pairs = labelled_pairs(run)
     for name, labels in raters.items():
         counts = Counter(votes(labels).values())
         same, repeated = self_agreement(labels)

@@ -8,13 +8,18 @@ from pathlib import Path
 def read_records(path: Path) -> list[dict]:
     """Read the records of a file; an empty list if it does not exist. A truncated last line is ignored.
 
-    Raises ValueError naming the file if it is damaged elsewhere.
+    Raises ValueError naming file and line if it is damaged elsewhere.
     """
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
-    try:
-        return [json.loads(line) for line in whole.split("\n")] if whole else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    records = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+        try:
+            records.append(json.loads(line.decode("utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged in line {number}: {error.msg}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is damaged in line {number}: {error}") from error
+    return records
 
 
 def trim(path: Path) -> None:
