@@ -63,8 +63,8 @@ class Talk:
     """One user's turns with a model. ``begin`` starts a new conversation.
 
     One also starts after ``turns`` turns, those of the longest conversations that the model was trained on, if that is
-    known; ``is_new`` tells whether the last turn began one so, unless every turn does. A question in a conversation
-    without images shows the last image that was shown or drawn before.
+    known; ``is_new`` tells whether the last turn that was taken began one so, unless every turn does. A question in a
+    conversation without images shows the last image that was shown or drawn before.
     """
 
     def __init__(self, begin: Callable[[], Conversation], turns: int | None = None):
@@ -94,10 +94,11 @@ class Talk:
 
         Raises ValueError if that is impossible.
         """
-        restarts = self.taken == self.turns
-        if restarts:
+        if self.taken == self.turns:
             self._start()
-        self.is_new = restarts and self.turns != 1
+            self.is_new = self.turns != 1
+        elif self.taken:
+            self.is_new = False
         asks = text.endswith("?") and not draw
         shown = list(images) or ([] if self.has_image or not asks else self.last)
         if adjust:

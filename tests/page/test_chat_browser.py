@@ -2,12 +2,52 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
+from tests.cli.test_chat_page import Echo, Fragile
 from tests.helpers.browser import assert_accessible, wait_until
+from vargpt_rl.chat import Talk
+from vargpt_rl.cli.chat_page import Speaker, Turn, make_chat_app
+from vargpt_rl.page.serving import serve
+
+
+def test_a_conversation_outlives_a_reload_refusals_and_large_images(chromium):
+    speakers = [Speaker("red", Talk(lambda: Echo("red"))), Speaker("blue", Talk(lambda: Fragile("blue"), 1))]
+    app = make_chat_app(speakers, Turn(text="-", resolution=64), "secret")
+    addresses = []
+    threading.Thread(target=lambda: serve(app, "secret", 0, addresses.append), daemon=True).start()
+    page = chromium.new_page()
+    while not addresses:
+        page.wait_for_timeout(50)
+    page.goto(addresses[0])
+
+    def send(text, count):
+        page.get_by_label("Your turn").fill(text)
+        page.keyboard.press("Enter")
+        wait_until(page, f"document.querySelectorAll('.turn').length === {count}")
+
+    page.get_by_label("draw an image").check()
+    send("hello", 1)
+    page.locator(".replies img").first.click()
+    send("again", 2)
+    assert page.locator(".error").all_inner_texts() == ["This turn was not taken: the conversation is too long"]
+    assert_accessible(page)
+    before = page.locator("#log").inner_html()
+    page.reload()
+    wait_until(page, "document.querySelectorAll('.turn').length === 2")
+    assert page.locator("#log").inner_html() == before
+    large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(13 * 2**20)}
+    page.get_by_label("Show images").set_input_files(large)
+    told = "large.png has 13.0 MiB, expected at most 12 MiB"
+    wait_until(page, f"document.getElementById('trouble').textContent === '{told}'")
+    assert page.locator("#shown img").count() == 0
+    page.get_by_role("button", name="New conversation").click()
+    wait_until(page, "document.querySelectorAll('.turn').length === 0")
+    page.close()
 
 
 @pytest.mark.slow
