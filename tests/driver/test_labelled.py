@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
+from rewards.total import Total
 from tests.helpers.driver import WorkersDouble, stage_context
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
@@ -102,6 +103,24 @@ def test_people_decide_which_image_is_chosen(context):
     assert result["people"]["reward"]["right"] == ahead and result["people"]["reward"]["n"] == 2
     contents = read_run(context.run.directory)
     assert not contents.waits_for_labels and "the reward prefers" in summarise_labels(contents)[-1]
+
+
+def test_terms_and_judge_are_compared_with_people(context, monkeypatch):
+    def reward(self, items, resolution, rewards):
+        return [Total(float(bits[0]), {"sharp": -float(bits[0])}) for _, bits in items]
+
+    monkeypatch.setattr(SeedWorkers, "reward", reward)
+    judged = replace(context.inputs, judge=lambda images, prompts: None)
+    context = replace(context, session=replace(context.session, inputs=judged))
+    judge(context)
+    context.step(Step.PROPOSE, propose, POLICY)
+    answer(context, *["chosen"] * 4)
+    people = context.step(Step.PAIR, pair_labelled, POLICY, {})["people"]
+    assert set(people) == {"reward", "sharp", "judge"} and people["reward"]["right"] == people["judge"]["right"]
+    told = [line for line in summarise_labels(read_run(context.run.directory)) if "prefers the image" in line]
+    assert [line.split(" prefers")[0] for line in told] == ["the reward", "the reward's term sharp", "the judge"]
+    for line, found in zip(told, (people[name] for name in ("reward", "sharp", "judge")), strict=True):
+        assert f"in {found['right']:g} of {found['n']} pairs" in line
 
 
 def test_people_without_any_preference_are_an_error(context):

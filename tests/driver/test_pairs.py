@@ -1,5 +1,6 @@
 """Pairs: each sample is accounted for once; rounds make the same pairs as one pass; nothing is repeated on resume."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vargpt_rl.driver.judging import NO_REWARDS, judge
 from vargpt_rl.driver.pairs import PairRounds, pair
 from vargpt_rl.driver.sampling import sample
 from vargpt_rl.storage.checkpoint import Policy
+from vargpt_rl.storage.images import margins_path
 
 COUNT = 10
 POLICY = Policy("", (Path("run/sft/final"),))
@@ -74,6 +76,8 @@ def test_rounds_make_the_same_pairs_as_one_pass(make):
     assert [set(tables[1].prompt_id[at : at + 4]) for at in (0, 4, 8)] == [set("0123"), set("4567"), set("89")]
     assert tables[1].attrs[ORIGIN]["parts"] == [4, 4, 2] and "parts" not in tables[0].attrs[ORIGIN]
     assert {key: result["pairs"][key] for key in counts} == counts
+    margins = [json.loads(margins_path(context.table()).read_text()) for context in (once, rounds)]
+    assert margins[0] == margins[1] and set(margins[0]["reward"]) == set(tables[0].pair_id)
 
 
 def test_workers_hold_the_reference_from_the_first_round_on(make):

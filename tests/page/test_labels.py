@@ -32,6 +32,7 @@ from vargpt_rl.page.labels import (
     labelled_pairs,
     labels_file,
     majority,
+    margins_by_reward,
     read_labels,
     reward_agreement,
     self_agreement,
@@ -42,6 +43,7 @@ from vargpt_rl.page.labels import (
     winner_of,
 )
 from vargpt_rl.page.serving import serve
+from vargpt_rl.storage.images import margins_path
 
 SERVER = (
     "import sys; from pathlib import Path; from vargpt_rl.page.label import label_pairs; label_pairs(Path(sys.argv[1]))"
@@ -125,8 +127,20 @@ def test_majority_needs_more_votes_than_any_other():
 def test_agreement_of_a_rater_and_of_the_reward(run):
     labels = [label("pair0", "chosen"), label("pair1", "rejected"), label("pair0", "rejected", again=True)]
     assert self_agreement(labels) == (0, 1) and votes(labels) == {"pair0": "chosen", "pair1": "rejected"}
-    rows = [row for _, row in labelled_pairs(read_run(run))]
-    assert reward_agreement(rows, votes(labels)) == (1.5, 2), "pair0 is ahead by 1, pair1 is a tie"
+    margins = margins_by_reward(read_run(run), labelled_pairs(read_run(run)))["reward"]
+    assert reward_agreement(margins, votes(labels)) == (1.5, 2), "pair0 is ahead by 1, pair1 is a tie"
+
+
+def test_each_automatic_reward_is_reported(run):
+    add_label(run, label("pair0", "chosen"))
+    add_label(run, label("pair1", "rejected"))
+    stored = {"judge": {"pair0": -1.0, "pair1": -2.0}, "sharp": {"pair0": 1.0, "pair1": None}}
+    margins_path(run / "preferences/iter-00.parquet").write_text(json.dumps(stored))
+    assert [line.partition(":")[0] for line in summarise_labels(read_run(run))[-3:]] == [
+        "the reward prefers the image that people prefer in 1.5 of 2 pairs",
+        "the judge prefers the image that people prefer in 1 of 2 pairs",
+        "the reward's term sharp prefers the image that people prefer in 1 of 1 pairs",
+    ]
 
 
 def test_labels_are_exported_as_pick_a_pic(run, tmp_path):

@@ -1,7 +1,9 @@
 """Agreement of automatic rewards with people: how often a reward prefers the image of a pair that people prefer."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from actors.worker import PromptedBits
 from rewards.preferences import PreferencePair
@@ -9,6 +11,8 @@ from rewards.total import Total
 from vargpt_rl.common.averages import wilson
 from vargpt_rl.driver.judging import score
 from vargpt_rl.driver.session import StageContext
+from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.images import margins_path
 
 REWARD, JUDGE = "reward", "judge"
 Margins = dict[str, list[float | None]]
@@ -58,6 +62,25 @@ def margins_of(values: Sequence[tuple[float | None, float | None]]) -> Margins:
         terms = [tuple(side.terms.get(name) if isinstance(side, Total) else None for side in each) for each in values]
         found[name] = [_margin(chosen, rejected) for chosen, rejected in terms]
     return found
+
+
+def write_margins(table: Path, pairs: Sequence[PreferencePair], judged: Margins) -> None:
+    """Write the margins of the pairs of a preference table beside it: those of their rewards, and ``judged``."""
+    margins = margins_of([(pair.chosen_reward, pair.rejected_reward) for pair in pairs]) | judged
+    by_pair = {
+        name: {pair.pair_id: value for pair, value in zip(pairs, values, strict=True)}
+        for name, values in margins.items()
+    }
+    write_atomically(margins_path(table), json.dumps(by_pair).encode())
+
+
+def join_margins(table: Path, parts: Sequence[Path]) -> None:
+    """Write the margins of a table that was made in parts."""
+    margins: dict[str, dict[str, float | None]] = {}
+    for part in parts:
+        for name, by_pair in json.loads(margins_path(part).read_bytes()).items():
+            margins.setdefault(name, {}).update(by_pair)
+    write_atomically(margins_path(table), json.dumps(margins).encode())
 
 
 def _margin(chosen: float | None, rejected: float | None) -> float | None:

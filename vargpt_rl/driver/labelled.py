@@ -17,7 +17,7 @@ from rewards.preferences import Built, PreferencePair, check_books
 from vargpt_rl.common.usage import command_line
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
-from vargpt_rl.driver.agreement import Margins, agreements, judge_margins, margins_of
+from vargpt_rl.driver.agreement import Margins, agreements, judge_margins
 from vargpt_rl.driver.grids import show_pairs
 from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, read_rewards
 from vargpt_rl.driver.pairs import describe_pairs, origin_of, write_scored
@@ -26,11 +26,8 @@ from vargpt_rl.driver.sampling import SAMPLES
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.page.labels import all_labels, majority, votes
 from vargpt_rl.storage.checkpoint import Policy
-from vargpt_rl.storage.files import write_atomically
-from vargpt_rl.storage.images import CANDIDATES
+from vargpt_rl.storage.images import CANDIDATES, margins_path
 
-MARGINS = "margins.json"
-"""File of the margins of rewards by proposed pair, in `StageContext.rollouts`."""
 REASONS = {"alike": "people: alike", "bad": "people: both bad", None: "people: no label or no majority"}
 """Why a proposed pair is dropped, by the label of most raters; None is no label, or no majority."""
 
@@ -49,16 +46,14 @@ def propose(context: StageContext, policy: Policy) -> dict:
     rollouts, (pairs, dropped) = _proposed(context)
     if not pairs:
         raise ValueError(f"no pair could be proposed of {len(rollouts.samples)} samples; dropped: {dict(dropped)}")
-    margins = judge_margins(context, pairs)
-    if context.inputs.reward:
-        margins |= margins_of([(pair.chosen_reward, pair.rejected_reward) for pair in pairs])
-    by_pair = {
-        name: {pair.pair_id: value for pair, value in zip(pairs, values, strict=True)}
-        for name, values in margins.items()
-    }
-    write_atomically(context.rollouts / MARGINS, json.dumps(by_pair).encode())
-    micro_batch = context.config.dpo.recipe.micro_batch
-    write_scored(context, context.table(CANDIDATES), pairs, micro_batch, origin_of(rollouts, dropped))
+    write_scored(
+        context,
+        context.table(CANDIDATES),
+        pairs,
+        context.config.dpo.recipe.micro_batch,
+        origin_of(rollouts, dropped),
+        judged=judge_margins(context, pairs),
+    )
     show_pairs(context, read_table(context.table(CANDIDATES)), CANDIDATES)
     return {"proposed": len(pairs)}
 
@@ -89,7 +84,7 @@ def pair_labelled(context: StageContext, policy: Policy, judged: dict) -> dict:
     write_scored(context, context.table(), pairs, context.config.dpo.recipe.micro_batch, origin, context.states)
     describe_pairs(context)
     counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin, "raters": len(raters)}
-    counts["people"] = agreements(_margins(context.rollouts / MARGINS, winners))
+    counts["people"] = agreements(_margins(margins_path(context.table(CANDIDATES)), winners))
     return counts | ({"rewards": judged} if judged else {})
 
 

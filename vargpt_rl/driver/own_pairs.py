@@ -159,7 +159,15 @@ def pair_own(context: StageContext, policy: Policy) -> dict:
     found = read_encoded(encoded_path(context), context.resolution, "train")
     scored = score_sides(context, found.pairs)
     origin = _origin(scored.pairs, found.left_out)
-    write_scored(context, context.table(), scored.pairs, context.config.dpo.recipe.micro_batch, origin, context.states)
+    write_scored(
+        context,
+        context.table(),
+        scored.pairs,
+        context.config.dpo.recipe.micro_batch,
+        origin,
+        states=context.states,
+        judged=scored.margins,
+    )
     describe_pairs(context)
     counts = {
         "built": len(scored.pairs),

@@ -21,6 +21,7 @@ from vargpt_rl.data.pair_statistics import statistics
 from vargpt_rl.data.preferences import count_rows, join_parts, part_path, read_table, write_table
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
 from vargpt_rl.data.samples import Sample
+from vargpt_rl.driver.agreement import Margins, join_margins, write_margins
 from vargpt_rl.driver.grids import show_pairs
 from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, judge_rollouts, read_rewards, running
 from vargpt_rl.driver.parts import in_parts, score_fields, score_of
@@ -96,14 +97,17 @@ def write_scored(
     micro_batch: int,
     origin: dict[str, Any],
     states: Path | None = None,
+    judged: Margins | None = None,
 ) -> None:
     """Write pairs in random order, scored with the weights in the workers, in groups of ``micro_batch`` pairs.
 
-    ``states``: see `write_pairs`.
+    The margins of their rewards are kept beside the table, with those of other rewards, ``judged``. ``states``: see
+    `write_pairs`.
     """
     order = np.random.default_rng(seeds_for(1, len(pairs))[0]).permutation(len(pairs))
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = _scored_rows(context, [pairs[i] for i in order], micro_batch, path.stem, states)
+    write_margins(path, pairs, judged or {})
     write_table(path, rows, origin | {"micro_batch": micro_batch})
 
 
@@ -243,6 +247,7 @@ class PairRounds:
         origin = join_parts(self.context.table(), self.parts)
         if origin["samples"] != len(self.plan.prompts):
             raise RuntimeError(f"{len(self.plan.prompts)} samples were planned, {origin['samples']} are in the table")
+        join_margins(self.context.table(), self.parts)
         describe_pairs(self.context)
         counts = {"built": sum(origin["parts"]), "dropped": sum(origin["dropped_by_reason"].values()), **origin}
         if judged := merge_reports(self.reports):

@@ -57,6 +57,7 @@ SHARED = re.compile(r"(learner\.ranks|[\w.]+\.recipe\.(micro_batch|zero)): ")
 """Settings of how ranks share a batch. They may change too, but the result is then not the same bit for bit."""
 READ_BACK = (
     "preferences/*.parquet",
+    "preferences/*.margins.json",
     "evaluations/*.jsonl",
     "rollouts/*/*",
     "samples/*/*",

@@ -15,7 +15,7 @@ import yaml
 
 from vargpt_rl.evaluate.paired import ScoredImage, read_scores
 from vargpt_rl.page.plan import expected_steps, setting
-from vargpt_rl.storage.images import CANDIDATES, PAIRS, images_folder, pair_image
+from vargpt_rl.storage.images import CANDIDATES, PAIRS, images_folder, margins_path, pair_image
 from vargpt_rl.storage.lock import HOLDER
 
 CONFIG = "config.yaml"
@@ -166,7 +166,7 @@ class RunContents:
 
         ``kind`` is `PAIRS`, or `CANDIDATES` for those that people are asked about.
         """
-        path = self.folder / "preferences" / (f"{stage}.parquet" if kind == PAIRS else f"{stage}-{kind}.parquet")
+        path = self._table(stage, kind)
         if not path.exists():
             return []
         import pyarrow as pa
@@ -178,6 +178,14 @@ class RunContents:
             self._note(f"{path}: {error}")
             return []
         return [PairRow(**row) for row in rows]
+
+    def _table(self, stage: str, kind: str) -> Path:
+        return self.folder / "preferences" / (f"{stage}.parquet" if kind == PAIRS else f"{stage}-{kind}.parquet")
+
+    def margins(self, stage: str, kind: str = PAIRS) -> dict[str, dict[str, float | None]]:
+        """Return the margins of rewards on an iteration's pairs, by reward and pair id; older runs have none."""
+        name = str(margins_path(self._table(stage, kind)).relative_to(self.folder))
+        return _read(self, name, json.loads)
 
     def labelled_kind(self, stage: str) -> str:
         """Return which pairs of an iteration people label: those that it asks about, else those that it has."""

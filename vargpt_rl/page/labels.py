@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -207,16 +207,25 @@ def majority(raters: Sequence[dict[str, str]]) -> dict[str, str]:
     return found
 
 
-def reward_agreement(pairs: Sequence[PairRow], winners: dict[str, str]) -> tuple[float, int]:
-    """Return how often the reward prefers the side that people chose (ties count half), of how many pairs.
+def margins_by_reward(run: RunContents, pairs: Sequence[tuple[str, PairRow]]) -> dict[str, dict[str, float | None]]:
+    """Return the margins of each automatic reward by pair: the training reward, and those stored with its terms."""
+    found = {"reward": {row.pair_id: row.reward_margin for _, row in pairs}}
+    for stage in dict.fromkeys(stage for stage, _ in pairs):
+        for name, by_pair in run.margins(stage, run.labelled_kind(stage)).items():
+            found.setdefault(name, {}).update(by_pair)
+    return found
 
-    Pairs without a winner or without rewards are left out.
+
+def reward_agreement(margins: Mapping[str, float | None], winners: Mapping[str, str]) -> tuple[float, int]:
+    """Return how often a reward prefers the side that people chose (ties count half), of how many pairs.
+
+    ``margins`` are those of the chosen over the rejected side by pair. Pairs without a winner or margin are left out.
     """
     right, count = 0.0, 0
-    for row in pairs:
-        winner = winners.get(row.pair_id)
-        if winner in ("chosen", "rejected") and row.reward_margin is not None:
-            ahead = row.reward_margin if winner == "chosen" else -row.reward_margin
+    for pair_id, margin in margins.items():
+        winner = winners.get(pair_id)
+        if winner in ("chosen", "rejected") and margin is not None:
+            ahead = margin if winner == "chosen" else -margin
             right += 1.0 if ahead > 0 else 0.5 if ahead == 0 else 0.0
             count += 1
     return right, count
@@ -246,9 +255,11 @@ def summarise_labels(run: RunContents) -> list[str]:
     decided = [winner for name, winner in winners.items() if winner in ("chosen", "rejected") and name in ordered]
     if decided:
         lines.append(_share("the chosen image is preferred", decided.count("chosen"), len(decided)))
-    right, count = reward_agreement([row for _, row in pairs], winners)
-    if count:
-        lines.append(_share("the reward prefers the image that people prefer", right, count))
+    for name, margins in margins_by_reward(run, pairs).items():
+        right, count = reward_agreement(margins, winners)
+        if count:
+            what = f"the {name}" if name in ("reward", "judge") else f"the reward's term {name}"
+            lines.append(_share(f"{what} prefers the image that people prefer", right, count))
     if run.waits_for_labels:
         lines.append(f"when all are labelled, resume: {command_line('resume', run.folder)}")
     return lines or ["no labels yet"]

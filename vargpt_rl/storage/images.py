@@ -1,4 +1,4 @@
-"""Places of the small images that a run keeps for people."""
+"""Places of what a run keeps for people: small images, and margins of rewards."""
 
 from pathlib import Path
 
@@ -13,6 +13,11 @@ CANDIDATES = "candidates"
 def images_folder(run: Path, stage: str, moment: str) -> Path:
     """Return the folder of the images that a stage of a run drew at a moment."""
     return run / IMAGES / f"{stage}-{moment}"
+
+
+def margins_path(table: Path) -> Path:
+    """Return the file of the margins of rewards on a preference table's pairs: JSON, by reward and pair id."""
+    return table.with_suffix(".margins.json")
 
 
 def pair_image(pair_id: str, side: str) -> str:
