@@ -5,8 +5,8 @@
 It replaces the papers' starting points (a trained Qwen2-VL, a trained Infinity decoder, a trained image tokenizer) by
 a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits, questions
 and conversations with several of these. Seeds are fixed. ``--image-tokenizer DIR`` reuses the image tokenizer of an
-existing model and saves the first hour; ``--base DIR`` continues from all of its weights. Matrices are trained with
-Muon, which needs less than half the steps of AdamW here.
+existing model and saves the first hour; ``--base DIR`` continues from all of its weights, with its text tokenizer.
+Matrices are trained with Muon, which needs less than half the steps of AdamW here.
 
 The embedded weights were made before this script had edits and conversations, with 24, 6 and 2 drawings a step at 128,
 256 and 512 px, in about two and a half hours on two cores.
@@ -351,7 +351,7 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(hours=12))  # other ranks wait for the image tokenizer
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
-    text_tokenizer = build_text_tokenizer()
+    text_tokenizer = PreTrainedTokenizerFast.from_pretrained(options.base) if options.base else build_text_tokenizer()
     config = build_config(text_tokenizer)
     for part in (text_tokenizer, build_image_processor(), config):
         part.save_pretrained(options.out)
