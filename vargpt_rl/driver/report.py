@@ -1,5 +1,6 @@
 """The tables that a run prints at its end."""
 
+import os
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -218,7 +219,7 @@ def next_steps(directory: Path) -> list[str]:
 
 def show(summary: dict, directory: Path) -> None:
     """Print the closing tables and what to do next, and record them in the run's log."""
-    console = wide_console()
+    console = Console() if "COLUMNS" in os.environ else wide_console()
     console.record = True
     for table in _tables(summary):
         console.print(fitted(table, console.width))
