@@ -224,7 +224,7 @@ def show(summary: dict, directory: Path) -> None:
     for table in _tables(summary):
         console.print(fitted(table, console.width))
     for line in _remarks(summary):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)
     console.print(Text(f"{summary['seconds']:.0f} s; everything is in {directory}"), soft_wrap=True)
     if steps := next_steps(directory):
         console.print("next:")
