@@ -42,6 +42,18 @@ def test_relative_paths_of_a_resumed_run_start_where_it_was_begun(project, named
     assert "where the run was begun" in caplog.text
 
 
+def test_a_damaged_directory_is_named_and_not_used(project, tmp_path, monkeypatch):
+    path = project / "runs/first/state.json"
+    (tmp_path / "other").mkdir()
+    path.write_text(path.read_text().replace(f'"{project}"', f'"{tmp_path}/other"'))
+    config = load_config(["resume=runs/first"])
+    enter_beginning(config)
+    assert Path.cwd() == project
+    run = Run(config.directory, plain(config))
+    assert any("the directory in which the run was begun is damaged" in event for event in run.state["events"])
+    run.close(failed=False)
+
+
 def test_a_run_that_moved_with_its_project_stays_where_it_is(project, tmp_path, monkeypatch):
     moved = tmp_path / "moved"
     os.rename(project, moved)

@@ -33,6 +33,11 @@ ORIGINS = "origins"
 none."""
 BEGUN_IN = "begun_in"
 """Key of the directory in which the run was begun, which relative paths in its settings start from."""
+OPTIONAL = {
+    ORIGINS: "the hashes of the run's inputs are damaged and taken anew",
+    BEGUN_IN: "the directory in which the run was begun is damaged: relative paths start from the current one",
+}
+"""Keys that a state may lack, each under a hash of its own, and what is told if it is damaged."""
 REST = ("times", "events", "restarts", "seconds", "config", "summary", "logs", "files")
 """Keys under one hash."""
 
@@ -53,8 +58,8 @@ def _rest(state: dict[str, Any]) -> str:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state with its hashes."""
-    own = {ORIGINS: hash_of(state[ORIGINS])} if ORIGINS in state else {}
-    state["hashes"] = {"": _rest(state), **own, **{step: _record(state, step) for step in state["steps"]}}
+    optional = {key: hash_of(state[key]) for key in OPTIONAL if key in state}
+    state["hashes"] = {"": _rest(state), **optional, **{step: _record(state, step) for step in state["steps"]}}
     write_atomically(path, json.dumps(state, indent=1).encode())
 
 
@@ -86,9 +91,10 @@ def read_state(path: Path) -> tuple[dict[str, Any], str | None, list[str]]:
         told.append(f"{path}: its events, restarts and seconds are damaged and begin anew")
         known = {"files": state["files"]}  # an entry that changed does not fit its file
         state |= {key: copy.deepcopy(NEW[key]) for key in REST} | known
-    if hashes.get(ORIGINS) != (hash_of(state[ORIGINS]) if ORIGINS in state else None):
-        told.append(f"{path}: the hashes of the run's inputs are damaged and taken anew")
-        state.pop(ORIGINS, None)
+    for key, damage in OPTIONAL.items():
+        if hashes.get(key) != (hash_of(state[key]) if key in state else None):
+            told.append(f"{path}: {damage}")
+            state.pop(key, None)
     bad = next((step for step in state["steps"] if hashes.get(step) != _record(state, step)), None)
     state["files"] = {
         name: entry for name, entry in state["files"].items() if isinstance(entry, dict) and _is_inside(name)
