@@ -79,7 +79,7 @@ def _check_asked(config: "LoopConfig") -> None:
         return
     if config.dpo.min_pairs is not None:
         raise ValueError(f"dpo.min_pairs={config.dpo.min_pairs} with {HUMAN}, which waits for people: leave it out")
-    if config.preference.samples < 2 and config.preference.options.get("against", "samples") == "samples":
+    if config.preference.samples < 2 and not config.preference.uses_winners:
         raise ValueError(
             f"preference.samples={config.preference.samples}: {HUMAN} compares samples of a prompt, expected at "
             "least 2, or +preference.options.against=winners"

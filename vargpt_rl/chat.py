@@ -49,6 +49,7 @@ class ChatConfig(DrawingSettings):
 
 
 NEW = "(a new conversation)"
+UNTRAINED = f"This checkpoint {NO_EDITS}."
 
 
 def described(turns: int) -> str:
@@ -183,7 +184,7 @@ class Chat:
         if not self.images:
             raise ValueError("/edit: there is no image yet, draw one or give one by /image FILE")
         if self.edits is False:
-            print(f"This checkpoint {NO_EDITS}.", flush=True)
+            print(UNTRAINED, flush=True)
         self.draw = True
         self.say(text)
 

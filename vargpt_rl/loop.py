@@ -250,9 +250,7 @@ def begin(config: LoopConfig, inputs: Inputs, run: Run) -> int:
     except ValueError as error:  # another starting model, damaged labels
         return refuse(error, 2)
     if waiting:
-        print(waiting)
-        RECORD.info("%s", waiting)
-        return os.EX_TEMPFAIL
+        return wait_for_people(waiting)
     run.progress.say("starting Ray")
     try:
         connect()
@@ -270,6 +268,13 @@ def refuse(error: Exception | str, code: int) -> int:
     report_error(error)
     RECORD.info("error: %s", error)
     return code
+
+
+def wait_for_people(notice: object) -> int:
+    """Say which labels the run waits for, in its log too; return the exit code."""
+    print(notice, flush=True)
+    RECORD.info("%s", notice)
+    return os.EX_TEMPFAIL
 
 
 def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placement) -> int:
@@ -293,9 +298,7 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
     except LabelsNeeded as needed:
         failed = False
         run.progress.close()
-        print(needed, flush=True)
-        RECORD.info("%s", needed)
-        return os.EX_TEMPFAIL
+        return wait_for_people(needed)
     except SystemExit:
         if session is not None:
             session.learners.checkpoint(SAVE_S)

@@ -8,7 +8,8 @@ import pytest
 
 from tests.simulate.test_iteration import FREE
 from vargpt_rl import simulate
-from vargpt_rl.driver.run import CONFIG, SUMMARY
+from vargpt_rl.driver.run import SUMMARY
+from vargpt_rl.page.contents import CONFIG
 from vargpt_rl.simulate.__main__ import SimulateSettings, place
 from vargpt_rl.simulate.__main__ import run as predict
 from vargpt_rl.simulate.costs import SOURCES, Costs

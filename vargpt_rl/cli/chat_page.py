@@ -18,13 +18,12 @@ from typing import Any
 
 from PIL import Image
 
-from vargpt_rl.chat import NEW, ChatConfig, Talk, described
+from vargpt_rl.chat import NEW, UNTRAINED, ChatConfig, Talk, described
 from vargpt_rl.common.command import load_command
 from vargpt_rl.common.errors import first_line
 from vargpt_rl.data.images import decode
 from vargpt_rl.inference.conversation import Conversation, Reply, load
 from vargpt_rl.inference.images import ASPECTS, image_size
-from vargpt_rl.model.drawing_defaults import NO_EDITS
 from vargpt_rl.model.hub import check_model
 from vargpt_rl.page.render import render_template
 
@@ -72,7 +71,7 @@ class Speaker:
 
     @property
     def note(self) -> str:
-        """What a user should know of its conversations."""
+        """The length of its conversations in words; empty if unknown."""
         return described(self.talk.turns) if self.talk.turns else ""
 
     def answer(self, turn: Turn, images: Sequence[Image.Image]) -> Parts:
@@ -86,7 +85,7 @@ class Speaker:
         parts = parts_of(self.talk.say(turn.text, images, turn.draw, adjust))
         notes: Parts = [{"text": NEW}] if self.talk.is_new else []
         if images and turn.draw and self.edits is False:
-            notes.append({"text": f"This checkpoint {NO_EDITS}."})
+            notes.append({"text": UNTRAINED})
         return [*notes, *parts]
 
 

@@ -11,6 +11,7 @@ from rewards.total import Total
 from vargpt_rl.common.averages import wilson
 from vargpt_rl.driver.judging import score
 from vargpt_rl.driver.session import StageContext
+from vargpt_rl.page.labels import wins
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.images import margins_path
 
@@ -96,7 +97,7 @@ def agreements(margins: Mapping[str, Sequence[float | None]]) -> dict[str, dict[
     for name, values in margins.items():
         known = [value for value in values if value is not None]
         if known:
-            right = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in known)
+            right = wins(known)
             low, high = wilson(right, len(known))
             found[name] = {"right": right, "n": len(known), "low": low, "high": high}
     return found

@@ -12,6 +12,7 @@ from configs.schema import LoopConfig
 from vargpt_rl.driver.report import closing_table, stage_table, without_empty_columns
 from vargpt_rl.model.adapter import AdapterConfig
 from vargpt_rl.model.drawing_defaults import FILE, read_defaults, with_defaults
+from vargpt_rl.page.contents import CONFIG
 from vargpt_rl.stages import STAGES, Learns
 
 
@@ -84,7 +85,7 @@ def _trained(adapter: AdapterConfig) -> str:
 
 def write_card(folder: Path, directory: Path, config: LoopConfig, summary: dict) -> None:
     """Write the model card of a ``folder`` in a run's directory, with the run's settings and its last sample grid."""
-    shutil.copy(directory / "config.yaml", folder / "config.yaml")
+    shutil.copy(directory / CONFIG, folder / CONFIG)
     grids = sorted(path for path in directory.glob("samples/iter-*.png") if not path.stem.endswith("-pairs"))
     if grids:
         shutil.copy(grids[-1], folder / "samples.png")

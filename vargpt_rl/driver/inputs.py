@@ -24,10 +24,10 @@ from vargpt_rl.data.records.stream import EDITS, RecordStream, task_of
 from vargpt_rl.data.reward_pairs import check_split
 from vargpt_rl.data.samples import Prompt
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource, Source, prompts_from_file
-from vargpt_rl.driver.run import CONFIG
 from vargpt_rl.model.families import load_config, markup_for
 from vargpt_rl.model.hub import TINY_V1, check_model
 from vargpt_rl.model.whole import check_values, check_whole
+from vargpt_rl.page.contents import CONFIG
 from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import ALIGN, STAGES, Learns, Stage, freeze, stages_of
 from vargpt_rl.storage.adapter import adapted_on_meta, is_adapter_folder, write_merged

@@ -6,7 +6,6 @@ An iteration proposes pairs of its samples and keeps their images. The run then 
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +16,14 @@ from rewards.preferences import Built, PreferencePair, check_books
 from vargpt_rl.common.usage import command_line
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.data.rollouts import Rollouts, read_rollouts
-from vargpt_rl.driver.agreement import Margins, agreements, judge_margins
+from vargpt_rl.driver.agreement import agreements, judge_margins
 from vargpt_rl.driver.grids import show_pairs
 from vargpt_rl.driver.judging import NO_REWARDS, REWARDS, Rewards, read_rewards
 from vargpt_rl.driver.pairs import describe_pairs, origin_of, write_scored
 from vargpt_rl.driver.run import Run
 from vargpt_rl.driver.sampling import SAMPLES
 from vargpt_rl.driver.session import StageContext, Step
-from vargpt_rl.page.labels import all_labels, majority, votes
+from vargpt_rl.page.labels import all_labels, majority, preferred_margins, votes
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.images import CANDIDATES, margins_path
 
@@ -84,7 +83,8 @@ def pair_labelled(context: StageContext, policy: Policy, judged: dict) -> dict:
     write_scored(context, context.table(), pairs, context.config.dpo.recipe.micro_batch, origin, context.states)
     describe_pairs(context)
     counts = {"built": len(pairs), "dropped": sum(dropped.values()), **origin, "raters": len(raters)}
-    counts["people"] = agreements(_margins(margins_path(context.table(CANDIDATES)), winners))
+    margins = json.loads(margins_path(context.table(CANDIDATES)).read_text())
+    counts["people"] = agreements({name: preferred_margins(found, winners) for name, found in margins.items()})
     return counts | ({"rewards": judged} if judged else {})
 
 
@@ -106,19 +106,6 @@ def turned(pair: PreferencePair) -> PreferencePair:
         chosen_reward=pair.rejected_reward,
         rejected_reward=pair.chosen_reward,
     )
-
-
-def _margins(path: Path, winners: Mapping[str, str]) -> Margins:
-    """Return the rewards' margins on the pairs with a winner: the preferred image's reward less the other's."""
-    signs = {"chosen": 1.0, "rejected": -1.0}
-    found: Margins = {}
-    for name, by_pair in json.loads(path.read_text()).items():
-        found[name] = [
-            None if value is None else signs[winners[pair]] * value
-            for pair, value in by_pair.items()
-            if winners.get(pair) in signs
-        ]
-    return found
 
 
 # Waiting for labels

@@ -24,11 +24,12 @@ from vargpt_rl.common.failpoints import point
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.driver.progress import RunProgress
 from vargpt_rl.driver.state import BEGUN_IN, NEW, read_state, write_state
+from vargpt_rl.page.contents import CONFIG
 from vargpt_rl.storage.files import content_hash, write_atomically
 from vargpt_rl.storage.lines import trim
 from vargpt_rl.storage.manifest import Manifest
 
-CONFIG, STATE, METRICS, SUMMARY = "config.yaml", "state.json", "metrics.jsonl", "summary.json"
+STATE, METRICS, SUMMARY = "state.json", "metrics.jsonl", "summary.json"
 PARTS = "parts"
 """Folder of the finished parts of the step under way."""
 PLACE = ("name: ", "runs: ")

@@ -28,15 +28,13 @@ from vargpt_rl.driver.weights import WeightSync
 from vargpt_rl.memory.fit import Devices, check_fits, gpu_memory
 from vargpt_rl.memory.plan import model_config
 from vargpt_rl.model.hub import TINY_V1
+from vargpt_rl.page.contents import DEFAULTS
 from vargpt_rl.storage.adapter import write_fresh_adapter
 from vargpt_rl.storage.checkpoint import Policy
 from vargpt_rl.storage.files import write_atomically
 from vargpt_rl.storage.lock import lock_folder
 
 logger = logging.getLogger(__name__)
-
-DEFAULTS = "defaults.yaml"
-"""File of the default settings in a run directory."""
 
 
 def prepare(arguments: list[str], lock: bool = True) -> tuple[LoopConfig, Inputs, Run]:

@@ -216,19 +216,28 @@ def margins_by_reward(run: RunContents, pairs: Sequence[tuple[str, PairRow]]) ->
     return found
 
 
-def reward_agreement(margins: Mapping[str, float | None], winners: Mapping[str, str]) -> tuple[float, int]:
-    """Return how often a reward prefers the side that people chose (ties count half), of how many pairs.
+def preferred_margins(margins: Mapping[str, float | None], winners: Mapping[str, str]) -> list[float]:
+    """Return the margins of the side that people chose over the other; pairs without a winner or margin are left out.
 
-    ``margins`` are those of the chosen over the rejected side by pair. Pairs without a winner or margin are left out.
+    ``margins`` are those of the chosen over the rejected side by pair.
     """
-    right, count = 0.0, 0
-    for pair_id, margin in margins.items():
-        winner = winners.get(pair_id)
-        if winner in ("chosen", "rejected") and margin is not None:
-            ahead = margin if winner == "chosen" else -margin
-            right += 1.0 if ahead > 0 else 0.5 if ahead == 0 else 0.0
-            count += 1
-    return right, count
+    signs = {"chosen": 1.0, "rejected": -1.0}
+    return [
+        signs[winners[pair]] * margin
+        for pair, margin in margins.items()
+        if margin is not None and winners.get(pair) in signs
+    ]
+
+
+def wins(margins: Sequence[float]) -> float:
+    """Count the margins above 0; ties count half."""
+    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
+
+
+def reward_agreement(margins: Mapping[str, float | None], winners: Mapping[str, str]) -> tuple[float, int]:
+    """Return how often a reward prefers the side that people chose (ties count half), of how many pairs."""
+    known = preferred_margins(margins, winners)
+    return wins(known), len(known)
 
 
 def summarise_labels(run: RunContents) -> list[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from configs.schema import LoopConfig
-from vargpt_rl.driver.run import CONFIG, SUMMARY
+from vargpt_rl.driver.run import SUMMARY
+from vargpt_rl.page.contents import CONFIG
 
 SOURCES = "sources"
 """Optional key of a file: where its numbers come from, for the reader."""
