@@ -19,7 +19,7 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from vargpt_rl.data.mixture import Mixture, MixtureSource
-from vargpt_rl.data.records.formats import FORMATS
+from vargpt_rl.data.records.formats import FORMATS, Fault, LeftOut
 from vargpt_rl.data.records.layouts import Import, native
 from vargpt_rl.data.records.reader import ReadOptions, Records, file_parts
 from vargpt_rl.data.records.schema import RecordConversation
@@ -46,6 +46,13 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
+
+
+def rows(kind: str, path: Path, start: int = 0, step: int = 1) -> list:
+    """The rows of all parts, or the reasons of faults."""
+    form = FORMATS[kind]
+    found = [found for part in range(form.parts(path)) for found in form.read(path, part, start, step)]
+    return [(number, row.reason if isinstance(row, Fault | LeftOut) else row) for number, row in found]
 
 
 def write_tar(path: Path, numbers: range) -> None:
