@@ -3,6 +3,7 @@
 from resource import RUSAGE_SELF, getrusage
 
 import pytest
+from rich.console import Console
 
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import doctor
@@ -24,6 +25,14 @@ def test_plans_the_full_size_model_without_its_weights(capsys):
     assert [row[1] for row in rows] == ["256", "512"]
     assert all(float(row[4]) == pytest.approx(10.629e9 * 2 / 4 / GIB, 0.01) for row in rows), "a quarter of the weights"
     assert "pretrain" not in printed and "torch 2." in printed
+
+
+def test_nothing_is_abbreviated_on_a_terminal_of_80_columns(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "wide_console", lambda: Console(width=80))
+    assert doctor.main([checkpoint, "resolutions=[32]"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "sft, 32 px\n" in text and "sum " in text
 
 
 def test_an_adapter_fits_one_gpu_of_80_gb(capsys):

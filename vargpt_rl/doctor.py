@@ -26,7 +26,7 @@ from configs.consistency import check_devices
 from configs.load import load_config
 from configs.schema import LoopConfig
 from vargpt_rl.common.command import load_command, run_program
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.memory import available_memory
 from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.memory.fit import Devices, Load, loads, refusal
@@ -221,10 +221,10 @@ def examine(arguments: list[str]) -> int:
     for line in about(found):
         console.print(line, highlight=False)
     shown = [training for training in need.training if asked.stage in (None, training.stage)]
-    console.print(training_table(shown))
-    console.print(rollout_table(need.rollouts))
+    print_table(training_table(shown), console)
+    print_table(rollout_table(need.rollouts), console)
     if devices.gpus:
-        console.print(card_table(need, config, asked.stage))
+        print_table(card_table(need, config, asked.stage), console)
     console.print(notes(need), highlight=False)
     reason = verdict(need, config, devices)
     where = f"{devices.gpus} GPUs of" if devices.gpus else "this machine's"

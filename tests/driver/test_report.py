@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vargpt_rl.common.console import fitted
 from vargpt_rl.driver.report import (
     closing_table,
     comparison_table,
-    fitted,
     method_table,
     show,
     training_time,

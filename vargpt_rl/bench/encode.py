@@ -20,7 +20,7 @@ import torch
 
 from configs.load import load_config
 from vargpt_rl.bench.harness import results_table, timed
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.batches import DrawExample, SftCollator
@@ -167,7 +167,7 @@ def main() -> int:
             f"{found.bytes_a_crop:.0f}",
             f"{found.crops_a_second:.1f}",
         )
-    wide_console().print(table)
+    print_table(table)
     return 0
 
 

@@ -23,7 +23,7 @@ import torch
 
 from vargpt_rl.bench.encode import write_records
 from vargpt_rl.bench.harness import results_table
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.records.sources import RecordSource
@@ -131,7 +131,7 @@ def main() -> int:
             found = measure(source, folder / kind, RESOLUTION, MICRO_BATCH, BATCHES, STEPS)
             figures = f"{found.samples_a_second:.0f}", f"{found.step_seconds:.2f}", f"{found.wait:.1%}"
             table.add_row(kind, *figures)
-    wide_console().print(table)
+    print_table(table)
     return 0
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from learners.config import Recipe
 from vargpt_rl.bench.harness import peak_memory, results_table
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.losses.supervised import sft_loss
@@ -255,7 +255,7 @@ def main() -> int:
             f"{found / 1e6:.0f}",
             f"{expected / found:.3f}",
         )
-    wide_console().print(table)
+    print_table(table)
     return 0 if within else 1
 
 

@@ -22,7 +22,7 @@ from learners.flops import drawing_flops, shape_of, step_flops
 from learners.image_policy import ImagePolicy
 from vargpt_rl.bench.harness import peak_memory, results_table
 from vargpt_rl.bench.memory import Case, enlarged, real_loss, score
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.memory.inputs import batch
 from vargpt_rl.model.configuration import VargptConfig
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             share = "" if row.flops is None else f"{row.flops / row.cpu / peak:.0%}"
             figures = f"{row.seconds:.3f}", f"{row.cpu:.3f}", memory, f"{peak / 1e9:.1f}", share
             table.add_row(row.work, str(resolution), *figures)
-    wide_console().print(table)
+    print_table(table)
     return 0
 
 

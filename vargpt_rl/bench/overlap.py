@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.settings import Count
 from vargpt_rl.data.preferences import read_table
 from vargpt_rl.driver.judging import judge
@@ -83,7 +83,7 @@ def bench(settings: OverlapSettings) -> None:
             ratios = f"{beside / max(parts):.2f}", f"{beside / both:.2f}"
             table.add_row(case, *(f"{s:.1f}" for s in (*parts, both, beside)), *ratios, f"{result['waited']:.1f}")
         ray.shutdown()
-    wide_console().print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

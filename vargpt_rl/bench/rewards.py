@@ -17,7 +17,7 @@ from actors.cluster import connect
 from rewards.combined import WeightedSum, scorers
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.settings import Count, Seconds
 from vargpt_rl.data.shapes import render, sample_scene
 
@@ -66,7 +66,7 @@ def compare(settings: RewardBenchSettings) -> int:
     table.add_row("two healthy, one hanging", f"{with_hanging:.1f}", _scored(report), lost)
     console = wide_console()
     extra = settings.images / with_hanging - settings.images / alone
-    console.print(table)
+    print_table(table, console)
     console.print(f"ratio {with_hanging / alone:.3f}: {extra:.1f} s more")
     complete = all(term["scored"] == settings.images for name, term in report.items() if name in HEALTHY)
     return 0 if complete else 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vargpt_rl.bench.harness import peak_memory, results_table, timed
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.streams import make_outputs_lasting
 from vargpt_rl.common.usage import print_usage_if_asked
 from vargpt_rl.data.shapes import sample_scene
@@ -122,7 +122,7 @@ def main() -> int:
                 f"{found.draw_bytes / 1e6:.1f}",
                 f"{found.redraw_bytes / 1e6:.1f}",
             )
-    wide_console().print(table)
+    print_table(table)
     return 0
 
 

@@ -25,7 +25,7 @@ from rewards.preferences import PreferencePair, check_books, external_winner
 from vargpt_rl.bench.dry_run import BITS, RESOLUTION, SCORE, dry_run, random_sample
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.settings import Count
 from vargpt_rl.data.pair_statistics import describe
 from vargpt_rl.data.preferences import read_table, write_table
@@ -120,14 +120,14 @@ def bench(settings: ScaleSettings) -> None:
     if settings.steps:
         for count in counts:
             with tempfile.TemporaryDirectory() as folder:
-                wide_console().print(dry_run(count, Path(folder)))
+                print_table(dry_run(count, Path(folder)))
         return
     table = results_table("CPU seconds", ("", *(f"{count:,} pairs" for count in counts)), left=("",))
     with tempfile.TemporaryDirectory() as folder:
         columns = [measure(count, Path(folder)) for count in counts]
     for name in columns[0]:
         table.add_row(name, *(f"{column[name]:.0f}" if name == "MiB" else f"{column[name]:.3f}" for column in columns))
-    wide_console().print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

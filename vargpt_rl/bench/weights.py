@@ -35,7 +35,7 @@ from actors.transport import (
 from actors.weights import WeightLayout, apply, checksum, checksum_of, layout_of
 from vargpt_rl.bench.harness import results_table, timed
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.network import free_port
 from vargpt_rl.common.settings import Count, Positive
 from vargpt_rl.data.sources import ShapesConfig, ShapesSource
@@ -199,7 +199,7 @@ def bench(settings: TransferSettings) -> int:
                     continue
                 measure_receivers(table, path, chunk_server, number)
             os.remove(path)
-        console.print(table)
+        print_table(table, console)
         console.print(f"checksum: {hashing() / 1e9:.2f} GB/s", highlight=False)
         tiny = swaps(Path(folder))
     seconds = ", ".join(f"{name} {1000 * tiny[name]:.0f} ms" for name in ("save", "publish", "probe"))

@@ -1,7 +1,6 @@
 """The tables that a run prints at its end."""
 
 import os
-import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from learners.methods import ONLINE
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.common.usage import command_line
 from vargpt_rl.evaluate.wording import MOMENTS, agreement, gain_of, verdict, with_bounds
@@ -222,7 +221,7 @@ def show(summary: dict, directory: Path) -> None:
     console = Console() if "COLUMNS" in os.environ else wide_console()
     console.record = True
     for table in _tables(summary):
-        console.print(fitted(table, console.width))
+        print_table(without_empty_columns(table), console)
     for line in _remarks(summary):
         console.print(Text(line), soft_wrap=not console.is_terminal)
     console.print(Text(f"{summary['seconds']:.0f} s; everything is in {directory}"), soft_wrap=True)
@@ -242,25 +241,6 @@ def without_empty_columns(table: Table) -> Table:
     for row in zip(*(column.cells for column in kept), strict=True):
         shown.add_row(*row)
     return shown
-
-
-def fitted(table: Table, width: int) -> Table | Text:
-    """Return a table without empty columns; its rows as lines below each other where it is wider than ``width``."""
-    shown = without_empty_columns(table)
-    rows = list(zip(*(column.cells for column in shown.columns), strict=True))
-    if Console(width=1000).measure(shown).maximum <= width:
-        return shown
-    lines = [str(table.title)]
-    for row in rows:
-        cells = [(str(column.header), str(cell)) for column, cell in zip(shown.columns, row, strict=True)]
-        named = [NAMING[name].format(cell) for name, cell in cells if name in NAMING]
-        values = "; ".join(f"{name} {cell}" for name, cell in cells if name not in NAMING and cell != "-")
-        lines += [", ".join(named), *textwrap.wrap(values, width, initial_indent="  ", subsequent_indent="  ")]
-    return Text("\n".join(lines) + "\n")
-
-
-NAMING = {"#": "iteration {}", "px": "{} px", "policy": "{}", "stage": "{}", "method": "{}"}
-"""Columns that say what a row is of, and how to say so in a line."""
 
 
 def _tables(summary: dict) -> list[Table]:

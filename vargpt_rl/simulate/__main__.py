@@ -16,7 +16,7 @@ from typing import Annotated
 
 from vargpt_rl.bench.harness import results_table
 from vargpt_rl.common.command import run_command
-from vargpt_rl.common.console import wide_console
+from vargpt_rl.common.console import print_table
 from vargpt_rl.common.settings import Between, Count, OneOf, at_least
 from vargpt_rl.simulate.costs import Costs
 from vargpt_rl.simulate.iteration import Forecast, Machine, Work, simulate
@@ -100,7 +100,7 @@ def run(settings: SimulateSettings) -> None:
         kinds["driver"] = busy["dispatch"] + busy["store"] + busy["table"]
         figures = f"{found.pairs_s:.0f}", f"{found.total_s:.0f}", *(f"{share:.1%}" for share in busy.values())
         table.add_row(str(gpus), str(machine.workers), str(machine.ranks), *figures, max(kinds, key=kinds.__getitem__))
-    wide_console().print(table)
+    print_table(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
