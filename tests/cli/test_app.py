@@ -82,6 +82,12 @@ def test_examples_name_keys_that_exist(program):
     assert [key for key in keys if key not in known and not key.startswith("sources.")] == []
 
 
+@pytest.mark.parametrize("words", [words for words, command in COMMANDS.items() if hasattr(command, "commands")])
+def test_lists_of_commands_cut_no_summary(helped, words):
+    listed = helped["pages"][" ".join(words)]["page"].partition("Commands:")[2].partition("Examples:")[0]
+    assert listed and "..." not in listed
+
+
 def test_help_fits_a_terminal(helped):
     assert max(map(len, helped["pages"][""]["page"].splitlines())) <= 100
 

@@ -53,6 +53,10 @@ def command_class(program: Program) -> type[TyperCommand]:
     """Return a command whose help ends with examples and keys, read only if help is asked for."""
 
     class ProgramCommand(TyperCommand):
+        def get_short_help_str(self, limit: int = 0) -> str:
+            """Return the first paragraph of the summary, which click would cut to one line."""
+            return help_text(program.summary).partition("\n\n")[0]
+
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
             with formatter.section("Examples"):
                 for example in program.examples:
