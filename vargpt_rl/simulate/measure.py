@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import ray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -27,6 +26,7 @@ from learners.jobs import DpoJob
 from vargpt_rl.bench.dry_run import PAIRING, SAMPLING, enter_iteration, measure_steps
 from vargpt_rl.bench.tiny_loop import start
 from vargpt_rl.common.command import run_command
+from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.settings import Count
 from vargpt_rl.data.samples import Sample
 from vargpt_rl.driver.judging import judge
@@ -222,7 +222,7 @@ def check(session: Session, policy: Policy, costs: Costs, counts: list[int]) -> 
 
 def run(settings: MeasureSettings) -> None:
     """Write the costs and print both tables."""
-    console = Console()
+    console = wide_console()
     with tempfile.TemporaryDirectory() as folder:
         session, policy = start(folder, settings.resolution, f"preference.count={settings.prompts}")
         costs = measure(session, policy)
@@ -235,7 +235,7 @@ def run(settings: MeasureSettings) -> None:
             figures = f"{row['seconds']:.1f}", f"{row['predicted']:.1f}", f"{row['error']:+.0%}"
             table.add_row(str(row["workers"]), *figures)
         ray.shutdown()
-    console.print(table)
+    print_table(table, console)
 
 
 def main(arguments: list[str] | None = None) -> int:
