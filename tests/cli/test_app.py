@@ -112,6 +112,7 @@ def test_the_version_is_printed():
     assert CliRunner().invoke(make_app(), ["--version"]).stdout.startswith("vargpt-rl 0.")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m vargpt_rl config keys | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2])

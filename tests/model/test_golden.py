@@ -140,7 +140,7 @@ def cut(ids_BT: torch.Tensor, mask_BT: torch.Tensor, config: VargptConfig, token
     return Rows(ids, pad([torch.ones_like(row) for row in rows], batch_first=True), first)
 
 
-@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("side", [256, pytest.param(512, marks=pytest.mark.slow)])
 def test_images_become_the_same_bits_and_come_back(model, tokenizer_data, side):
     image = tokenizer_data[f"image_{side}"].float()
     with torch.no_grad():

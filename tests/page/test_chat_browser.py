@@ -50,7 +50,6 @@ def test_a_conversation_outlives_a_reload_refusals_and_large_images(chromium):
     page.close()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_checkpoints_draw_side_by_side_in_a_browser(chromium):
     command = [sys.executable, "-u", "-m", "vargpt_rl", "chat", "--page", "--beside", "tiny", "resolution=128"]
