@@ -5,11 +5,20 @@
 It replaces the papers' starting points (a trained Qwen2-VL, a trained Infinity decoder, a trained image tokenizer) by
 a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits, questions
 and conversations with several of these. Seeds are fixed. ``--image-tokenizer DIR`` reuses the image tokenizer of an
-existing model and saves the first hour; ``--base DIR`` continues from all of its weights, with its text tokenizer.
-Matrices are trained with Muon, which needs less than half the steps of AdamW here.
+existing model and saves the first hour; ``--base DIR`` continues from all of its weights, or from the mean of several
+models', with the text tokenizer of the first, at learning rates that decay from the start. Matrices are trained with
+Muon, which needs less than half the steps of AdamW here.
 
-The embedded weights were made before this script had edits and conversations, with 24, 6 and 2 drawings a step at 128,
-256 and 512 px, in about two and a half hours on two cores.
+The embedded weights come from four trainings by two ranks on two cores, each from the one before:
+
+1. from scratch, before this script had edits and conversations, with 24, 6 and 2 drawings a step at 128, 256 and 512
+   px, and another text tokenizer (two and a half hours);
+2. ``--base 1 --base-steps 3600``, the first 1000 on one rank, with 5, 2 and 1 drawings and 14 questions a step on each
+   rank, and the text tokenizer that is built here (two hours);
+3. ``--base 2 --base-steps 1500 --shares 0.52 0.45 0.03 --seed 1`` (50 minutes);
+4. ``--base 3 --base-steps 600 --rate 0.25 --shares 0.8 0.19 0.01 --seed 2``, on fewer examples (17 minutes);
+
+and are the mean of the last three: ``--base 2 3 4 --base-steps 0``, which draws best at 128 px.
 """
 
 import argparse
@@ -217,21 +226,36 @@ EDITS = {128: 6000, 256: 800, 512: 64}
 """Numbers of edits."""
 CONVERSATIONS = {128: 3000, 256: 320, 512: 16}
 """Numbers of conversations."""
-DRAWINGS_PER_STEP = {128: 5, 256: 2, 512: 1}
+DRAWINGS_PER_STEP = {128: 6, 256: 3, 512: 1}
 """Drawings per step on each rank, by resolution."""
 EDITS_PER_STEP = {128: 4, 256: 1, 512: 1}
 """Edits per step on each rank."""
 CONVERSATIONS_PER_STEP = {128: 3, 256: 1, 512: 1}
 """Conversations per step on each rank."""
-QUESTIONS_PER_STEP = 14
-PHASES = ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05}))
-"""Progressive resolution: (share of the steps at which a phase ends, probability of each resolution in it)."""
-CONTINUED = ((1.0, {128: 0.7, 256: 0.27, 512: 0.03}),)
-"""The same for training that continues from a base model."""
+QUESTIONS_PER_STEP = 10
 PEAK_LR = 2e-3
 """Peak learning rate of AdamW."""
 MUON_LR = 6e-3
 """Peak learning rate of Muon."""
+
+
+class Schedule(NamedTuple):
+    """Learning rates and resolutions of a training."""
+
+    rate: float
+    """Peak of the learning rates, as a share of ``PEAK_LR`` and ``MUON_LR``."""
+    decay: float
+    """Share of the steps in which they fall to zero."""
+    phases: tuple[tuple[float, dict[int, float]], ...]
+    """Share of the steps at which a phase ends, and the probability of each resolution in it."""
+
+    def shares(self, progress: float) -> dict[int, float]:
+        """Return the probability of each resolution after a share of the steps."""
+        return next(shares for until, shares in self.phases if progress < until)
+
+
+FROM_SCRATCH = Schedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05})))
+"""Progressive resolution."""
 
 
 class Corpora(NamedTuple):
@@ -254,9 +278,9 @@ class Corpora(NamedTuple):
         }
 
 
-def encode_corpora(model: Vargpt, rank: int, ranks: int) -> Corpora:
+def encode_corpora(model: Vargpt, rank: int, ranks: int, seed: int) -> Corpora:
     """Encode a rank's share of all drawings, edits and conversations."""
-    first = 1000 * rank
+    first = 1000 * rank + 10 * seed
     return Corpora(
         {side: encode_corpus(model, n // ranks, side, side + first) for side, n in CORPORA.items()},
         {side: encode_edits(model, n // ranks, side, side + first + 1) for side, n in EDITS.items()},
@@ -288,27 +312,28 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         parameter.grad = gradient
 
 
-def train_base(model: Vargpt, chat: ChatFormat, steps: int, on_step, continued: bool = False) -> None:
+def train_base(
+    model: Vargpt, chat: ChatFormat, steps: int, on_step, schedule: Schedule = FROM_SCRATCH, seed: int = 0
+) -> None:
     """Train all but the image tokenizer on drawings, edits and conversations at several resolutions, and on questions.
 
-    If ``continued``, all resolutions are used from the start, at half the learning rates, which decay from the start.
+    ``seed`` chooses the examples and the order of resolutions.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    stage, rng, schedule_rng = STAGES["base"], np.random.default_rng(11 + rank), np.random.default_rng(5)
-    torch.manual_seed(11 + rank)
-    corpora = encode_corpora(model, rank, dist.get_world_size() if dist.is_initialized() else 1)
+    stage, rng, side_rng = STAGES["base"], np.random.default_rng(11 + rank + 10 * seed), np.random.default_rng(5 + seed)
+    torch.manual_seed(11 + rank + 10 * seed)
+    corpora = encode_corpora(model, rank, dist.get_world_size() if dist.is_initialized() else 1, seed)
     freeze(model, stage)
     collate, model = SftCollator(chat), model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(model, PEAK_LR)
-    scale, decay, phases = (0.5, 1.0, CONTINUED) if continued else (1.0, 0.4, PHASES)
-    peaks = [scale * optimizer.defaults["lr"] for optimizer in optimizers]
+    peaks = [schedule.rate * optimizer.defaults["lr"] for optimizer in optimizers]
     for step in range(steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, decay=decay)
-        shares = next(shares for until, shares in phases if step < until * steps)
-        side = int(schedule_rng.choice(list(shares), p=list(shares.values())))  # the same on every rank
+                group["lr"] = learning_rate(step, steps, peak, decay=schedule.decay)
+        shares = schedule.shares(step / steps)
+        side = int(side_rng.choice(list(shares), p=list(shares.values())))  # the same on every rank
         batches = corpora.batches(side, chat, rng)
         metrics = {}
         for kind, examples in batches.items():
@@ -339,26 +364,48 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
             dist.broadcast(tensor, 0)
 
 
-def main() -> None:
-    """Train from scratch and save in half precision, ready for ``checkpoint=OUT``."""
+def load_mean(models: list[Path]) -> Vargpt:
+    """Load a model in fp32, or the mean of the weights of several."""
+    loaded = [Vargpt.from_pretrained(folder, dtype=torch.float32) for folder in models]
+    states = [model.state_dict() for model in loaded]
+    loaded[0].load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+    return loaded[0]
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line; exits with 2 if ``--shares`` are not shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--image-tokenizer", type=Path, help="model whose image tokenizer is reused")
-    parser.add_argument("--base", type=Path, help="model to continue from")
+    parser.add_argument("--base", type=Path, nargs="+", help="model to continue from, or several for their mean")
     parser.add_argument("--tokenizer-steps", type=int, default=3600)
     parser.add_argument("--base-steps", type=int, default=3600)
+    parser.add_argument("--rate", type=float, default=0.5, help="of --base: peak of the learning rates, as a share")
+    sides = f"of --base: shares of the steps at {', '.join(map(str, CORPORA))} px"
+    parser.add_argument("--shares", type=float, nargs=len(CORPORA), default=[0.7, 0.27, 0.03], help=sides)
+    parser.add_argument("--seed", type=int, default=0, help="of the examples; another one for each continuation")
     options = parser.parse_args()
+    if abs(sum(options.shares) - 1) > 1e-9:
+        parser.error(f"--shares {' '.join(map(str, options.shares))}: expected a sum of 1")
+    return options
+
+
+def main() -> None:
+    """Train from scratch or a base and save in half precision, ready for ``checkpoint=OUT``."""
+    options = parse_options()
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(hours=12))  # other ranks wait for the image tokenizer
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
-    text_tokenizer = PreTrainedTokenizerFast.from_pretrained(options.base) if options.base else build_text_tokenizer()
+    text_tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(options.base[0]) if options.base else build_text_tokenizer()
+    )
     config = build_config(text_tokenizer)
     for part in (text_tokenizer, build_image_processor(), config):
         part.save_pretrained(options.out)
     torch.manual_seed(0)
     model = Vargpt(config)
     if options.base:
-        model = Vargpt.from_pretrained(options.base, dtype=torch.float32)
+        model = load_mean(options.base)
     elif options.image_tokenizer:
         trained = Vargpt.from_pretrained(options.image_tokenizer, dtype=torch.float32).image_tokenizer
         model.image_tokenizer.load_state_dict(trained.state_dict())
@@ -375,7 +422,10 @@ def main() -> None:
             model.save_pretrained(options.out)  # for inspection while training runs
 
     chat = ChatFormat(str(options.out), config)
-    train_base(model, chat, options.base_steps, report, continued=options.base is not None)
+    shares = dict(zip(CORPORA, options.shares, strict=True))
+    schedule = Schedule(options.rate, 1.0, ((1.0, shares),)) if options.base else FROM_SCRATCH
+    if options.base_steps:
+        train_base(model, chat, options.base_steps, report, schedule, options.seed)
     if main_rank:
         model.half().save_pretrained(options.out)
         content = with_defaults(options.out, DEFAULTS)

@@ -1,5 +1,6 @@
 """Training of the embedded model: its edit examples are right, and all but the image tokenizer trains."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -10,7 +11,15 @@ from PIL import Image
 
 import vargpt_rl
 from learners import pretrain_tiny
-from learners.pretrain_tiny import MOST_TURNS, SEEN_SIDE, encode_conversations, encode_edits, train_base
+from learners.pretrain_tiny import (
+    MOST_TURNS,
+    SEEN_SIDE,
+    Schedule,
+    encode_conversations,
+    encode_edits,
+    load_mean,
+    train_base,
+)
 from vargpt_rl.data.batches import SftCollator
 from vargpt_rl.data.shapes import COLOURS
 from vargpt_rl.data.shapes_check import find_things
@@ -93,8 +102,13 @@ def test_conversations_teach_all_their_images_and_words(embedded, chat):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeypatch, continued):
+def test_resolutions_follow_the_phases():
+    schedule = Schedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {256: 1.0})))
+    assert [schedule.shares(step / 10) for step in (0, 5, 6, 9)] == [{128: 1.0}, {128: 1.0}, {256: 1.0}, {256: 1.0}]
+
+
+@pytest.mark.parametrize("decay", [0.4, 1.0])
+def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeypatch, decay):
     for name, values in {
         "CORPORA": {128: 8},
         "DRAWINGS_PER_STEP": {128: 2},
@@ -103,13 +117,12 @@ def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeyp
         "EDITS_PER_STEP": {128: 2},
         "CONVERSATIONS_PER_STEP": {128: 1},
         "QUESTIONS_PER_STEP": 2,
-        "PHASES": ((1.0, {128: 1.0}),),
-        "CONTINUED": ((1.0, {128: 1.0}),),
     }.items():
         monkeypatch.setattr(pretrain_tiny, name, values)
     before = {name: tensor.clone() for name, tensor in embedded.state_dict().items()}
     seen = []
-    train_base(embedded, chat, 2, lambda step, side, metrics: seen.append((step, side, metrics)), continued)
+    schedule = Schedule(0.5, decay, ((1.0, {128: 1.0}),))
+    train_base(embedded, chat, 2, lambda step, side, metrics: seen.append((step, side, metrics)), schedule, seed=1)
     assert [(step, side) for step, side, _ in seen] == [(0, 128), (1, 128)]
     assert {key.split("/")[0] for _, _, metrics in seen for key in metrics} == {
         "drawings",
@@ -122,3 +135,14 @@ def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeyp
     moved = {name for name, tensor in embedded.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved <= trained
     assert trained - moved <= {"image_decoder.condition.unconditional"}  # learns only where a condition is dropped
+
+
+def test_the_mean_of_models_is_that_of_their_weights(embedded, tmp_path):
+    other = copy.deepcopy(embedded)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    embedded.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "zero")
+    mean = load_mean([tmp_path / "one", tmp_path / "zero"]).state_dict()
+    assert all(torch.equal(mean[name], parameter / 2) for name, parameter in embedded.named_parameters())
