@@ -1,5 +1,8 @@
 """Files of exported models."""
 
+import json
+
+import pytest
 from huggingface_hub import ModelCard
 
 from configs.load import load_config
@@ -17,15 +20,17 @@ def test_a_model_draws_as_its_run_did():
         "tau": 0.8,
         "top_k": 900,
         "top_p": 0.97,
-        "turns": 1,
-        "edits": False,
+        "turns": 4,
+        "edits": True,
     }
     assert content["eos_token_id"] == 2
 
 
-def test_a_run_with_edits_says_so():
-    config = load_config(["stages=[pretrain,understanding,align,edit]"])
-    assert generation_files(config, str(EMBEDDED), 128)[FILE][KEY]["edits"] is True
+@pytest.mark.parametrize(("stages", "edits"), [("[align]", False), ("[align,edit]", True)])
+def test_a_run_with_edits_says_so(tmp_path, stages, edits):
+    (tmp_path / FILE).write_text(json.dumps({KEY: {"edits": False}}))
+    config = load_config([f"stages={stages}"])
+    assert generation_files(config, str(tmp_path), 128)[FILE][KEY]["edits"] is edits
 
 
 def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):

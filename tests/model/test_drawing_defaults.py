@@ -32,4 +32,4 @@ def test_a_bad_file_is_named(tmp_path, content):
 def test_the_embedded_model_draws_as_it_was_measured():
     known = read_defaults(EMBEDDED)
     assert known.resolution == 128 and known.cfg == 1.0
-    assert known.turns == 1 and known.edits is False
+    assert known.turns == 4 and known.edits is True

@@ -15,7 +15,8 @@ def test_a_model_is_described_by_part(checkpoint, model):
 def test_the_embedded_model_says_how_it_draws(capsys):
     main(["tiny"])
     told = capsys.readouterr().out
-    assert "draws with  resolution=128 cfg=1.0" in told and "not trained on them" in told
+    assert "draws with  resolution=128 cfg=1.0" in told
+    assert "trained on  conversations of 4 turns" in told and "edits       trained on them" in told
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
