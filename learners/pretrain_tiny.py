@@ -5,8 +5,8 @@
 It replaces the papers' starting points (a trained Qwen2-VL, a trained Infinity decoder, a trained image tokenizer) by
 a model of the shapes world: first the image tokenizer is trained, then everything else, on drawings, edits, questions
 and conversations with several of these. Seeds are fixed. ``--image-tokenizer DIR`` reuses the image tokenizer of an
-existing model and saves the first hour; ``--base DIR`` continues from all of its weights, or from the mean of several
-models', with the text tokenizer of the first, at learning rates that decay from the start. Matrices are trained with
+existing model and saves the first hour; ``--base DIR``, which may be repeated for the mean of several models, continues
+from all of its weights, with its text tokenizer, at learning rates that decay from the start. Matrices are trained with
 Muon, which needs less than half the steps of AdamW here.
 
 The embedded weights come from four trainings by two ranks on two cores, each from the one before:
@@ -14,11 +14,12 @@ The embedded weights come from four trainings by two ranks on two cores, each fr
 1. from scratch, before this script had edits and conversations, with 24, 6 and 2 drawings a step at 128, 256 and 512
    px, and another text tokenizer (two and a half hours);
 2. ``--base 1 --base-steps 3600``, the first 1000 on one rank, with 5, 2 and 1 drawings and 14 questions a step on each
-   rank, and the text tokenizer that is built here (two hours);
+   rank, and the text tokenizer that is built here; the script has the base's since (two hours);
 3. ``--base 2 --base-steps 1500 --shares 0.52 0.45 0.03 --seed 1`` (50 minutes);
 4. ``--base 3 --base-steps 600 --rate 0.25 --shares 0.8 0.19 0.01 --seed 2``, on fewer examples (17 minutes);
 
-and are the mean of the last three: ``--base 2 3 4 --base-steps 0``, which draws best at 128 px.
+and are the mean of the last three: ``--base 2 --base 3 --base 4 --base-steps 0``. docs/results.md, "Conversations", has
+the scores of all.
 """
 
 import argparse
@@ -68,6 +69,7 @@ SPECIAL = [
     "image_gen_end",
     "image_gen_pad",
 ]
+TEXT_TOKENIZER = "tokenizer.json"
 SEEN_SIDE = 112  # side of understood images: 8 x 8 patches of 14 pixels
 
 
@@ -364,6 +366,21 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
             dist.broadcast(tensor, 0)
 
 
+def trouble_with(bases: list[Path]) -> str:
+    """Say why training cannot continue from models or their mean: empty if it can."""
+    for base in bases:
+        for name in ("config.json", TEXT_TOKENIZER):
+            if not (base / name).is_file():
+                return f"--base {base}: there is no {name} in this folder"
+        kind = json.loads((base / "config.json").read_text()).get("model_type")
+        if kind != VargptConfig.model_type:
+            return f"--base {base}: expected a model of type {VargptConfig.model_type}, got {kind}"
+        first, own = (json.loads((folder / TEXT_TOKENIZER).read_text()) for folder in (bases[0], base))
+        if own != first:
+            return f"--base {base}: expected the text tokenizer of {bases[0]}"
+    return ""
+
+
 def load_mean(models: list[Path]) -> Vargpt:
     """Load a model in fp32, or the mean of the weights of several."""
     loaded = [Vargpt.from_pretrained(folder, dtype=torch.float32) for folder in models]
@@ -373,11 +390,11 @@ def load_mean(models: list[Path]) -> Vargpt:
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line; exits with 2 if ``--shares`` are not shares."""
+    """Read the command line; exits with 2 if an option is bad."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--image-tokenizer", type=Path, help="model whose image tokenizer is reused")
-    parser.add_argument("--base", type=Path, nargs="+", help="model to continue from, or several for their mean")
+    parser.add_argument("--base", type=Path, action="append", help="model to continue from; repeat it for a mean")
     parser.add_argument("--tokenizer-steps", type=int, default=3600)
     parser.add_argument("--base-steps", type=int, default=3600)
     parser.add_argument("--rate", type=float, default=0.5, help="of --base: peak of the learning rates, as a share")
@@ -385,8 +402,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs=len(CORPORA), default=[0.7, 0.27, 0.03], help=sides)
     parser.add_argument("--seed", type=int, default=0, help="of the examples; another one for each continuation")
     options = parser.parse_args()
-    if abs(sum(options.shares) - 1) > 1e-9:
-        parser.error(f"--shares {' '.join(map(str, options.shares))}: expected a sum of 1")
+    if min(options.shares) < 0 or not abs(sum(options.shares) - 1) < 1e-9:
+        parser.error(f"--shares {' '.join(map(str, options.shares))}: expected shares of 0 or more with a sum of 1")
+    if not options.rate > 0:
+        parser.error(f"--rate {options.rate}: expected a number above 0")
+    if trouble := trouble_with(options.base or []):
+        parser.error(trouble)
     return options
 
 

@@ -1,6 +1,7 @@
 """Training of the embedded model: its edit examples are right, and all but the image tokenizer trains."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from learners import pretrain_tiny
 from learners.pretrain_tiny import (
     MOST_TURNS,
     SEEN_SIDE,
+    TEXT_TOKENIZER,
     Schedule,
     encode_conversations,
     encode_edits,
     load_mean,
+    main,
     train_base,
+    trouble_with,
 )
 from vargpt_rl.data.batches import SftCollator
 from vargpt_rl.data.shapes import COLOURS
@@ -146,3 +150,37 @@ def test_the_mean_of_models_is_that_of_their_weights(embedded, tmp_path):
     other.save_pretrained(tmp_path / "zero")
     mean = load_mean([tmp_path / "one", tmp_path / "zero"]).state_dict()
     assert all(torch.equal(mean[name], parameter / 2) for name, parameter in embedded.named_parameters())
+
+
+def write_base(folder: Path, kind: str = "vargpt", words: tuple[str, ...] = ("red",)) -> Path:
+    """Write what is read of a base model before its weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    (folder / TEXT_TOKENIZER).write_text(json.dumps(words))
+    return folder
+
+
+def test_only_models_that_go_together_are_continued(tmp_path):
+    good = write_base(tmp_path / "good")
+    assert trouble_with([]) == trouble_with([TINY]) == trouble_with([good, write_base(tmp_path / "same")]) == ""
+    assert "there is no config.json" in trouble_with([good, tmp_path / "none"])
+    assert "expected a model of type vargpt, got vargpt_v1" in trouble_with([write_base(tmp_path / "v1", "vargpt_v1")])
+    assert "expected the text tokenizer of" in trouble_with([good, write_base(tmp_path / "other", words=("blue",))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--shares", "nan", "nan", "nan"],
+        ["--shares", "1", "1", "-1"],
+        ["--shares", "0.5", "0.5", "0.5"],
+        ["--rate", "0"],
+        ["--base", "nowhere"],
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr("sys.argv", ["pretrain_tiny", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert options[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
