@@ -1,5 +1,5 @@
 # make demo        install and align the embedded model, in minutes (make demo ARGS="--full": all stages)
-# make test-fast   install with the development tools and run the tests that start no cluster
+# make test-fast   install with the development tools and run the quick tests, without clusters
 # make test        run all tests but those below, two files at a time (ARGS="-n 0": one)
 # make test-slurm  run the tests on a real Slurm of two nodes (Debian: slurm-wlm and munge)
 # make test-faults run the tests of faults of a whole run: 25 minutes on two cores

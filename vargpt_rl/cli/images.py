@@ -38,7 +38,7 @@ GENERATE = Program(
     summary="Generate the images of a file of prompts into a folder; the same command resumes.",
     examples=(
         "vargpt-rl generate prompts=prompts.txt out=images images=4",
-        'vargpt-rl generate prompt="make the circle blue" image=circle.png out=edited checkpoint=DIR',
+        'vargpt-rl generate prompt="make the circle blue" image=circle.png out=edited',
     ),
     settings=("vargpt_rl.generate:GenerateConfig",),
 )
