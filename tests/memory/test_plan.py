@@ -20,6 +20,7 @@ from vargpt_rl.memory.training import activations, parameter_sizes, states
 from vargpt_rl.memory.units import GIB, RUNTIME
 from vargpt_rl.model.generate import SamplingConfig
 from vargpt_rl.model.modeling import Vargpt
+from vargpt_rl.model.scales import scale_index, schedule_for
 from vargpt_rl.stages import STAGES, freeze
 
 SETTINGS = ["resolutions=[32,48]", "data.seen_side=56", "align.methods=[dpo]"]
@@ -168,6 +169,20 @@ def test_meta_model_keeps_what_the_real_model_keeps(config, model):
         shape = sft(2)(small.model)
     assert real.shape == shape.shape
     assert counted.live == pytest.approx(sum(storage.nbytes() for storage in kept.values()), 0.05)
+
+
+def test_cached_tables_stay_apart(config):
+    """One made outside has no values, which control flow inside needs; one made inside is on the CPU."""
+    schedule = schedule_for(32)
+    assert scale_index(schedule, tracker.META).is_meta
+    small = meta_model(config, torch.float32)
+    with counting(small):
+        assert scale_index(schedule, tracker.META).tolist() == [0, 1, 1, 1, 1]
+    assert scale_index(schedule, tracker.META).is_meta
+    with pytest.raises(KeyError), counting(small):
+        scale_index(schedule, tracker.META)
+        raise KeyError
+    assert scale_index(schedule, tracker.META).is_meta
 
 
 def test_activations_depend_on_rows_resolution_checkpointing(config):

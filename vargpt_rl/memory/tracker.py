@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from vargpt_rl.model.adapter import AdapterConfig, attach
 from vargpt_rl.model.families import family_of
+from vargpt_rl.model.scales import scale_index
 from vargpt_rl.model.unified import Unified
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -177,7 +178,10 @@ class MemoryTracker(TorchDispatchMode):
 
 @contextmanager
 def counting(meta: MetaModel) -> Iterator[MemoryTracker]:
-    """Track what runs inside. Finished gradients of parameters are dropped, as ZeRO does."""
+    """Track what runs inside. Finished gradients of parameters are dropped, as ZeRO does.
+
+    The table of scales is cached by device: one made inside has values on the CPU, one made outside has none.
+    """
     tracker = MemoryTracker(meta)
     trained = [parameter for parameter in meta.model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
@@ -186,10 +190,14 @@ def counting(meta: MetaModel) -> Iterator[MemoryTracker]:
             hooks += tracker.repeat(blocks, depth - BLOCKS)
     tensors = patch.object(torch, "tensor", _valued_tensor)
     attention = patch.object(F, "scaled_dot_product_attention", _gpu_attention)
-    with tensors, attention, tracker:
-        yield tracker
-    for hook in hooks:
-        hook.remove()
+    scale_index.cache_clear()
+    try:
+        with tensors, attention, tracker:
+            yield tracker
+    finally:
+        scale_index.cache_clear()
+        for hook in hooks:
+            hook.remove()
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
