@@ -46,6 +46,24 @@ CALLED_BACK = """
     del thing
     time.sleep(60)
 """
+TRIED = """
+    import pathlib, sys, tempfile, time
+    folder = tempfile.mkdtemp()
+    pathlib.Path(folder, "tried.py").write_text("import time; time.sleep(60)")
+    sys.path.append(folder)
+    for _ in range(2):
+        try:
+            import tried
+        except BaseException:
+            pass  # as libraries do with modules that they do not need
+    try:
+        time.sleep(60)
+    finally:
+        try:
+            time.sleep(1.2)
+        except SystemExit as again:
+            raise RuntimeError("what is saved at the end was interrupted") from again
+"""
 PHASES = {
     "asleep": "import time; time.sleep(60)",
     "busy": "sum(i for i in iter(int, 1))",
@@ -53,6 +71,7 @@ PHASES = {
     "importing": "import torch, transformers, ray; import time; time.sleep(60)",
     "in a finalizer": DELETING.strip(),
     "in a callback of a weak reference": CALLED_BACK.strip(),
+    "in an import that is tried": TRIED.strip(),
     "in a child": "import subprocess; subprocess.run(['sleep', '60'])",
 }
 
