@@ -241,7 +241,7 @@ MUON_LR = 6e-3
 """Peak learning rate of Muon."""
 
 
-class Schedule(NamedTuple):
+class TrainingSchedule(NamedTuple):
     """Learning rates and resolutions of a training."""
 
     rate: float
@@ -256,7 +256,7 @@ class Schedule(NamedTuple):
         return next(shares for until, shares in self.phases if progress < until)
 
 
-FROM_SCRATCH = Schedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05})))
+FROM_SCRATCH = TrainingSchedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {128: 0.47, 256: 0.48, 512: 0.05})))
 """Progressive resolution."""
 
 
@@ -315,15 +315,18 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def train_base(
-    model: Vargpt, chat: ChatFormat, steps: int, on_step, schedule: Schedule = FROM_SCRATCH, seed: int = 0
+    model: Vargpt, chat: ChatFormat, steps: int, on_step, schedule: TrainingSchedule = FROM_SCRATCH, seed: int = 0
 ) -> None:
     """Train all but the image tokenizer on drawings, edits and conversations at several resolutions, and on questions.
 
     ``seed`` chooses the examples and the order of resolutions.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    stage, rng, side_rng = STAGES["base"], np.random.default_rng(11 + rank + 10 * seed), np.random.default_rng(5 + seed)
-    torch.manual_seed(11 + rank + 10 * seed)
+    stage = STAGES["base"]
+    seed_of_rank = 11 + rank + 10 * seed
+    rng = np.random.default_rng(seed_of_rank)
+    side_rng = np.random.default_rng(5 + seed)
+    torch.manual_seed(seed_of_rank)
     corpora = encode_corpora(model, rank, dist.get_world_size() if dist.is_initialized() else 1, seed)
     freeze(model, stage)
     collate, model = SftCollator(chat), model.train()
@@ -444,7 +447,7 @@ def main() -> None:
 
     chat = ChatFormat(str(options.out), config)
     shares = dict(zip(CORPORA, options.shares, strict=True))
-    schedule = Schedule(options.rate, 1.0, ((1.0, shares),)) if options.base else FROM_SCRATCH
+    schedule = TrainingSchedule(options.rate, 1.0, ((1.0, shares),)) if options.base else FROM_SCRATCH
     if options.base_steps:
         train_base(model, chat, options.base_steps, report, schedule, options.seed)
     if main_rank:

@@ -16,7 +16,7 @@ from learners.pretrain_tiny import (
     MOST_TURNS,
     SEEN_SIDE,
     TEXT_TOKENIZER,
-    Schedule,
+    TrainingSchedule,
     encode_conversations,
     encode_edits,
     load_mean,
@@ -107,7 +107,7 @@ def test_conversations_teach_all_their_images_and_words(embedded, chat):
 
 
 def test_resolutions_follow_the_phases():
-    schedule = Schedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {256: 1.0})))
+    schedule = TrainingSchedule(1.0, 0.4, ((0.6, {128: 1.0}), (1.0, {256: 1.0})))
     assert [schedule.shares(step / 10) for step in (0, 5, 6, 9)] == [{128: 1.0}, {128: 1.0}, {256: 1.0}, {256: 1.0}]
 
 
@@ -125,7 +125,7 @@ def test_base_training_moves_all_but_the_image_tokenizer(embedded, chat, monkeyp
         monkeypatch.setattr(pretrain_tiny, name, values)
     before = {name: tensor.clone() for name, tensor in embedded.state_dict().items()}
     seen = []
-    schedule = Schedule(0.5, decay, ((1.0, {128: 1.0}),))
+    schedule = TrainingSchedule(0.5, decay, ((1.0, {128: 1.0}),))
     train_base(embedded, chat, 2, lambda step, side, metrics: seen.append((step, side, metrics)), schedule, seed=1)
     assert [(step, side) for step, side, _ in seen] == [(0, 128), (1, 128)]
     assert {key.split("/")[0] for _, _, metrics in seen for key in metrics} == {
