@@ -53,17 +53,18 @@ def worker():
 def sets(tmp_path_factory):
     """The embedded model's weights with noise: of the vision tower, of what understanding trains, of what draws.
 
-    The noise is so loud that some answers and nearly all replies are others.
+    The noise is so loud that some answers and most replies are others, and some replies never end.
     """
-    whole, generator = load_file(EMBEDDED / "model.safetensors"), torch.Generator().manual_seed(0)
+    whole = load_file(EMBEDDED / "model.safetensors")
     noises = {
-        "vision": (0.3, "model.visual."),
-        "understanding": (0.8, "model.language_model.", "lm_head.", "model.visual.merger."),
+        "vision": (1.2, "model.visual."),
+        "understanding": (0.7, "model.language_model.", "lm_head.", "model.visual.merger."),
         "decoder": (0.3, "image_decoder.", "projector_"),
         "half a layer": (0.3, "model.language_model.layers.0.self_attn.q_proj."),
     }
     folder = tmp_path_factory.mktemp("sets")
     for name, (noise, *starts) in noises.items():
+        generator = torch.Generator().manual_seed(1)
         chosen = {key: tensor.float() for key, tensor in whole.items() if key.startswith(tuple(starts))}
         noisy = {
             key: tensor + noise * tensor.std(unbiased=False) * torch.randn(tensor.shape, generator=generator)
@@ -99,8 +100,9 @@ def test_vllm_equals_transformers_after_every_swap(text, worker, sets):
         said.append(everything(text))
         assert said[-1] == everything(worker), name
     (start, seen, understood, drawn), _ = zip(*said, strict=True)
-    assert start != seen != understood, "both sets change what is said of images"
-    assert said[0][1] == said[1][1] != said[2][1], "and the language model's what is said before them"
+    assert start != seen, "the vision tower changes what is said of images"
+    assert seen != understood, "and so does the language model"
+    assert said[0][1] == said[1][1] != said[2][1], "the language model alone what is said before them"
     assert None in said[2][1] and len(set(said[2][1])) > 5
     assert understood == drawn and report.bytes == 0, "what draws does not concern it"
 
