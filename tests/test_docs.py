@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
 from configs.load import load_config
@@ -76,6 +77,8 @@ def examples_folder(tmp_path, monkeypatch):
     shutil.copytree(EMBEDDED, tmp_path / "runs/demo/model")
     shutil.copytree(EMBEDDED, tmp_path / "runs/first/model")
     (tmp_path / "prompts.txt").write_text("a large red circle\n")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "images/a-large-red-circle.png")
     return tmp_path
 
 

@@ -24,6 +24,7 @@ from vargpt_rl.data.sources import prompts_from_file
 from vargpt_rl.inference.conversation import load
 from vargpt_rl.inference.images import (
     DrawingSettings,
+    Look,
     batches,
     draw_batch,
     draw_missing,
@@ -68,6 +69,8 @@ class DrawConfig(DrawingSettings):
 
     out: str = "images"
     """Folder of the images, named after their prompts."""
+    image: str | None = None
+    """An image file for the prompts to edit."""
     images: Count = 1
     """Images per prompt."""
     batch_size: Count = 8
@@ -89,6 +92,19 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
+def image_to_edit(config: GenerateConfig | DrawConfig) -> Look | None:
+    """Return what gives ``image`` to each prompt; None without one. ValueError if it cannot be read."""
+    if not config.image:
+        return None
+    try:
+        image = read_image(Path(config.image))
+    except ValueError as error:
+        raise ValueError(f"image={error}") from error
+    if config.defaults.edits is False:
+        logger.warning("%s %s", config.checkpoint, NO_EDITS)
+    return lambda _: image
+
+
 def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
     """Make the line of ``images.jsonl`` for every wanted image."""
     image = config.image and str(Path(config.image).resolve())
@@ -103,14 +119,8 @@ def generate(config: GenerateConfig) -> None:
     """Draw missing images. Raises ValueError naming the wrong key, before loading the model."""
     folder = check_model(config.checkpoint)
     out = make_folder(config.out)
-    try:
-        image = read_image(Path(config.image)) if config.image else None
-    except ValueError as error:
-        raise ValueError(f"image={error}") from error
-    if image is not None and config.defaults.edits is False:
-        logger.warning("%s %s", config.checkpoint, NO_EDITS)
+    look = image_to_edit(config)
     wanted = plan(config, folder, read_prompts(config))
-    look = None if image is None else lambda _: image
     made = draw_missing(
         wanted,
         out,
@@ -129,10 +139,15 @@ def draw(config: DrawConfig, prompts: list[str]) -> None:
         raise ValueError(f"expected a prompt, got {'an empty one' if prompts else 'none'}")
     folder = check_model(config.checkpoint)
     out = make_folder(config.out)
-    lines = [image_line(config, "", prompt, i, k) for i, prompt in enumerate(prompts) for k in range(config.images)]
+    look = image_to_edit(config)
+    lines = [
+        image_line(config, "", prompt, i, k, config.image)
+        for i, prompt in enumerate(prompts)
+        for k in range(config.images)
+    ]
     model, chat = load(folder, config.device, config.dtype)
     for batch in batches(lines, config.batch_size):
-        for line, image in zip(batch, draw_batch(model, chat, batch, None), strict=True):
+        for line, image in zip(batch, draw_batch(model, chat, batch, look), strict=True):
             path = free_path(out, line["prompt"])
             save_image(image, path)
             print(path, flush=True)

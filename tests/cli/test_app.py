@@ -131,7 +131,7 @@ def test_the_module_is_the_command():
         (["run", "dpo.betta=1"], "did you mean dpo.beta?"),
         (["demo", "dpo.betta=1"], "did you mean dpo.beta?"),
         (["resume", "nowhere"], "nowhere: there is no run here"),
-        (["draw", "a circle", "image=3"], "did you mean images?"),
+        (["draw", "a circle", "imags=3"], "did you mean images?"),
         (["eval", "shpes"], "shpes"),
         (["config", "show", "seed=x"], "seed=x"),
         (["config", "keys", "nothing_like_it"], "no key has this prefix or word"),

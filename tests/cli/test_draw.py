@@ -1,5 +1,7 @@
 """Drawing images of prompts."""
 
+from pathlib import Path
+
 from PIL import Image
 
 from vargpt_rl.generate import free_path, main_draw
@@ -13,6 +15,22 @@ def test_images_are_named_after_prompts_and_never_overwritten(tmp_path, checkpoi
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
     assert Image.open(tmp_path / names[0]).size == (64, 64)
+
+
+def test_an_image_can_be_edited(tmp_path, checkpoint, capsys):
+    edited = {}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+        settings = [f"checkpoint={checkpoint}", f"out={tmp_path / 'edited'}", "resolution=64"]
+        assert main_draw(["Recolour it."], [*settings, f"image={tmp_path / colour}.png"]) == 0
+        edited[colour] = Path(capsys.readouterr().out.strip()).read_bytes()
+    assert edited["red"] != edited["blue"], "the image is seen"
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, checkpoint, capsys):
+    settings = [f"checkpoint={checkpoint}", f"out={tmp_path}", f"image={tmp_path}/none.png"]
+    assert main_draw(["Recolour it."], settings) == 2
+    assert f"image={tmp_path}/none.png: not a readable image" in capsys.readouterr().err
 
 
 def test_a_prompt_without_letters_has_a_name(tmp_path):

@@ -28,6 +28,7 @@ DRAW = Program(
     examples=(
         'vargpt-rl draw "a large red circle"',
         'vargpt-rl draw "two blue squares" "a small green triangle" images=4 seed=1',
+        'vargpt-rl draw "make the circle blue" image=images/a-large-red-circle.png',
         'vargpt-rl draw "a large red circle" checkpoint=runs/demo/model',
     ),
     settings=("vargpt_rl.generate:DrawConfig",),

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from vargpt_rl.common.bars import progress_bar
 from vargpt_rl.data.quarantine import Quarantine
 from vargpt_rl.evaluate.settings import EvaluateConfig
 from vargpt_rl.inference.conversation import device_and_dtype, load
-from vargpt_rl.inference.images import batches, check_unchanged, draw_missing, image_line, make_folder
+from vargpt_rl.inference.images import Look, batches, check_unchanged, draw_missing, image_line, make_folder
 from vargpt_rl.model.hub import check_model
 from vargpt_rl.model.prompt import ChatTemplate
 from vargpt_rl.model.unified import Unified
@@ -22,9 +22,6 @@ from vargpt_rl.storage.files import digest, write_atomically
 from vargpt_rl.storage.lines import as_lines, read_records
 from vargpt_rl.text.engine import TextRequest, answers
 from vargpt_rl.text.transformers_engine import TransformersEngine
-
-Look = Callable[[str], Image.Image]
-"""Load the image of a name; ValueError if it cannot be read."""
 
 
 class ImageRequest(NamedTuple):

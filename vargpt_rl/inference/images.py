@@ -31,6 +31,9 @@ from vargpt_rl.storage.lines import as_lines, read_records
 
 RECORDS = "images.jsonl"
 
+Look = Callable[[str], Image.Image]
+"""Load the image of a name; ValueError if it cannot be read."""
+
 
 def _aspects() -> dict[str, float]:
     ratios = [Fraction(1 / ratio).limit_denominator(9) for ratio in sorted(SCHEDULES)]
@@ -169,9 +172,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_batch(
-    model: Unified, chat: ChatTemplate, lines: list[dict], look: Callable[[str], Image.Image] | None
-) -> list[Image.Image]:
+def draw_batch(model: Unified, chat: ChatTemplate, lines: list[dict], look: Look | None) -> list[Image.Image]:
     """Draw the images of some lines, all of one size and sampling, and all or none with an ``image`` to edit."""
     shown = None
     if lines[0]["image"]:
@@ -199,7 +200,7 @@ def draw_missing(
     out: Path,
     model: Callable[[], tuple[Unified, ChatTemplate]],
     batch_size: int,
-    look: Callable[[str], Image.Image] | None = None,
+    look: Look | None = None,
     part: slice = slice(None),
     records: str = RECORDS,
 ) -> int:
