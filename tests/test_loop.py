@@ -20,6 +20,7 @@ from tests.helpers.forks import run_loop
 from tests.helpers.tiny import tiny_checkpoint
 from vargpt_rl import loop
 from vargpt_rl.common.failpoints import VARIABLE
+from vargpt_rl.common.signals import Stop
 from vargpt_rl.driver.session import StageContext, Step
 from vargpt_rl.evaluate.grid import CAPTION, CELL, LABEL
 from vargpt_rl.loop import align, execute
@@ -68,6 +69,21 @@ def test_what_ends_a_run_is_in_its_log(tmp_path, monkeypatch):
         loop.start([])
     log = (context.run.directory / "run.log").read_text()
     assert "Traceback" in log and "RuntimeError: no luck" in log and "stopping with exit code 75; to resume: " in log
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"), [(RuntimeError("made of an exit"), 75), (SystemExit(1), 75), (2, 75), (1, 75), (0, 0)]
+)
+def test_a_stop_whose_exit_a_library_caught_has_its_own_code(monkeypatch, outcome, code):
+    def start(arguments: list[str]) -> int:
+        monkeypatch.setattr(Stop, "code", 75)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(Stop, "code", None)
+    monkeypatch.setattr(loop, "start", start)
+    assert loop.main([]) == code
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:

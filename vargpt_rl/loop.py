@@ -317,9 +317,14 @@ def main(arguments: list[str] | None = None) -> int:
     print_usage_if_asked(USAGE, arguments)
     configure_logging()
     try:
-        return start(arguments)
+        code = start(arguments)
     except SystemExit:  # raised by ``stop``; within a call of Ray its status is lost
         return Stop.code or os.EX_TEMPFAIL
+    except Exception:
+        if Stop.code is None:
+            raise
+        return Stop.code  # a library caught the exit and failed
+    return code and (Stop.code or code)
 
 
 if __name__ == "__main__":
