@@ -65,7 +65,7 @@ def cells_of(table):
 def test_the_tables_show_scores_rewards_and_comparisons_in_100_columns():
     after = SCORE | GAIN | {"margin": -50.37, "accuracy": 0.067, "reward": 0.71, "judge": 0.52}
     measured = {"after_sft": SCORE, "sft_on_winners": SCORE, "after_dpo": after, "after_online_dpo": after}
-    summary = {"iterations": [{"resolution": 512, "eval": measured}]}
+    summary = {"iterations": [{"resolution": 512, "sft": {}, "eval": measured}]}
     cells = cells_of(closing_table(summary))
     assert cells["2 policy"] == ["after SFT", "control", "after DPO", "after online DPO"]
     assert cells["4 score"] == ["0.700 (0.61 to 0.77)"] * 4 and cells["3 n"] == ["120"] * 4
@@ -79,11 +79,18 @@ def test_the_tables_show_scores_rewards_and_comparisons_in_100_columns():
 
 def test_a_sentence_says_what_the_last_policy_of_an_iteration_shows():
     measured = {"after_sft": SCORE, "sft_on_winners": SCORE | GAIN, "after_dpo": SCORE, "after_grpo": SCORE | GAIN}
-    [sentence] = verdicts({"iterations": [{"resolution": 256, "eval": measured}]})
+    [sentence] = verdicts({"iterations": [{"resolution": 256, "sft": {}, "eval": measured}]})
     assert sentence == (
         "iteration 0, 256 px: GRPO against SFT on the same 120 images: 27 better, 6 worse, 87 alike; +0.175 "
         "(95 %: +0.09 to +0.26), sign test p = 0.00032: better"
     )
+
+
+def test_a_run_without_sft_is_compared_with_its_start():
+    summary = {"iterations": [{"resolution": 256, "eval": {"after_sft": SCORE, "after_grpo": SCORE | GAIN}}]}
+    assert cells_of(closing_table(summary))["2 policy"] == ["start", "after GRPO"]
+    assert cells_of(comparison_table(summary))["3 over start"] == ["+0.175 ± 0.045 (+27 -6)"]
+    assert verdicts(summary)[0].startswith("iteration 0, 256 px: GRPO against start on the same 120 images")
 
 
 def test_a_run_without_scores_shows_what_it_has(capsys):

@@ -68,6 +68,13 @@ def test_the_last_sentence_of_an_iteration_is_the_last_policy_against_sft(tmp_pa
     assert len(found["iteration 0, 64 px"]) == 5
 
 
+def test_a_run_without_sft_begins_at_its_start(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    run.config["align"]["sft"] = False
+    assert skill_tables([run])[0].columns == ["start", "control", "DPO", "GRPO"]
+    assert verdicts([run])["iteration 0, 64 px"][-1].startswith("GRPO against start on the same 8 images")
+
+
 def test_sizes_are_never_compared(tmp_path):
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b")]
     runs[1].config["resolutions"] = [128, 256]

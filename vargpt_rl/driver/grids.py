@@ -27,7 +27,8 @@ def sample_grid(context: StageContext) -> dict:
     prompts = held_out_prompts(context, context.config.evaluation.grid)
     winners = [key for prompt in prompts if (key := context.source.winner_key(prompt))]
     aligned = [f"after_{method}" for method in METHODS]
-    labels = [Step.BEFORE, Step.AFTER_SFT, Step.CONTROL, *aligned, "winner"]
+    starts = [Step.BEFORE, Step.AFTER_SFT] if context.config.align.sft else [Step.BEFORE]  # else they are the same
+    labels = [*starts, Step.CONTROL, *aligned, "winner"]
     sources = {"winner": winners} if len(winners) == len(prompts) else {}
     return compose_grid(context, labels, [prompt.text for prompt in prompts], sources)
 

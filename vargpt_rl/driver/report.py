@@ -13,7 +13,7 @@ from learners.methods import ONLINE
 from vargpt_rl.common.console import print_table, wide_console
 from vargpt_rl.common.logs import RECORD
 from vargpt_rl.common.usage import command_line
-from vargpt_rl.evaluate.wording import MOMENTS, agreement, gain_of, verdict, with_bounds
+from vargpt_rl.evaluate.wording import MOMENTS, WITHOUT_SFT, agreement, gain_of, verdict, with_bounds
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
@@ -87,7 +87,7 @@ def closing_table(summary: dict) -> Table:
         table.add_row(
             str(k),
             str(iteration["resolution"]),
-            name if name == "control" else f"after {name}",
+            name if name in ("control", "start") else f"after {name}",
             _number(result, "n", "d"),
             _score(result),
             *(with_bounds(result, judge) if judge in result else "-" for judge in judges),
@@ -100,7 +100,8 @@ def closing_table(summary: dict) -> Table:
 def comparison_table(summary: dict) -> Table:
     """Return the paired comparisons: the same prompts and seeds, image by image."""
     table = Table(title="same prompts and seeds, image by image (+better -worse)", title_justify="left")
-    for column in ("#", "px", "policy", "over SFT", "p", "over control", "p"):
+    titles = {_titles(iteration)["after_sft"] for iteration in summary["iterations"]}
+    for column in ("#", "px", "policy", f"over {' or '.join(sorted(titles))}", "p", "over control", "p"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for k, iteration, name, result in _measured(summary):
         columns = [
@@ -113,10 +114,10 @@ def comparison_table(summary: dict) -> Table:
 
 
 def verdicts(summary: dict) -> list[str]:
-    """Return a sentence for each iteration: its last policy against SFT on the same images."""
+    """Return a sentence for each iteration: its last policy against SFT, or its start, on the same images."""
     last = {k: (iteration, name, result) for k, iteration, name, result in _measured(summary) if name != "control"}
     return [
-        f"iteration {k}, {iteration['resolution']} px: {verdict(name, 'SFT', found)}"
+        f"iteration {k}, {iteration['resolution']} px: {verdict(name, _titles(iteration)['after_sft'], found)}"
         for k, (iteration, name, result) in last.items()
         if (found := gain_of(result, "gain_over_sft"))
     ]
@@ -127,9 +128,14 @@ def _measured(summary: dict) -> list[tuple[int, dict, str, dict]]:
     return [
         (k, iteration, name, result)
         for k, iteration in enumerate(summary["iterations"])
-        for key, name in MOMENTS.items()
+        for key, name in _titles(iteration).items()
         if (result := iteration["eval"].get(CONTROL if key == "control" else key))
     ]
+
+
+def _titles(iteration: dict) -> dict[str, str]:
+    """Return the titles of an iteration's moments."""
+    return MOMENTS if "sft" in iteration else WITHOUT_SFT
 
 
 def method_table(iterations: list[dict]) -> Table:

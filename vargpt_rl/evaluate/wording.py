@@ -16,6 +16,8 @@ MOMENTS = {
     "after_grpo": "GRPO",
 }
 """Titles of the moments at which policies are measured, the control being SFT on the winners."""
+WITHOUT_SFT = MOMENTS | {"after_sft": "start"}
+"""The same of iterations that do not begin with SFT: what would be measured after it is where they start."""
 
 
 def with_bounds(result: Mapping[str, float], key: str) -> str:

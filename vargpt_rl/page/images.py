@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from vargpt_rl.common.averages import interval
 from vargpt_rl.evaluate.paired import ScoredImage, compare
-from vargpt_rl.evaluate.wording import MOMENTS, gain_of, verdict
+from vargpt_rl.evaluate.wording import MOMENTS, WITHOUT_SFT, gain_of, verdict
 from vargpt_rl.page.contents import RunContents
 from vargpt_rl.page.step_titles import step_title
 
@@ -102,11 +102,12 @@ class SkillTable:
 def moments_of(run: RunContents, stage: str) -> list[Moment]:
     """Return the measured moments of an iteration in the order in which a run has them."""
     methods = run.setting("align.methods", list[str], ["dpo"])
+    titles = MOMENTS if run.setting("align.sft", bool, True) else WITHOUT_SFT
     keys = ["after_sft", "control", *(f"after_{method}" for method in methods)]
     found = []
     for key in dict.fromkeys(keys):
         if images := run.scores(stage, key):
-            title = MOMENTS.get(key, key.removeprefix("after_"))
+            title = titles.get(key, key.removeprefix("after_"))
             found.append(
                 Moment(run=run, stage=stage, resolution=resolution(run, stage), key=key, title=title, images=images)
             )
@@ -128,8 +129,8 @@ def size(resolution: int | None) -> str:
 def verdicts(runs: Sequence[RunContents]) -> dict[str, list[str]]:
     """Return what each iteration shows, in sentences by iteration; the last one is the one that counts.
 
-    Each policy is compared with SFT, DPO and later ones with the control too, and last the last policy with SFT. Of two
-    runs, their last policies at the same resolution are compared with each other.
+    Each policy is compared with SFT (or the start, without SFT), DPO and later ones with the control too, and last the
+    last policy with SFT. Of two runs, their last policies at the same resolution are compared with each other.
     """
     told: dict[str, list[str]] = {}
     for run in runs:
