@@ -34,6 +34,7 @@ def test_a_run_goes_through_every_stage_and_its_model_loads(tmp_path):
     command = [sys.executable, "-m", "vargpt_rl.loop", f"runs={tmp_path}", *SMALL.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "real_accelerator" not in done.stdout + done.stderr, "DeepSpeed is quiet in the driver too"
     folder = tmp_path / "test"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "complete"
