@@ -52,6 +52,7 @@ from vargpt_rl.model.drawing_defaults import FILE, DrawingDefaults, with_default
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, SYSTEM, ChatFormat, ImageToDraw, Part
 from vargpt_rl.model.scales import token_count
+from vargpt_rl.model.whole import check_config
 from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
 from vargpt_rl.storage.files import write_atomically
@@ -369,19 +370,34 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
             dist.broadcast(tensor, 0)
 
 
+OF_FILES = ("dtype", "transformers_version", "_name_or_path")
+"""Keys of a configuration that say how a model was saved, not what it is."""
+
+
 def trouble_with(bases: list[Path]) -> str:
     """Say why training cannot continue from models or their mean: empty if it can."""
+    known: tuple[dict, object] | None = None
     for base in bases:
-        for name in ("config.json", TEXT_TOKENIZER):
-            if not (base / name).is_file():
-                return f"--base {base}: there is no {name} in this folder"
-        kind = json.loads((base / "config.json").read_text()).get("model_type")
-        if kind != VargptConfig.model_type:
-            return f"--base {base}: expected a model of type {VargptConfig.model_type}, got {kind}"
-        first, own = (json.loads((folder / TEXT_TOKENIZER).read_text()) for folder in (bases[0], base))
-        if own != first:
+        try:
+            config = check_config(base)
+            words = json.loads((base / TEXT_TOKENIZER).read_text())
+        except (OSError, ValueError) as error:
+            return f"--base {base}: {error}"
+        if not isinstance(config, VargptConfig):
+            return f"--base {base}: expected a model of type {VargptConfig.model_type}, got {config.model_type}"
+        sizes = _without(OF_FILES, config.to_dict())
+        known = known or (sizes, words)
+        if sizes != known[0]:
+            return f"--base {base}: expected the settings of {bases[0]} in config.json"
+        if words != known[1]:
             return f"--base {base}: expected the text tokenizer of {bases[0]}"
     return ""
+
+
+def _without(keys: tuple[str, ...], settings: dict) -> dict:
+    """Return settings without some keys, also in the dictionaries among their values."""
+    kept = {key: value for key, value in settings.items() if key not in keys}
+    return {key: _without(keys, value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def load_mean(models: list[Path]) -> Vargpt:

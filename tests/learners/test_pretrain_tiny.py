@@ -32,6 +32,7 @@ from vargpt_rl.model.generate import to_uint8
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import ChatFormat
 from vargpt_rl.model.scales import token_count
+from vargpt_rl.release.tiny_v1 import make_fresh_v1
 from vargpt_rl.stages import STAGES, freeze
 
 TINY = Path(vargpt_rl.__file__).parent / "tiny"
@@ -152,20 +153,25 @@ def test_the_mean_of_models_is_that_of_their_weights(embedded, tmp_path):
     assert all(torch.equal(mean[name], parameter / 2) for name, parameter in embedded.named_parameters())
 
 
-def write_base(folder: Path, kind: str = "vargpt", words: tuple[str, ...] = ("red",)) -> Path:
+def write_base(folder: Path, words: tuple[str, ...] = ("red",), **settings: object) -> Path:
     """Write what is read of a base model before its weights."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    config = json.loads((TINY / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / TEXT_TOKENIZER).write_text(json.dumps(words))
     return folder
 
 
 def test_only_models_that_go_together_are_continued(tmp_path):
-    good = write_base(tmp_path / "good")
-    assert trouble_with([]) == trouble_with([TINY]) == trouble_with([good, write_base(tmp_path / "same")]) == ""
-    assert "there is no config.json" in trouble_with([good, tmp_path / "none"])
-    assert "expected a model of type vargpt, got vargpt_v1" in trouble_with([write_base(tmp_path / "v1", "vargpt_v1")])
+    good, same = write_base(tmp_path / "good"), write_base(tmp_path / "same", dtype="bfloat16")
+    assert trouble_with([]) == trouble_with([TINY]) == trouble_with([good, same]) == ""
+    assert "No such file or directory" in trouble_with([good, tmp_path / "none"])
     assert "expected the text tokenizer of" in trouble_with([good, write_base(tmp_path / "other", words=("blue",))])
+    deeper = json.loads((TINY / "config.json").read_text())["decoder_config"] | {"depth": 5}
+    larger = write_base(tmp_path / "larger", decoder_config=deeper)
+    assert f"expected the settings of {good} in config.json" in trouble_with([good, larger])
+    make_fresh_v1(tmp_path / "v1", 32, seed=0)
+    assert "expected a model of type vargpt, got vargpt_v1" in trouble_with([tmp_path / "v1"])
 
 
 @pytest.mark.parametrize(
