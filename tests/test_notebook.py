@@ -11,8 +11,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples/draw_and_align.ipynb"
 SMALL = """name = "small"
 settings = [
     *("evaluation.prompts=4", "evaluation.grid=2", "rollout.workers=1", "learner.ranks=1", "tracking.wandb=disabled"),
-    *("at.256.sft.records=8", "at.256.sft.recipe.steps=2", "at.256.sft.recipe.batch=4", "rl.prompts=4", "rl.group=4"),
-    *("at.256.rl.recipe.steps=1", "rl.recipe.batch=16", "rl.recipe.micro_batch=4"),
+    *("at.256.rl.recipe.steps=2", "rl.prompts=4", "rl.group=4", "rl.recipe.batch=16", "rl.recipe.micro_batch=4"),
 ]
 """
 
@@ -40,4 +39,4 @@ def test_the_notebook_runs(tmp_path):
     done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/small/samples/iter-00.png").exists() and (tmp_path / "runs/small/report.html").exists()
-    assert "iteration 0, 256 px: GRPO against SFT on the same 4 images" in done.stdout
+    assert "iteration 0, 256 px: GRPO against start on the same 4 images" in done.stdout
