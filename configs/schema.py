@@ -131,7 +131,7 @@ class LoopConfig:
     )
     """Stages of the run, in order (see ``vargpt_rl.stages``).
 
-    Editing is left out by default: at 256 px it would take the demo beyond ten minutes on two cores.
+    Editing is left out by default: at 256 px it would take the full demo minutes more on two cores.
     """
     iterations: Count = 2
     """Iterations of the ``align`` stage."""

@@ -25,6 +25,7 @@ the scores of all.
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ from vargpt_rl.model.drawing_defaults import FILE, DrawingDefaults, with_default
 from vargpt_rl.model.modeling import Vargpt
 from vargpt_rl.model.prompt import REPLY, SYSTEM, ChatFormat, ImageToDraw, Part
 from vargpt_rl.model.scales import token_count
-from vargpt_rl.model.whole import check_config
+from vargpt_rl.model.whole import check_config, weight_files
 from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
 from vargpt_rl.storage.files import write_atomically
@@ -370,7 +371,7 @@ def train_tokenizer(model: Vargpt, steps: int) -> None:
             dist.broadcast(tensor, 0)
 
 
-OF_FILES = ("dtype", "transformers_version", "_name_or_path")
+OF_SAVING = ("dtype", "transformers_version", "_name_or_path")
 """Keys of a configuration that say how a model was saved, not what it is."""
 
 
@@ -380,18 +381,26 @@ def trouble_with(bases: list[Path]) -> str:
     for base in bases:
         try:
             config = check_config(base)
-            words = json.loads((base / TEXT_TOKENIZER).read_text())
+            words = _read_json(base / TEXT_TOKENIZER)
+            weight_files(base)
         except (OSError, ValueError) as error:
-            return f"--base {base}: {error}"
+            return f"--base: {error}"
         if not isinstance(config, VargptConfig):
             return f"--base {base}: expected a model of type {VargptConfig.model_type}, got {config.model_type}"
-        sizes = _without(OF_FILES, config.to_dict())
+        sizes = _without(OF_SAVING, config.to_dict())
         known = known or (sizes, words)
         if sizes != known[0]:
             return f"--base {base}: expected the settings of {bases[0]} in config.json"
         if words != known[1]:
             return f"--base {base}: expected the text tokenizer of {bases[0]}"
     return ""
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _without(keys: tuple[str, ...], settings: dict) -> dict:
@@ -423,8 +432,13 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.shares) < 0 or not abs(sum(options.shares) - 1) < 1e-9:
         parser.error(f"--shares {' '.join(map(str, options.shares))}: expected shares of 0 or more with a sum of 1")
-    if not options.rate > 0:
+    if not 0 < options.rate < math.inf:
         parser.error(f"--rate {options.rate}: expected a number above 0")
+    for name in ("tokenizer_steps", "base_steps", "seed"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 0 or more")
+    if options.base and options.image_tokenizer:
+        parser.error("--image-tokenizer: a --base has an image tokenizer already, expected one of the two")
     if trouble := trouble_with(options.base or []):
         parser.error(trouble)
     return options

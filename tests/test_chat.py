@@ -159,7 +159,7 @@ def test_images_are_saved_under_free_names(tmp_path, capsys):
     ("line", "said"),
     [
         ("/image {}/nowhere.png", "{}/nowhere.png: not a readable image: [Errno 2] No such file"),
-        ("/image {}/broken.png", "{}/broken.png: not a readable image: cannot identify"),
+        ("/image {}/broken.png", "{}/broken.png: not a readable image: image of no known kind"),
         ("/image ~nobody-of-that-name/a.png", "~nobody-of-that-name/a.png: not a readable image: "),
         ("/image", "/image: expected a file"),
         ("/paint a star", "/paint a star: no such command, /help lists them"),

@@ -39,4 +39,4 @@ def test_the_notebook_runs(tmp_path):
     done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/small/samples/iter-00.png").exists() and (tmp_path / "runs/small/report.html").exists()
-    assert "iteration 0, 256 px: GRPO against start on the same 4 images" in done.stdout
+    assert "iteration 0, 256 px: GRPO against the start on the same 4 images" in done.stdout

@@ -37,6 +37,9 @@ from vargpt_rl.model.hub import check_model
 
 logger = logging.getLogger(__name__)
 
+THINNEST = 200
+"""Ratio of the sides of an image that vision towers still take (Qwen2-VL's image processor)."""
+
 
 @dataclass(kw_only=True)
 class GenerateConfig(DrawingSettings):
@@ -94,12 +97,18 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 def image_to_edit(config: GenerateConfig | DrawConfig) -> Look | None:
     """Return what gives ``image`` to each prompt; None without one. ValueError if it cannot be read."""
-    if not config.image:
+    if config.image is None:
         return None
+    if not config.image:
+        raise ValueError("image= is empty")
     try:
         image = read_image(Path(config.image))
     except ValueError as error:
         raise ValueError(f"image={error}") from error
+    if max(image.size) > THINNEST * min(image.size):
+        raise ValueError(
+            f"image={config.image}: {image.width} x {image.height} pixels, expected sides of at most {THINNEST}:1"
+        )
     if config.defaults.edits is False:
         logger.warning("%s %s", config.checkpoint, NO_EDITS)
     return lambda _: image
@@ -118,8 +127,8 @@ def plan(config: GenerateConfig, folder: str, prompts: list[str]) -> list[dict]:
 def generate(config: GenerateConfig) -> None:
     """Draw missing images. Raises ValueError naming the wrong key, before loading the model."""
     folder = check_model(config.checkpoint)
-    out = make_folder(config.out)
     look = image_to_edit(config)
+    out = make_folder(config.out)
     wanted = plan(config, folder, read_prompts(config))
     made = draw_missing(
         wanted,
@@ -138,8 +147,8 @@ def draw(config: DrawConfig, prompts: list[str]) -> None:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"expected a prompt, got {'an empty one' if prompts else 'none'}")
     folder = check_model(config.checkpoint)
-    out = make_folder(config.out)
     look = image_to_edit(config)
+    out = make_folder(config.out)
     lines = [
         image_line(config, "", prompt, i, k, config.image)
         for i, prompt in enumerate(prompts)

@@ -231,11 +231,13 @@ def start(arguments: list[str]) -> int:
     log = keep_log(run.directory)
     try:
         return begin(config, inputs, run)
-    except SystemExit as stopped:
-        RECORD.info("stopping with exit code %s; %s", stopped.code, Stop.resume)
-        raise
-    except Exception:
-        RECORD.exception("the run failed")
+    except (Exception, SystemExit) as error:
+        code = error.code if isinstance(error, SystemExit) else Stop.code
+        if code is None:
+            RECORD.exception("the run failed")
+        else:
+            caught = isinstance(error, Exception)  # a library made another error of the exit
+            RECORD.info("stopping with exit code %s; %s", code, Stop.resume, exc_info=caught)
         raise
     finally:
         end_log(log)
@@ -299,8 +301,8 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
         failed = False
         run.progress.close()
         return wait_for_people(needed)
-    except SystemExit:
-        if session is not None:
+    except (Exception, SystemExit):
+        if Stop.code is not None and session is not None:
             session.learners.checkpoint(SAVE_S)
         raise
     finally:
@@ -312,7 +314,7 @@ def run_to_end(config: LoopConfig, inputs: Inputs, run: Run, placement: Placemen
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the loop; return the exit code."""
+    """Run the loop; return the exit code, that of the signal too if a library made another error of it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     print_usage_if_asked(USAGE, arguments)
     configure_logging()
@@ -323,8 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         if Stop.code is None:
             raise
-        return Stop.code  # a library caught the exit and failed
-    return code and (Stop.code or code)
+        return Stop.code
+    if code and Stop.code is not None:
+        return Stop.code
+    return code
 
 
 if __name__ == "__main__":

@@ -28,9 +28,20 @@ def test_an_image_can_be_edited(tmp_path, checkpoint, capsys):
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path, checkpoint, capsys):
-    settings = [f"checkpoint={checkpoint}", f"out={tmp_path}", f"image={tmp_path}/none.png"]
-    assert main_draw(["Recolour it."], settings) == 2
-    assert f"image={tmp_path}/none.png: not a readable image" in capsys.readouterr().err
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (3000, 10)).save(tmp_path / "thin.png")
+    refused = {
+        "": "image= is empty",
+        f"{tmp_path}/none.png": f"image={tmp_path}/none.png: not a readable image",
+        f"{tmp_path}/text.png": f"image={tmp_path}/text.png: not a readable image: image of no known kind",
+        str(tmp_path): f"image={tmp_path}: not a readable image: image is not a plain file",
+        f"{tmp_path}/thin.png": f"image={tmp_path}/thin.png: 3000 x 10 pixels, expected sides of at most 200:1",
+    }
+    for image, message in refused.items():
+        settings = [f"checkpoint={checkpoint}", f"out={tmp_path / 'out'}", f"image={image}"]
+        assert main_draw(["Recolour it."], settings) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_without_letters_has_a_name(tmp_path):

@@ -107,7 +107,7 @@ def test_every_stage_and_method_trains_the_adapter(folder):
 @pytest.mark.timeout(900)
 def test_a_run_of_an_adapter_killed_everywhere_ends_the_same(folder):
     go(folder, "killed", *POINTS, "end", settings=(*STAGES, METHODS, *ONLINE, *LORA))
-    same(folder / "killed", folder / "plain", but=("seconds_per_update", "waited", "version"))
+    same(folder / "killed", folder / "plain", but=("seconds_per_batch", "waited", "version"))
     assert_equal_weights(folder / "killed", folder / "plain")
 
 
@@ -118,7 +118,7 @@ def test_a_merged_averaged_adapter_scored_by_the_learner_resumes_too(folder):
     go(folder, "other", "end", settings=settings)
     points = ["iter-00-sft/rank-0/step-2", "iter-00-dpo/rank-0/step-2", "iter-00-online_dpo/rank-0/step-2"]
     go(folder, "other-killed", *points, "end", settings=settings)
-    same(folder / "other-killed", folder / "other", but=("seconds_per_update", "waited", "version"))
+    same(folder / "other-killed", folder / "other", but=("seconds_per_batch", "waited", "version"))
     assert_equal_weights(folder / "other-killed", folder / "other")
     results = json.loads((folder / "other/summary.json").read_text())["iterations"][0]
     assert results["dpo"]["step0_max_abs_logratio"] == 0, "policy and reference in one process"

@@ -58,7 +58,7 @@ def go(folder, name: str, *points: str) -> tuple[dict, dict[str, torch.Tensor], 
 def timeless(value):
     """Leave out times, and versions, which count swaps: a resumed run makes fewer or more."""
     if isinstance(value, dict):
-        left_out = (*TIMES, "seconds_per_update", "waited", "version")
+        left_out = (*TIMES, "seconds_per_batch", "waited", "version")
         return {key: timeless(each) for key, each in value.items() if key not in left_out}
     return value
 
@@ -77,8 +77,8 @@ def test_online_methods_killed_everywhere_end_with_the_same_weights(tmp_path):
         assert result["groups"]["used"] == 4 and result["steps"] == 2
         assert 0 <= result["first_update_max_abs_log_ratio"] <= 2e-3
         assert set(result["validated"]) == {"0", "1", "2"}
-        assert {"reward_first", "judge_last", "diversity_last", "seconds_per_update"} <= result.keys()
-        assert {"draw", "judge", "learn", "swap"} <= result["seconds_per_update"].keys()
+        assert {"reward_first", "judge_last", "diversity_last", "seconds_per_batch"} <= result.keys()
+        assert {"draw", "judge", "learn", "swap"} <= result["seconds_per_batch"].keys()
     assert not list((tmp_path / "killed/rollouts").glob("*")), "batches are deleted once a method is recorded"
 
 

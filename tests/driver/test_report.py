@@ -20,7 +20,7 @@ RESULT = {
     "reward_last": 0.75,
     "diversity_first": 0.2,
     "diversity_last": 0.1,
-    "seconds_per_update": {"draw": 1.0, "judge": 2.0, "learn": 3.0, "swap": 0.5},
+    "seconds_per_batch": {"draw": 1.0, "judge": 2.0, "learn": 3.0, "swap": 0.5},
 }
 LEARNED = {
     "accuracy_own": 0.6,
@@ -90,7 +90,7 @@ def test_a_run_without_sft_is_compared_with_its_start():
     summary = {"iterations": [{"resolution": 256, "eval": {"after_sft": SCORE, "after_grpo": SCORE | GAIN}}]}
     assert cells_of(closing_table(summary))["2 policy"] == ["start", "after GRPO"]
     assert cells_of(comparison_table(summary))["3 over start"] == ["+0.175 ± 0.045 (+27 -6)"]
-    assert verdicts(summary)[0].startswith("iteration 0, 256 px: GRPO against start on the same 120 images")
+    assert verdicts(summary)[0].startswith("iteration 0, 256 px: GRPO against the start on the same 120 images")
 
 
 def test_a_run_without_scores_shows_what_it_has(capsys):

@@ -154,8 +154,9 @@ def test_the_mean_of_models_is_that_of_their_weights(embedded, tmp_path):
 
 
 def write_base(folder: Path, words: tuple[str, ...] = ("red",), **settings: object) -> Path:
-    """Write what is read of a base model before its weights."""
+    """Write a base model whose weights are empty."""
     folder.mkdir()
+    (folder / "model.safetensors").touch()
     config = json.loads((TINY / "config.json").read_text()) | settings
     (folder / "config.json").write_text(json.dumps(config))
     (folder / TEXT_TOKENIZER).write_text(json.dumps(words))
@@ -165,7 +166,11 @@ def write_base(folder: Path, words: tuple[str, ...] = ("red",), **settings: obje
 def test_only_models_that_go_together_are_continued(tmp_path):
     good, same = write_base(tmp_path / "good"), write_base(tmp_path / "same", dtype="bfloat16")
     assert trouble_with([]) == trouble_with([TINY]) == trouble_with([good, same]) == ""
-    assert "No such file or directory" in trouble_with([good, tmp_path / "none"])
+    assert f"{tmp_path / 'none'}/config.json: [Errno 2]" in trouble_with([good, tmp_path / "none"])
+    (write_base(tmp_path / "damaged") / TEXT_TOKENIZER).write_text("{")
+    assert f"{tmp_path / 'damaged' / TEXT_TOKENIZER}: Expecting" in trouble_with([tmp_path / "damaged"])
+    (write_base(tmp_path / "empty") / "model.safetensors").unlink()
+    assert "there is neither model.safetensors nor" in trouble_with([tmp_path / "empty"])
     assert "expected the text tokenizer of" in trouble_with([good, write_base(tmp_path / "other", words=("blue",))])
     deeper = json.loads((TINY / "config.json").read_text())["decoder_config"] | {"depth": 5}
     larger = write_base(tmp_path / "larger", decoder_config=deeper)
@@ -181,6 +186,10 @@ def test_only_models_that_go_together_are_continued(tmp_path):
         ["--shares", "1", "1", "-1"],
         ["--shares", "0.5", "0.5", "0.5"],
         ["--rate", "0"],
+        ["--rate", "inf"],
+        ["--seed", "-1"],
+        ["--base-steps", "-1"],
+        ["--image-tokenizer", str(TINY), "--base", str(TINY)],
         ["--base", "nowhere"],
     ],
 )

@@ -72,7 +72,7 @@ def test_a_run_without_sft_begins_at_its_start(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     run.config["align"]["sft"] = False
     assert skill_tables([run])[0].columns == ["start", "control", "DPO", "GRPO"]
-    assert verdicts([run])["iteration 0, 64 px"][-1].startswith("GRPO against start on the same 8 images")
+    assert verdicts([run])["iteration 0, 64 px"][-1].startswith("GRPO against the start on the same 8 images")
 
 
 def test_sizes_are_never_compared(tmp_path):

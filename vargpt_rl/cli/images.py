@@ -21,7 +21,7 @@ DRAW = Program(
     name="draw",
     module="vargpt_rl.generate",
     summary="""
-    Draw images of a prompt, or of several.
+    Draw images of a prompt, or of several, or edit an image.
 
     Prints the path of each image. `generate` draws the prompts of a file, and resumes where it was interrupted.
     """,

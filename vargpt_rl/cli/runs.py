@@ -17,8 +17,8 @@ DEMO = Program(
     Align the embedded model on the shapes world.
 
     GRPO on the model's own images at 256 px: some three minutes on two CPU cores. --full pretrains the projectors,
-    trains understanding, and aligns by SFT, DPO and GRPO at 128 and 256 px, in some seven minutes. Results: runs/demo or
-    runs/shapes-128-256.
+    trains understanding, and aligns by SFT, DPO and GRPO at 128 and 256 px, in some seven minutes. Results: runs/demo
+    or runs/shapes-128-256.
     """,
     examples=("vargpt-rl demo", "vargpt-rl demo --full", "vargpt-rl demo seed=1 name=second"),
     settings=(LOOP,),

@@ -74,15 +74,15 @@ def open_plain(path: Path) -> io.BufferedReader:
     """Open an image file. RefusedImage for one that is no plain file (a pipe would block, a device never ends) or too
     large; OSError or ValueError if it cannot be opened.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # opening a pipe must not wait for its writer
-    found = os.stat(file.fileno())
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait for its writer
+    found = os.fstat(number)
     if not stat.S_ISREG(found.st_mode):
-        file.close()
+        os.close(number)
         raise RefusedImage("image is not a plain file")
     if found.st_size > MAX_BYTES:
-        file.close()
+        os.close(number)
         raise RefusedImage(f"image file of more than {MAX_BYTES} bytes")
-    return file
+    return os.fdopen(number, "rb")
 
 
 def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, ...] = WHITE) -> Image.Image:
@@ -94,9 +94,8 @@ def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS, background: tuple[int, 
     try:
         image = Image.open(file, formats=KINDS)
     except UnidentifiedImageError as error:
-        if kind := _kind(file):
-            raise RefusedImage(f"image of kind {kind}, expected one of {', '.join(KINDS)}") from error
-        raise
+        kind = f"kind {known}" if (known := _kind(file)) else "no known kind"
+        raise RefusedImage(f"image of {kind}, expected one of {', '.join(KINDS)}") from error
     except Image.DecompressionBombError as error:
         raise RefusedImage(f"image of more than {max_pixels} pixels") from error
     with image:

@@ -266,7 +266,7 @@ def _finish(run: OnlineRun, result: dict) -> dict:
 
 
 def _summarise(folder: Path, result: dict) -> dict:
-    """Return first and last figures of a method's batches, counts of groups, and seconds per update by part."""
+    """Return first and last figures of a method's batches, counts of groups, and seconds of a batch by part."""
     figures = [json.loads(path.read_text()) for path in sorted(folder.glob("figures-*.json"))]
     found: dict = {}
     for name in ("reward", "judge", "diversity", "diversity/prompts"):
@@ -278,5 +278,5 @@ def _summarise(folder: Path, result: dict) -> dict:
         groups.update({name.removeprefix("groups/"): n for name, n in each.items() if name.startswith("groups/")})
         for name, value in each["seconds"].items():
             seconds[name] += value
-    per_update = {name: value / len(figures) for name, value in seconds.items()}
-    return found | {"groups": dict(groups), "seconds_per_update": per_update}
+    per_batch = {name: value / len(figures) for name, value in seconds.items()}
+    return found | {"groups": dict(groups), "seconds_per_batch": per_batch}

@@ -17,7 +17,7 @@ from vargpt_rl.evaluate.wording import MOMENTS, WITHOUT_SFT, agreement, gain_of,
 from vargpt_rl.stages import STAGES
 
 PARTS = ("draw", "judge", "learn", "swap")
-"""Parts of an update of an online method whose time is shown."""
+"""Parts of the time that an online method takes for a batch, with all updates on it."""
 
 
 def _number(result: dict | None, key: str, form: str) -> str:
@@ -139,7 +139,7 @@ def _titles(iteration: dict) -> dict[str, str]:
 
 
 def method_table(iterations: list[dict]) -> Table:
-    """Return what the online methods did: first and last figures, seconds of an update by part."""
+    """Return what the online methods did: first and last figures, seconds of a batch by part."""
     table = Table(title="online methods", title_justify="left")
     columns = ("#", "px", "method", "reward", "judge", "diversity")
     for column in (*columns, *(f"{part} s" for part in PARTS)):
@@ -147,7 +147,7 @@ def method_table(iterations: list[dict]) -> Table:
     for k, iteration in enumerate(iterations):
         for name in [name for name in ONLINE if name in iteration]:
             result = iteration[name]
-            seconds = result["seconds_per_update"]
+            seconds = result["seconds_per_batch"]
             table.add_row(
                 str(k),
                 str(iteration["resolution"]),

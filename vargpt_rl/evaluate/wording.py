@@ -37,8 +37,9 @@ def verdict(policy: str, baseline: str, gain: Mapping[str, float]) -> str:
     if "prompts" in gain and gain["prompts"] < better + worse + alike:
         of_prompts = f" of {gain['prompts']:.0f} prompt{'s' if gain['prompts'] > 1 else ''}"
         test_of = f" of prompts ({gain['prompts_better']:.0f} better, {gain['prompts_worse']:.0f} worse)"
+    against = f"the {baseline}" if baseline in ("start", "control") else baseline
     return (
-        f"{policy} against {baseline} on the same {better + worse + alike} images{of_prompts}: {better} better, "
+        f"{policy} against {against} on the same {better + worse + alike} images{of_prompts}: {better} better, "
         f"{worse} worse, {alike} alike; {gain['gain']:+.3f} (95 %: {low:+.2f} to {high:+.2f}), "
         f"sign test{test_of} {p_value(gain['p'])}: {outcome(gain)}"
     )

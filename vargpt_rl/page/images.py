@@ -101,8 +101,10 @@ class SkillTable:
 
 def moments_of(run: RunContents, stage: str) -> list[Moment]:
     """Return the measured moments of an iteration in the order in which a run has them."""
-    methods = run.setting("align.methods", list[str], ["dpo"])
-    titles = MOMENTS if run.setting("align.sft", bool, True) else WITHOUT_SFT
+    at = f"at.{resolution(run, stage)}.align"
+    methods = run.setting(f"{at}.methods", list[str], run.setting("align.methods", list[str], ["dpo"]))
+    begins_with_sft = run.setting(f"{at}.sft", bool, run.setting("align.sft", bool, True))
+    titles = MOMENTS if begins_with_sft else WITHOUT_SFT
     keys = ["after_sft", "control", *(f"after_{method}" for method in methods)]
     found = []
     for key in dict.fromkeys(keys):
