@@ -1,5 +1,7 @@
 """Remarks on curves, intervals of skills, verdicts of iterations."""
 
+import pytest
+
 from tests.helpers.run_folder import make_run, metrics
 from vargpt_rl.page.contents import read_run
 from vargpt_rl.page.curves import all_curves, flags
@@ -68,9 +70,11 @@ def test_the_last_sentence_of_an_iteration_is_the_last_policy_against_sft(tmp_pa
     assert len(found["iteration 0, 64 px"]) == 5
 
 
-def test_a_run_without_sft_begins_at_its_start(tmp_path):
+@pytest.mark.parametrize("settings", [{"align": {"sft": False}}, {"at": {"64": {"align": {"sft": False}}}}])
+def test_a_run_without_sft_begins_at_its_start(tmp_path, settings):
     run = read_run(make_run(tmp_path / "run"))
-    run.config["align"]["sft"] = False
+    run.config["align"] |= settings.pop("align", {})
+    run.config |= settings
     assert skill_tables([run])[0].columns == ["start", "control", "DPO", "GRPO"]
     assert verdicts([run])["iteration 0, 64 px"][-1].startswith("GRPO against the start on the same 8 images")
 
