@@ -74,9 +74,6 @@ def connect() -> None:
     with contextlib.chdir(code if Path(package).is_dir() else "."):
         ray.init(**options)
     handle_signals()  # again: Ray sets that of SIGTERM itself
-    manager = get_accelerator_manager_for_resource("GPU")
-    if manager is None or not manager.get_current_node_num_accelerators():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns when an export loads it
 
 
 def own_gpus() -> int | None:

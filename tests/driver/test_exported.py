@@ -41,7 +41,7 @@ def test_the_card_of_a_model_has_base_recipe_and_scores(tmp_path):
     for name in ("iter-00.png",):
         (tmp_path / "samples" / name).write_bytes(name.encode())
     after = {"overall": 0.75, "overall_low": 0.67, "overall_high": 0.82, "n": 120}
-    summary = {"stages": {}, "iterations": [{"resolution": 128, "eval": {"after_sft": after}}]}
+    summary = {"stages": {}, "iterations": [{"resolution": 128, "sft": {}, "eval": {"after_sft": after}}]}
     write_card(tmp_path / "model", tmp_path, config, summary)
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.library_name == "vargpt_rl" and "grpo" in card.data.tags

@@ -24,6 +24,7 @@ def configure_logging() -> None:
     Libraries show no progress bars from then on.
     """
     hide_library_bars()
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_cpus)  # which saving a model imports
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
     else:
@@ -33,6 +34,11 @@ def configure_logging() -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
+
+
+def _is_not_about_cpus(record: logging.LogRecord) -> bool:
+    """Tell whether a message is another one than DeepSpeed's warning that it finds no GPU."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def keep_log(directory: Path) -> logging.Handler:

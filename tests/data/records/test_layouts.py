@@ -204,7 +204,7 @@ def test_llava_onevision(tmp_path):
     ]
     assert [reason for _, reason in bad] == [
         "number of placeholders is not the number of images",
-        "image is unreadable (UnidentifiedImageError)",
+        "image of no known kind, expected one of AVIF, BMP, GIF, JPEG, JPEG2000, PNG, TIFF, WEBP",
         '"path" is of type NoneType, expected str',
     ]
 

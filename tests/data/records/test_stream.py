@@ -102,7 +102,7 @@ def test_images_are_encoded_where_they_stand(chat):
     [
         (talk("understanding", "a" * 2000, "b"), "row of more than 400 tokens"),
         (talk("generation", "a", "<image_gen>" * 5, images=(shown(1),) * 5), "row of more than 100 tokens"),
-        (talk("generation", "a", "<image_gen>", images=(InRecord(b"none"),)), "image is unreadable"),
+        (talk("generation", "a", "<image_gen>", images=(InRecord(b"none"),)), "image of no known kind"),
         (talk("understanding", "<image>?", "b", images=(InRecord(encoded_image(1)[:99]),)), "image is unreadable"),
         (talk("understanding", "<image>?", "b", images=(shown(1, (1, 300)),)), "image cannot be shown: absolute"),
     ],
