@@ -57,6 +57,7 @@ from vargpt_rl.model.whole import check_config, weight_files
 from vargpt_rl.release.tiny_v1 import shapes_bpe
 from vargpt_rl.stages import STAGES, freeze
 from vargpt_rl.storage.files import write_atomically
+from vargpt_rl.storage.sharded import read_json
 
 SPECIAL = [
     "endoftext",
@@ -377,11 +378,11 @@ OF_SAVING = ("dtype", "transformers_version", "_name_or_path")
 
 def trouble_with(bases: list[Path]) -> str:
     """Say why training cannot continue from models or their mean: empty if it can."""
-    known: tuple[dict, object] | None = None
+    known: tuple[dict, dict] | None = None
     for base in bases:
         try:
             config = check_config(base)
-            words = _read_json(base / TEXT_TOKENIZER)
+            words = read_json(base / TEXT_TOKENIZER)
             weight_files(base)
         except (OSError, ValueError) as error:
             return f"--base: {error}"
@@ -394,13 +395,6 @@ def trouble_with(bases: list[Path]) -> str:
         if words != known[1]:
             return f"--base {base}: expected the text tokenizer of {bases[0]}"
     return ""
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _without(keys: tuple[str, ...], settings: dict) -> dict:

@@ -42,7 +42,19 @@ THINNEST = 200
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(DrawingSettings):
+class PromptSettings(DrawingSettings):
+    """Settings of the commands that draw prompts."""
+
+    image: str | None = None
+    """An image file for the prompts to edit."""
+    images: Count = 1
+    """Images per prompt."""
+    batch_size: Count = 8
+    """Images drawn at once."""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(PromptSettings):
     """Settings of this command: either ``prompt`` or ``prompts`` must be given."""
 
     out: str
@@ -51,12 +63,6 @@ class GenerateConfig(DrawingSettings):
     """A single prompt."""
     prompts: str | None = None
     """A file of prompts: .txt, or .jsonl with key "prompt"."""
-    image: str | None = None
-    """An image file for the prompts to edit."""
-    images: Count = 1
-    """Images per prompt."""
-    batch_size: Count = 8
-    """Images drawn at once."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,17 +73,11 @@ class GenerateConfig(DrawingSettings):
 
 
 @dataclass(kw_only=True)
-class DrawConfig(DrawingSettings):
+class DrawConfig(PromptSettings):
     """Settings of `draw`."""
 
     out: str = "images"
     """Folder of the images, named after their prompts."""
-    image: str | None = None
-    """An image file for the prompts to edit."""
-    images: Count = 1
-    """Images per prompt."""
-    batch_size: Count = 8
-    """Images drawn at once."""
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -95,7 +95,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def image_to_edit(config: GenerateConfig | DrawConfig) -> Look | None:
+def image_to_edit(config: PromptSettings) -> Look | None:
     """Return what gives ``image`` to each prompt; None without one. ValueError if it cannot be read."""
     if config.image is None:
         return None

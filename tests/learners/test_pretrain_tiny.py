@@ -159,7 +159,7 @@ def write_base(folder: Path, words: tuple[str, ...] = ("red",), **settings: obje
     (folder / "model.safetensors").touch()
     config = json.loads((TINY / "config.json").read_text()) | settings
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / TEXT_TOKENIZER).write_text(json.dumps(words))
+    (folder / TEXT_TOKENIZER).write_text(json.dumps({"words": words}))
     return folder
 
 

@@ -112,6 +112,10 @@ class RunContents:
             self._note(f"{self.folder / CONFIG}: {error}")
             return missing
 
+    def setting_at(self, resolution: int | None, key: str, kind: Any, missing: Any) -> Any:
+        """Return the setting of a dotted key that holds at a resolution: that of ``at``, else the general one."""
+        return self.setting(f"at.{resolution}.{key}", kind, self.setting(key, kind, missing))
+
     @cached_property
     def planned(self) -> list[str] | None:
         """All steps of the run; None if the settings do not tell."""

@@ -101,18 +101,15 @@ class SkillTable:
 
 def moments_of(run: RunContents, stage: str) -> list[Moment]:
     """Return the measured moments of an iteration in the order in which a run has them."""
-    at = f"at.{resolution(run, stage)}.align"
-    methods = run.setting(f"{at}.methods", list[str], run.setting("align.methods", list[str], ["dpo"]))
-    begins_with_sft = run.setting(f"{at}.sft", bool, run.setting("align.sft", bool, True))
-    titles = MOMENTS if begins_with_sft else WITHOUT_SFT
+    px = resolution(run, stage)
+    methods = run.setting_at(px, "align.methods", list[str], ["dpo"])
+    titles = MOMENTS if run.setting_at(px, "align.sft", bool, True) else WITHOUT_SFT
     keys = ["after_sft", "control", *(f"after_{method}" for method in methods)]
     found = []
     for key in dict.fromkeys(keys):
         if images := run.scores(stage, key):
             title = titles.get(key, key.removeprefix("after_"))
-            found.append(
-                Moment(run=run, stage=stage, resolution=resolution(run, stage), key=key, title=title, images=images)
-            )
+            found.append(Moment(run=run, stage=stage, resolution=px, key=key, title=title, images=images))
     return found
 
 
